@@ -1,0 +1,51 @@
+// Package testenv says what a test needs of the machine. It is imported by
+// tests alone.
+package testenv
+
+import (
+	"os"
+	"slices"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// Require skips the test unless the machine has each of needs: "root" (uid 0
+// with CAP_NET_ADMIN) or "bpf" (BPF programs may be loaded). A need that the
+// environment variable TEST_REQUIRE names (comma-separated) is no reason to
+// skip: the test fails instead, so that nothing goes unseen where everything
+// is meant to run.
+func Require(t testing.TB, needs ...string) {
+	t.Helper()
+	for _, need := range needs {
+		reason := lacking(need)
+		if reason == "" {
+			continue
+		}
+		if slices.Contains(strings.Split(os.Getenv("TEST_REQUIRE"), ","), need) {
+			t.Fatalf("TEST_REQUIRE names %q, but %s", need, reason)
+		}
+		t.Skipf("needs %s: %s", need, reason)
+	}
+}
+
+// lacking returns why the machine does not have what need names, or "".
+func lacking(need string) string {
+	switch need {
+	case "root":
+		if os.Geteuid() != 0 {
+			return "the effective user is not root"
+		}
+	case "bpf":
+		// BPF_MAP_CREATE (0) with a null attribute answers EINVAL or EFAULT
+		// to whoever may use bpf(2), EPERM to the rest.
+		_, _, errno := unix.Syscall(unix.SYS_BPF, 0, 0, 0)
+		if errno == unix.EPERM || errno == unix.ENOSYS {
+			return "bpf(2) answers " + errno.Error()
+		}
+	default:
+		return "no test environment provides " + need
+	}
+	return ""
+}

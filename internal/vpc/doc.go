@@ -1,0 +1,7 @@
+// Package vpc holds the nouns of a VPC that everything else shares: typed
+// identifiers, the elastic network interface, the subnet, and what each
+// instance type may hold.
+//
+// It is the ground floor: standard library only, no I/O, no clock. Values are
+// plain data; a value that was handed over is not changed afterwards.
+package vpc
