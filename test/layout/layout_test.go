@@ -1,0 +1,238 @@
+// Package layout holds the rules of the house as a test: which package may
+// import which, and why. docs/ARCHITECTURE.md has the picture.
+package layout
+
+import (
+	"encoding/json"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/underlay-cni/underlay/"
+
+// floors lists the packages of each floor under internal/. A directory stands
+// for itself and all below it. Imports point down only; what may reach a
+// package of its own floor stands in siblings.
+var floors = [][]string{
+	{"vpc", "packet"},
+	{"ipam", "policy", "flowlog", "reach", "plan"},
+	{"ec2", "imds", "nl", "datapath", "kube", "agentapi"},
+	{"agent", "controller", "vpcd", "sim", "cli", "ui"},
+}
+
+// siblings are the only imports between packages of one floor.
+var siblings = map[string][]string{
+	"reach":    {"policy"}, // reachability asks the policy compiler for verdicts
+	"plan":     {"ipam"},   // capacity is what the real allocator would hold
+	"datapath": {"nl"},     // programs are attached to links that nl makes
+}
+
+// pure are the packages that do no I/O, start no goroutine and read no clock,
+// so that a simulator and a model checker can run them as they are.
+var pure = []string{"ipam", "policy", "flowlog", "reach", "plan"}
+
+// fences says who alone may import a vendor's packages.
+var fences = []struct {
+	vendor  string
+	allowed []string // under the module
+	reason  string
+}{
+	{"github.com/aws/", []string{"internal/ec2", "internal/imds"}, "the cloud contract has one door, and its SDK takes minutes to compile"},
+	{"github.com/cilium/ebpf", []string{"internal/datapath", "internal/nl", "internal/vpcd/fabric"}, "kernel objects have an owner"},
+	{"github.com/vishvananda/", []string{"internal/datapath", "internal/nl", "internal/vpcd/fabric"}, "kernel objects have an owner"},
+	{"github.com/google/nftables", []string{"internal/datapath"}, "one nftables table, one owner"},
+	{"k8s.io/", []string{"api", "internal/kube", "internal/controller"}, "everything else works without Kubernetes"},
+	{"go.etcd.io/bbolt", []string{"internal/vpcd/store"}, "a node keeps no database; only vpcd does"},
+}
+
+type pkg struct {
+	ImportPath                         string
+	Dir                                string
+	GoFiles                            []string
+	Imports, TestImports, XTestImports []string
+	Deps                               []string
+}
+
+func list(t *testing.T, args ...string) []pkg {
+	t.Helper()
+	cmd := exec.Command("go", append([]string{"list", "-json=ImportPath,Dir,GoFiles,Imports,TestImports,XTestImports,Deps"}, args...)...)
+	cmd.Dir = "../.."
+	cmd.Stderr = os.Stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("go list: %v", err)
+	}
+	var pkgs []pkg
+	for d := json.NewDecoder(strings.NewReader(string(out))); d.More(); {
+		var p pkg
+		if err := d.Decode(&p); err != nil {
+			t.Fatal(err)
+		}
+		pkgs = append(pkgs, p)
+	}
+	if len(pkgs) == 0 {
+		t.Fatal("go list named no package")
+	}
+	return pkgs
+}
+
+// below reports whether path is dir or lies under it.
+func below(path, dir string) bool { return path == dir || strings.HasPrefix(path, dir+"/") }
+
+// place returns the floor and the room (the entry of floors) of an import path,
+// or -1 when it is not of a floor.
+func place(path string) (floor int, room string) {
+	rest, ok := strings.CutPrefix(path, module+"internal/")
+	if !ok {
+		return -1, ""
+	}
+	for f, rooms := range floors {
+		for _, r := range rooms {
+			if below(rest, r) {
+				return f, r
+			}
+		}
+	}
+	return -1, ""
+}
+
+func TestImportsPointDown(t *testing.T) {
+	for _, p := range list(t, "./internal/...") {
+		rel := strings.TrimPrefix(p.ImportPath, module)
+		if rel == "internal/testenv" {
+			continue
+		}
+		floor, room := place(p.ImportPath)
+		if floor < 0 {
+			t.Errorf("%s stands on no floor: add it to floors, with its place in docs/ARCHITECTURE.md", rel)
+			continue
+		}
+		for _, imp := range p.Imports {
+			if imp == module+"internal/testenv" {
+				t.Errorf("%s imports testenv outside a test", rel)
+			}
+			f, r := place(imp)
+			switch {
+			case f < 0 || r == room:
+			case f > floor:
+				t.Errorf("%s (floor %d) imports %s (floor %d): imports point down only", rel, floor, imp, f)
+			case f == floor && !slices.Contains(siblings[room], r):
+				t.Errorf("%s imports its sibling %s: they meet in a wire contract or not at all", rel, imp)
+			}
+		}
+		if floor == 0 {
+			for _, imp := range p.Imports {
+				if strings.Contains(strings.Split(imp, "/")[0], ".") && !strings.HasPrefix(imp, module) {
+					t.Errorf("%s imports %s: the ground floor is standard library only", rel, imp)
+				}
+			}
+		}
+	}
+}
+
+func TestVendorsAreFenced(t *testing.T) {
+	for _, p := range list(t, "./...") {
+		rel := strings.TrimPrefix(p.ImportPath, module)
+		imports := slices.Clone(p.Imports)
+		if !below(rel, "test") {
+			// What lives under test/ drives the whole from outside.
+			imports = slices.Concat(imports, p.TestImports, p.XTestImports)
+		}
+		for _, fence := range fences {
+			if slices.ContainsFunc(fence.allowed, func(a string) bool { return below(rel, a) }) || below(rel, "test") {
+				continue
+			}
+			for _, imp := range imports {
+				if strings.HasPrefix(imp, fence.vendor) {
+					t.Errorf("%s imports %s: only %v may (%s)", rel, imp, fence.allowed, fence.reason)
+				}
+			}
+		}
+	}
+}
+
+// The plugin is started once per pod and operation; what it links, it pays for
+// each time.
+func TestPluginIsThin(t *testing.T) {
+	allowed := []string{
+		module + "cmd/underlay-cni", module + "internal/agentapi", module + "internal/vpc",
+		"github.com/containernetworking/cni/", "github.com/vishvananda/netns", "golang.org/x/",
+	}
+	for _, p := range list(t, "./cmd/underlay-cni") {
+		for _, dep := range p.Deps {
+			if dep == "net/http" || dep == "log/slog" {
+				t.Errorf("underlay-cni links %s", dep)
+			}
+			if !strings.Contains(strings.Split(dep, "/")[0], ".") || strings.HasPrefix(dep, "vendor/") {
+				continue // standard library
+			}
+			if !slices.ContainsFunc(allowed, func(a string) bool { return strings.HasPrefix(dep, a) }) {
+				t.Errorf("underlay-cni links %s: it links agentapi and the CNI library's types alone", dep)
+			}
+		}
+	}
+}
+
+// D4: the emulator and the product share no judgement.
+func TestEmulatorAndProductShareNoJudgement(t *testing.T) {
+	product := []string{"ipam", "policy", "flowlog", "reach", "plan", "ec2", "imds", "datapath", "agent", "controller", "agentapi"}
+	for _, p := range list(t, "./internal/vpcd/...", "./cmd/vpcd") {
+		for _, dep := range p.Deps {
+			if _, room := place(dep); slices.Contains(product, room) {
+				t.Errorf("%s depends on %s: one misunderstanding could make both agree", p.ImportPath, dep)
+			}
+		}
+	}
+}
+
+func TestPurePackagesArePure(t *testing.T) {
+	banned := []string{"os", "net", "net/http", "io/fs", "os/exec", "syscall", "sync", "context", "math/rand", "log/slog"}
+	clock := []string{"Now", "Since", "Until", "Sleep", "After", "AfterFunc", "Tick", "NewTimer", "NewTicker"}
+	for _, p := range list(t, "./internal/...") {
+		if _, room := place(p.ImportPath); !slices.Contains(pure, room) {
+			continue
+		}
+		for _, imp := range p.Imports {
+			if slices.Contains(banned, imp) {
+				t.Errorf("%s imports %s: it is pure", p.ImportPath, imp)
+			}
+		}
+		for _, name := range p.GoFiles {
+			fset := token.NewFileSet()
+			file, err := parser.ParseFile(fset, filepath.Join(p.Dir, name), nil, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			ast.Inspect(file, func(n ast.Node) bool {
+				switch n := n.(type) {
+				case *ast.GoStmt:
+					t.Errorf("%s: a goroutine in a pure package", fset.Position(n.Pos()))
+				case *ast.SelectorExpr:
+					if x, ok := n.X.(*ast.Ident); ok && x.Name == "time" && slices.Contains(clock, n.Sel.Name) {
+						t.Errorf("%s: time.%s in a pure package; time arrives with events", fset.Position(n.Pos()), n.Sel.Name)
+					}
+				}
+				return true
+			})
+		}
+	}
+}
+
+func TestEveryPackageSaysWhatItOwns(t *testing.T) {
+	for _, p := range list(t, "./internal/...") {
+		rel := strings.TrimPrefix(p.ImportPath, module)
+		if strings.HasSuffix(rel, "/bpfgen") || rel == "internal/testenv" || strings.HasSuffix(rel, "/gen") {
+			continue
+		}
+		if _, err := os.Stat(filepath.Join(p.Dir, "doc.go")); err != nil {
+			t.Errorf("%s has no doc.go", rel)
+		}
+	}
+}
