@@ -1,0 +1,273 @@
+package agentapi
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"time"
+)
+
+// ProtocolVersion is the version of the messages in this file. Fields may be
+// added under the same number: both sides ignore what they do not know.
+const ProtocolVersion = 1
+
+// MaxMessage bounds a message in either direction, in bytes, without the
+// length in front of it.
+const MaxMessage = 1 << 20
+
+// Op names what a request asks for.
+type Op string
+
+// The operations: CNI's verbs, and a look inside.
+const (
+	OpVersion Op = "version"
+	OpAdd     Op = "add"
+	OpDel     Op = "del"
+	OpCheck   Op = "check"
+	OpGC      Op = "gc"
+	OpStatus  Op = "status"
+	OpInspect Op = "inspect"
+)
+
+// Code is the number of an error: CNI's own up to 99 (CNI specification 1.1,
+// section "Error"), Underlay's from 100.
+type Code uint
+
+// The codes in use.
+const (
+	CodeIncompatibleVersion Code = 1
+	CodeUnknownContainer    Code = 3
+	CodeInvalidEnvironment  Code = 4
+	CodeIO                  Code = 5
+	CodeDecoding            Code = 6
+	CodeInvalidConfig       Code = 7
+	CodeInvalidNetns        Code = 8
+	CodeTryAgain            Code = 11
+	CodeNotAvailable        Code = 50
+	CodeLimited             Code = 51
+
+	CodeAgentUnreachable Code = 100 // nobody listens on the socket, or nobody answers
+	CodeNoAddress        Code = 101 // EC2 gave no address within the deadline
+	CodeSubnetFull       Code = 102 // the subnet has no address left
+	CodeNodeFull         Code = 103 // the instance type holds no more addresses
+	CodeDenied           Code = 104 // EC2 denies the call: an IAM permission is missing
+	CodeDatapath         Code = 105 // the kernel refused a part of the endpoint
+	CodeCheckFailed      Code = 106 // the endpoint is not as ADD left it
+	CodeConflict         Code = 107 // the same container and interface with another namespace
+	CodeInternal         Code = 199
+)
+
+// Error is an error as it travels: a code, a sentence that ends with the next
+// step, and details that may be long.
+type Error struct {
+	Code    Code   `json:"code"`
+	Message string `json:"message"`
+	Details string `json:"details,omitempty"`
+}
+
+func (e *Error) Error() string {
+	if e.Details == "" {
+		return e.Message
+	}
+	return e.Message + " (" + e.Details + ")"
+}
+
+// Errorf returns an Error with code and a formatted message.
+func Errorf(code Code, format string, args ...any) *Error {
+	return &Error{Code: code, Message: fmt.Sprintf(format, args...)}
+}
+
+// Request is one request. Attachment belongs to add, del and check; Valid to
+// gc; the others need nothing.
+type Request struct {
+	Version    int           `json:"version"`
+	Op         Op            `json:"op"`
+	Attachment *Attachment   `json:"attachment,omitempty"`
+	Valid      []Attachment  `json:"valid,omitempty"`   // gc: what the runtime still knows; only ContainerID and IfName count
+	Timeout    time.Duration `json:"timeout,omitempty"` // nanoseconds the caller is willing to wait; 0 leaves it to the agent
+}
+
+// Attachment is one interface of one container, as the runtime names it.
+type Attachment struct {
+	Network     string     `json:"network,omitempty"`
+	ContainerID string     `json:"containerId"`
+	IfName      string     `json:"ifName"`
+	Netns       string     `json:"netns,omitempty"` // path in the runtime's mounts, for people
+	Pod         Pod        `json:"pod,omitzero"`
+	Addr        netip.Addr `json:"addr,omitzero"` // check: the address that ADD answered
+}
+
+// Pod names a workload as its orchestrator does; empty fields are unknown.
+type Pod struct {
+	Namespace string `json:"namespace,omitempty"`
+	Name      string `json:"name,omitempty"`
+	UID       string `json:"uid,omitempty"`
+}
+
+func (p Pod) String() string {
+	switch {
+	case p.Name == "":
+		return ""
+	case p.Namespace == "":
+		return p.Name
+	}
+	return p.Namespace + "/" + p.Name
+}
+
+// Response is the answer to a Request: Error, or the one field that belongs to
+// the operation; del, check, gc and status answer with neither when all is
+// well.
+type Response struct {
+	Version int         `json:"version"`
+	Error   *Error      `json:"error,omitempty"`
+	Result  *Result     `json:"result,omitempty"`  // add
+	Agent   string      `json:"agent,omitempty"`   // version: the agent's own version
+	Inspect *Inspection `json:"inspect,omitempty"` // inspect
+}
+
+// Result is what ADD made.
+type Result struct {
+	Addr       netip.Addr `json:"addr"`    // the pod's /32
+	Gateway    netip.Addr `json:"gateway"` // link-local next hop inside the pod
+	MAC        string     `json:"mac"`     // of the pod's interface
+	HostIfName string     `json:"hostIfName"`
+	HostMAC    string     `json:"hostMac,omitempty"`
+	MTU        int        `json:"mtu,omitempty"`
+	ENI        string     `json:"eni"`
+}
+
+// Inspection is the agent's view of its node at one moment.
+type Inspection struct {
+	Version    string     `json:"version"`
+	Node       Node       `json:"node"`
+	Healthy    bool       `json:"healthy"`
+	Reason     string     `json:"reason,omitempty"` // why it is not healthy, and the next step
+	Since      time.Time  `json:"since"`            // start of this agent process
+	LastErrors []Incident `json:"lastErrors"`
+	ENIs       []ENI      `json:"enis"`
+	Addresses  []Address  `json:"addresses"`
+	Omitted    int        `json:"omitted,omitempty"` // free addresses left out of Addresses to keep the message small
+	Endpoints  []Endpoint `json:"endpoints"`
+	Waiting    int        `json:"waiting"` // ADDs that wait for an address
+	Counters   Counters   `json:"counters"`
+	Limits     Limits     `json:"limits"`
+}
+
+// Node is the instance the agent runs on.
+type Node struct {
+	InstanceID       string         `json:"instanceId"`
+	InstanceType     string         `json:"instanceType"`
+	AvailabilityZone string         `json:"az"`
+	Region           string         `json:"region"`
+	VPC              string         `json:"vpc"`
+	VPCCIDRs         []netip.Prefix `json:"vpcCidrs"`
+	Subnet           string         `json:"subnet"`
+	IP               netip.Addr     `json:"ip,omitzero"`
+	Cluster          string         `json:"cluster,omitempty"`
+}
+
+// Incident is an error that the agent lived through; equal ones in a row are
+// counted, not repeated.
+type Incident struct {
+	Time    time.Time `json:"time"` // of the last occurrence
+	Op      string    `json:"op"`
+	Message string    `json:"message"`
+	Count   int       `json:"count"`
+}
+
+// ENI is one interface of the node with what the agent holds on it.
+type ENI struct {
+	ID        string         `json:"id"`
+	Device    int            `json:"device"` // EC2's device index
+	IfName    string         `json:"ifname,omitempty"`
+	MAC       string         `json:"mac"`
+	Primary   netip.Addr     `json:"primary"`
+	Subnet    string         `json:"subnet"`
+	Groups    []string       `json:"groups"`
+	Prefixes  []netip.Prefix `json:"prefixes,omitempty"`
+	Managed   bool           `json:"managed"` // false: uses a slot, never the pool
+	State     string         `json:"state"`
+	Addresses Counts         `json:"addresses"` // of the pool: without the primary
+}
+
+// Counts is a number of addresses by state.
+type Counts struct {
+	Assigned int `json:"assigned"`
+	Free     int `json:"free"`
+	Bound    int `json:"bound"`
+	Cooling  int `json:"cooling"`
+	Total    int `json:"total"`
+	Limit    int `json:"limit"` // what the interface can hold beside its primary
+}
+
+// Address is one address of the pool.
+type Address struct {
+	IP       netip.Addr `json:"ip"`
+	State    string     `json:"state"` // assigned, free, bound, cooling
+	ENI      string     `json:"eni"`
+	Endpoint string     `json:"endpoint,omitempty"` // containerId/ifName, when bound
+	Until    *time.Time `json:"until,omitempty"`    // end of the cooldown
+}
+
+// Endpoint is one pod interface.
+type Endpoint struct {
+	ContainerID string     `json:"containerId"`
+	IfName      string     `json:"ifName"`
+	Netns       string     `json:"netns"`
+	IP          netip.Addr `json:"ip"`
+	ENI         string     `json:"eni"`
+	MAC         string     `json:"mac"`
+	HostIfName  string     `json:"hostIfName"`
+	Pod         Pod        `json:"pod"`
+	Since       time.Time  `json:"since"`
+	State       string     `json:"state"`             // adding, live, tombstone
+	Problem     string     `json:"problem,omitempty"` // e.g. EC2 no longer lists the address
+}
+
+// Counters are counts since the datapath was first loaded.
+type Counters struct {
+	Drops map[string]uint64 `json:"drops"` // packets by reason
+}
+
+// Limits is what the instance type allows.
+type Limits struct {
+	ENIs       int `json:"enis"`
+	IPv4PerENI int `json:"ipv4PerEni"`
+	MaxPods    int `json:"maxPods"`
+}
+
+// decodeRequest parses and checks one request.
+func decodeRequest(b []byte) (*Request, error) {
+	var r Request
+	if err := json.Unmarshal(b, &r); err != nil {
+		return nil, Errorf(CodeDecoding, "decode request: %v; speak to this socket with underlay-cni or underlay", err)
+	}
+	if r.Version != ProtocolVersion {
+		return &r, Errorf(CodeIncompatibleVersion, "the agent speaks protocol version %d, the request is of version %d; install the underlay-cni that came with this agent", ProtocolVersion, r.Version)
+	}
+	switch r.Op {
+	case OpAdd, OpDel, OpCheck:
+		a := r.Attachment
+		if a == nil || a.ContainerID == "" || a.IfName == "" {
+			return &r, Errorf(CodeInvalidEnvironment, "%s without a container ID and an interface name; the runtime must set CNI_CONTAINERID and CNI_IFNAME", r.Op)
+		}
+		if len(a.ContainerID) > maxContainerID {
+			return &r, Errorf(CodeInvalidEnvironment, "the container ID is %d bytes long, at most %d are kept; use a shorter CNI_CONTAINERID", len(a.ContainerID), maxContainerID)
+		}
+		if len(a.IfName) > maxIfName {
+			return &r, Errorf(CodeInvalidEnvironment, "the interface name %q is longer than %d bytes; use a shorter CNI_IFNAME", a.IfName, maxIfName)
+		}
+	case OpVersion, OpGC, OpStatus, OpInspect:
+	default:
+		return &r, Errorf(CodeDecoding, "unknown operation %q; install the underlay-cni that came with this agent", r.Op)
+	}
+	if r.Timeout < 0 {
+		r.Timeout = 0
+	}
+	return &r, nil
+}
+
+const (
+	maxContainerID = 128 // bytes in the commit record
+	maxIfName      = 15  // IFNAMSIZ without its zero, linux/if.h
+)

@@ -1,0 +1,179 @@
+package agentapi
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// Handler serves the operations. Its methods are called concurrently; a
+// context ends when the peer hangs up or the server stops. An error that is
+// not an *Error travels with CodeInternal. The namespace file is nil when none
+// came along; the server closes it after the call.
+type Handler interface {
+	Add(ctx context.Context, a *Attachment, timeout time.Duration, netns *os.File) (*Result, error)
+	Del(ctx context.Context, a *Attachment) error
+	Check(ctx context.Context, a *Attachment, netns *os.File) error
+	GC(ctx context.Context, valid []Attachment) error
+	Status(ctx context.Context) error
+	Inspect(ctx context.Context) (*Inspection, error)
+	Version() string
+}
+
+const (
+	// requestTimeout bounds how long a peer may take over its request, and
+	// over reading the response: what speaks here is on the same machine.
+	requestTimeout = 5 * time.Second
+	// maxConns bounds the connections served at once; more wait in the
+	// listener's backlog. The largest instance types run ~750 pods.
+	maxConns = 1024
+)
+
+// Listen binds the socket, for root alone (mode 0600). A file that is in the
+// way is removed when nobody listens behind it; the directory must exist.
+func Listen(path string) (*net.UnixListener, error) {
+	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
+		c.Close()
+		return nil, fmt.Errorf("listen on %s: another process serves this socket; stop it first", path)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("remove the old socket: %w", err)
+	}
+	old := syscall.Umask(0o177)
+	defer syscall.Umask(old)
+	return net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+}
+
+// Serve answers requests until ctx ends, then closes l and waits for the calls
+// that run. The socket's file is left for the next Listen to replace.
+func Serve(ctx context.Context, l *net.UnixListener, h Handler, log *slog.Logger) error {
+	l.SetUnlinkOnClose(false)
+	stop := context.AfterFunc(ctx, func() { l.Close() })
+	defer stop()
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	slots := make(chan struct{}, maxConns)
+	for {
+		select {
+		case slots <- struct{}{}:
+		case <-ctx.Done():
+			return nil
+		}
+		conn, err := l.AcceptUnix()
+		if err != nil {
+			<-slots
+			if ctx.Err() != nil {
+				return nil
+			}
+			if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.ECONNABORTED) {
+				log.Warn("connection not accepted", "op", "accept", "err", err)
+				select {
+				case <-time.After(100 * time.Millisecond): // until a descriptor is free
+				case <-ctx.Done():
+				}
+				continue
+			}
+			return fmt.Errorf("accept: %w", err)
+		}
+		wg.Go(func() {
+			defer func() { <-slots }()
+			serveConn(ctx, conn, h, log)
+		})
+	}
+}
+
+func serveConn(ctx context.Context, conn *net.UnixConn, h Handler, log *slog.Logger) {
+	defer conn.Close()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+
+	_ = conn.SetReadDeadline(time.Now().Add(requestTimeout))
+	msg, netns, err := readMessageFile(conn)
+	if netns != nil {
+		defer netns.Close()
+	}
+	if errors.Is(err, io.EOF) && len(msg) == 0 {
+		return // connected and left: somebody who asks whether we live
+	}
+	var (
+		req  *Request
+		resp *Response
+	)
+	if err != nil {
+		err = Errorf(CodeDecoding, "read request: %v; speak to this socket with underlay-cni or underlay", err)
+	} else {
+		req, err = decodeRequest(msg)
+	}
+	if err != nil {
+		log.Debug("request refused", "op", "decode", "err", err)
+		resp = &Response{Error: asError(err)}
+	} else {
+		_ = conn.SetReadDeadline(time.Time{})
+		hungUp := make(chan struct{})
+		go func() { // ends at the latest with conn.Close
+			defer close(hungUp)
+			var one [1]byte
+			_, _ = conn.Read(one[:]) // nothing more may come: a byte too much is a hang-up as well
+			cancel()
+		}()
+		resp = dispatch(ctx, req, netns, h)
+		defer func() { conn.Close(); <-hungUp }()
+	}
+	resp.Version = ProtocolVersion
+	out, err := json.Marshal(resp)
+	if err == nil && len(out) > MaxMessage {
+		err = fmt.Errorf("%w: %d bytes, at most %d", errTooLong, len(out), MaxMessage)
+	}
+	if err != nil {
+		out, _ = json.Marshal(&Response{Version: ProtocolVersion, Error: Errorf(CodeInternal, "encode response: %v; see the agent's log", err)})
+	}
+	_ = conn.SetWriteDeadline(time.Now().Add(requestTimeout))
+	if err := writeMessageFile(conn, out, nil); err != nil {
+		log.Debug("response not delivered", "op", "answer", "err", err)
+	}
+}
+
+func dispatch(ctx context.Context, req *Request, netns *os.File, h Handler) *Response {
+	resp := &Response{}
+	var err error
+	switch req.Op {
+	case OpVersion:
+		resp.Agent = h.Version()
+	case OpAdd:
+		resp.Result, err = h.Add(ctx, req.Attachment, req.Timeout, netns)
+	case OpDel:
+		err = h.Del(ctx, req.Attachment)
+	case OpCheck:
+		err = h.Check(ctx, req.Attachment, netns)
+	case OpGC:
+		err = h.GC(ctx, req.Valid)
+	case OpStatus:
+		err = h.Status(ctx)
+	case OpInspect:
+		resp.Inspect, err = h.Inspect(ctx)
+	default:
+		err = Errorf(CodeDecoding, "unknown operation %q; install the underlay-cni that came with this agent", req.Op)
+	}
+	if err != nil {
+		return &Response{Error: asError(err)}
+	}
+	return resp
+}
+
+// asError returns err in the form that travels.
+func asError(err error) *Error {
+	var e *Error
+	if errors.As(err, &e) {
+		return e
+	}
+	return Errorf(CodeInternal, "%v; see the agent's log", err)
+}
