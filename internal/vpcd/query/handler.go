@@ -1,0 +1,70 @@
+package query
+
+import (
+	"context"
+	"fmt"
+	"reflect"
+)
+
+// Handler serves one action. Make it with Handle.
+type Handler struct {
+	request reflect.Type // of *Req
+	call    func(ctx context.Context, req any) (any, error)
+}
+
+// Handle makes a Handler of a function. Req and Resp are the action's
+// generated types; NewServer panics if they are another action's. A nil Resp
+// with a nil error answers as an empty one.
+//
+// ctx ends when the client goes away; Caller(ctx) tells who it is. The request
+// belongs to the function.
+func Handle[Req, Resp any](fn func(ctx context.Context, req *Req) (*Resp, error)) Handler {
+	return Handler{
+		request: reflect.TypeFor[*Req](),
+		call: func(ctx context.Context, req any) (any, error) {
+			resp, err := fn(ctx, req.(*Req))
+			if err != nil {
+				return nil, err
+			}
+			if resp == nil {
+				resp = new(Resp)
+			}
+			return resp, nil
+		},
+	}
+}
+
+// fits panics unless the handler serves the action.
+func (h Handler) fits(a *Action) {
+	if h.call == nil {
+		panic("query: the handler of " + a.Name + " was not made by Handle")
+	}
+	if want := reflect.TypeOf(a.newRequest()); h.request != want {
+		panic(fmt.Sprintf("query: the handler of %s takes %v, not %v", a.Name, h.request, want))
+	}
+}
+
+// Identity is what a request says about its sender. It is believed: the
+// signature's credential scope selects account and region, the signature
+// itself is not verified.
+type Identity struct {
+	Account   string
+	Region    string
+	AccessKey string
+	RequestID string
+}
+
+type identityKey struct{}
+
+// Caller returns the identity that the request of ctx came with, or the zero
+// Identity outside a handler.
+func Caller(ctx context.Context) Identity {
+	id, _ := ctx.Value(identityKey{}).(Identity)
+	return id
+}
+
+// WithCaller returns a context whose Caller is id: for those who call a
+// handler's function themselves.
+func WithCaller(ctx context.Context, id Identity) context.Context {
+	return context.WithValue(ctx, identityKey{}, id)
+}
