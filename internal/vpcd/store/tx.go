@@ -1,0 +1,306 @@
+package store
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/underlay-cni/underlay/internal/vpc"
+)
+
+// ErrConflict says that a transaction gave one address or MAC to two
+// interfaces, or one device index to two attachments.
+var ErrConflict = errors.New("already taken")
+
+// Tx is a transaction: a private copy of the newest snapshot, which its methods
+// change. It is valid inside the function that Update calls, and is a State to
+// read from.
+type Tx struct {
+	State
+	writes []write
+	own    map[vpc.SubnetID]bool // spaces that are already this transaction's copies
+	err    error                 // the first conflict
+}
+
+type write struct {
+	bucket string
+	key    string
+	value  any // nil: delete
+}
+
+func (t *Tx) put(bucket, key string, value any) {
+	t.writes = append(t.writes, write{bucket, key, value})
+}
+
+func (t *Tx) conflict(format string, args ...any) {
+	if t.err == nil {
+		t.err = fmt.Errorf(format+": %w", append(args, ErrConflict)...)
+	}
+}
+
+// NewVNI returns a number that no VPC ever had.
+func (t *Tx) NewVNI() uint32 {
+	t.lastVNI++
+	t.put(bucketMeta, keyLastVNI, t.lastVNI)
+	return t.lastVNI
+}
+
+// PutVPC adds or replaces a VPC.
+func (t *Tx) PutVPC(v *VPC) {
+	t.VPCs = t.VPCs.with(v.ID, v)
+	t.put(bucketVPC, string(v.ID), v)
+}
+
+// DeleteVPC removes a VPC and its tags.
+func (t *Tx) DeleteVPC(id vpc.VPCID) {
+	t.VPCs = t.VPCs.without(id)
+	t.put(bucketVPC, string(id), nil)
+	t.SetTags(string(id), nil)
+}
+
+// PutSubnet adds or replaces a subnet. The CIDR of a subnet never changes.
+func (t *Tx) PutSubnet(s *Subnet) {
+	t.addSubnet(s)
+	t.put(bucketSubnet, string(s.ID), s)
+}
+
+func (t *Tx) addSubnet(s *Subnet) {
+	if _, ok := t.space.Get(s.ID); !ok {
+		t.space = t.space.with(s.ID, newSpace(s.CIDR))
+	}
+	t.Subnets = t.Subnets.with(s.ID, s)
+}
+
+// DeleteSubnet removes a subnet and its tags.
+func (t *Tx) DeleteSubnet(id vpc.SubnetID) {
+	t.Subnets = t.Subnets.without(id)
+	t.space = t.space.without(id)
+	delete(t.own, id)
+	t.put(bucketSubnet, string(id), nil)
+	t.SetTags(string(id), nil)
+}
+
+// PutGroup adds or replaces a security group.
+func (t *Tx) PutGroup(g *Group) {
+	t.Groups = t.Groups.with(g.ID, g)
+	t.put(bucketGroup, string(g.ID), g)
+}
+
+// DeleteGroup removes a security group with the tags of it and its rules.
+func (t *Tx) DeleteGroup(id vpc.SecurityGroupID) {
+	if g := t.Group(id); g != nil {
+		for _, r := range g.Rules {
+			t.SetTags(r.ID, nil)
+		}
+	}
+	t.Groups = t.Groups.without(id)
+	t.put(bucketGroup, string(id), nil)
+	t.SetTags(string(id), nil)
+}
+
+// PutService adds or replaces a managed service.
+func (t *Tx) PutService(s *Service) {
+	t.Services = t.Services.with(s.Name, s)
+	t.put(bucketService, s.Name, s)
+}
+
+// DeleteService removes a managed service; its interface stays.
+func (t *Tx) DeleteService(name string) {
+	t.Services = t.Services.without(name)
+	t.put(bucketService, name, nil)
+}
+
+// SetTags replaces the tags of a resource. The map is kept.
+func (t *Tx) SetTags(resource string, tags map[string]string) {
+	if len(tags) == 0 {
+		if _, ok := t.Tags.Get(resource); !ok {
+			return
+		}
+		t.Tags = t.Tags.without(resource)
+		t.put(bucketTags, resource, nil)
+		return
+	}
+	t.Tags = t.Tags.with(resource, tags)
+	t.put(bucketTags, resource, tags)
+}
+
+// Token returns what was remembered under a key, or nil.
+func (t *Tx) Token(key string) *Token { v, _ := t.tokens.Get(key); return v }
+
+// PutToken remembers the answer to a request.
+func (t *Tx) PutToken(k *Token) {
+	t.tokens = t.tokens.with(k.Key, k)
+	t.put(bucketToken, k.Key, k)
+}
+
+// ForgetTokens drops the remembered answers for which old is true.
+func (t *Tx) ForgetTokens(old func(*Token) bool) {
+	for key, k := range t.tokens.All() {
+		if old(k) {
+			t.tokens = t.tokens.without(key)
+			t.put(bucketToken, key, nil)
+		}
+	}
+}
+
+// PutInstance adds or replaces an instance.
+func (t *Tx) PutInstance(i *Instance) {
+	t.addInstance(i)
+	t.put(bucketInstance, string(i.ID), i)
+}
+
+func (t *Tx) addInstance(i *Instance) {
+	if old := t.Instance(i.ID); old != nil && !old.Due.IsZero() {
+		t.due = t.due.without(dueKey{old.Due.UnixNano(), string(i.ID)})
+	}
+	if !i.Due.IsZero() {
+		t.due = t.due.with(dueKey{i.Due.UnixNano(), string(i.ID)}, struct{}{})
+	}
+	t.Instances = t.Instances.with(i.ID, i)
+}
+
+// DeleteInstance removes an instance and its tags.
+func (t *Tx) DeleteInstance(id vpc.InstanceID) {
+	if old := t.Instance(id); old != nil && !old.Due.IsZero() {
+		t.due = t.due.without(dueKey{old.Due.UnixNano(), string(id)})
+	}
+	t.Instances = t.Instances.without(id)
+	t.put(bucketInstance, string(id), nil)
+	t.SetTags(string(id), nil)
+}
+
+// PutENI adds or replaces an interface. When it takes what another has, the
+// transaction fails with ErrConflict.
+func (t *Tx) PutENI(e *ENI) {
+	t.addENI(e)
+	t.put(bucketENI, string(e.ID), e)
+}
+
+// DeleteENI removes an interface and its tags.
+func (t *Tx) DeleteENI(id vpc.ENIID) {
+	if old := t.ENI(id); old != nil {
+		t.releaseAddrs(old, nil)
+		t.unindexENI(old)
+	}
+	t.ENIs = t.ENIs.without(id)
+	t.put(bucketENI, string(id), nil)
+	t.SetTags(string(id), nil)
+}
+
+func (t *Tx) addENI(e *ENI) {
+	old := t.ENI(e.ID)
+	if old != nil {
+		t.releaseAddrs(old, e)
+		t.unindexENI(old)
+	}
+	t.claimAddrs(e, old)
+	mac := macKey{e.VPC, e.MAC}
+	if _, ok := t.macs.Get(mac); ok {
+		t.conflict("MAC %s of %s", e.MAC, e.ID)
+	}
+	t.macs = t.macs.with(mac, e.ID)
+	if a := e.Attachment; a != nil {
+		t.attachments = t.attachments.with(a.ID, e.ID)
+		if a.Instance != "" {
+			for o := range t.InterfacesOf(a.Instance) {
+				if o.Attachment.DeviceIndex == a.DeviceIndex && o.Attachment.NetworkCard == a.NetworkCard {
+					t.conflict("device index %d of %s", a.DeviceIndex, a.Instance)
+				}
+			}
+			t.held = t.held.with(held(e), e)
+		}
+		if !a.Due.IsZero() {
+			t.due = t.due.with(dueKey{a.Due.UnixNano(), string(e.ID)}, struct{}{})
+		}
+	}
+	t.ENIs = t.ENIs.with(e.ID, e)
+}
+
+func held(e *ENI) heldKey {
+	return heldKey{e.Attachment.Instance, e.Attachment.NetworkCard, e.Attachment.DeviceIndex, e.ID}
+}
+
+func (t *Tx) unindexENI(e *ENI) {
+	t.macs = t.macs.without(macKey{e.VPC, e.MAC})
+	if a := e.Attachment; a != nil {
+		t.attachments = t.attachments.without(a.ID)
+		if a.Instance != "" {
+			t.held = t.held.without(held(e))
+		}
+		if !a.Due.IsZero() {
+			t.due = t.due.without(dueKey{a.Due.UnixNano(), string(e.ID)})
+		}
+	}
+}
+
+// ranges calls fn for each address and prefix of e: its first address and the
+// number of addresses.
+func ranges(e *ENI, fn func(first netip.Addr, n int)) {
+	if e == nil {
+		return
+	}
+	fn(e.Primary, 1)
+	for _, a := range e.Secondary {
+		fn(a, 1)
+	}
+	for _, p := range e.Prefixes {
+		fn(p.Addr(), blockSize)
+	}
+}
+
+// has reports whether e has the address alone (n is 1) or the prefix.
+func has(e *ENI, first netip.Addr, n int) bool {
+	switch {
+	case e == nil:
+		return false
+	case n == 1:
+		return e.Primary == first || slices.Contains(e.Secondary, first)
+	default:
+		return slices.Contains(e.Prefixes, netip.PrefixFrom(first, vpc.PrefixBits))
+	}
+}
+
+// releaseAddrs frees what old has and next does not.
+func (t *Tx) releaseAddrs(old, next *ENI) {
+	ranges(old, func(first netip.Addr, n int) {
+		if has(next, first, n) {
+			return
+		}
+		if s := t.ownSpace(old.Subnet); s != nil {
+			s.flip(int(number(first))-int(s.base), n)
+		}
+		t.owners = t.owners.without(addrKey{old.Subnet, first})
+	})
+}
+
+// claimAddrs takes what e has and old had not.
+func (t *Tx) claimAddrs(e, old *ENI) {
+	ranges(e, func(first netip.Addr, n int) {
+		if has(old, first, n) {
+			return
+		}
+		s := t.ownSpace(e.Subnet)
+		if s == nil || s.used(int(number(first))-int(s.base), n) {
+			t.conflict("address %s of %s", first, e.ID)
+			return
+		}
+		s.flip(int(number(first))-int(s.base), n)
+		t.owners = t.owners.with(addrKey{e.Subnet, first}, e.ID)
+	})
+}
+
+// ownSpace returns the space of a subnet as this transaction's own copy.
+func (t *Tx) ownSpace(id vpc.SubnetID) *Space {
+	s := t.Space(id)
+	if s == nil || t.own[id] {
+		return s
+	}
+	if t.own == nil {
+		t.own = map[vpc.SubnetID]bool{}
+	}
+	t.own[id] = true
+	s = s.clone()
+	t.space = t.space.with(id, s)
+	return s
+}
