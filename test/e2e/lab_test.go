@@ -1,0 +1,271 @@
+package e2e
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/underlay-cni/underlay/internal/testenv"
+)
+
+// bin is the directory of the commands under test, built by TestMain.
+var bin string
+
+func TestMain(m *testing.M) { os.Exit(run(m)) }
+
+func run(m *testing.M) int {
+	dir, err := os.MkdirTemp("", "underlay-e2e-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	bin = dir
+	build := exec.Command("go", "build", "-o", dir, "./cmd/...")
+	build.Dir = "../.."
+	build.Stdout, build.Stderr = os.Stderr, os.Stderr
+	if err := build.Run(); err != nil {
+		fmt.Fprintln(os.Stderr, "build the commands under test:", err)
+		return 1
+	}
+	sweep()
+	defer sweepOwn()
+	return m.Run()
+}
+
+var labName = regexp.MustCompile(`^t([0-9]+)[a-z]+$`)
+
+// sweep removes the labs that a killed run left.
+func sweep() {
+	entries, _ := os.ReadDir("/run/underlay")
+	for _, e := range entries {
+		if m := labName.FindStringSubmatch(e.Name()); m != nil {
+			if pid, _ := strconv.Atoi(m[1]); syscall.Kill(pid, 0) != nil {
+				_ = exec.Command(filepath.Join(bin, "underlay"), "down", "--name", e.Name()).Run()
+			}
+		}
+	}
+}
+
+// sweepOwn removes what a failed test of this run left.
+func sweepOwn() {
+	entries, _ := os.ReadDir("/run/underlay")
+	for _, e := range entries {
+		if m := labName.FindStringSubmatch(e.Name()); m != nil && m[1] == strconv.Itoa(os.Getpid()) {
+			_ = exec.Command(filepath.Join(bin, "underlay"), "down", "--name", e.Name()).Run()
+		}
+	}
+}
+
+// lab is one running lab.
+type lab struct {
+	t        *testing.T
+	Name     string `json:"name"`
+	Endpoint string `json:"endpoint"`
+	VPCID    string `json:"vpcId"`
+	Nodes    []node `json:"nodes"`
+	Outside  []struct {
+		Name, InstanceID, Netns string
+		IP                      netip.Addr
+	} `json:"outside"`
+}
+
+type node struct {
+	Name, InstanceID, Netns, SubnetID, AgentSocket, CNIConfDir, CNIBinDir string
+	IP                                                                    netip.Addr
+}
+
+// pod is what `underlay run -o json` answers.
+type pod struct {
+	Name, Node, Netns, ENI, MAC, Error string
+	IP                                 netip.Addr
+	AddMillis                          float64
+}
+
+var labs atomic.Int32
+
+// up brings a lab up, to be taken down when the test ends.
+func up(t *testing.T, args ...string) *lab {
+	t.Helper()
+	testenv.Require(t, "root", "bpf")
+	l := &lab{t: t, Name: fmt.Sprintf("t%d%c", os.Getpid(), 'a'+labs.Add(1)-1)}
+	t.Cleanup(func() {
+		if t.Failed() {
+			l.showLogs()
+		}
+		l.underlay("down")
+	})
+	out := l.underlay(append([]string{"up", "-o", "json", "--listen", "127.0.0.1:0"}, args...)...)
+	if err := json.Unmarshal([]byte(out), l); err != nil {
+		t.Fatalf("up -o json: %v\n%s", err, out)
+	}
+	return l
+}
+
+// try runs an underlay command on the lab.
+func (l *lab) try(args ...string) (stdout, stderr string, code int) {
+	l.t.Helper()
+	// --name goes after the verb and before a "--" of the command's own.
+	args = append([]string{args[0], "--name", l.Name}, args[1:]...)
+	return execute(l.t, filepath.Join(bin, "underlay"), args...)
+}
+
+// underlay runs an underlay command that must succeed and returns its stdout.
+func (l *lab) underlay(args ...string) string {
+	l.t.Helper()
+	stdout, stderr, code := l.try(args...)
+	if code != 0 {
+		l.t.Fatalf("underlay %s: exit %d\n%s%s", strings.Join(args, " "), code, stdout, stderr)
+	}
+	return stdout
+}
+
+// run starts one pod.
+func (l *lab) run(name string, args ...string) pod {
+	l.t.Helper()
+	var p pod
+	out := l.underlay(append([]string{"run", name, "-o", "json"}, args...)...)
+	if err := json.Unmarshal([]byte(out), &p); err != nil {
+		l.t.Fatalf("run -o json: %v\n%s", err, out)
+	}
+	if !p.IP.IsValid() || p.Netns == "" {
+		l.t.Fatalf("run %s: %s", name, out)
+	}
+	return p
+}
+
+func (l *lab) outside(name string) netip.Addr {
+	l.t.Helper()
+	for _, o := range l.Outside {
+		if o.Name == name {
+			return o.IP
+		}
+	}
+	l.t.Fatalf("no %s outside the cluster in %+v", name, l.Outside)
+	return netip.Addr{}
+}
+
+func (l *lab) dir() string { return filepath.Join("/run/underlay", l.Name) }
+
+// aws runs Debian's AWS CLI against the lab and decodes its JSON into v.
+func (l *lab) aws(v any, args ...string) {
+	l.t.Helper()
+	testenv.Require(l.t, "aws")
+	cmd := exec.Command("/usr/bin/aws", append([]string{"--endpoint-url", l.Endpoint, "--region", "us-east-1", "--output", "json"}, args...)...)
+	cmd.Env = append(os.Environ(), "AWS_ACCESS_KEY_ID=test", "AWS_SECRET_ACCESS_KEY=test", "AWS_PAGER=")
+	out, err := cmd.Output()
+	if err != nil {
+		var ee *exec.ExitError
+		if errors.As(err, &ee) {
+			l.t.Fatalf("aws %s: %v\n%s", strings.Join(args, " "), err, ee.Stderr)
+		}
+		l.t.Fatalf("aws %s: %v", strings.Join(args, " "), err)
+	}
+	if err := json.Unmarshal(out, v); err != nil {
+		l.t.Fatalf("aws %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
+}
+
+// process returns the pid of the lab's process whose command line begins with
+// the program and holds needle, or 0.
+func (l *lab) process(program, needle string) int {
+	l.t.Helper()
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		cmdline, _ := os.ReadFile(filepath.Join("/proc", e.Name(), "cmdline"))
+		argv := strings.Split(string(cmdline), "\x00")
+		if filepath.Base(argv[0]) == program && strings.Contains(string(cmdline), needle) && strings.Contains(string(cmdline), l.Name) {
+			return pid
+		}
+	}
+	return 0
+}
+
+// kill ends a process of the lab by SIGKILL and waits until it is gone.
+func (l *lab) kill(program, needle string) {
+	l.t.Helper()
+	pid := l.process(program, needle)
+	if pid == 0 {
+		l.t.Fatalf("no %s process of lab %s", program, l.Name)
+	}
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		l.t.Fatalf("kill %s (%d): %v", program, pid, err)
+	}
+	eventually(l.t, 5*time.Second, program+" is gone", func() error {
+		if p := l.process(program, needle); p == pid {
+			return fmt.Errorf("pid %d lives", pid)
+		}
+		return nil
+	})
+}
+
+func (l *lab) showLogs() {
+	logs, _ := filepath.Glob(filepath.Join(l.dir(), "*", "*.log"))
+	more, _ := filepath.Glob(filepath.Join(l.dir(), "*", "*", "*.log"))
+	for _, f := range append(logs, more...) {
+		b, _ := os.ReadFile(f)
+		if len(b) > 3000 {
+			b = b[len(b)-3000:]
+		}
+		l.t.Logf("%s:\n%s", f, b)
+	}
+}
+
+// execute runs a command to its end, at most two minutes.
+func execute(t *testing.T, name string, args ...string) (stdout, stderr string, code int) {
+	t.Helper()
+	var out, errOut bytes.Buffer
+	cmd := exec.CommandContext(t.Context(), name, args...)
+	cmd.Stdout, cmd.Stderr = &out, &errOut
+	cmd.WaitDelay = 2 * time.Second // children that keep the pipes open do not keep us
+	// Cleanups run after the test's context ended.
+	if t.Context().Err() != nil {
+		cmd = exec.Command(name, args...)
+		cmd.Stdout, cmd.Stderr = &out, &errOut
+	}
+	err := cmd.Run()
+	var exit *exec.ExitError
+	switch {
+	case err == nil, errors.Is(err, exec.ErrWaitDelay):
+	case errors.As(err, &exit):
+		code = exit.ExitCode()
+	default:
+		t.Fatalf("%s %s: %v", name, strings.Join(args, " "), err)
+	}
+	return out.String(), errOut.String(), code
+}
+
+// eventually polls until check returns nil.
+func eventually(t *testing.T, limit time.Duration, what string, check func() error) {
+	t.Helper()
+	deadline := time.Now().Add(limit)
+	for {
+		err := check()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("after %v still not: %s: %v", limit, what, err)
+		}
+		<-time.After(20 * time.Millisecond)
+	}
+}

@@ -1,0 +1,116 @@
+package e2e
+
+import (
+	"encoding/json"
+	"encoding/xml"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/underlay-cni/underlay/internal/agentapi"
+)
+
+// call sends one EC2 call by hand, without a client that would try again.
+func (l *lab) call(action string, params map[string]string, v any) error {
+	form := url.Values{"Action": {action}, "Version": {"2016-11-15"}}
+	for k, p := range params {
+		form.Set(k, p)
+	}
+	req, err := http.NewRequest(http.MethodPost, l.Endpoint, strings.NewReader(form.Encode()))
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Content-Type", "application/x-www-form-urlencoded; charset=utf-8")
+	req.Header.Set("X-Amz-Date", time.Now().UTC().Format("20060102T150405Z"))
+	req.Header.Set("Authorization", "AWS4-HMAC-SHA256 Credential=test/"+time.Now().UTC().Format("20060102")+"/us-east-1/ec2/aws4_request, SignedHeaders=host, Signature=0")
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return err
+	}
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("%s: %s: %s", action, resp.Status, b)
+	}
+	return xml.Unmarshal(b, v)
+}
+
+// createGroup creates a security group and returns its ID once vpcd said so.
+func (l *lab) createGroup(name string) (string, error) {
+	var out struct {
+		GroupID string `xml:"groupId"`
+	}
+	err := l.call("CreateSecurityGroup", map[string]string{"GroupName": name, "GroupDescription": "made by a test", "VpcId": l.VPCID}, &out)
+	return out.GroupID, err
+}
+
+// groups returns the IDs of all security groups.
+func (l *lab) groups() map[string]bool {
+	l.t.Helper()
+	var out struct {
+		Items []struct {
+			GroupID string `xml:"groupId"`
+		} `xml:"securityGroupInfo>item"`
+	}
+	if err := l.call("DescribeSecurityGroups", nil, &out); err != nil {
+		l.t.Fatal(err)
+	}
+	ids := map[string]bool{}
+	for _, g := range out.Items {
+		ids[g.GroupID] = true
+	}
+	return ids
+}
+
+// writes returns how many calls that change something vpcd has served.
+func (l *lab) writes() int {
+	l.t.Helper()
+	resp, err := http.Get(l.Endpoint + "/_vpcd/calls")
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	var calls map[string]int
+	if err := json.NewDecoder(resp.Body).Decode(&calls); err != nil {
+		l.t.Fatalf("/_vpcd/calls: %v", err)
+	}
+	if calls["DescribeNetworkInterfaces"] == 0 {
+		l.t.Fatalf("vpcd counts no DescribeNetworkInterfaces, though agents run: %v", calls)
+	}
+	n := 0
+	for action, count := range calls {
+		if !strings.HasPrefix(action, "Describe") && !strings.HasPrefix(action, "Get") {
+			n += count
+		}
+	}
+	return n
+}
+
+// chaos sets one of vpcd's knobs.
+func (l *lab) chaos(args ...string) {
+	l.t.Helper()
+	_, stderr, code := execute(l.t, bin+"/vpcd", append([]string{"chaos", "set", "--endpoint", l.Endpoint}, args...)...)
+	if code != 0 {
+		l.t.Fatalf("vpcd chaos set %v: %s", args, stderr)
+	}
+}
+
+// inspect asks a node's agent what it knows.
+func (l *lab) inspect(n node) *agentapi.Inspection {
+	l.t.Helper()
+	var in *agentapi.Inspection
+	eventually(l.t, 10*time.Second, "the agent of "+n.Name+" serves", func() (err error) {
+		c := agentapi.Client{Socket: n.AgentSocket}
+		if in, err = c.Inspect(l.t.Context()); err == nil && !in.Healthy {
+			err = fmt.Errorf("not healthy: %s", in.Reason)
+		}
+		return err
+	})
+	return in
+}
