@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/underlay-cni/underlay/internal/nl"
+	"github.com/underlay-cni/underlay/test/lab"
 )
 
 // cniError is what a plugin prints when it refuses.
@@ -26,8 +27,8 @@ type cniError struct {
 // plugin runs underlay-cni as a runtime would.
 func plugin(t *testing.T, command, netns, config string, env ...string) (string, *cniError) {
 	t.Helper()
-	cmd := exec.Command(filepath.Join(bin, "underlay-cni"))
-	cmd.Env = append(os.Environ(), "CNI_COMMAND="+command, "CNI_CONTAINERID=bad-input", "CNI_IFNAME=eth0", "CNI_PATH="+bin, "CNI_NETNS="+netns)
+	cmd := exec.Command(filepath.Join(lab.Bin, "underlay-cni"))
+	cmd.Env = append(os.Environ(), "CNI_COMMAND="+command, "CNI_CONTAINERID=bad-input", "CNI_IFNAME=eth0", "CNI_PATH="+lab.Bin, "CNI_NETNS="+netns)
 	cmd.Env = append(cmd.Env, env...)
 	cmd.Stdin = strings.NewReader(config)
 	var out bytes.Buffer
@@ -45,7 +46,7 @@ func plugin(t *testing.T, command, netns, config string, env ...string) (string,
 // Bad input gets the CNI error code and a message with the next step, and the
 // agent goes on as if nothing had been.
 func TestBadInput(t *testing.T) {
-	l := up(t, "--nodes", "1")
+	l := lab.Up(t, "--nodes", "1")
 	n := l.Nodes[0]
 	config := func(version, socket string) string {
 		return fmt.Sprintf(`{"cniVersion":%q,"name":"underlay","type":"underlay-cni","socket":%q}`, version, socket)
@@ -123,19 +124,19 @@ func TestBadInput(t *testing.T) {
 				t.Errorf("%s: %v", name, err)
 			}
 			c.Close()
-			if in := l.inspect(n); !in.Healthy {
+			if in := l.Inspect(n); !in.Healthy {
 				t.Errorf("after %s: %s", name, in.Reason)
 			}
 		}
 	})
 
 	t.Run("EC2 denies", func(t *testing.T) {
-		l.run("first") // takes what the pool holds
-		l.chaos("--fail", "AssignPrivateIpAddresses=UnauthorizedOperation:1.0", "--fail", "CreateNetworkInterface=UnauthorizedOperation:1.0")
-		defer l.chaos("--fail", "")
+		l.Run("first") // takes what the pool holds
+		l.Chaos("--fail", "AssignPrivateIpAddresses=UnauthorizedOperation:1.0", "--fail", "CreateNetworkInterface=UnauthorizedOperation:1.0")
+		defer l.Chaos("--fail", "")
 		var failed bool
 		for i := range 5 {
-			_, stderr, code := l.try("run", fmt.Sprintf("denied-%d", i))
+			_, stderr, code := l.Try("run", fmt.Sprintf("denied-%d", i))
 			if code != 0 {
 				failed = true
 				if !strings.Contains(stderr, "UnauthorizedOperation") && !strings.Contains(stderr, "104") {
@@ -150,7 +151,7 @@ func TestBadInput(t *testing.T) {
 	})
 
 	t.Run("agent down", func(t *testing.T) {
-		l.kill("underlay-agent", n.Name)
+		l.Kill("underlay-agent", n.Name)
 		out, e := plugin(t, "ADD", path, good)
 		if e == nil || e.Code != 100 && e.Code != 11 || !strings.Contains(out, n.AgentSocket) {
 			t.Errorf("%s %+v", out, e)
@@ -166,12 +167,12 @@ func TestBadInput(t *testing.T) {
 
 // A subnet without addresses is said so, and pods that run are not touched.
 func TestSubnetFull(t *testing.T) {
-	l := up(t, "--nodes", "1")
-	a := l.run("a")
-	l.fillSubnet(l.Nodes[0].SubnetID)
+	l := lab.Up(t, "--nodes", "1")
+	a := l.Run("a")
+	l.FillSubnet(l.Nodes[0].SubnetID)
 	var message string
 	for i := range 6 {
-		if _, stderr, code := l.try("run", fmt.Sprintf("more-%d", i)); code != 0 {
+		if _, stderr, code := l.Try("run", fmt.Sprintf("more-%d", i)); code != 0 {
 			message = stderr
 			break
 		}
@@ -179,38 +180,8 @@ func TestSubnetFull(t *testing.T) {
 	if !strings.Contains(message, l.Nodes[0].SubnetID) || !strings.Contains(message, "address") {
 		t.Errorf("the message does not name the subnet: %q", message)
 	}
-	l.underlay("exec", "a", "--", "ping", "-c", "1", "-W", "2", l.Nodes[0].IP.String())
-	if got := l.pods()["node-1/a"]; got != a.IP {
+	l.Underlay("exec", "a", "--", "ping", "-c", "1", "-W", "2", l.Nodes[0].IP.String())
+	if got := l.Pods()["node-1/a"]; got != a.IP {
 		t.Errorf("pod a is known as %s, was %s", got, a.IP)
-	}
-}
-
-// fillSubnet takes every free address of a subnet with interfaces that are
-// attached to nothing.
-func (l *lab) fillSubnet(subnet string) {
-	l.t.Helper()
-	for {
-		var out struct {
-			Items []struct {
-				Available int `xml:"availableIpAddressCount"`
-			} `xml:"subnetSet>item"`
-		}
-		if err := l.call("DescribeSubnets", map[string]string{"SubnetId.1": subnet}, &out); err != nil {
-			l.t.Fatal(err)
-		}
-		free := out.Items[0].Available
-		if free == 0 {
-			return
-		}
-		var made struct {
-			ID string `xml:"networkInterface>networkInterfaceId"`
-		}
-		params := map[string]string{"SubnetId": subnet}
-		if n := min(free-1, 255); n > 0 {
-			params["SecondaryPrivateIpAddressCount"] = fmt.Sprint(n)
-		}
-		if err := l.call("CreateNetworkInterface", params, &made); err != nil {
-			l.t.Fatalf("with %d free: %v", free, err)
-		}
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -14,34 +15,34 @@ import (
 	"time"
 
 	mdpacket "github.com/mdlayher/packet"
-	"github.com/underlay-cni/underlay/internal/packet"
 
-	"net"
+	"github.com/underlay-cni/underlay/internal/packet"
+	"github.com/underlay-cni/underlay/test/lab"
 )
 
 // The main job, end to end: a VPC, two nodes, pods with addresses of the VPC.
 func TestMainJob(t *testing.T) {
-	l := up(t, "--nodes", "2")
-	a := l.run("a", "--node", "node-1")
-	b := l.run("b", "--node", "node-2")
+	l := lab.Up(t, "--nodes", "2")
+	a := l.Run("a", "--node", "node-1")
+	b := l.Run("b", "--node", "node-2")
 	if a.Node == b.Node || a.IP == b.IP {
 		t.Fatalf("pods %+v and %+v", a, b)
 	}
 
 	t.Run("pods of two nodes ping each other", func(t *testing.T) {
-		l.underlay("exec", "a", "--", "ping", "-c", "2", "-W", "2", b.IP.String())
-		l.underlay("exec", "b", "--", "ping", "-c", "2", "-W", "2", a.IP.String())
+		l.Underlay("exec", "a", "--", "ping", "-c", "2", "-W", "2", b.IP.String())
+		l.Underlay("exec", "b", "--", "ping", "-c", "2", "-W", "2", a.IP.String())
 	})
 
 	t.Run("the server sees the pod's own address", func(t *testing.T) {
 		at := netip.AddrPortFrom(b.IP, 8081)
-		serveTCP(t, b.Netns, at)
-		if got := askTCP(t, a.Netns, at); got != a.IP.String() {
+		lab.ServeTCP(t, b.Netns, at)
+		if got := lab.AskTCP(t, a.Netns, at); got != a.IP.String() {
 			t.Errorf("pod b sees %q, pod a is %s", got, a.IP)
 		}
 		for _, o := range l.Outside {
 			port := map[string]uint16{"db-1": 5432, "vm-1": 8080}[o.Name]
-			if got := askTCP(t, a.Netns, netip.AddrPortFrom(o.IP, port)); !strings.Contains(got, a.IP.String()) {
+			if got := lab.AskTCP(t, a.Netns, netip.AddrPortFrom(o.IP, port)); !strings.Contains(got, a.IP.String()) {
 				t.Errorf("%s says %q, pod a is %s", o.Name, got, a.IP)
 			}
 		}
@@ -49,8 +50,8 @@ func TestMainJob(t *testing.T) {
 
 	t.Run("nothing is encapsulated on the wire", func(t *testing.T) {
 		frames := capture(t, l.Nodes[1].Netns, "eth0")
-		serveTCP(t, b.Netns, netip.AddrPortFrom(b.IP, 8082))
-		askTCP(t, a.Netns, netip.AddrPortFrom(b.IP, 8082))
+		lab.ServeTCP(t, b.Netns, netip.AddrPortFrom(b.IP, 8082))
+		lab.AskTCP(t, a.Netns, netip.AddrPortFrom(b.IP, 8082))
 		seen := 0
 		for _, p := range frames() {
 			if !p.IP() || p.Tuple.DstPort != 8082 && p.Tuple.SrcPort != 8082 {
@@ -75,8 +76,8 @@ func TestMainJob(t *testing.T) {
 				Ipv4Prefixes       []struct{ Ipv4Prefix netip.Prefix }
 			}
 		}
-		l.aws(&out, "ec2", "describe-network-interfaces")
-		for _, p := range []pod{a, b} {
+		l.AWS(&out, "ec2", "describe-network-interfaces")
+		for _, p := range []lab.Pod{a, b} {
 			found := false
 			for _, eni := range out.NetworkInterfaces {
 				if eni.NetworkInterfaceID != p.ENI {
@@ -96,8 +97,8 @@ func TestMainJob(t *testing.T) {
 	})
 
 	t.Run("one more than twenty pods at once", func(t *testing.T) {
-		var pods []pod
-		out := l.underlay("run", "many", "--count", "21", "-o", "json")
+		var pods []lab.Pod
+		out := l.Underlay("run", "many", "--count", "21", "-o", "json")
 		if err := json.Unmarshal([]byte(out), &pods); err != nil {
 			t.Fatalf("%v\n%s", err, out)
 		}
@@ -114,42 +115,42 @@ func TestMainJob(t *testing.T) {
 		if len(pods) != 21 {
 			t.Errorf("%d pods", len(pods))
 		}
-		l.underlay("exec", "many-21", "--", "ping", "-c", "1", "-W", "2", pods[0].IP.String())
+		l.Underlay("exec", "many-21", "--", "ping", "-c", "1", "-W", "2", pods[0].IP.String())
 	})
 
 	t.Run("status names nodes and pods", func(t *testing.T) {
-		out := l.underlay("status")
+		out := l.Underlay("status")
 		for _, want := range []string{"node-1", "node-2", a.IP.String(), "many-21"} {
 			if !strings.Contains(out, want) {
 				t.Errorf("status does not mention %s:\n%s", want, out)
 			}
 		}
 		var v any
-		if err := json.Unmarshal([]byte(l.underlay("status", "-o", "json")), &v); err != nil {
+		if err := json.Unmarshal([]byte(l.Underlay("status", "-o", "json")), &v); err != nil {
 			t.Errorf("status -o json: %v", err)
 		}
 	})
 
 	t.Run("a removed pod leaves nothing", func(t *testing.T) {
-		l.underlay("rm", "b")
+		l.Underlay("rm", "b")
 		if _, err := os.Stat(b.Netns); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("%s: %v", b.Netns, err)
 		}
-		out := l.underlay("node", "exec", "node-2", "--", "ip", "route", "show", "table", "all")
+		out := l.Underlay("node", "exec", "node-2", "--", "ip", "route", "show", "table", "all")
 		if strings.Contains(out, b.IP.String()+" ") {
 			t.Errorf("a route to %s is left:\n%s", b.IP, out)
 		}
-		if _, _, code := l.try("exec", "a", "--", "ping", "-c", "1", "-W", "1", b.IP.String()); code == 0 {
+		if _, _, code := l.Try("exec", "a", "--", "ping", "-c", "1", "-W", "1", b.IP.String()); code == 0 {
 			t.Errorf("%s still answers", b.IP)
 		}
 	})
 
 	t.Run("down leaves nothing", func(t *testing.T) {
-		l.underlay("down")
+		l.Underlay("down")
 		if left := leftovers(t, l.Name); left != "" {
 			t.Errorf("left after down:\n%s", left)
 		}
-		l.underlay("down") // and again
+		l.Underlay("down") // and again
 	})
 }
 
@@ -192,7 +193,7 @@ func leftovers(t *testing.T, name string) string {
 // ends it and returns what came.
 func capture(t *testing.T, netns, ifname string) func() []packet.Packet {
 	t.Helper()
-	conn := inNetns(t, netns, func() (*mdpacket.Conn, error) {
+	conn := lab.In(t, netns, func() (*mdpacket.Conn, error) {
 		ifi, err := net.InterfaceByName(ifname)
 		if err != nil {
 			return nil, fmt.Errorf("find %s: %w", ifname, err)

@@ -12,7 +12,9 @@ import (
 	"time"
 
 	mdpacket "github.com/mdlayher/packet"
+
 	"github.com/underlay-cni/underlay/internal/packet"
+	"github.com/underlay-cni/underlay/test/lab"
 )
 
 // hostMAC returns the MAC that a pod's neighbour table has for its gateway.
@@ -39,7 +41,7 @@ func hostMAC(t *testing.T, netns string) packet.MAC {
 // sendFrames writes raw frames out of a pod's interface.
 func sendFrames(t *testing.T, netns string, frames ...[]byte) {
 	t.Helper()
-	conn := inNetns(t, netns, func() (*mdpacket.Conn, error) {
+	conn := lab.In(t, netns, func() (*mdpacket.Conn, error) {
 		ifi, err := net.InterfaceByName("eth0")
 		if err != nil {
 			return nil, fmt.Errorf("find eth0: %w", err)
@@ -66,10 +68,10 @@ func parseMAC(t *testing.T, s string) packet.MAC {
 // Nobody speaks for another: what a pod sends under a foreign name does not
 // leave its interface, and is counted.
 func TestSpoofedFramesGoNowhere(t *testing.T) {
-	l := up(t, "--nodes", "1")
-	liar := l.run("liar", "--node", "node-1")
-	neighbour := l.run("neighbour", "--node", "node-1")
-	victim := l.run("victim", "--node", "node-1")
+	l := lab.Up(t, "--nodes", "1")
+	liar := l.Run("liar", "--node", "node-1")
+	neighbour := l.Run("neighbour", "--node", "node-1")
+	victim := l.Run("victim", "--node", "node-1")
 	gw := hostMAC(t, liar.Netns)
 	own, foreign := parseMAC(t, liar.MAC), parseMAC(t, neighbour.MAC)
 	to := netip.AddrPortFrom(victim.IP, 9)
@@ -78,7 +80,7 @@ func TestSpoofedFramesGoNowhere(t *testing.T) {
 
 	dropped := func() uint64 {
 		var n uint64
-		for _, c := range l.inspect(l.Nodes[0]).Counters.Drops {
+		for _, c := range l.Inspect(l.Nodes[0]).Counters.Drops {
 			n += c
 		}
 		return n
@@ -104,7 +106,7 @@ func TestSpoofedFramesGoNowhere(t *testing.T) {
 	} {
 		before := dropped()
 		sendFrames(t, liar.Netns, frame)
-		eventually(t, 5*time.Second, name+" is counted", func() error {
+		lab.Eventually(t, 5*time.Second, name+" is counted", func() error {
 			if dropped() <= before {
 				return errNotYet
 			}
@@ -134,20 +136,20 @@ func TestSpoofedFramesGoNowhere(t *testing.T) {
 // Programs detached by hand: nothing from a pod passes, neither to another pod
 // nor out nor to the node.
 func TestLostProgramsDoNotOpenTheNode(t *testing.T) {
-	l := up(t, "--nodes", "2")
-	l.run("a", "--node", "node-1")
-	b := l.run("b", "--node", "node-1")
-	c := l.run("c", "--node", "node-2")
+	l := lab.Up(t, "--nodes", "2")
+	l.Run("a", "--node", "node-1")
+	b := l.Run("b", "--node", "node-1")
+	c := l.Run("c", "--node", "node-2")
 	targets := map[string]netip.Addr{"a pod of the node": b.IP, "a pod elsewhere": c.IP, "the node": l.Nodes[0].IP, "another node": l.Nodes[1].IP}
 	for name, ip := range targets {
-		if _, _, code := l.try("exec", "a", "--", "ping", "-c", "1", "-W", "2", ip.String()); code != 0 {
+		if _, _, code := l.Try("exec", "a", "--", "ping", "-c", "1", "-W", "2", ip.String()); code != 0 {
 			t.Fatalf("before: %s (%s) does not answer", name, ip)
 		}
 	}
 	// The agent must not put them back meanwhile.
-	l.kill("underlay-agent", "node-1")
+	l.Kill("underlay-agent", "node-1")
 	n := 0
-	err := filepath.Walk(filepath.Join(l.dir(), "bpf"), func(path string, info os.FileInfo, err error) error {
+	err := filepath.Walk(filepath.Join(l.Dir(), "bpf"), func(path string, info os.FileInfo, err error) error {
 		if err != nil || info.IsDir() || !strings.Contains(path, "node-1") {
 			return err
 		}
@@ -163,11 +165,11 @@ func TestLostProgramsDoNotOpenTheNode(t *testing.T) {
 		t.Fatalf("detached %d links, want two for each of two pods", n)
 	}
 	for name, ip := range targets {
-		if _, _, code := l.try("exec", "a", "--", "ping", "-c", "2", "-i", "0.2", "-W", "1", ip.String()); code == 0 {
+		if _, _, code := l.Try("exec", "a", "--", "ping", "-c", "2", "-i", "0.2", "-W", "1", ip.String()); code == 0 {
 			t.Errorf("without programs, %s (%s) still answers", name, ip)
 		}
 	}
-	out := l.underlay("node", "exec", "node-1", "--", "nft", "list", "table", "inet", "underlay")
+	out := l.Underlay("node", "exec", "node-1", "--", "nft", "list", "table", "inet", "underlay")
 	if !strings.Contains(out, "counter packets") || strings.Contains(out, "counter packets 0 ") {
 		t.Errorf("the fail-closed rule counted nothing:\n%s", out)
 	}

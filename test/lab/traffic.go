@@ -1,4 +1,4 @@
-package e2e
+package lab
 
 import (
 	"encoding/binary"
@@ -14,10 +14,10 @@ import (
 	"github.com/underlay-cni/underlay/internal/nl"
 )
 
-// stream is UDP from one namespace to an address in another and back, one
+// Stream is UDP from one namespace to an address in another and back, one
 // numbered datagram each millisecond. What is lost is counted exactly.
-type stream struct {
-	t        *testing.T
+type Stream struct {
+	t        testing.TB
 	conn     net.Conn
 	echo     net.PacketConn
 	sent     atomic.Int64
@@ -28,7 +28,7 @@ type stream struct {
 
 const streamPort = 7007
 
-func inNetns[T any](t *testing.T, netns string, fn func() (T, error)) T {
+func In[T any](t testing.TB, netns string, fn func() (T, error)) T {
 	t.Helper()
 	var v T
 	err := nl.Do(netns, func() (err error) {
@@ -41,14 +41,14 @@ func inNetns[T any](t *testing.T, netns string, fn func() (T, error)) T {
 	return v
 }
 
-// startStream begins to send from netns from to the address to inside netns
+// StartStream begins to send from netns from to the address to inside netns
 // dst. It returns once the first answer has come.
-func startStream(t *testing.T, from, dst string, to netip.Addr) *stream {
+func StartStream(t testing.TB, from, dst string, to netip.Addr) *Stream {
 	t.Helper()
-	s := &stream{t: t, quit: make(chan struct{}), done: make(chan struct{})}
+	s := &Stream{t: t, quit: make(chan struct{}), done: make(chan struct{})}
 	at := netip.AddrPortFrom(to, streamPort)
-	s.echo = inNetns(t, dst, func() (net.PacketConn, error) { return net.ListenPacket("udp4", at.String()) })
-	s.conn = inNetns(t, from, func() (net.Conn, error) { return net.Dial("udp4", at.String()) })
+	s.echo = In(t, dst, func() (net.PacketConn, error) { return net.ListenPacket("udp4", at.String()) })
+	s.conn = In(t, from, func() (net.Conn, error) { return net.Dial("udp4", at.String()) })
 	t.Cleanup(func() { s.conn.Close(); s.echo.Close() })
 
 	go func() { // ends when the cleanup closes the socket
@@ -95,7 +95,7 @@ func startStream(t *testing.T, from, dst string, to netip.Addr) *stream {
 			}
 		}
 	}()
-	eventually(t, 5*time.Second, "the first answer", func() error {
+	Eventually(t, 5*time.Second, "the first answer", func() error {
 		if s.received.Load() == 0 {
 			return errors.New("nothing came back")
 		}
@@ -104,9 +104,9 @@ func startStream(t *testing.T, from, dst string, to netip.Addr) *stream {
 	return s
 }
 
-// stop ends the stream and returns how many datagrams were sent and how many
+// Stop ends the stream and returns how many datagrams were sent and how many
 // of their answers never came.
-func (s *stream) stop() (sent, lost int64) {
+func (s *Stream) Stop() (sent, lost int64) {
 	close(s.quit)
 	<-s.done
 	deadline := time.Now().Add(2 * time.Second)
@@ -116,11 +116,11 @@ func (s *stream) stop() (sent, lost int64) {
 	return s.sent.Load(), s.sent.Load() - s.received.Load()
 }
 
-// more waits until n further answers have come.
-func (s *stream) more(n int64) {
+// More waits until n further answers have come.
+func (s *Stream) More(n int64) {
 	s.t.Helper()
 	want := s.received.Load() + n
-	eventually(s.t, 20*time.Second, "traffic goes on", func() error {
+	Eventually(s.t, 20*time.Second, "traffic goes on", func() error {
 		if s.received.Load() < want {
 			return errors.New("too few answers")
 		}
@@ -128,10 +128,10 @@ func (s *stream) more(n int64) {
 	})
 }
 
-// askTCP connects from a namespace and returns all that the server says.
-func askTCP(t *testing.T, from string, to netip.AddrPort) string {
+// AskTCP connects from a namespace and returns all that the server says.
+func AskTCP(t testing.TB, from string, to netip.AddrPort) string {
 	t.Helper()
-	conn := inNetns(t, from, func() (net.Conn, error) { return net.DialTimeout("tcp4", to.String(), 5*time.Second) })
+	conn := In(t, from, func() (net.Conn, error) { return net.DialTimeout("tcp4", to.String(), 5*time.Second) })
 	defer conn.Close()
 	_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
 	b, err := io.ReadAll(conn)
@@ -141,10 +141,10 @@ func askTCP(t *testing.T, from string, to netip.AddrPort) string {
 	return string(b)
 }
 
-// serveTCP listens in a namespace; the server says which address it sees.
-func serveTCP(t *testing.T, netns string, at netip.AddrPort) {
+// ServeTCP listens in a namespace; the server says which address it sees.
+func ServeTCP(t testing.TB, netns string, at netip.AddrPort) {
 	t.Helper()
-	l := inNetns(t, netns, func() (net.Listener, error) { return net.Listen("tcp4", at.String()) })
+	l := In(t, netns, func() (net.Listener, error) { return net.Listen("tcp4", at.String()) })
 	t.Cleanup(func() { l.Close() })
 	go func() {
 		for {

@@ -1,4 +1,4 @@
-package e2e
+package lab
 
 import (
 	"bytes"
@@ -20,19 +20,19 @@ import (
 	"github.com/underlay-cni/underlay/internal/testenv"
 )
 
-// bin is the directory of the commands under test, built by TestMain.
-var bin string
+// Bin is the directory of the commands under test, built by Main.
+var Bin string
 
-func TestMain(m *testing.M) { os.Exit(run(m)) }
-
-func run(m *testing.M) int {
+// Main builds the commands under test, removes what killed runs left, and runs
+// the tests; it returns their exit code.
+func Main(m *testing.M) int {
 	dir, err := os.MkdirTemp("", "underlay-e2e-")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
 	defer os.RemoveAll(dir)
-	bin = dir
+	Bin = dir
 	build := exec.Command("go", "build", "-o", dir, "./cmd/...")
 	build.Dir = "../.."
 	build.Stdout, build.Stderr = os.Stderr, os.Stderr
@@ -53,7 +53,7 @@ func sweep() {
 	for _, e := range entries {
 		if m := labName.FindStringSubmatch(e.Name()); m != nil {
 			if pid, _ := strconv.Atoi(m[1]); syscall.Kill(pid, 0) != nil {
-				_ = exec.Command(filepath.Join(bin, "underlay"), "down", "--name", e.Name()).Run()
+				_ = exec.Command(filepath.Join(Bin, "underlay"), "down", "--name", e.Name()).Run()
 			}
 		}
 	}
@@ -64,31 +64,31 @@ func sweepOwn() {
 	entries, _ := os.ReadDir("/run/underlay")
 	for _, e := range entries {
 		if m := labName.FindStringSubmatch(e.Name()); m != nil && m[1] == strconv.Itoa(os.Getpid()) {
-			_ = exec.Command(filepath.Join(bin, "underlay"), "down", "--name", e.Name()).Run()
+			_ = exec.Command(filepath.Join(Bin, "underlay"), "down", "--name", e.Name()).Run()
 		}
 	}
 }
 
-// lab is one running lab.
-type lab struct {
-	t        *testing.T
+// Lab is one running lab.
+type Lab struct {
+	t        testing.TB
 	Name     string `json:"name"`
 	Endpoint string `json:"endpoint"`
 	VPCID    string `json:"vpcId"`
-	Nodes    []node `json:"nodes"`
+	Nodes    []Node `json:"nodes"`
 	Outside  []struct {
 		Name, InstanceID, Netns string
 		IP                      netip.Addr
 	} `json:"outside"`
 }
 
-type node struct {
+type Node struct {
 	Name, InstanceID, Netns, SubnetID, AgentSocket, CNIConfDir, CNIBinDir string
 	IP                                                                    netip.Addr
 }
 
 // pod is what `underlay run -o json` answers.
-type pod struct {
+type Pod struct {
 	Name, Node, Netns, ENI, MAC, Error string
 	IP                                 netip.Addr
 	AddMillis                          float64
@@ -96,47 +96,47 @@ type pod struct {
 
 var labs atomic.Int32
 
-// up brings a lab up, to be taken down when the test ends.
-func up(t *testing.T, args ...string) *lab {
+// Up brings a lab up, to be taken down when the test ends.
+func Up(t testing.TB, args ...string) *Lab {
 	t.Helper()
 	testenv.Require(t, "root", "bpf")
-	l := &lab{t: t, Name: fmt.Sprintf("t%d%c", os.Getpid(), 'a'+labs.Add(1)-1)}
+	l := &Lab{t: t, Name: fmt.Sprintf("t%d%c", os.Getpid(), 'a'+labs.Add(1)-1)}
 	t.Cleanup(func() {
 		if t.Failed() {
 			l.showLogs()
 		}
-		l.underlay("down")
+		l.Underlay("down")
 	})
-	out := l.underlay(append([]string{"up", "-o", "json", "--listen", "127.0.0.1:0"}, args...)...)
+	out := l.Underlay(append([]string{"up", "-o", "json", "--listen", "127.0.0.1:0"}, args...)...)
 	if err := json.Unmarshal([]byte(out), l); err != nil {
 		t.Fatalf("up -o json: %v\n%s", err, out)
 	}
 	return l
 }
 
-// try runs an underlay command on the lab.
-func (l *lab) try(args ...string) (stdout, stderr string, code int) {
+// Try runs an underlay command on the lab.
+func (l *Lab) Try(args ...string) (stdout, stderr string, code int) {
 	l.t.Helper()
 	// --name goes after the verb and before a "--" of the command's own.
 	args = append([]string{args[0], "--name", l.Name}, args[1:]...)
-	return execute(l.t, filepath.Join(bin, "underlay"), args...)
+	return Execute(l.t, filepath.Join(Bin, "underlay"), args...)
 }
 
-// underlay runs an underlay command that must succeed and returns its stdout.
-func (l *lab) underlay(args ...string) string {
+// Underlay runs an underlay command that must succeed and returns its stdout.
+func (l *Lab) Underlay(args ...string) string {
 	l.t.Helper()
-	stdout, stderr, code := l.try(args...)
+	stdout, stderr, code := l.Try(args...)
 	if code != 0 {
 		l.t.Fatalf("underlay %s: exit %d\n%s%s", strings.Join(args, " "), code, stdout, stderr)
 	}
 	return stdout
 }
 
-// run starts one pod.
-func (l *lab) run(name string, args ...string) pod {
+// Run starts one pod.
+func (l *Lab) Run(name string, args ...string) Pod {
 	l.t.Helper()
-	var p pod
-	out := l.underlay(append([]string{"run", name, "-o", "json"}, args...)...)
+	var p Pod
+	out := l.Underlay(append([]string{"run", name, "-o", "json"}, args...)...)
 	if err := json.Unmarshal([]byte(out), &p); err != nil {
 		l.t.Fatalf("run -o json: %v\n%s", err, out)
 	}
@@ -146,7 +146,7 @@ func (l *lab) run(name string, args ...string) pod {
 	return p
 }
 
-func (l *lab) outside(name string) netip.Addr {
+func (l *Lab) OutsideIP(name string) netip.Addr {
 	l.t.Helper()
 	for _, o := range l.Outside {
 		if o.Name == name {
@@ -157,10 +157,10 @@ func (l *lab) outside(name string) netip.Addr {
 	return netip.Addr{}
 }
 
-func (l *lab) dir() string { return filepath.Join("/run/underlay", l.Name) }
+func (l *Lab) Dir() string { return filepath.Join("/run/underlay", l.Name) }
 
-// aws runs Debian's AWS CLI against the lab and decodes its JSON into v.
-func (l *lab) aws(v any, args ...string) {
+// AWS runs Debian's AWS CLI against the lab and decodes its JSON into v.
+func (l *Lab) AWS(v any, args ...string) {
 	l.t.Helper()
 	testenv.Require(l.t, "aws")
 	cmd := exec.Command("/usr/bin/aws", append([]string{"--endpoint-url", l.Endpoint, "--region", "us-east-1", "--output", "json"}, args...)...)
@@ -178,9 +178,9 @@ func (l *lab) aws(v any, args ...string) {
 	}
 }
 
-// process returns the pid of the lab's process whose command line begins with
+// Process returns the pid of the lab's process whose command line begins with
 // the program and holds needle, or 0.
-func (l *lab) process(program, needle string) int {
+func (l *Lab) Process(program, needle string) int {
 	l.t.Helper()
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
@@ -200,27 +200,27 @@ func (l *lab) process(program, needle string) int {
 	return 0
 }
 
-// kill ends a process of the lab by SIGKILL and waits until it is gone.
-func (l *lab) kill(program, needle string) {
+// Kill ends a process of the lab by SIGKILL and waits until it is gone.
+func (l *Lab) Kill(program, needle string) {
 	l.t.Helper()
-	pid := l.process(program, needle)
+	pid := l.Process(program, needle)
 	if pid == 0 {
 		l.t.Fatalf("no %s process of lab %s", program, l.Name)
 	}
 	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
 		l.t.Fatalf("kill %s (%d): %v", program, pid, err)
 	}
-	eventually(l.t, 5*time.Second, program+" is gone", func() error {
-		if p := l.process(program, needle); p == pid {
+	Eventually(l.t, 5*time.Second, program+" is gone", func() error {
+		if p := l.Process(program, needle); p == pid {
 			return fmt.Errorf("pid %d lives", pid)
 		}
 		return nil
 	})
 }
 
-func (l *lab) showLogs() {
-	logs, _ := filepath.Glob(filepath.Join(l.dir(), "*", "*.log"))
-	more, _ := filepath.Glob(filepath.Join(l.dir(), "*", "*", "*.log"))
+func (l *Lab) showLogs() {
+	logs, _ := filepath.Glob(filepath.Join(l.Dir(), "*", "*.log"))
+	more, _ := filepath.Glob(filepath.Join(l.Dir(), "*", "*", "*.log"))
 	for _, f := range append(logs, more...) {
 		b, _ := os.ReadFile(f)
 		if len(b) > 3000 {
@@ -230,8 +230,8 @@ func (l *lab) showLogs() {
 	}
 }
 
-// execute runs a command to its end, at most two minutes.
-func execute(t *testing.T, name string, args ...string) (stdout, stderr string, code int) {
+// Execute runs a command to its end, at most two minutes.
+func Execute(t testing.TB, name string, args ...string) (stdout, stderr string, code int) {
 	t.Helper()
 	var out, errOut bytes.Buffer
 	cmd := exec.CommandContext(t.Context(), name, args...)
@@ -254,8 +254,8 @@ func execute(t *testing.T, name string, args ...string) (stdout, stderr string, 
 	return out.String(), errOut.String(), code
 }
 
-// eventually polls until check returns nil.
-func eventually(t *testing.T, limit time.Duration, what string, check func() error) {
+// Eventually polls until check returns nil.
+func Eventually(t testing.TB, limit time.Duration, what string, check func() error) {
 	t.Helper()
 	deadline := time.Now().Add(limit)
 	for {
