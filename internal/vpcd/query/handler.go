@@ -8,8 +8,8 @@ import (
 
 // Handler serves one action. Make it with Handle.
 type Handler struct {
-	request reflect.Type // of *Req
-	call    func(ctx context.Context, req any) (any, error)
+	request, response reflect.Type // *Req, *Resp
+	call              func(ctx context.Context, req any) (any, error)
 }
 
 // Handle makes a Handler of a function. Req and Resp are the action's
@@ -20,7 +20,8 @@ type Handler struct {
 // belongs to the function.
 func Handle[Req, Resp any](fn func(ctx context.Context, req *Req) (*Resp, error)) Handler {
 	return Handler{
-		request: reflect.TypeFor[*Req](),
+		request:  reflect.TypeFor[*Req](),
+		response: reflect.TypeFor[*Resp](),
 		call: func(ctx context.Context, req any) (any, error) {
 			resp, err := fn(ctx, req.(*Req))
 			if err != nil {
@@ -39,8 +40,9 @@ func (h Handler) fits(a *Action) {
 	if h.call == nil {
 		panic("query: the handler of " + a.Name + " was not made by Handle")
 	}
-	if want := reflect.TypeOf(a.newRequest()); h.request != want {
-		panic(fmt.Sprintf("query: the handler of %s takes %v, not %v", a.Name, h.request, want))
+	req, resp := reflect.TypeOf(a.newRequest()), reflect.TypeOf(a.newResponse())
+	if h.request != req || h.response != resp {
+		panic(fmt.Sprintf("query: the handler of %s takes %v and returns %v, not %v and %v", a.Name, h.request, h.response, req, resp))
 	}
 }
 
