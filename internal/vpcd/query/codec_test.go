@@ -69,8 +69,8 @@ func (f *filler) fill(v reflect.Value, tag reflect.StructTag) {
 	case v.Type() == reflect.TypeFor[[]byte]():
 		v.SetBytes(fmt.Appendf(nil, "\x00\xff blob %d", f.n))
 	case v.Kind() == reflect.Slice:
-		v.Set(reflect.MakeSlice(v.Type(), 3, 3))
-		for i := range 3 {
+		v.Set(reflect.MakeSlice(v.Type(), 2, 2))
+		for i := range 2 {
 			f.fill(v.Index(i), tag)
 		}
 	case v.Kind() == reflect.Struct:
@@ -227,8 +227,9 @@ func TestEveryResponseIsAsTheModelSays(t *testing.T) {
 			}
 			want.Children = append(want.Children, wantElements(ma.Response, reflect.ValueOf(resp).Elem())...)
 			b := a.EncodeResponse(resp, "req-1")
-			if d := cmp.Diff(want, parseXML(t, b)); d != "" {
-				t.Errorf("encoded response (-want +got):\n%s", d)
+			// Some answers are large, and cmp is slow: only to show a difference.
+			if got := parseXML(t, b); !reflect.DeepEqual(want, got) {
+				t.Errorf("encoded response (-want +got):\n%s", cmp.Diff(want, got))
 			}
 			if !strings.Contains(string(b), `xmlns="http://ec2.amazonaws.com/doc/2016-11-15/"`) {
 				t.Errorf("no namespace in %s", b)

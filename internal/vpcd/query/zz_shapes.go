@@ -4,11 +4,11 @@ package query
 
 import "time"
 
-// Accelerator occurs in DescribeInstanceTypes, instanceTypeSet.fpgaInfo.fpgas and 2 more.
+// Accelerator occurs in DescribeInstanceTypes, instanceTypeSet.inferenceAcceleratorInfo.accelerators and 1 more.
 type Accelerator struct {
+	Count        *int64            `x:"count"`
 	Name         *string           `x:"name"`
 	Manufacturer *string           `x:"manufacturer"`
-	Count        *int64            `x:"count"`
 	MemoryInfo   *DeviceMemoryInfo `x:"memoryInfo"`
 }
 
@@ -548,10 +548,18 @@ type FlowLogTagFieldSpecification struct {
 	TagKeySet    []string `x:"tagKeySet"`
 }
 
+// Fpga occurs in DescribeInstanceTypes, instanceTypeSet.fpgaInfo.fpgas.
+type Fpga struct {
+	Name         *string           `x:"name"`
+	Manufacturer *string           `x:"manufacturer"`
+	Count        *int64            `x:"count"`
+	MemoryInfo   *DeviceMemoryInfo `x:"memoryInfo"`
+}
+
 // FpgaInfo occurs in DescribeInstanceTypes, instanceTypeSet.fpgaInfo.
 type FpgaInfo struct {
-	Fpgas                []Accelerator `x:"fpgas"`
-	TotalFpgaMemoryInMiB *int64        `x:"totalFpgaMemoryInMiB"`
+	Fpgas                []Fpga `x:"fpgas"`
+	TotalFpgaMemoryInMiB *int64 `x:"totalFpgaMemoryInMiB"`
 }
 
 // Geography occurs in DescribeAvailabilityZones, availabilityZoneInfo.geographySet and 2 more.
@@ -984,6 +992,12 @@ type Ipv6Prefix struct {
 type Ipv6Range struct {
 	Description *string `q:"Description" x:"description"`
 	CidrIpv6    *string `q:"CidrIpv6" x:"cidrIpv6"`
+}
+
+// LastError occurs in CreateVpcEndpoint, vpcEndpoint.lastError and 1 more.
+type LastError struct {
+	Message *string `x:"message"`
+	Code    *string `x:"code"`
 }
 
 // LaunchTemplate occurs in RunInstances, LaunchTemplate.
@@ -1822,7 +1836,7 @@ type StaleSecurityGroup struct {
 	VpcId                    *string             `x:"vpcId"`
 }
 
-// StateReason occurs in CreateFlowLogs, unsuccessful.error and 7 more.
+// StateReason occurs in CreateFlowLogs, unsuccessful.error and 5 more.
 type StateReason struct {
 	Code    *string `x:"code"`
 	Message *string `x:"message"`
@@ -2019,7 +2033,7 @@ type VpcEndpoint struct {
 	CreationTimestamp        *time.Time            `x:"creationTimestamp"`
 	TagSet                   []Tag                 `x:"tagSet"`
 	OwnerId                  *string               `x:"ownerId"`
-	LastError                *StateReason          `x:"lastError"`
+	LastError                *LastError            `x:"lastError"`
 	Ipv4PrefixSet            []SubnetIpPrefixes    `x:"ipv4PrefixSet"`
 	Ipv6PrefixSet            []SubnetIpPrefixes    `x:"ipv6PrefixSet"`
 	FailureReason            *string               `x:"failureReason"`

@@ -12,10 +12,9 @@ import (
 // shape is one Go structure: all request and response structures with equal
 // fields share it.
 type shape struct {
-	name     string
-	fields   []goField
-	paths    []path
-	response bool // occurs in a response, whose order of fields is then kept
+	name   string
+	fields []goField
+	paths  []path
 }
 
 type goField struct {
@@ -33,7 +32,9 @@ type path struct {
 }
 
 type shapes struct {
-	bySig map[string]*shape
+	responses map[string]*shape // by ordered signature
+	requests  map[string]*shape // by unordered signature: the first such response's, else its own
+	all       []*shape
 }
 
 // goName is the wire name, exported.
@@ -42,43 +43,45 @@ func goName(wire string) string {
 }
 
 // signature is equal for structures that share a Go type: the same Go names,
-// types, value sets and required marks, in whatever order.
-func signature(fs []Field) string {
+// types, value sets and required marks; in the same order, if ordered.
+func signature(fs []Field, ordered bool) string {
 	var parts []string
 	for _, f := range fs {
 		s := fmt.Sprintf("%s:%s:%v:%s:%v:%v:%v", goName(f.Name), f.Type, f.List, f.Item, f.Enum, f.Open, f.Required)
 		if f.Type == "struct" {
-			s += "{" + signature(f.Fields) + "}"
+			s += "{" + signature(f.Fields, ordered) + "}"
 		}
 		parts = append(parts, s)
 	}
-	slices.Sort(parts)
+	if !ordered {
+		slices.Sort(parts)
+	}
 	return strings.Join(parts, ";")
 }
 
-// add records a structure at a path and returns its shape.
+// add records a structure at a path and returns its shape. All responses must
+// be added before the first request: the order of elements is theirs to say.
 func (s *shapes) add(fs []Field, at path, response bool) *shape {
-	sig := signature(fs)
-	sh := s.bySig[sig]
+	index, sig := s.requests, signature(fs, false)
+	if response {
+		index, sig = s.responses, signature(fs, true)
+	}
+	sh := index[sig]
 	if sh == nil {
 		sh = &shape{}
-		s.bySig[sig] = sh
+		index[sig] = sh
+		s.all = append(s.all, sh)
+	}
+	if loose := signature(fs, false); response && s.requests[loose] == nil {
+		s.requests[loose] = sh
 	}
 	sh.paths = append(sh.paths, at)
-	if sh.fields == nil || response && !sh.response {
-		old := sh.fields
-		sh.fields, sh.response = s.convert(fs, at, response), response
-		for i := range sh.fields {
-			for _, o := range old {
-				if o.name == sh.fields[i].name {
-					sh.fields[i].query = o.query
-				}
-			}
-		}
+	fields := s.convert(fs, at, response)
+	if sh.fields == nil {
+		sh.fields = fields
 		return sh
 	}
-	for i, f := range s.convert(fs, at, response) {
-		_ = i
+	for _, f := range fields {
 		for k := range sh.fields {
 			if g := &sh.fields[k]; g.name == f.name {
 				g.query = cmp.Or(g.query, f.query)
@@ -130,12 +133,11 @@ func (p path) base() string {
 // noun of its paths; where shapes compete for a noun the one in most actions
 // has it, and the others are qualified by their parent or their action.
 func (s *shapes) nameAll(taken map[string]bool) []*shape {
-	var all []*shape
-	for _, sh := range s.bySig {
+	all := s.all
+	for _, sh := range all {
 		slices.SortFunc(sh.paths, func(a, b path) int {
 			return cmp.Or(cmp.Compare(a.action, b.action), slices.Compare(a.names, b.names))
 		})
-		all = append(all, sh)
 	}
 	count := func(sh *shape) int {
 		acts := map[string]bool{}
