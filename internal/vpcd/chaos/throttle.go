@@ -23,7 +23,7 @@ type limit [2]float64
 
 type limits struct {
 	Categories struct {
-		NonMutating limit `json:"non_mutating(Describe*,Get*,List*,Search*)"`
+		NonMutating limit `json:"non_mutating"` // Describe, Get, List, Search
 		Unfiltered  struct {
 			Bucket  limit    `json:"bucket"`
 			Actions []string `json:"actions"`
