@@ -1,0 +1,537 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * The VPC's wires. Each ENI is a veth pair: one end in its guest's network
+ * namespace, the other in the fabric's. from_guest runs on what the guest
+ * sends (TCX ingress of the fabric end), to_guest on what the fabric's own
+ * stack answers (TCX egress of the fabric end): the service addresses.
+ *
+ * Every frame that is not delivered is dropped under a reason and counted. The
+ * fabric's routing tables and neighbours have no part in delivery.
+ *
+ * Addresses are keys of 16 bytes, IPv4 mapped (::ffff:a.b.c.d); what a key
+ * means depends on its VNI, the number of the VPC.
+ */
+#include <linux/bpf.h>
+#include <linux/if_ether.h>
+#include <linux/if_packet.h>
+#include <linux/in.h>
+#include <linux/ip.h>
+#include <linux/udp.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+char __license[] SEC("license") = "Dual BSD/GPL";
+
+/* Why a frame was dropped. Append only: counters are pinned by these numbers. */
+enum drop_reason {
+	DROP_NO_INTERFACE,   /* a device that is no ENI's */
+	DROP_MALFORMED,	     /* headers cut short, or that contradict the frame */
+	DROP_SOURCE_MAC,     /* Ethernet source is not the ENI's MAC */
+	DROP_SOURCE_ADDRESS, /* source check: not one of the ENI's addresses */
+	DROP_DEST_ADDRESS,   /* destination check of the receiving ENI */
+	DROP_NO_ROUTE,	     /* outside all routes of the VPC */
+	DROP_NO_TARGET,	     /* inside the VPC, but no ENI holds the address */
+	DROP_UNKNOWN_MAC,    /* to a MAC that is neither router's nor an ENI's of the subnet */
+	DROP_MULTICAST,	     /* broadcast and multicast, other than an ARP request */
+	DROP_IPV6,
+	DROP_ETHERTYPE,	  /* neither IPv4, IPv6 nor ARP */
+	DROP_OVERSIZE,	  /* IP length above the MTU */
+	DROP_ARP_SPOOFED, /* ARP whose sender fields are not the ENI's */
+	DROP_ARP_UNANSWERED, /* ARP to which no answer is due */
+	DROP_NOT_SERVICE, /* the fabric's stack sent something that is no service's answer */
+	DROP_REASONS,	  /* how many there are */
+};
+
+enum eni_flag {
+	ENI_SOURCE_DEST_CHECK = 1,
+	ENI_READY = 2, /* made whole: what Set looks for, nothing to the programs */
+};
+
+enum route_kind {
+	ROUTE_LOCAL = 1, /* to whatever ENI holds the address */
+};
+
+struct address {
+	__u32 vni;
+	__u8 addr[16];
+};
+
+/* An ENI as a destination. */
+struct target {
+	__u32 ifindex; /* fabric end */
+	enum eni_flag flags;
+	__be32 subnet; /* network address of its subnet; with the VNI, the subnet's name */
+	__u8 mac[6];
+	__u8 pad[2];
+};
+
+/* An ENI as a source: what a fabric end belongs to. */
+struct eni {
+	__u32 vni;
+	enum eni_flag flags;
+	__be32 subnet;
+	__be32 netmask;
+	__be32 configured; /* the address that Set gave the guest end, 0: none */
+	__u8 mac[6];
+	__u16 device_index; /* the guest end is called eth%u */
+	__u32 pad;
+	__u64 guest; /* inode of the guest's namespace when the pair was made */
+	char id[32]; /* "eni-…", for who reads the map */
+};
+
+/* A MAC is looked up within its subnet. */
+struct station {
+	__u32 vni;
+	__be32 subnet;
+	__u8 mac[6];
+	__u8 pad[2];
+};
+
+struct route_key {
+	__u32 prefixlen; /* 32 bits of VNI included */
+	__u32 vni;
+	__u8 addr[16];
+};
+
+struct route {
+	enum route_kind kind;
+};
+
+/*
+ * From the guest's point of view: tx is what the fabric accepted from it, rx
+ * what the fabric handed to it; IPv4 only. A packet is one on the wire, so a
+ * GSO frame counts its segments; bytes are IP lengths, without Ethernet header.
+ */
+struct counters {
+	__u64 tx_packets;
+	__u64 tx_bytes;
+	__u64 rx_packets;
+	__u64 rx_bytes;
+	__u64 drops[DROP_REASONS]; /* frames */
+};
+
+/* The router of every subnet; locally administered, never an ENI's. */
+volatile const __u8 router_mac[6] = {0x02, 0x00, 0x5e, 0x00, 0x00, 0x01};
+volatile const __u32 mtu = 9001; /* IP length */
+volatile const enum drop_reason drop_reasons = DROP_REASONS; /* shows the type to bpf2go */
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 16384);
+	__type(key, __u32); /* ifindex of a fabric end */
+	__type(value, struct eni);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} enis SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 262144); /* each address of a /28 is an entry */
+	__type(key, struct address);
+	__type(value, struct target);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} mappings SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 16384);
+	__type(key, struct station);
+	__type(value, struct target);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} stations SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, struct route_key);
+	__type(value, struct route);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} routes SEC(".maps");
+
+/* Key 0 counts what came from a device that is no ENI's. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 16384);
+	__type(key, __u32); /* ifindex of a fabric end */
+	__type(value, struct counters);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} counts SEC(".maps");
+
+/* enum tcx_action_base of Linux 6.6, newer than some distributions' headers. */
+#define TCX_PASS 0
+#define TCX_DROP 2
+
+#define ARP_ETHERNET 1 /* hardware type */
+#define ARP_REQUEST 1
+#define ARP_REPLY 2
+
+/* RFC 826, for Ethernet and IPv4. (<linux/if_arp.h> wants a C library.) */
+struct arp_packet {
+	__be16 hardware_type;
+	__be16 protocol_type;
+	__u8 hardware_len;
+	__u8 protocol_len;
+	__be16 op;
+	__u8 sender_mac[6];
+	__u8 sender_ip[4];
+	__u8 target_mac[6];
+	__u8 target_ip[4];
+} __attribute__((packed));
+
+static __always_inline int drop(__u32 ifindex, enum drop_reason reason)
+{
+	struct counters *c = bpf_map_lookup_elem(&counts, &ifindex);
+
+	if (c && reason < DROP_REASONS)
+		c->drops[reason]++; /* per CPU, and programs do not nest on one */
+	return TCX_DROP;
+}
+
+static __always_inline void set_address(struct address *a, __u32 vni, __be32 ip)
+{
+	__builtin_memset(a, 0, sizeof(*a));
+	a->vni = vni;
+	a->addr[10] = 0xff;
+	a->addr[11] = 0xff;
+	__builtin_memcpy(&a->addr[12], &ip, 4);
+}
+
+static __always_inline struct target *mapping(__u32 vni, __be32 ip)
+{
+	struct address key;
+
+	set_address(&key, vni, ip);
+	return bpf_map_lookup_elem(&mappings, &key);
+}
+
+static __always_inline struct route *route_to(__u32 vni, __be32 ip)
+{
+	struct route_key key = {.prefixlen = 32 + 128, .vni = vni};
+
+	key.addr[10] = 0xff;
+	key.addr[11] = 0xff;
+	__builtin_memcpy(&key.addr[12], &ip, 4);
+	return bpf_map_lookup_elem(&routes, &key);
+}
+
+static __always_inline int same_mac(const __u8 *a, const __u8 *b)
+{
+	__u8 differ = 0;
+
+#pragma unroll
+	for (int i = 0; i < 6; i++)
+		differ |= a[i] ^ b[i];
+	return !differ;
+}
+
+static __always_inline void load_router_mac(__u8 *mac)
+{
+#pragma unroll
+	for (int i = 0; i < 6; i++)
+		mac[i] = router_mac[i];
+}
+
+/* 169.254.0.0/16 */
+static __always_inline int link_local(__be32 ip)
+{
+	return (ip & bpf_htonl(0xffff0000)) == bpf_htonl(0xa9fe0000);
+}
+
+/* The services that listen in the fabric's namespace: IMDS and the EC2 API. */
+static __always_inline int is_service(__be32 ip)
+{
+	return ip == bpf_htonl(0xa9fea9fe) /* 169.254.169.254 */ ||
+	       ip == bpf_htonl(0xa9feab18) /* 169.254.171.24 */;
+}
+
+/* What a frame is on the wire: its packets, their IP bytes, the longest one. */
+struct size {
+	__u64 packets;
+	__u64 bytes;
+	__u32 longest;
+};
+
+/*
+ * measure fills s; iph is the frame's IPv4 header. Only GSO frames of TCP and
+ * UDP are cut by size here; others (SCTP, tunnels) count as cut by the stack
+ * (gso_segs) without the headers that repeat.
+ */
+static __always_inline void measure(struct __sk_buff *skb, const struct iphdr *iph,
+				    struct size *s)
+{
+	__u32 length = skb->len - ETH_HLEN;
+	__u32 headers = iph->ihl * 4;
+	__u32 gso_size = skb->gso_size;
+	__u8 offset;
+
+	s->packets = 1;
+	s->bytes = length;
+	s->longest = length;
+	if (!gso_size)
+		return;
+	if (iph->protocol == IPPROTO_TCP) {
+		/* Byte 12 of the TCP header: data offset in its upper half. */
+		if (bpf_skb_load_bytes(skb, ETH_HLEN + headers + 12, &offset, 1))
+			return;
+		headers += (offset >> 4) * 4;
+	} else if (iph->protocol == IPPROTO_UDP) {
+		headers += sizeof(struct udphdr);
+	} else {
+		s->packets = skb->gso_segs ?: 1;
+		s->longest = 0;
+		return;
+	}
+	s->longest = headers + gso_size;
+	if (length > headers) {
+		s->packets = (length - headers + gso_size - 1) / gso_size;
+		s->bytes = length + (s->packets - 1) * headers;
+	}
+}
+
+/*
+ * deliver hands the frame to the guest behind t. The headers in front of data
+ * are the caller's; addresses on the Ethernet header are rewritten, the TTL is
+ * not: the VPC does not lower it.
+ */
+static __always_inline int deliver(struct __sk_buff *skb, struct ethhdr *eth,
+				   const struct target *t, const __u8 *source,
+				   const struct size *s)
+{
+	__u32 ifindex = t->ifindex;
+	struct counters *c;
+
+	__builtin_memcpy(eth->h_dest, t->mac, 6);
+	__builtin_memcpy(eth->h_source, source, 6);
+	c = bpf_map_lookup_elem(&counts, &ifindex);
+	if (c) {
+		c->rx_packets += s->packets;
+		c->rx_bytes += s->bytes;
+	}
+	/*
+	 * The type was set on arrival, by the MAC of the fabric end. The peer
+	 * does not look again, and IP drops what is for another host.
+	 */
+	bpf_skb_change_type(skb, PACKET_HOST);
+	return bpf_redirect_peer(ifindex, 0);
+}
+
+/*
+ * ARP is answered as the VPC does: for the router, for addresses that other
+ * ENIs of the subnet hold, and for link-local ones (by the router). It never
+ * reaches another guest.
+ */
+static __always_inline int from_guest_arp(struct __sk_buff *skb, const struct eni *self)
+{
+	__u32 ifindex = skb->ifindex;
+	__be32 sender, target, router;
+	struct arp_packet *arp;
+	struct target *owner;
+	struct ethhdr *eth;
+	__u8 answer[6];
+
+	if (bpf_skb_pull_data(skb, ETH_HLEN + sizeof(*arp)))
+		return drop(ifindex, DROP_MALFORMED);
+	eth = (void *)(long)skb->data;
+	arp = (void *)(eth + 1);
+	if ((void *)(arp + 1) > (void *)(long)skb->data_end)
+		return drop(ifindex, DROP_MALFORMED);
+	if (arp->hardware_type != bpf_htons(ARP_ETHERNET) ||
+	    arp->protocol_type != bpf_htons(ETH_P_IP) || arp->hardware_len != 6 ||
+	    arp->protocol_len != 4)
+		return drop(ifindex, DROP_MALFORMED);
+	__builtin_memcpy(&sender, arp->sender_ip, 4);
+	__builtin_memcpy(&target, arp->target_ip, 4);
+
+	if (!same_mac(arp->sender_mac, self->mac))
+		return drop(ifindex, DROP_ARP_SPOOFED);
+	/* A sender of 0.0.0.0 is a probe (RFC 5227): it claims nothing. */
+	if (sender && (self->flags & ENI_SOURCE_DEST_CHECK)) {
+		owner = mapping(self->vni, sender);
+		if (!owner || owner->ifindex != ifindex)
+			return drop(ifindex, DROP_ARP_SPOOFED);
+	}
+	if (arp->op != bpf_htons(ARP_REQUEST))
+		return drop(ifindex, DROP_ARP_UNANSWERED);
+
+	router = self->subnet + bpf_htonl(1); /* no carry: a subnet is even */
+	if (target == router || link_local(target)) {
+		load_router_mac(answer);
+	} else {
+		if ((target & self->netmask) != self->subnet)
+			return drop(ifindex, DROP_ARP_UNANSWERED);
+		owner = mapping(self->vni, target);
+		/* Its own address: it asks whether somebody else has it. */
+		if (!owner || owner->ifindex == ifindex)
+			return drop(ifindex, DROP_ARP_UNANSWERED);
+		__builtin_memcpy(answer, owner->mac, 6);
+	}
+
+	__builtin_memcpy(eth->h_dest, self->mac, 6);
+	__builtin_memcpy(eth->h_source, answer, 6);
+	arp->op = bpf_htons(ARP_REPLY);
+	__builtin_memcpy(arp->target_mac, self->mac, 6);
+	__builtin_memcpy(arp->target_ip, &sender, 4);
+	__builtin_memcpy(arp->sender_mac, answer, 6);
+	__builtin_memcpy(arp->sender_ip, &target, 4);
+	bpf_skb_change_type(skb, PACKET_HOST);
+	return bpf_redirect_peer(ifindex, 0);
+}
+
+static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct eni *self)
+{
+	__u32 ifindex = skb->ifindex;
+	struct station station = {};
+	struct target *t, *owner;
+	struct counters *c;
+	__u8 router[6], source[6];
+	struct ethhdr *eth;
+	struct iphdr *iph;
+	struct size size;
+	struct route *r;
+
+	if ((void *)(long)skb->data + ETH_HLEN + sizeof(*iph) > (void *)(long)skb->data_end &&
+	    bpf_skb_pull_data(skb, ETH_HLEN + sizeof(*iph)))
+		return drop(ifindex, DROP_MALFORMED);
+	eth = (void *)(long)skb->data;
+	iph = (void *)(eth + 1);
+	if ((void *)(iph + 1) > (void *)(long)skb->data_end)
+		return drop(ifindex, DROP_MALFORMED);
+	if (iph->version != 4 || iph->ihl < 5 ||
+	    skb->len < (__u32)ETH_HLEN + iph->ihl * 4)
+		return drop(ifindex, DROP_MALFORMED);
+	/* The total length of a GSO frame of 64 KiB and more is 0. */
+	if (!skb->gso_size && (bpf_ntohs(iph->tot_len) < iph->ihl * 4 ||
+			       bpf_ntohs(iph->tot_len) > skb->len - ETH_HLEN))
+		return drop(ifindex, DROP_MALFORMED);
+
+	if ((eth->h_dest[0] & 1) || (iph->daddr & bpf_htonl(0xf0000000)) == bpf_htonl(0xe0000000) ||
+	    iph->daddr == bpf_htonl(0xffffffff))
+		return drop(ifindex, DROP_MULTICAST);
+
+	if (self->flags & ENI_SOURCE_DEST_CHECK) {
+		owner = mapping(self->vni, iph->saddr);
+		if (!owner || owner->ifindex != ifindex)
+			return drop(ifindex, DROP_SOURCE_ADDRESS);
+	}
+
+	measure(skb, iph, &size);
+	if (size.longest > mtu)
+		return drop(ifindex, DROP_OVERSIZE);
+
+	load_router_mac(router);
+	if (same_mac(eth->h_dest, router)) {
+		if (is_service(iph->daddr)) {
+			c = bpf_map_lookup_elem(&counts, &ifindex);
+			if (c) {
+				c->tx_packets += size.packets;
+				c->tx_bytes += size.bytes;
+			}
+			bpf_skb_change_type(skb, PACKET_HOST);
+			return TCX_PASS;
+		}
+		r = route_to(self->vni, iph->daddr);
+		if (!r || r->kind != ROUTE_LOCAL)
+			return drop(ifindex, DROP_NO_ROUTE);
+		t = mapping(self->vni, iph->daddr);
+		if (!t)
+			return drop(ifindex, DROP_NO_TARGET);
+		__builtin_memcpy(source, router, 6);
+	} else {
+		station.vni = self->vni;
+		station.subnet = self->subnet;
+		__builtin_memcpy(station.mac, eth->h_dest, 6);
+		t = bpf_map_lookup_elem(&stations, &station);
+		if (!t)
+			return drop(ifindex, DROP_UNKNOWN_MAC);
+		__builtin_memcpy(source, self->mac, 6);
+	}
+
+	c = bpf_map_lookup_elem(&counts, &ifindex);
+	if (c) {
+		c->tx_packets += size.packets;
+		c->tx_bytes += size.bytes;
+	}
+	if (t->flags & ENI_SOURCE_DEST_CHECK) {
+		owner = mapping(self->vni, iph->daddr);
+		if (!owner || owner->ifindex != t->ifindex)
+			return drop(t->ifindex, DROP_DEST_ADDRESS);
+	}
+	return deliver(skb, eth, t, source, &size);
+}
+
+SEC("tcx/ingress")
+int from_guest(struct __sk_buff *skb)
+{
+	__u32 ifindex = skb->ifindex;
+	struct ethhdr *eth;
+	struct eni *self;
+
+	self = bpf_map_lookup_elem(&enis, &ifindex);
+	if (!self)
+		return drop(0, DROP_NO_INTERFACE);
+	if ((void *)(long)skb->data + ETH_HLEN > (void *)(long)skb->data_end &&
+	    bpf_skb_pull_data(skb, ETH_HLEN))
+		return drop(ifindex, DROP_MALFORMED);
+	eth = (void *)(long)skb->data;
+	if ((void *)(eth + 1) > (void *)(long)skb->data_end)
+		return drop(ifindex, DROP_MALFORMED);
+	if (!same_mac(eth->h_source, self->mac))
+		return drop(ifindex, DROP_SOURCE_MAC);
+
+	switch (eth->h_proto) {
+	case bpf_htons(ETH_P_IP):
+		return from_guest_ipv4(skb, self);
+	case bpf_htons(ETH_P_ARP):
+		return from_guest_arp(skb, self);
+	case bpf_htons(ETH_P_IPV6):
+		return drop(ifindex, DROP_IPV6);
+	}
+	if (eth->h_dest[0] & 1)
+		return drop(ifindex, DROP_MULTICAST);
+	return drop(ifindex, DROP_ETHERTYPE);
+}
+
+/*
+ * A service's answer leaves by the device that its socket is bound to. The
+ * device has no neighbours (NOARP), so the stack wrote the device's own MAC as
+ * the destination; whichever address behind the ENI the client has, the frame
+ * belongs to the ENI. The TTL is the socket's.
+ */
+SEC("tcx/egress")
+int to_guest(struct __sk_buff *skb)
+{
+	__u32 ifindex = skb->ifindex;
+	struct counters *c;
+	struct ethhdr *eth;
+	struct iphdr *iph;
+	struct size size;
+	struct eni *self;
+
+	self = bpf_map_lookup_elem(&enis, &ifindex);
+	if (!self)
+		return drop(0, DROP_NO_INTERFACE);
+	if (skb->protocol != bpf_htons(ETH_P_IP))
+		return drop(ifindex, DROP_NOT_SERVICE);
+	if ((void *)(long)skb->data + ETH_HLEN + sizeof(*iph) > (void *)(long)skb->data_end &&
+	    bpf_skb_pull_data(skb, ETH_HLEN + sizeof(*iph)))
+		return drop(ifindex, DROP_MALFORMED);
+	eth = (void *)(long)skb->data;
+	iph = (void *)(eth + 1);
+	if ((void *)(iph + 1) > (void *)(long)skb->data_end)
+		return drop(ifindex, DROP_MALFORMED);
+	if (!is_service(iph->saddr))
+		return drop(ifindex, DROP_NOT_SERVICE);
+	measure(skb, iph, &size);
+	__builtin_memcpy(eth->h_dest, self->mac, 6);
+	load_router_mac(eth->h_source);
+	c = bpf_map_lookup_elem(&counts, &ifindex);
+	if (c) {
+		c->rx_packets += size.packets;
+		c->rx_bytes += size.bytes;
+	}
+	return TCX_PASS;
+}

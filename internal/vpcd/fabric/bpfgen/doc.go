@@ -1,0 +1,6 @@
+// Package bpfgen holds the fabric's BPF programs as bpf2go made them of
+// bpf/fabric.c, and the Go types of its maps. To change them: clang-14 and
+// libbpf-dev, edit the C, go generate.
+package bpfgen
+
+//go:generate go tool bpf2go -cc clang-14 -target bpfel -type eni_flag -type route_kind -type address -type target -type eni -type station -type route_key -type route -type counters Fabric ../../../../bpf/fabric.c -- -O2 -g -Wall -Werror -I/usr/include/x86_64-linux-gnu

@@ -1,0 +1,129 @@
+package fabric
+
+import (
+	"fmt"
+
+	"github.com/underlay-cni/underlay/internal/vpc"
+	"github.com/underlay-cni/underlay/internal/vpcd/fabric/bpfgen"
+)
+
+// DropReason says why the fabric dropped a frame.
+type DropReason string
+
+// The reasons. Those of delivery are counted on the sender's ENI, except
+// DestAddress, which is the receiver's.
+const (
+	NoInterface   DropReason = "no_interface"   // from a device that is no ENI's
+	Malformed     DropReason = "malformed"      // headers cut short or contradictory
+	SourceMAC     DropReason = "source_mac"     // not the ENI's MAC
+	SourceAddress DropReason = "source_address" // source check
+	DestAddress   DropReason = "dest_address"   // destination check
+	NoRoute       DropReason = "no_route"       // outside all routes
+	NoTarget      DropReason = "no_target"      // no ENI holds the address
+	UnknownMAC    DropReason = "unknown_mac"    // neither router's nor an ENI's of the subnet
+	Multicast     DropReason = "multicast"      // broadcast and multicast, except ARP requests
+	IPv6          DropReason = "ipv6"
+	EtherType     DropReason = "ethertype"      // neither IPv4, IPv6 nor ARP
+	Oversize      DropReason = "oversize"       // IP length above MTU
+	ARPSpoofed    DropReason = "arp_spoofed"    // sender fields are not the ENI's
+	ARPUnanswered DropReason = "arp_unanswered" // unknown or own address, gratuitous, reply
+	NotService    DropReason = "not_service"    // the fabric's stack sent what is no service's
+)
+
+// dropReasons are the numbers that the programs count by.
+var dropReasons = [bpfgen.FabricDropReasonDROP_REASONS]DropReason{
+	bpfgen.FabricDropReasonDROP_NO_INTERFACE:   NoInterface,
+	bpfgen.FabricDropReasonDROP_MALFORMED:      Malformed,
+	bpfgen.FabricDropReasonDROP_SOURCE_MAC:     SourceMAC,
+	bpfgen.FabricDropReasonDROP_SOURCE_ADDRESS: SourceAddress,
+	bpfgen.FabricDropReasonDROP_DEST_ADDRESS:   DestAddress,
+	bpfgen.FabricDropReasonDROP_NO_ROUTE:       NoRoute,
+	bpfgen.FabricDropReasonDROP_NO_TARGET:      NoTarget,
+	bpfgen.FabricDropReasonDROP_UNKNOWN_MAC:    UnknownMAC,
+	bpfgen.FabricDropReasonDROP_MULTICAST:      Multicast,
+	bpfgen.FabricDropReasonDROP_IPV6:           IPv6,
+	bpfgen.FabricDropReasonDROP_ETHERTYPE:      EtherType,
+	bpfgen.FabricDropReasonDROP_OVERSIZE:       Oversize,
+	bpfgen.FabricDropReasonDROP_ARP_SPOOFED:    ARPSpoofed,
+	bpfgen.FabricDropReasonDROP_ARP_UNANSWERED: ARPUnanswered,
+	bpfgen.FabricDropReasonDROP_NOT_SERVICE:    NotService,
+}
+
+// Counters are an ENI's, from its guest's point of view, since it was attached.
+// Packets and bytes are of IPv4 and as on the wire: a GSO frame counts its
+// segments, and bytes are IP lengths (no Ethernet header).
+type Counters struct {
+	TxPackets uint64 `json:"txPackets"` // accepted from the guest
+	TxBytes   uint64 `json:"txBytes"`
+	RxPackets uint64 `json:"rxPackets"` // handed to the guest
+	RxBytes   uint64 `json:"rxBytes"`
+	// Drops counts frames, by reason; reasons without any are left out. Oversize
+	// includes what the veth refused before a program saw it.
+	Drops map[DropReason]uint64 `json:"drops,omitempty"`
+}
+
+// Counters returns each attached ENI's counters. Those under the ID "" count what
+// came from a device that is no ENI's.
+func (f *Fabric) Counters() (map[vpc.ENIID]Counters, error) {
+	refused, err := f.refused()
+	if err != nil {
+		return nil, fmt.Errorf("read counters: %w", err)
+	}
+	out := map[vpc.ENIID]Counters{}
+	var (
+		index  uint32
+		perCPU []bpfgen.FabricCounters
+		eni    bpfgen.FabricEni
+	)
+	it := f.objs.Counts.Iterate()
+	for it.Next(&index, &perCPU) {
+		var id vpc.ENIID
+		if index != 0 {
+			err := f.objs.Enis.Lookup(index, &eni)
+			if err != nil || eni.Flags&flagReady == 0 {
+				continue // being made or removed at this moment
+			}
+			id = eniID(eni)
+		}
+		c := Counters{Drops: map[DropReason]uint64{}}
+		if n := refused[int(index)]; n > 0 {
+			c.Drops[Oversize] = n
+		}
+		for _, one := range perCPU {
+			c.TxPackets += one.TxPackets
+			c.TxBytes += one.TxBytes
+			c.RxPackets += one.RxPackets
+			c.RxBytes += one.RxBytes
+			for reason, n := range one.Drops {
+				if n > 0 {
+					c.Drops[dropReasons[reason]] += n
+				}
+			}
+		}
+		out[id] = c
+	}
+	if err := it.Err(); err != nil {
+		return nil, fmt.Errorf("read counters: %w", err)
+	}
+	return out, nil
+}
+
+// refused returns how many frames each fabric end refused for their length: a
+// veth passes no frame to an end whose MTU it exceeds, and counts it there as
+// dropped on reception.
+func (f *Fabric) refused() (map[int]uint64, error) {
+	route, err := dialRouteAt(NetnsPath(f.names.fabric()))
+	if err != nil {
+		return nil, err
+	}
+	defer route.Close()
+	devices, err := route.devices(true)
+	if err != nil {
+		return nil, err
+	}
+	out := make(map[int]uint64, len(devices))
+	for _, d := range devices {
+		out[d.index] = d.rxDropped
+	}
+	return out, nil
+}

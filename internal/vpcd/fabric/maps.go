@@ -1,0 +1,166 @@
+package fabric
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/underlay-cni/underlay/internal/vpc"
+	"github.com/underlay-cni/underlay/internal/vpcd/fabric/bpfgen"
+)
+
+// Flags of an ENI and kinds of a route, as bpf/fabric.c has them.
+const (
+	flagCheck  = bpfgen.FabricEniFlagENI_SOURCE_DEST_CHECK
+	flagReady  = bpfgen.FabricEniFlagENI_READY
+	routeLocal = bpfgen.FabricRouteKindROUTE_LOCAL
+)
+
+// contents is what the maps hold, or are to hold.
+type contents struct {
+	enis     map[uint32]bpfgen.FabricEni
+	mappings map[bpfgen.FabricAddress]bpfgen.FabricTarget
+	stations map[bpfgen.FabricStation]bpfgen.FabricTarget
+	routes   map[bpfgen.FabricRouteKey]bpfgen.FabricRoute
+}
+
+// read returns what the maps hold.
+func (f *Fabric) read() (*contents, error) {
+	c := &contents{}
+	err := errors.Join(
+		readMap(f.objs.Enis, &c.enis),
+		readMap(f.objs.Mappings, &c.mappings),
+		readMap(f.objs.Stations, &c.stations),
+		readMap(f.objs.Routes, &c.routes),
+	)
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+func readMap[K, V comparable](m *ebpf.Map, out *map[K]V) error {
+	*out = map[K]V{}
+	var k K
+	var v V
+	it := m.Iterate()
+	for it.Next(&k, &v) {
+		(*out)[k] = v
+	}
+	if err := it.Err(); err != nil {
+		return fmt.Errorf("read map %s: %w", m, err)
+	}
+	return nil
+}
+
+// deleteStale deletes from the map what want lacks.
+func deleteStale[K, V comparable](m *ebpf.Map, have, want map[K]V) error {
+	for k := range have {
+		if _, ok := want[k]; ok {
+			continue
+		}
+		if err := m.Delete(k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("delete from map %s: %w", m, err)
+		}
+		delete(have, k)
+	}
+	return nil
+}
+
+// putWanted writes what the map lacks of want, or has otherwise.
+func putWanted[K, V comparable](m *ebpf.Map, have, want map[K]V) error {
+	for k, v := range want {
+		if old, ok := have[k]; ok && old == v {
+			continue
+		}
+		if err := m.Put(k, v); err != nil {
+			return fmt.Errorf("write map %s: %w", m, err)
+		}
+		have[k] = v
+	}
+	return nil
+}
+
+// forwarding returns the contents by which packets to the ports find their
+// way; index tells each port's fabric end. Map enis is not part of it: an entry
+// there is made with its device.
+func forwarding(d desired, index map[vpc.ENIID]int) *contents {
+	c := &contents{
+		mappings: map[bpfgen.FabricAddress]bpfgen.FabricTarget{},
+		stations: map[bpfgen.FabricStation]bpfgen.FabricTarget{},
+		routes:   map[bpfgen.FabricRouteKey]bpfgen.FabricRoute{},
+	}
+	for id, ifindex := range index {
+		p := d.ports[id]
+		t := bpfgen.FabricTarget{Ifindex: uint32(ifindex), Flags: p.flags(), Subnet: be32(p.subnet.CIDR.Addr()), Mac: [6]byte(p.MAC)}
+		for a := range each(p.Addresses) {
+			c.mappings[bpfgen.FabricAddress{Vni: p.VNI, Addr: a.As16()}] = t
+		}
+		c.stations[bpfgen.FabricStation{Vni: p.VNI, Subnet: t.Subnet, Mac: t.Mac}] = t
+	}
+	for cidr, vnis := range d.routes {
+		for _, vni := range vnis {
+			// 32 bits of VNI, 96 of the mapping prefix ::ffff:0:0.
+			k := bpfgen.FabricRouteKey{Prefixlen: uint32(32 + 96 + cidr.Bits()), Vni: vni, Addr: cidr.Addr().As16()}
+			c.routes[k] = bpfgen.FabricRoute{Kind: routeLocal}
+		}
+	}
+	return c
+}
+
+// flags are those that a Config decides.
+func (p *port) flags() bpfgen.FabricEniFlag {
+	if p.SourceDestCheck {
+		return flagCheck
+	}
+	return 0
+}
+
+// record is the port's entry in map enis, once it is ready. guest is the inode
+// of its guest's namespace.
+func (p *port) record(guest uint64) bpfgen.FabricEni {
+	r := bpfgen.FabricEni{
+		Vni:         p.VNI,
+		Flags:       p.flags() | flagReady,
+		Subnet:      be32(p.subnet.CIDR.Addr()),
+		Netmask:     netmask(p.subnet.CIDR),
+		Mac:         [6]byte(p.MAC),
+		DeviceIndex: uint16(p.DeviceIndex),
+		Guest:       guest,
+	}
+	if p.Configure {
+		r.Configured = be32(p.Primary)
+	}
+	for i, c := range []byte(p.ID) { // at most 21 bytes: check saw to that
+		r.Id[i] = int8(c)
+	}
+	return r
+}
+
+// sameIdentity tells whether two records differ in nothing but what can be
+// changed in place.
+func sameIdentity(a, b bpfgen.FabricEni) bool {
+	a.Flags = a.Flags&^flagCheck | b.Flags&flagCheck
+	return a == b
+}
+
+func eniID(r bpfgen.FabricEni) vpc.ENIID {
+	var b []byte
+	for _, c := range r.Id {
+		if c == 0 {
+			break
+		}
+		b = append(b, byte(c))
+	}
+	return vpc.ENIID(b)
+}
+
+// addCounter makes the counters of a fabric end; those that are there stay.
+func addCounter(m *ebpf.Map, index uint32) error {
+	zero := make([]bpfgen.FabricCounters, ebpf.MustPossibleCPU())
+	if err := m.Update(index, zero, ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
+		return fmt.Errorf("make counters: %w", err)
+	}
+	return nil
+}
