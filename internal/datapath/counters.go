@@ -1,0 +1,109 @@
+package datapath
+
+import (
+	"fmt"
+	"net/netip"
+	"time"
+
+	"github.com/underlay-cni/underlay/internal/datapath/bpfgen"
+)
+
+// reasonNames are the drop reasons of bpf/node.c as counters name them.
+var reasonNames = map[bpfgen.NodeDropReason]string{
+	bpfgen.NodeDropReasonDROP_UNKNOWN_INTERFACE: "unknown_interface",
+	bpfgen.NodeDropReasonDROP_NOT_READY:         "not_ready",
+	bpfgen.NodeDropReasonDROP_MALFORMED:         "malformed",
+	bpfgen.NodeDropReasonDROP_VLAN:              "vlan",
+	bpfgen.NodeDropReasonDROP_SOURCE_MAC:        "source_mac",
+	bpfgen.NodeDropReasonDROP_ARP_SENDER:        "arp_sender",
+	bpfgen.NodeDropReasonDROP_ARP_OTHER:         "arp_other",
+	bpfgen.NodeDropReasonDROP_IPV6:              "ipv6",
+	bpfgen.NodeDropReasonDROP_ETHERTYPE:         "ethertype",
+	bpfgen.NodeDropReasonDROP_SOURCE_ADDRESS:    "source_address",
+	bpfgen.NodeDropReasonDROP_IMDS:              "imds",
+}
+
+// Counters returns the packets dropped since the node started, by reason, and
+// as "no_mark" those that the guard in nftables dropped because no program had
+// looked at them. Every reason is there, also with 0.
+func (d *Datapath) Counters() (map[string]uint64, error) {
+	out := make(map[string]uint64, len(reasonNames)+1)
+	var perCPU []uint64
+	for reason, name := range reasonNames {
+		slot := uint32(reason)
+		if err := d.objs.Drops.Lookup(&slot, &perCPU); err != nil {
+			return nil, fmt.Errorf("read the drop counter %s: %w", name, err)
+		}
+		for _, n := range perCPU {
+			out[name] += n
+		}
+	}
+	var err error
+	out[noMark], err = guardCount(d.netns)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// Traffic is what passed and what was dropped at one endpoint since it was
+// made. Bytes include the Ethernet header.
+type Traffic struct {
+	FromPackets, FromBytes uint64            // sent by the pod and passed
+	ToPackets, ToBytes     uint64            // handed to the pod
+	Drops                  map[string]uint64 // by reason, those that are not 0
+	LastDrop               LastDrop
+}
+
+// LastDrop says what became of the latest packet that was dropped.
+type LastDrop struct {
+	Reason    string    // "" if none was
+	EtherType uint16    // as the frame had it
+	At        time.Time // zero if none was
+}
+
+// Traffic returns the counters of all endpoints, by address.
+func (d *Datapath) Traffic() (map[netip.Addr]Traffic, error) {
+	out := map[netip.Addr]Traffic{}
+	var index uint32
+	var v bpfgen.NodeIface
+	it := d.objs.Ifaces.Iterate()
+	for it.Next(&index, &v) {
+		var perCPU []bpfgen.NodeIfaceCounters
+		if err := d.objs.IfaceStats.Lookup(&index, &perCPU); err != nil {
+			continue // the endpoint is just being deleted
+		}
+		out[netip.AddrFrom16(v.Addr.B).Unmap()] = d.sum(perCPU)
+	}
+	if err := it.Err(); err != nil {
+		return nil, fmt.Errorf("read the map of interfaces: %w", err)
+	}
+	return out, nil
+}
+
+// sum adds the CPUs' counters up; the latest of their last drops counts.
+func (d *Datapath) sum(perCPU []bpfgen.NodeIfaceCounters) Traffic {
+	t := Traffic{Drops: map[string]uint64{}}
+	var last uint64
+	for i := range perCPU {
+		c := &perCPU[i]
+		t.FromPackets += c.FromPackets
+		t.FromBytes += c.FromBytes
+		t.ToPackets += c.ToPackets
+		t.ToBytes += c.ToBytes
+		for reason, name := range reasonNames {
+			if n := c.Drops[reason]; n != 0 {
+				t.Drops[name] += n
+			}
+		}
+		if c.LastDropNs > last {
+			last = c.LastDropNs
+			t.LastDrop = LastDrop{
+				Reason:    reasonNames[bpfgen.NodeDropReason(c.LastDropReason)],
+				EtherType: uint16(c.LastDropProto),
+				At:        d.clock.at(c.LastDropNs),
+			}
+		}
+	}
+	return t
+}

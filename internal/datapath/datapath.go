@@ -1,0 +1,329 @@
+package datapath
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/underlay-cni/underlay/internal/datapath/bpfgen"
+	"github.com/underlay-cni/underlay/internal/nl"
+)
+
+// DefaultMTU is that of a VPC's wires.
+const DefaultMTU = 9001
+
+// Options configure a Datapath.
+type Options struct {
+	// BPFFS is a directory in a mounted BPF file system that outlives the
+	// process; it is made if it is missing. One agent owns it at a time.
+	BPFFS string
+	// AllowIMDS lets pods reach the instance metadata at 169.254.169.254.
+	AllowIMDS bool
+	// MTU of ENIs, host veths and, unless the endpoint says otherwise, pods;
+	// 0: DefaultMTU.
+	MTU int
+	// BeforeReady, if set, is called by Add when the endpoint is there but
+	// passes no packet yet: the place to put its policy into the kernel. Its
+	// error undoes the endpoint. It may be called for several endpoints at
+	// once.
+	BeforeReady func(context.Context, Endpoint) error
+	// Logger; nil: slog.Default().
+	Logger *slog.Logger
+
+	migrations map[uint32]migration // in place of the package's, in tests
+}
+
+// Datapath is the node's datapath. All methods are safe for concurrent use,
+// from any network namespace: it remembers the one in which it was opened.
+type Datapath struct {
+	opts  Options
+	log   *slog.Logger
+	clock clock
+	lock  *os.File // of the directory, flock
+	netns *os.File // the node's
+	// conn is for what takes microseconds; slow for deleting links, which
+	// keeps the kernel (and this socket) for some 20 ms each.
+	conn, slow  *nl.Conn
+	netnsCookie uint64
+	objs        bpfgen.NodeObjects
+
+	// work bounds the Adds that are in the kernel at once: they queue for the
+	// same lock there, and fifty that contend are slower than two.
+	work chan struct{}
+
+	// eniMu is held while the ENIs are set.
+	eniMu sync.Mutex
+
+	// mu guards the fields below, which are read from the maps by Open and
+	// follow them.
+	mu      sync.Mutex
+	claimed map[key]chan struct{} // closed when the owner is done
+	byKey   map[key]netip.Addr    // Adding and Live
+	tombs   map[key]netip.Addr    // the latest tombstone
+	indexes map[int]key           // host ifindexes in use
+	next    int                   // the ifindex to try next
+}
+
+// Ifindexes of host veths are ours to choose, so that the maps can be filled
+// before the device exists. The range is far above the kernel's own choices,
+// which count up from 1 (net/core/dev.c, dev_index_reserve). The peer gets the
+// same number in its namespace.
+const (
+	firstIndex = 1 << 20
+	lastIndex  = 1<<24 - 1
+)
+
+// Open takes the node's datapath over in the calling thread's network
+// namespace: it loads the programs, makes the maps or adopts those that are
+// pinned, puts the new programs into every pinned link without a packet lost,
+// undoes or finishes what a crash left half-done, installs the guard table in
+// nftables, turns forwarding on and adds the rule of the pods' table.
+//
+// It needs Linux 6.6 (TCX links), which it probes, and refuses a directory
+// whose maps are of a later layout than it knows, or that another process has
+// open.
+func Open(opts Options) (*Datapath, error) {
+	if opts.Logger == nil {
+		opts.Logger = slog.Default()
+	}
+	if opts.MTU == 0 {
+		opts.MTU = DefaultMTU
+	}
+	if opts.migrations == nil {
+		opts.migrations = migrations
+	}
+	d := &Datapath{
+		opts:    opts,
+		log:     opts.Logger,
+		clock:   newClock(),
+		work:    make(chan struct{}, 2),
+		claimed: map[key]chan struct{}{},
+		byKey:   map[key]netip.Addr{},
+		tombs:   map[key]netip.Addr{},
+		indexes: map[int]key{},
+	}
+	if err := d.open(); err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	return d, nil
+}
+
+func (d *Datapath) open() (err error) {
+	if d.netns, err = os.Open("/proc/thread-self/ns/net"); err != nil {
+		return fmt.Errorf("open own network namespace: %w", err)
+	}
+	if d.conn, err = nl.DialIn(d.netns); err != nil {
+		return err
+	}
+	if d.slow, err = nl.DialIn(d.netns); err != nil {
+		return err
+	}
+	if d.netnsCookie, err = d.conn.NetnsCookie(); err != nil {
+		return err
+	}
+	if d.lock, err = lockPins(d.opts.BPFFS); err != nil {
+		return err
+	}
+	if err := d.load(); err != nil {
+		return err
+	}
+	if err := d.in(func() error { return probeTCX(d.objs.FromPod) }); err != nil {
+		return err
+	}
+	// The guard first: from here on, nothing passes that a program of ours
+	// has not marked, whatever else goes wrong.
+	if err := installGuard(d.netns); err != nil {
+		return err
+	}
+	if err := d.recover(); err != nil {
+		return err
+	}
+	if err := d.in(func() error { return setSysctl("net/ipv4/ip_forward", "1") }); err != nil {
+		return err
+	}
+	var b nl.Batch
+	b.RuleAdd(nl.Rule{Priority: PodRulePriority, Table: PodTable, Protocol: Protocol})
+	b.Tolerate(unix.EEXIST)
+	return d.conn.Exec(&b)
+}
+
+// in runs fn on a thread in the node's network namespace.
+func (d *Datapath) in(fn func() error) error { return nl.Do(nl.FilePath(d.netns), fn) }
+
+// load makes or adopts the maps and loads the programs.
+func (d *Datapath) load() error {
+	spec, err := bpfgen.LoadNode()
+	if err != nil {
+		return fmt.Errorf("read the embedded BPF object: %w", err)
+	}
+	var allowed uint32
+	if d.opts.AllowIMDS {
+		allowed = 1
+	}
+	if err := spec.Variables[bpfgen.NodeVarImdsAllowed].Set(allowed); err != nil {
+		return fmt.Errorf("set imds_allowed in the BPF object: %w", err)
+	}
+	if err := prepareLayout(d.opts.BPFFS, spec, d.opts.migrations); err != nil {
+		return err
+	}
+	err = spec.LoadAndAssign(&d.objs, &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: mapDir(d.opts.BPFFS)}})
+	var verifier *ebpf.VerifierError
+	switch {
+	case errors.As(err, &verifier):
+		return fmt.Errorf("load the BPF programs: the verifier of Linux %s refuses: %w (report it with `%%+v` of this error)", kernelRelease(), err)
+	case errors.Is(err, ebpf.ErrMapIncompatible):
+		return fmt.Errorf("adopt the maps in %s: %w (they say layout %d but differ from it: drain the node, then remove the directory)", mapDir(d.opts.BPFFS), err, layoutVersion)
+	case err != nil:
+		return fmt.Errorf("load the BPF programs and maps: %w", err)
+	}
+	return nil
+}
+
+// Close gives the directory and all file descriptors back. Everything stays in
+// the kernel and goes on working.
+func (d *Datapath) Close() error {
+	errs := []error{d.objs.FromPod.Close(), d.objs.ToPod.Close()}
+	for _, m := range []*ebpf.Map{d.objs.Meta, d.objs.Endpoints, d.objs.Ifaces, d.objs.IfaceStats, d.objs.Drops} {
+		errs = append(errs, m.Close())
+	}
+	for _, c := range []*nl.Conn{d.conn, d.slow} {
+		if c != nil {
+			errs = append(errs, c.Close())
+		}
+	}
+	for _, f := range []*os.File{d.netns, d.lock} {
+		if f != nil {
+			errs = append(errs, f.Close())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// claim makes the caller the only one at work on k, until release is called.
+func (d *Datapath) claim(ctx context.Context, k key) (release func(), err error) {
+	for {
+		d.mu.Lock()
+		busy, ok := d.claimed[k]
+		if !ok {
+			done := make(chan struct{})
+			d.claimed[k] = done
+			d.mu.Unlock()
+			return func() {
+				d.mu.Lock()
+				delete(d.claimed, k)
+				d.mu.Unlock()
+				close(done)
+			}, nil
+		}
+		d.mu.Unlock()
+		select {
+		case <-busy:
+		case <-ctx.Done():
+			return nil, fmt.Errorf("wait for another operation on %s of container %s: %w", k.ifName, k.containerID, ctx.Err())
+		}
+	}
+}
+
+// reserveIndex takes a host ifindex that no endpoint has.
+func (d *Datapath) reserveIndex(k key) int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for {
+		i := d.next
+		d.next++
+		if d.next > lastIndex {
+			d.next = firstIndex
+		}
+		if _, taken := d.indexes[i]; !taken {
+			d.indexes[i] = k
+			return i
+		}
+	}
+}
+
+func (d *Datapath) releaseIndex(i int) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.indexes, i)
+}
+
+// Endpoints returns all endpoints: live ones, tombstones and those that are
+// being added, in no order.
+func (d *Datapath) Endpoints() ([]Endpoint, error) {
+	all, err := d.readRecords()
+	if err != nil {
+		return nil, err
+	}
+	out := make([]Endpoint, 0, len(all))
+	for e := range maps.Values(all) {
+		out = append(out, e)
+	}
+	return out, nil
+}
+
+// readRecords reads the map of endpoints. A record that is replaced meanwhile
+// may be seen twice by the kernel's iteration; the later one counts.
+func (d *Datapath) readRecords() (map[netip.Addr]Endpoint, error) {
+	out := map[netip.Addr]Endpoint{}
+	var k bpfgen.NodeAddr
+	var r bpfgen.NodeEndpoint
+	it := d.objs.Endpoints.Iterate()
+	for it.Next(&k, &r) {
+		e, err := d.clock.decode(k, &r)
+		if err != nil {
+			return nil, err
+		}
+		out[e.Addr] = e
+	}
+	if err := it.Err(); err != nil {
+		return nil, fmt.Errorf("read the map of endpoints: %w", err)
+	}
+	return out, nil
+}
+
+// record returns the endpoint with that address. The error wraps
+// ebpf.ErrKeyNotExist if there is none.
+func (d *Datapath) record(addr netip.Addr) (Endpoint, error) {
+	k := addrKey(addr)
+	var r bpfgen.NodeEndpoint
+	if err := d.objs.Endpoints.Lookup(&k, &r); err != nil {
+		return Endpoint{}, fmt.Errorf("look up the record of %s: %w", addr, err)
+	}
+	return d.clock.decode(k, &r)
+}
+
+// commit writes e's record: a new one if how is ebpf.UpdateNoExist.
+func (d *Datapath) commit(e *Endpoint, how ebpf.MapUpdateFlags) error {
+	r, err := d.clock.encode(e)
+	if err != nil {
+		return err
+	}
+	k := addrKey(e.Addr)
+	if err := d.objs.Endpoints.Update(&k, r, how); err != nil {
+		return fmt.Errorf("record %s as %s: %w", e.Addr, e.State, err)
+	}
+	return nil
+}
+
+// setSysctl writes a value below /proc/sys, unless it is there: in a container
+// the tree may be mounted read-only. It concerns the calling thread's
+// namespace.
+func setSysctl(name, value string) error {
+	path := filepath.Join("/proc/sys", name)
+	if old, err := os.ReadFile(path); err == nil && string(old) == value+"\n" {
+		return nil
+	}
+	if err := os.WriteFile(path, []byte(value), 0o644); err != nil {
+		return fmt.Errorf("set sysctl %s to %s: %w (mount /proc/sys writable, or set it beforehand)", name, value, err)
+	}
+	return nil
+}

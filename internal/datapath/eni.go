@@ -1,0 +1,211 @@
+package datapath
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/underlay-cni/underlay/internal/nl"
+	"github.com/underlay-cni/underlay/internal/vpc"
+)
+
+// ENI is one attached network interface of the node.
+type ENI struct {
+	ID      vpc.ENIID
+	Index   int // 1..31, unique; the device index plus one. 1 is the primary ENI
+	MAC     net.HardwareAddr
+	Primary netip.Addr
+	Subnet  netip.Prefix
+}
+
+// LinkMissingError is ErrLinkMissing with the ENIs that have no device yet.
+type LinkMissingError struct{ ENIs []vpc.ENIID }
+
+func (e *LinkMissingError) Error() string {
+	ids := make([]string, len(e.ENIs))
+	for i, id := range e.ENIs {
+		ids[i] = string(id)
+	}
+	return fmt.Sprintf("%s: %v (an attachment takes seconds; if it lasts, compare `ip link` with the ENI's MAC in EC2)", strings.Join(ids, ", "), ErrLinkMissing)
+}
+func (e *LinkMissingError) Unwrap() error { return ErrLinkMissing }
+
+// SetENIs brings the node's ENIs to what enis says, whole: each device up, with
+// its MTU and loose reverse-path filter, a secondary ENI's with its primary
+// address, and for each a table with gateway and default route that packets of
+// its mark take. Rules and tables of ENIs that are gone go. It changes only
+// what bears our protocol number, and devices that enis names.
+//
+// It may be repeated at any time and then changes nothing. If an ENI has no
+// device yet, the rest is applied and the error is a *LinkMissingError.
+func (d *Datapath) SetENIs(ctx context.Context, enis []ENI) error {
+	if err := checkENIs(enis); err != nil {
+		return err
+	}
+	d.eniMu.Lock()
+	defer d.eniMu.Unlock()
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	links, err := d.conn.Links()
+	if err != nil {
+		return err
+	}
+	addrs, err := d.conn.Addrs()
+	if err != nil {
+		return err
+	}
+	present := map[int]ENI{}
+	var missing []vpc.ENIID
+	var errs []error
+	for _, eni := range enis {
+		l, ok := linkOf(links, eni.MAC)
+		if !ok {
+			missing = append(missing, eni.ID)
+			continue
+		}
+		present[eni.Index] = eni
+		if err := d.setENI(eni, l, addrs); err != nil {
+			errs = append(errs, fmt.Errorf("set up %s (%s): %w", eni.ID, l.Name, err))
+		}
+	}
+	errs = append(errs, d.setRules(present))
+	if len(missing) > 0 {
+		errs = append(errs, &LinkMissingError{ENIs: missing})
+	}
+	return errors.Join(errs...)
+}
+
+func checkENIs(enis []ENI) error {
+	seen := map[int]vpc.ENIID{}
+	for _, e := range enis {
+		switch other, taken := seen[e.Index]; {
+		case e.Index < 1 || e.Index > MaxENIIndex:
+			return fmt.Errorf("set ENIs: index %d of %s is not within 1..%d", e.Index, e.ID, MaxENIIndex)
+		case taken:
+			return fmt.Errorf("set ENIs: %s and %s both have index %d", other, e.ID, e.Index)
+		case len(e.MAC) != 6 || !e.Primary.Is4() || !e.Subnet.IsValid() || !e.Subnet.Addr().Is4():
+			return fmt.Errorf("set ENIs: %s lacks a MAC, a primary IPv4 address or a subnet: %v %v %v", e.ID, e.MAC, e.Primary, e.Subnet)
+		}
+		seen[e.Index] = e.ID
+	}
+	return nil
+}
+
+func linkOf(links []nl.Link, mac net.HardwareAddr) (nl.Link, bool) {
+	for _, l := range links {
+		if l.Group != LinkGroup && l.MAC.String() == mac.String() {
+			return l, true
+		}
+	}
+	return nl.Link{}, false
+}
+
+// setENI sets one device up and fills its table.
+func (d *Datapath) setENI(eni ENI, l nl.Link, addrs []nl.Addr) error {
+	// Replies to a pod come back by the ENI that has its address, whatever
+	// the main table says about the way there: strict filtering would drop
+	// them. The larger of this and conf.all counts.
+	err := d.in(func() error { return setSysctl("net/ipv4/conf/"+l.Name+"/rp_filter", "2") })
+	if err != nil {
+		return err
+	}
+	var b nl.Batch
+	if l.MTU != d.opts.MTU {
+		b.LinkMTU(l.Index, d.opts.MTU)
+	}
+	if !l.Up {
+		b.LinkUp(l.Index)
+	}
+	has := false
+	for _, a := range addrs {
+		has = has || a.Index == l.Index && a.Prefix.Addr() == eni.Primary
+	}
+	if eni.Index > 1 && !has {
+		b.AddrAdd(l.Index, netip.PrefixFrom(eni.Primary, 32))
+		b.Tolerate(unix.EEXIST)
+	}
+	if err := d.conn.Exec(&b); err != nil {
+		return err
+	}
+
+	want := eniRoutes(eni, l.Index)
+	have, err := d.conn.Routes(want[0].Table)
+	if err != nil {
+		return err
+	}
+	var routes nl.Batch
+	for _, r := range want {
+		if !slices.Contains(have, r) {
+			routes.RouteSet(r)
+		}
+	}
+	for _, r := range have {
+		if r.Protocol == Protocol && r.Dst != want[0].Dst && r.Dst != want[1].Dst {
+			routes.RouteDelete(r)
+			routes.Tolerate(unix.ESRCH, unix.ENODEV)
+		}
+	}
+	return d.conn.Exec(&routes)
+}
+
+// eniRoutes are the gateway, on the link, and the way to all else by it.
+func eniRoutes(eni ENI, ifindex int) []nl.Route {
+	table := uint32(ENITable + eni.Index)
+	gateway := vpc.Router(eni.Subnet)
+	return []nl.Route{
+		{Dst: netip.PrefixFrom(gateway, 32), Index: ifindex, Table: table, Protocol: Protocol},
+		{Dst: netip.PrefixFrom(netip.IPv4Unspecified(), 0), Gateway: gateway, Index: ifindex, Table: table, Protocol: Protocol},
+	}
+}
+
+// setRules leaves one rule per ENI that is there, and no table behind a rule
+// that went.
+func (d *Datapath) setRules(present map[int]ENI) error {
+	have, err := d.conn.Rules()
+	if err != nil {
+		return err
+	}
+	want := map[nl.Rule]bool{}
+	for i := range present {
+		want[nl.Rule{Priority: uint32(ENIRulePriority + i), Table: uint32(ENITable + i), Mark: Mark(i), Mask: MarkMask, Protocol: Protocol}] = false
+	}
+	var b nl.Batch
+	var errs []error
+	for _, r := range have {
+		if _, ok := want[r]; ok {
+			want[r] = true
+			continue
+		}
+		if r.Protocol != Protocol || r.Priority <= ENIRulePriority || r.Priority > ENIRulePriority+MaxENIIndex {
+			continue
+		}
+		b.RuleDelete(r)
+		b.Tolerate(unix.ENOENT)
+		if _, ok := present[int(r.Table)-ENITable]; ok || r.Table <= ENITable || r.Table > ENITable+MaxENIIndex {
+			continue
+		}
+		routes, err := d.conn.Routes(r.Table)
+		errs = append(errs, err)
+		for _, route := range routes {
+			if route.Protocol == Protocol {
+				b.RouteDelete(route)
+				b.Tolerate(unix.ESRCH, unix.ENODEV)
+			}
+		}
+	}
+	for r, there := range want {
+		if !there {
+			b.RuleAdd(r)
+			b.Tolerate(unix.EEXIST)
+		}
+	}
+	errs = append(errs, d.conn.Exec(&b))
+	return errors.Join(errs...)
+}

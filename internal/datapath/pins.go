@@ -1,0 +1,222 @@
+package datapath
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
+	"github.com/underlay-cni/underlay/internal/datapath/bpfgen"
+)
+
+// What is pinned below Options.BPFFS:
+//
+//	maps/{meta,endpoints,ifaces,iface_stats,drops}
+//	links/<host interface>_from_pod, links/<host interface>_to_pod
+func mapDir(bpffs string) string  { return filepath.Join(bpffs, "maps") }
+func linkDir(bpffs string) string { return filepath.Join(bpffs, "links") }
+
+// layoutVersion is that of the maps: their kinds, keys and values.
+const layoutVersion = uint32(bpfgen.NodeNodeConstNODE_LAYOUT)
+
+// migration brings the maps pinned in dir from one layout to the next. It may
+// be run again after a crash in its middle: the version is raised afterwards.
+type migration func(dir string) error
+
+// migrations are keyed by the layout that they start from. There has been one
+// layout only.
+var migrations = map[uint32]migration{}
+
+// lockPins makes the directories and takes the lock that lets one agent at a
+// time own them. It goes with the process.
+func lockPins(bpffs string) (*os.File, error) {
+	if bpffs == "" {
+		return nil, errors.New("no directory for pinned BPF maps: set one in a mounted BPF file system, such as /sys/fs/bpf/underlay")
+	}
+	if err := os.MkdirAll(bpffs, 0o700); err != nil {
+		return nil, fmt.Errorf("make directory for pinned BPF maps: %w", err)
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(bpffs, &st); err != nil {
+		return nil, fmt.Errorf("stat %s: %w", bpffs, err)
+	}
+	if st.Type != unix.BPF_FS_MAGIC {
+		return nil, fmt.Errorf("%s is not in a BPF file system: mount one with `mount -t bpf bpf %s`, outside any private mount namespace, so that it outlives the agent", bpffs, bpffs)
+	}
+	for _, dir := range []string{mapDir(bpffs), linkDir(bpffs)} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, fmt.Errorf("make directory for pinned BPF objects: %w", err)
+		}
+	}
+	f, err := os.Open(bpffs)
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", bpffs, err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, fmt.Errorf("another process has the datapath in %s open: stop the other agent first", bpffs)
+		}
+		return nil, fmt.Errorf("lock %s: %w", bpffs, err)
+	}
+	return f, nil
+}
+
+// prepareLayout brings the pinned maps to the layout of this program, or
+// refuses them. The map that holds the version is made first and alone, so
+// that no crash leaves maps without it.
+func prepareLayout(bpffs string, spec *ebpf.CollectionSpec, steps map[uint32]migration) error {
+	dir := mapDir(bpffs)
+	if _, err := os.Stat(filepath.Join(dir, bpfgen.NodeMapMeta)); errors.Is(err, fs.ErrNotExist) {
+		if names, err := pinNames(dir); err != nil {
+			return err
+		} else if len(names) > 0 {
+			return fmt.Errorf("%s holds maps (%s, …) but not the one with their layout's version: they are not this agent's; give it another directory, or drain the node and remove this one", dir, names[0])
+		}
+	}
+	meta, err := ebpf.NewMapWithOptions(spec.Maps[bpfgen.NodeMapMeta], ebpf.MapOptions{PinPath: dir})
+	if err != nil {
+		return fmt.Errorf("open map %s: %w", filepath.Join(dir, bpfgen.NodeMapMeta), err)
+	}
+	defer meta.Close()
+	var zero uint32
+	var value bpfgen.NodeLayoutMeta
+	if err := meta.Lookup(&zero, &value); err != nil {
+		return fmt.Errorf("read the maps' layout: %w", err)
+	}
+	if value.Layout > layoutVersion {
+		return fmt.Errorf("the maps in %s have layout %d, this agent knows up to %d: run the agent version that made them, or drain the node and remove the directory", dir, value.Layout, layoutVersion)
+	}
+	for v := value.Layout; v != 0 && v < layoutVersion; v++ {
+		step, ok := steps[v]
+		if !ok {
+			return fmt.Errorf("the maps in %s have layout %d, from which this agent (layout %d) knows no way: run an agent version in between first, or drain the node and remove the directory", dir, v, layoutVersion)
+		}
+		if err := step(dir); err != nil {
+			return fmt.Errorf("migrate the maps in %s from layout %d: %w", dir, v, err)
+		}
+		value.Layout = v + 1
+		if err := meta.Update(&zero, &value, ebpf.UpdateAny); err != nil {
+			return fmt.Errorf("write the maps' layout: %w", err)
+		}
+	}
+	value.Layout = layoutVersion
+	if err := meta.Update(&zero, &value, ebpf.UpdateAny); err != nil {
+		return fmt.Errorf("write the maps' layout: %w", err)
+	}
+	return nil
+}
+
+func pinNames(dir string) ([]string, error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, fmt.Errorf("list pins: %w", err)
+	}
+	names := make([]string, 0, len(entries))
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names, nil
+}
+
+// hook is one place where a program of ours stands on a host veth.
+type hook struct {
+	name   string
+	attach ebpf.AttachType
+	prog   func(*Datapath) *ebpf.Program
+}
+
+var hooks = []hook{
+	{"from_pod", ebpf.AttachTCXIngress, func(d *Datapath) *ebpf.Program { return d.objs.FromPod }},
+	{"to_pod", ebpf.AttachTCXEgress, func(d *Datapath) *ebpf.Program { return d.objs.ToPod }},
+}
+
+func (d *Datapath) pinPath(hostIfName string, h hook) string {
+	return filepath.Join(linkDir(d.opts.BPFFS), hostIfName+"_"+h.name)
+}
+
+// attach puts both programs on the device and pins their links. They come
+// first on their hooks: nobody's program sees what ours drops.
+func (d *Datapath) attach(e *Endpoint) error {
+	return d.in(func() error {
+		for _, h := range hooks {
+			l, err := link.AttachTCX(link.TCXOptions{
+				Interface: e.HostIfIndex,
+				Program:   h.prog(d),
+				Attach:    h.attach,
+				Anchor:    link.Head(),
+			})
+			if err != nil {
+				return fmt.Errorf("attach %s to %s: %w", h.name, e.HostIfName, err)
+			}
+			err = l.Pin(d.pinPath(e.HostIfName, h))
+			_ = l.Close() // the pin holds it now, or it is to go
+			if err != nil {
+				return fmt.Errorf("pin %s of %s: %w", h.name, e.HostIfName, err)
+			}
+		}
+		return nil
+	})
+}
+
+// attached opens the pinned link of a hook if it stands on the endpoint's
+// device; the caller closes it.
+func (d *Datapath) attached(e *Endpoint, h hook) (link.Link, error) {
+	path := d.pinPath(e.HostIfName, h)
+	l, err := link.LoadPinnedLink(path, nil)
+	if err != nil {
+		return nil, fmt.Errorf("open pinned link %s: %w", path, err)
+	}
+	info, err := l.Info()
+	if err != nil {
+		l.Close()
+		return nil, fmt.Errorf("read pinned link %s: %w", path, err)
+	}
+	tcx := info.TCX()
+	if tcx == nil || int(tcx.Ifindex) != e.HostIfIndex || ebpf.AttachType(tcx.AttachType) != h.attach {
+		l.Close()
+		return nil, fmt.Errorf("pinned link %s is detached from %s", path, e.HostIfName)
+	}
+	return l, nil
+}
+
+// unpin removes both links of a host interface; those that are not there are
+// no error. A link without a pin detaches its program.
+func (d *Datapath) unpin(hostIfName string) error {
+	var errs []error
+	for _, h := range hooks {
+		if err := os.Remove(d.pinPath(hostIfName, h)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, fmt.Errorf("remove pin: %w", err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// probeTCX finds out whether the kernel has TCX links, by attaching to a
+// device that does not exist.
+func probeTCX(prog *ebpf.Program) error {
+	const noDevice = 1<<31 - 1
+	l, err := link.AttachTCX(link.TCXOptions{Interface: noDevice, Program: prog, Attach: ebpf.AttachTCXIngress})
+	switch {
+	case err == nil:
+		return errors.Join(errors.New("attach a program to a device that does not exist: the kernel agreed"), l.Close())
+	case errors.Is(err, unix.ENODEV):
+		return nil
+	case errors.Is(err, ebpf.ErrNotSupported):
+		return fmt.Errorf("Linux %s has no TCX links, on which the datapath stands: run Linux 6.6 or later, built with CONFIG_NET_XGRESS: %w", kernelRelease(), err)
+	}
+	return fmt.Errorf("probe for TCX links (Linux 6.6; this is %s): %w", kernelRelease(), err)
+}
+
+func kernelRelease() string {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return "unknown"
+	}
+	return unix.ByteSliceToString(u.Release[:])
+}
