@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"net/netip"
 	"os"
@@ -87,12 +86,12 @@ func (f *Fabric) set(ctx context.Context, want desired) error {
 func (f *Fabric) makeGuests(want desired, errs *[]error) map[string]uint64 {
 	inodes := map[string]uint64{}
 	for _, name := range slices.Sorted(maps.Keys(want.guests)) {
-		err := nl.NewNamed(name)
-		if err == nil {
+		if !nl.ExistsNamed(name) {
+			if err := nl.NewNamed(name); err != nil {
+				*errs = append(*errs, err)
+				continue
+			}
 			f.log.Info("guest made", "netns", name)
-		} else if !errors.Is(err, fs.ErrExist) {
-			*errs = append(*errs, err)
-			continue
 		}
 		var st unix.Stat_t
 		if err := unix.Stat(nl.Path(name), &st); err != nil {
