@@ -34,7 +34,7 @@ enum drop_reason {
 	DROP_UNKNOWN_MAC,    /* to a MAC that is neither router's nor an ENI's of the subnet */
 	DROP_MULTICAST,	     /* broadcast and multicast, other than an ARP request */
 	DROP_IPV6,
-	DROP_ETHERTYPE,	  /* neither IPv4, IPv6 nor ARP */
+	DROP_ETHERTYPE,	  /* neither IPv4, IPv6 nor ARP, or with a VLAN tag */
 	DROP_OVERSIZE,	  /* IP length above the MTU */
 	DROP_ARP_SPOOFED, /* ARP whose sender fields are not the ENI's */
 	DROP_ARP_UNANSWERED, /* ARP to which no answer is due */
@@ -481,6 +481,9 @@ int from_guest(struct __sk_buff *skb)
 		return drop(ifindex, DROP_MALFORMED);
 	if (!same_mac(eth->h_source, self->mac))
 		return drop(ifindex, DROP_SOURCE_MAC);
+	/* The stack has moved a VLAN tag out of the frame by now. */
+	if (skb->vlan_present)
+		return drop(ifindex, DROP_ETHERTYPE);
 
 	switch (eth->h_proto) {
 	case bpf_htons(ETH_P_IP):

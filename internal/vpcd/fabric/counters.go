@@ -23,7 +23,7 @@ const (
 	UnknownMAC    DropReason = "unknown_mac"    // neither router's nor an ENI's of the subnet
 	Multicast     DropReason = "multicast"      // broadcast and multicast, except ARP requests
 	IPv6          DropReason = "ipv6"
-	EtherType     DropReason = "ethertype"      // neither IPv4, IPv6 nor ARP
+	EtherType     DropReason = "ethertype"      // neither IPv4, IPv6 nor ARP, or with a VLAN tag
 	Oversize      DropReason = "oversize"       // IP length above MTU
 	ARPSpoofed    DropReason = "arp_spoofed"    // sender fields are not the ENI's
 	ARPUnanswered DropReason = "arp_unanswered" // unknown or own address, gratuitous, reply
