@@ -118,6 +118,15 @@ func (s *State) ByAttachment(id vpc.AttachmentID) *ENI {
 	return s.ENI(e)
 }
 
+// ByMAC returns the interface of the VPC with this MAC, or nil.
+func (s *State) ByMAC(id vpc.VPCID, mac string) *ENI {
+	e, ok := s.macs.Get(macKey{id, mac})
+	if !ok {
+		return nil
+	}
+	return s.ENI(e)
+}
+
 // ByAddress returns the interface of the subnet that holds a, alone or within
 // a prefix, or nil.
 func (s *State) ByAddress(subnet vpc.SubnetID, a netip.Addr) *ENI {

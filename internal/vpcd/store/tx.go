@@ -39,6 +39,21 @@ func (t *Tx) conflict(format string, args ...any) {
 	}
 }
 
+// Try runs fn. When it fails, or causes a conflict, everything that it changed
+// is undone, and the error is returned.
+func (t *Tx) Try(fn func() error) error {
+	state, writes := t.State, len(t.writes)
+	t.own = nil // what the saved state has must not be changed in place
+	err := fn()
+	if err == nil {
+		err = t.err
+	}
+	if err != nil {
+		t.State, t.writes, t.own, t.err = state, t.writes[:writes], nil, nil
+	}
+	return err
+}
+
 // NewVNI returns a number that no VPC ever had.
 func (t *Tx) NewVNI() uint32 {
 	t.lastVNI++

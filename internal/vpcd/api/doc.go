@@ -1,0 +1,38 @@
+// Package api serves the actions of the EC2 API: one file per kind of object,
+// one function per action.
+//
+//	query.Server ── typed request ── guard (is every parameter honoured?) ── handler
+//	                                                  │ Describe*: a snapshot, as old as the read lag
+//	                                                  └ others: one store.Update, then the answer
+//
+// # Invariants
+//
+//   - A parameter that a handler does not honour is refused with
+//     UnsupportedOperation, by the guard, from one list per action (params.go).
+//     The exceptions are in the table harmless, each with its reason.
+//   - A call changes everything it says or nothing: all its changes are one
+//     transaction of the store, and the answer is sent after the commit.
+//   - What is announced by an action's model but no object here can have (a
+//     public address, say) is a filter that matches nothing. A filter whose
+//     truth is not known here (the memory of an instance type) is refused.
+//   - Requester-managed interfaces are changed by CreateManagedService and
+//     DeleteManagedService alone.
+//
+// # Addresses
+//
+// Addresses and /28 prefixes are allocated lowest first, so that a run can be
+// repeated and a freed address comes back at once: what is wrong with a reuse
+// shows. EC2 promises no order. Which are free is asked of the store.
+//
+// # Life cycles
+//
+// Attachments go attaching → attached and detaching → gone, instances pending →
+// running and shutting-down → terminated → forgotten. Each waits for a time
+// that is stored with it; Run moves what is due, also what was due while no
+// vpcd ran.
+//
+// # Concurrency
+//
+// Everything exported may be called from any goroutine. The API holds no state
+// of its own.
+package api

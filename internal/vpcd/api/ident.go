@@ -1,0 +1,126 @@
+package api
+
+import (
+	"strings"
+
+	"github.com/underlay-cni/underlay/internal/vpc"
+	"github.com/underlay-cni/underlay/internal/vpcd/query"
+	"github.com/underlay-cni/underlay/internal/vpcd/store"
+)
+
+// malformed are the codes that answer an identifier which is not of its form
+// (EC2 spells them in several ways).
+var malformed = map[string]string{
+	"vpc":            "InvalidVpcId.Malformed",
+	"vpc-cidr-assoc": "InvalidVpcCidrBlockAssociationId.Malformed",
+	"subnet":         "InvalidSubnetId.Malformed",
+	"i":              "InvalidInstanceID.Malformed",
+	"eni":            "InvalidNetworkInterfaceId.Malformed",
+	"eni-attach":     "InvalidNetworkInterfaceAttachmentId.Malformed",
+	"sg":             "InvalidGroupId.Malformed",
+	"sgr":            "InvalidSecurityGroupRuleId.Malformed",
+	"ami":            "InvalidAMIID.Malformed",
+}
+
+func checkID(prefix, id string) error {
+	if err := vpc.CheckID(prefix, id); err != nil {
+		return query.Errorf(malformed[prefix], "Invalid id: %q (expecting \"%s-...\")", id, prefix)
+	}
+	return nil
+}
+
+func noVPC(id string) error {
+	return query.Errorf("InvalidVpcID.NotFound", "The vpc ID '%s' does not exist", id)
+}
+
+func noSubnet(id string) error {
+	return query.Errorf("InvalidSubnetID.NotFound", "The subnet ID '%s' does not exist", id)
+}
+
+func noENI(id string) error {
+	return query.Errorf("InvalidNetworkInterfaceID.NotFound", "The networkInterface ID '%s' does not exist", id)
+}
+
+func noInstance(ids ...string) error {
+	if len(ids) == 1 {
+		return query.Errorf("InvalidInstanceID.NotFound", "The instance ID '%s' does not exist", ids[0])
+	}
+	return query.Errorf("InvalidInstanceID.NotFound", "The instance IDs %s do not exist", quoted(ids))
+}
+
+func noGroup(id string) error {
+	return query.Errorf("InvalidGroup.NotFound", "The security group '%s' does not exist", id)
+}
+
+func findVPC(s *store.State, id string) (*store.VPC, error) {
+	if err := checkID("vpc", id); err != nil {
+		return nil, err
+	}
+	if v := s.VPC(vpc.VPCID(id)); v != nil {
+		return v, nil
+	}
+	return nil, noVPC(id)
+}
+
+func findSubnet(s *store.State, id string) (*store.Subnet, error) {
+	if err := checkID("subnet", id); err != nil {
+		return nil, err
+	}
+	if n := s.Subnet(vpc.SubnetID(id)); n != nil {
+		return n, nil
+	}
+	return nil, noSubnet(id)
+}
+
+func findENI(s *store.State, id string) (*store.ENI, error) {
+	if err := checkID("eni", id); err != nil {
+		return nil, err
+	}
+	if e := s.ENI(vpc.ENIID(id)); e != nil {
+		return e, nil
+	}
+	return nil, noENI(id)
+}
+
+func findInstance(s *store.State, id string) (*store.Instance, error) {
+	if err := checkID("i", id); err != nil {
+		return nil, err
+	}
+	if i := s.Instance(vpc.InstanceID(id)); i != nil {
+		return i, nil
+	}
+	return nil, noInstance(id)
+}
+
+func findGroup(s *store.State, id string) (*store.Group, error) {
+	if err := checkID("sg", id); err != nil {
+		return nil, err
+	}
+	if g := s.Group(vpc.SecurityGroupID(id)); g != nil {
+		return g, nil
+	}
+	return nil, noGroup(id)
+}
+
+// findAll looks up several identifiers with one of the finders.
+func findAll[T any](s *store.State, ids []string, find func(*store.State, string) (T, error)) ([]T, error) {
+	out := make([]T, 0, len(ids))
+	for _, id := range ids {
+		o, err := find(s, id)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, o)
+	}
+	return out, nil
+}
+
+// prefixOf returns what an identifier begins with: "eni-attach" of
+// "eni-attach-0123".
+func prefixOf(id string) string {
+	i := strings.LastIndexByte(id, '-')
+	if i < 0 {
+		return ""
+	}
+	return id[:i]
+}

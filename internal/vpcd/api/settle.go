@@ -1,0 +1,85 @@
+package api
+
+import (
+	"time"
+
+	"github.com/underlay-cni/underlay/internal/vpc"
+	"github.com/underlay-cni/underlay/internal/vpcd/store"
+)
+
+// terminatedFor is how long a terminated instance is still described (EC2 user
+// guide: "a short while", about an hour).
+const terminatedFor = time.Hour
+
+// Settle finishes what is due: attachments and instances whose transition ends
+// now or before. Run calls it; it changes nothing when nothing is due.
+func (a *API) Settle() error {
+	now := a.now()
+	if at, ok := a.store.View().NextDue(); !ok || at.After(now) {
+		return nil
+	}
+	return a.store.Update(func(tx *store.Tx) error {
+		for _, id := range tx.DueBy(now) {
+			if e := tx.ENI(vpc.ENIID(id)); e != nil {
+				settleAttachment(tx, e)
+			} else if i := tx.Instance(vpc.InstanceID(id)); i != nil {
+				settleInstance(tx, i, now)
+			}
+		}
+		return nil
+	})
+}
+
+// forget drops client tokens that are too old to matter.
+func (a *API) forget() error {
+	now := a.now()
+	return a.store.Update(func(tx *store.Tx) error {
+		tx.ForgetTokens(func(t *store.Token) bool { return now.Sub(t.Created) > tokenLifetime })
+		return nil
+	})
+}
+
+func settleAttachment(tx *store.Tx, old *store.ENI) {
+	e := *old
+	if at := *old.Attachment; at.Status == store.Attaching {
+		at.Status, at.Due = store.Attached, time.Time{}
+		e.Attachment = &at
+	} else {
+		e.Attachment = nil
+	}
+	tx.PutENI(&e)
+}
+
+func settleInstance(tx *store.Tx, old *store.Instance, now time.Time) {
+	i := *old
+	switch old.State {
+	case store.Pending:
+		i.State, i.Due = store.Running, time.Time{}
+	case store.ShuttingDown:
+		i.State, i.Due = store.Terminated, now.Add(terminatedFor)
+		release(tx, i.ID)
+	case store.Terminated:
+		tx.DeleteInstance(i.ID)
+		return
+	case store.Running:
+		i.Due = time.Time{}
+	}
+	tx.PutInstance(&i)
+}
+
+// release takes the interfaces from an instance that is gone.
+func release(tx *store.Tx, id vpc.InstanceID) {
+	var held []*store.ENI
+	for e := range tx.InterfacesOf(id) {
+		held = append(held, e)
+	}
+	for _, old := range held {
+		if old.Attachment.DeleteOnTermination {
+			tx.DeleteENI(old.ID)
+			continue
+		}
+		e := *old
+		e.Attachment = nil
+		tx.PutENI(&e)
+	}
+}
