@@ -35,6 +35,19 @@ func Handle[Req, Resp any](fn func(ctx context.Context, req *Req) (*Resp, error)
 	}
 }
 
+// Invoke calls the function of h: for those who use a handler without HTTP. Req
+// and Resp must be those that h was made with.
+func Invoke[Req, Resp any](ctx context.Context, h Handler, req *Req) (*Resp, error) {
+	if h.request != reflect.TypeFor[*Req]() || h.response != reflect.TypeFor[*Resp]() {
+		return nil, fmt.Errorf("call a handler of %v with %T", h.request, req)
+	}
+	resp, err := h.call(ctx, req)
+	if err != nil {
+		return nil, err
+	}
+	return resp.(*Resp), nil
+}
+
 // fits panics unless the handler serves the action.
 func (h Handler) fits(a *Action) {
 	if h.call == nil {

@@ -1,0 +1,132 @@
+package vpcd
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+
+	"github.com/underlay-cni/underlay/internal/vpc"
+	"github.com/underlay-cni/underlay/internal/vpcd/fabric"
+	"github.com/underlay-cni/underlay/internal/vpcd/store"
+)
+
+// names gives a lab's network namespaces their names.
+type names struct{ lab string }
+
+func (n names) instance(id vpc.InstanceID) string { return "ul-" + n.lab + "-" + string(id) }
+func (n names) service(name string) string        { return "ul-" + n.lab + "-svc-" + name }
+
+// lives reports whether an instance has a network namespace. A shutting-down
+// one has: its interfaces are detached in good order first.
+func lives(i *store.Instance) bool { return i.State != store.Terminated }
+
+// plugged reports whether an attachment's interface is in the guest. A
+// detaching one is until it is gone.
+func plugged(a *store.Attachment) bool {
+	return a != nil && (a.Status == store.Attached || a.Status == store.Detaching)
+}
+
+// desired is what the fabric should be: state's VPCs, instances and interfaces,
+// with the address mapping that mapping had, an older snapshot or the same. An
+// interface that mapping does not know has its primary address alone.
+//
+// What cannot be told is left out, and the error says so.
+func desired(n names, state, mapping *store.State) (fabric.Config, error) {
+	var c fabric.Config
+	var errs []error
+	for _, s := range state.Subnets.All() {
+		v := state.VPC(s.VPC)
+		if v == nil {
+			errs = append(errs, fmt.Errorf("subnet %s is of VPC %s, which does not exist", s.ID, s.VPC))
+			continue
+		}
+		sub := fabric.Subnet{ID: s.ID, VNI: v.VNI, CIDR: s.CIDR}
+		for _, a := range v.CIDRs {
+			sub.VPCCIDRs = append(sub.VPCCIDRs, a.CIDR)
+		}
+		c.Subnets = append(c.Subnets, sub)
+	}
+	for _, i := range state.Instances.All() {
+		if lives(i) {
+			c.Guests = append(c.Guests, fabric.Guest{Netns: n.instance(i.ID)})
+		}
+	}
+	for _, s := range state.Services.All() {
+		c.Guests = append(c.Guests, fabric.Guest{Netns: n.service(s.Name)})
+	}
+	primaries := map[addrOf]vpc.ENIID{}
+	for _, e := range state.ENIs.All() {
+		primaries[addrOf{e.VPC, e.Primary}] = e.ID
+	}
+	for _, e := range state.ENIs.All() {
+		i, err := iface(n, state, mapping, primaries, e)
+		if err != nil {
+			errs = append(errs, err)
+		} else if i != nil {
+			c.Interfaces = append(c.Interfaces, *i)
+		}
+	}
+	return c, errors.Join(errs...)
+}
+
+// addrOf is an address of a VPC.
+type addrOf struct {
+	vpc  vpc.VPCID
+	addr netip.Addr
+}
+
+// iface is an ENI as the fabric should have it, or nil.
+func iface(n names, state, mapping *store.State, primaries map[addrOf]vpc.ENIID, e *store.ENI) (*fabric.Interface, error) {
+	i := &fabric.Interface{ID: e.ID, Subnet: e.Subnet, Primary: e.Primary, SourceDestCheck: e.SourceDestCheck}
+	switch {
+	case e.Service != "":
+		i.Guest, i.Configure = n.service(e.Service), true
+	case !plugged(e.Attachment):
+		return nil, nil
+	default:
+		in := state.Instance(e.Attachment.Instance)
+		if in == nil || !lives(in) {
+			return nil, nil
+		}
+		i.Guest, i.DeviceIndex = n.instance(in.ID), e.Attachment.DeviceIndex
+		i.Configure = e.Attachment.DeviceIndex == 0
+	}
+	v := state.VPC(e.VPC)
+	if v == nil {
+		return nil, fmt.Errorf("interface %s is of VPC %s, which does not exist", e.ID, e.VPC)
+	}
+	i.VNI = v.VNI
+	mac, err := net.ParseMAC(e.MAC)
+	if err != nil {
+		return nil, fmt.Errorf("read the MAC of interface %s: %w", e.ID, err)
+	}
+	i.MAC = mac
+	i.Addresses = []netip.Prefix{single(e.Primary)}
+	if old := mapping.ENI(e.ID); old != nil {
+		for _, a := range old.Secondary {
+			// Since that snapshot the address may have become the primary one
+			// of another interface, which does not lag.
+			if _, taken := primaries[addrOf{e.VPC, a}]; !taken {
+				i.Addresses = append(i.Addresses, single(a))
+			}
+		}
+		for _, p := range old.Prefixes {
+			if !anyPrimary(primaries, e.VPC, p) {
+				i.Addresses = append(i.Addresses, p)
+			}
+		}
+	}
+	return i, nil
+}
+
+func single(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
+
+func anyPrimary(primaries map[addrOf]vpc.ENIID, v vpc.VPCID, p netip.Prefix) bool {
+	for a := p.Masked().Addr(); p.Contains(a); a = a.Next() {
+		if _, taken := primaries[addrOf{v, a}]; taken {
+			return true
+		}
+	}
+	return false
+}

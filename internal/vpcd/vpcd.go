@@ -1,0 +1,190 @@
+package vpcd
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/underlay-cni/underlay/internal/vpc"
+	"github.com/underlay-cni/underlay/internal/vpcd/api"
+	"github.com/underlay-cni/underlay/internal/vpcd/chaos"
+	"github.com/underlay-cni/underlay/internal/vpcd/fabric"
+	"github.com/underlay-cni/underlay/internal/vpcd/imds"
+	"github.com/underlay-cni/underlay/internal/vpcd/query"
+	"github.com/underlay-cni/underlay/internal/vpcd/store"
+)
+
+// Files of Options.Dir.
+const (
+	stateFile = "state.db"
+	keyFile   = "imds.key"
+)
+
+// Options of Run.
+type Options struct {
+	Name     string // of the lab: its namespaces are ul-NAME-…
+	Dir      string // for the state; made if it is not there
+	BPFFS    string // a directory in a mounted bpffs, for the fabric's pins
+	Listen   string // address of the EC2 API and of /_vpcd/
+	NoFabric bool   // the API alone: no namespaces, no packets, no IMDS
+	Region   string // "" is us-east-1
+	Zones    int    // 0 is 3
+	Account  string // "" is 123456789012
+	Logger   *slog.Logger
+	Ready    func(listen net.Addr) // called once the EC2 API answers; may be nil
+}
+
+// Run serves a VPC until ctx ends. The fabric stays when it returns.
+func Run(ctx context.Context, o Options) (err error) {
+	o.Region, o.Account, o.Zones = cmp.Or(o.Region, "us-east-1"), cmp.Or(o.Account, "123456789012"), cmp.Or(o.Zones, 3)
+	o.Logger = cmp.Or(o.Logger, slog.Default())
+	if err := os.MkdirAll(o.Dir, 0o750); err != nil {
+		return fmt.Errorf("make the state directory: %w", err)
+	}
+	// First of all, as it fails at once on an address in use.
+	listener, err := net.Listen("tcp", o.Listen)
+	if err != nil {
+		return fmt.Errorf("listen for EC2 clients: %w; stop what is there, or choose another address with --listen", err)
+	}
+	defer closing(&err, listener)
+	key, err := imdsKey(o.Dir)
+	if err != nil {
+		return err
+	}
+	state, err := store.Open(filepath.Join(o.Dir, stateFile), store.Options{})
+	if err != nil {
+		return err
+	}
+	defer closing(&err, state)
+
+	control := chaos.New(nil)
+	ec2 := api.New(api.Options{Store: state, Chaos: control, Region: o.Region, Account: o.Account, Zones: o.Zones, Logger: o.Logger})
+	state.KeepHistory(func() time.Duration { s := control.Get(); return s.LongestLag() })
+	handlers := ec2.Handlers()
+	ec2Handler := query.NewServer(query.Options{Handlers: handlers, Gate: control.Gate, Account: o.Account, Region: o.Region, Logger: o.Logger})
+	ids, err := zoneIDs(ctx, handlers)
+	if err != nil {
+		return err
+	}
+	source := &metadata{store: state, lag: func() time.Duration { return control.Get().IMDSLag }, now: time.Now, account: o.Account, region: o.Region, zoneIDs: ids}
+
+	adm := &admin{options: o, chaos: control, store: state, api: ec2}
+	servers := []*http.Server{httpServer(adm.wrap(ec2Handler), o.Logger)}
+	jobs := []func(context.Context) error{ec2.Run}
+	if !o.NoFabric {
+		f, openErr := fabric.Open(fabric.Options{Lab: o.Name, BPFFS: o.BPFFS, Logger: o.Logger})
+		if openErr != nil {
+			return fmt.Errorf("open the fabric: %w", openErr)
+		}
+		defer closing(&err, f)
+		inside := httpServer(ec2Handler, o.Logger) // no /_vpcd/ for instances
+		adm.fabric = &reconciler{
+			names: names{o.Name}, store: state, net: f, now: time.Now, log: o.Logger, ec2: inside, changed: state.Changed(),
+			mappingLag: func() time.Duration { return control.Get().MappingLag },
+			imds: func(id vpc.InstanceID) *imds.Server {
+				return imds.New(imds.Config{Instance: id, Source: source, Key: key, Logger: o.Logger})
+			},
+		}
+		servers = append(servers, inside)
+		jobs = append(jobs, adm.fabric.Run)
+	}
+
+	group, ctx := errgroup.WithContext(ctx)
+	for _, job := range jobs {
+		group.Go(func() error { return job(ctx) })
+	}
+	group.Go(func() error { return serve(servers[0], listener) })
+	group.Go(func() error {
+		<-ctx.Done()
+		return shutdown(servers)
+	})
+	o.Logger.Info("vpcd serves", "name", o.Name, "listen", listener.Addr().String(), "fabric", !o.NoFabric)
+	if o.Ready != nil {
+		o.Ready(listener.Addr())
+	}
+	return group.Wait()
+}
+
+// zoneIDs asks the API for its zones' ids, by name.
+func zoneIDs(ctx context.Context, handlers map[string]query.Handler) (map[string]string, error) {
+	resp, err := query.Invoke[query.DescribeAvailabilityZonesRequest, query.DescribeAvailabilityZonesResponse](
+		ctx, handlers["DescribeAvailabilityZones"], &query.DescribeAvailabilityZonesRequest{})
+	if err != nil {
+		return nil, fmt.Errorf("list the availability zones: %w", err)
+	}
+	out := map[string]string{}
+	for _, z := range resp.AvailabilityZoneInfo {
+		out[*z.ZoneName] = *z.ZoneId
+	}
+	return out, nil
+}
+
+// httpServer bounds what a client may make us wait for. There is no write
+// timeout: chaos may delay an answer.
+func httpServer(h http.Handler, log *slog.Logger) *http.Server {
+	return &http.Server{
+		Handler: h, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute,
+		MaxHeaderBytes: 64 << 10, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}
+}
+
+func serve(s *http.Server, l net.Listener) error {
+	if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serve EC2 clients: %w", err)
+	}
+	return nil
+}
+
+// shutdown lets requests finish, for a moment.
+func shutdown(servers []*http.Server) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
+	defer cancel()
+	for _, s := range servers {
+		if s.Shutdown(ctx) != nil {
+			_ = s.Close() // whoever still waits is cut off
+		}
+	}
+	return nil
+}
+
+// closing closes c when a function returns, and tells of what goes wrong.
+func closing(err *error, c interface{ Close() error }) {
+	if e := c.Close(); e != nil && !errors.Is(e, net.ErrClosed) {
+		*err = errors.Join(*err, fmt.Errorf("close: %w", e))
+	}
+}
+
+// Destroy removes a lab's fabric, its instances' namespaces and its state. It
+// refuses while a vpcd serves it.
+func Destroy(o Options) error {
+	path := filepath.Join(o.Dir, stateFile)
+	if _, err := os.Stat(path); err == nil {
+		state, err := store.Open(path, store.Options{})
+		if err != nil {
+			return fmt.Errorf("destroy lab %s: is its vpcd still running? stop it first: %w", o.Name, err)
+		}
+		if err := state.Close(); err != nil {
+			return fmt.Errorf("close the state: %w", err)
+		}
+	}
+	if err := fabric.Destroy(fabric.Options{Lab: o.Name, BPFFS: o.BPFFS, Logger: o.Logger}); err != nil {
+		return fmt.Errorf("destroy the fabric: %w", err)
+	}
+	var errs []error
+	for _, f := range []string{stateFile, keyFile} {
+		if err := os.Remove(filepath.Join(o.Dir, f)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, fmt.Errorf("remove the state: %w", err))
+		}
+	}
+	return errors.Join(errs...)
+}
