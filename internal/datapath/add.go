@@ -136,45 +136,57 @@ func (d *Datapath) make(ctx context.Context, e *Endpoint, pod *nl.Conn, netns *o
 		}
 	}()
 
-	if err := d.putIface(e, 0); err != nil {
-		return err
-	}
-	if err := d.makeVeth(e, netns); err != nil {
-		return err
-	}
-	madeLink = true
-	if err := d.attach(e); err != nil {
-		return err
-	}
-	if err := ctx.Err(); err != nil {
-		return err
-	}
-	if err := configurePod(pod, e); err != nil {
-		return err
-	}
-	if err := d.configureHost(e); err != nil {
-		return err
-	}
-
-	if d.opts.BeforeReady != nil {
-		<-d.work
-		working = false
-		if err := d.opts.BeforeReady(ctx, *e); err != nil {
-			return fmt.Errorf("prepare the endpoint's policy: %w", err)
+	ready := uint32(bpfgen.NodeIfaceFlagsIFACE_READY)
+	for _, step := range []struct {
+		name string
+		do   func() error
+	}{
+		{"maps", func() error { return d.putIface(e, 0) }},
+		{"veth", func() error {
+			err := d.makeVeth(e, netns)
+			madeLink = err == nil
+			return err
+		}},
+		{"programs", func() error { return d.attach(e) }},
+		{"pod", func() error { return configurePod(pod, e) }},
+		{"host", func() error { return d.configureHost(e) }},
+		{"policy", func() error {
+			if d.opts.BeforeReady == nil {
+				return nil
+			}
+			<-d.work
+			working = false
+			if err := d.opts.BeforeReady(ctx, *e); err != nil {
+				return fmt.Errorf("prepare the endpoint's policy: %w", err)
+			}
+			return nil
+		}},
+		{"gate", func() error { return d.putIface(e, ready) }},
+		{"live", func() error {
+			live := *e
+			live.State = Live
+			return d.commit(&live, ebpf.UpdateExist)
+		}},
+	} {
+		if err := d.reach(ctx, step.name); err != nil {
+			return err
+		}
+		if err := step.do(); err != nil {
+			return err
 		}
 	}
-	if err := ctx.Err(); err != nil {
-		return err
-	}
-	if err := d.putIface(e, uint32(bpfgen.NodeIfaceFlagsIFACE_READY)); err != nil {
-		return err
-	}
 	e.State = Live
-	if err := d.commit(e, ebpf.UpdateExist); err != nil {
-		e.State = Adding
-		return err
-	}
 	return nil
+}
+
+// reach is called before each step of Add and Delete. Tests fail or die there.
+func (d *Datapath) reach(ctx context.Context, step string) error {
+	if d.opts.reached != nil {
+		if err := d.opts.reached(step); err != nil {
+			return err
+		}
+	}
+	return ctx.Err()
 }
 
 // enter waits for a turn in the kernel; leave by receiving from d.work.
@@ -220,7 +232,10 @@ func (d *Datapath) makeVeth(e *Endpoint, netns *os.File) error {
 	if !errors.Is(err, unix.EEXIST) {
 		return err
 	}
-	// Either end's name may be the one that is taken.
+	// The host's index may be taken, or either end's name.
+	if _, lookup := d.conn.LinkByIndex(e.HostIfIndex); lookup == nil {
+		return fmt.Errorf("%w: interface index %d is taken: %w", unix.EBUSY, e.HostIfIndex, err)
+	}
 	old, lookup := d.conn.LinkByName(e.HostIfName)
 	switch {
 	case errors.Is(lookup, unix.ENODEV):

@@ -39,7 +39,7 @@ type Options struct {
 	// Logger; nil: slog.Default().
 	Logger *slog.Logger
 
-	migrations map[uint32]migration // in place of the package's, in tests
+	reached func(step string) error // for tests, see Datapath.reach
 }
 
 // Datapath is the node's datapath. All methods are safe for concurrent use,
@@ -97,9 +97,6 @@ func Open(opts Options) (*Datapath, error) {
 	}
 	if opts.MTU == 0 {
 		opts.MTU = DefaultMTU
-	}
-	if opts.migrations == nil {
-		opts.migrations = migrations
 	}
 	d := &Datapath{
 		opts:    opts,
@@ -172,7 +169,7 @@ func (d *Datapath) load() error {
 	if err := spec.Variables[bpfgen.NodeVarImdsAllowed].Set(allowed); err != nil {
 		return fmt.Errorf("set imds_allowed in the BPF object: %w", err)
 	}
-	if err := prepareLayout(d.opts.BPFFS, spec, d.opts.migrations); err != nil {
+	if err := prepareLayout(d.opts.BPFFS, spec, migrations); err != nil {
 		return err
 	}
 	err = spec.LoadAndAssign(&d.objs, &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: mapDir(d.opts.BPFFS)}})

@@ -52,6 +52,9 @@ func (d *Datapath) Delete(ctx context.Context, containerID, ifName string) (Endp
 		d.tombs[k] = addr
 		d.mu.Unlock()
 	}
+	if err := d.reach(context.WithoutCancel(ctx), "tombstone"); err != nil {
+		return e, fmt.Errorf("delete %s: %w", e.String(), err)
+	}
 	if err := d.dismantle(&e, true); err != nil {
 		return e, fmt.Errorf("delete %s: %w", e.String(), err)
 	}
@@ -113,15 +116,18 @@ func (d *Datapath) dismantle(e *Endpoint, withLink bool) error {
 			errs = append(errs, fmt.Errorf("remove %s from the map of interfaces: %w", e.HostIfName, err))
 		}
 	}
+	errs = append(errs, d.reach(context.Background(), "gone from maps"))
 	if withLink {
 		var route nl.Batch
 		route.RouteDelete(podRoute(e))
 		route.Tolerate(unix.ESRCH, unix.ENODEV)
 		errs = append(errs, d.conn.Exec(&route))
+		errs = append(errs, d.reach(context.Background(), "gone from routes"))
 		var link nl.Batch
 		link.LinkDelete(e.HostIfName)
 		link.Tolerate(unix.ENODEV)
 		errs = append(errs, d.slow.Exec(&link))
+		errs = append(errs, d.reach(context.Background(), "gone from links"))
 		errs = append(errs, d.unpin(e.HostIfName))
 	}
 	if owns {

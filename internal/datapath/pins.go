@@ -92,21 +92,33 @@ func prepareLayout(bpffs string, spec *ebpf.CollectionSpec, steps map[uint32]mig
 	if value.Layout > layoutVersion {
 		return fmt.Errorf("the maps in %s have layout %d, this agent knows up to %d: run the agent version that made them, or drain the node and remove the directory", dir, value.Layout, layoutVersion)
 	}
-	for v := value.Layout; v != 0 && v < layoutVersion; v++ {
+	if value.Layout != 0 {
+		return migrate(dir, meta, value.Layout, layoutVersion, steps)
+	}
+	return setLayout(meta, layoutVersion)
+}
+
+// migrate brings the maps from one layout to another, step by step; each
+// step's end is written down.
+func migrate(dir string, meta *ebpf.Map, from, to uint32, steps map[uint32]migration) error {
+	for v := from; v < to; v++ {
 		step, ok := steps[v]
 		if !ok {
-			return fmt.Errorf("the maps in %s have layout %d, from which this agent (layout %d) knows no way: run an agent version in between first, or drain the node and remove the directory", dir, v, layoutVersion)
+			return fmt.Errorf("the maps in %s have layout %d, from which this agent (layout %d) knows no way: run an agent version in between first, or drain the node and remove the directory", dir, v, to)
 		}
 		if err := step(dir); err != nil {
 			return fmt.Errorf("migrate the maps in %s from layout %d: %w", dir, v, err)
 		}
-		value.Layout = v + 1
-		if err := meta.Update(&zero, &value, ebpf.UpdateAny); err != nil {
-			return fmt.Errorf("write the maps' layout: %w", err)
+		if err := setLayout(meta, v+1); err != nil {
+			return err
 		}
 	}
-	value.Layout = layoutVersion
-	if err := meta.Update(&zero, &value, ebpf.UpdateAny); err != nil {
+	return nil
+}
+
+func setLayout(meta *ebpf.Map, v uint32) error {
+	var zero uint32
+	if err := meta.Update(&zero, &bpfgen.NodeLayoutMeta{Layout: v}, ebpf.UpdateAny); err != nil {
 		return fmt.Errorf("write the maps' layout: %w", err)
 	}
 	return nil

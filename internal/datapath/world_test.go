@@ -329,3 +329,12 @@ func (w *world) ping(netns string, from, to netip.Addr) bool {
 	}
 	return false
 }
+
+func containsAny(s string, any ...string) bool {
+	for _, a := range any {
+		if strings.Contains(s, a) {
+			return true
+		}
+	}
+	return false
+}

@@ -107,8 +107,8 @@ type Veth struct {
 	PeerMTU   int
 }
 
-// VethAdd makes a pair, both ends down. The kernel answers EEXIST if a name is
-// taken, EBUSY if an index is.
+// VethAdd makes a pair, both ends down. The kernel answers EEXIST if a name or
+// the host's index is taken, EBUSY if the peer's index is.
 func (b *Batch) VethAdd(v Veth) {
 	b.add(fmt.Sprintf("add link %s (veth)", v.Name), unix.RTM_NEWLINK, create, func() {
 		var flags uint32

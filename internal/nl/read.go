@@ -36,10 +36,22 @@ const rtextFilterSkipStats = 1 << 3
 // LinkByName returns the device of that name. The error wraps unix.ENODEV if
 // there is none.
 func (c *Conn) LinkByName(name string) (Link, error) {
+	return c.link("get link "+name, 0, name)
+}
+
+// LinkByIndex returns the device of that ifindex. The error wraps unix.ENODEV
+// if there is none.
+func (c *Conn) LinkByIndex(index int) (Link, error) {
+	return c.link(fmt.Sprintf("get link %d", index), index, "")
+}
+
+func (c *Conn) link(text string, index int, name string) (Link, error) {
 	var b Batch
-	b.add("get link "+name, unix.RTM_GETLINK, 0, func() {
-		b.ifinfo(0, 0, 0)
-		b.attrText(unix.IFLA_IFNAME, name)
+	b.add(text, unix.RTM_GETLINK, 0, func() {
+		b.ifinfo(index, 0, 0)
+		if name != "" {
+			b.attrText(unix.IFLA_IFNAME, name)
+		}
 		b.attrU32(unix.IFLA_EXT_MASK, rtextFilterSkipStats)
 	})
 	links, err := dumpAll(c, &b, parseLink)
@@ -47,7 +59,7 @@ func (c *Conn) LinkByName(name string) (Link, error) {
 		return Link{}, err
 	}
 	if len(links) != 1 {
-		return Link{}, fmt.Errorf("get link %s: %w", name, unix.ENODEV)
+		return Link{}, fmt.Errorf("%s: %w", text, unix.ENODEV)
 	}
 	return links[0], nil
 }
