@@ -73,6 +73,7 @@ type admin struct {
 	chaos   *chaos.Control
 	store   *store.Store
 	api     *api.API
+	calls   *callCounter
 	fabric  *reconciler // nil without a fabric
 }
 
@@ -94,10 +95,11 @@ func (a *admin) wrap(next http.Handler) http.Handler {
 	handle("DELETE chaos", func(*http.Request) (any, error) { a.chaos.Reset(); return a.chaos.Get(), nil })
 	handle("GET instances", a.instances)
 	handle("GET counters", a.counters)
+	handle("GET calls", func(*http.Request) (any, error) { return a.calls.all(), nil })
 	handle("POST managed-services", a.createService)
 	handle("DELETE managed-services/{name}", a.deleteService)
 	mux.HandleFunc(AdminPath, func(w http.ResponseWriter, r *http.Request) {
-		a.respond(w, r, nil, httpError{http.StatusNotFound, fmt.Errorf("there is no %s %s; there are health, chaos, instances, counters, managed-services", r.Method, r.URL.Path)})
+		a.respond(w, r, nil, httpError{http.StatusNotFound, fmt.Errorf("there is no %s %s; there are health, chaos, instances, counters, calls, managed-services", r.Method, r.URL.Path)})
 	})
 	guarded := http.NewCrossOriginProtection().Handler(mux)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -71,14 +71,15 @@ func Run(ctx context.Context, o Options) (err error) {
 	ec2 := api.New(api.Options{Store: state, Chaos: control, Region: o.Region, Account: o.Account, Zones: o.Zones, Logger: o.Logger})
 	state.KeepHistory(func() time.Duration { s := control.Get(); return s.LongestLag() })
 	handlers := ec2.Handlers()
-	ec2Handler := query.NewServer(query.Options{Handlers: handlers, Gate: control.Gate, Account: o.Account, Region: o.Region, Logger: o.Logger})
+	calls := &callCounter{counts: map[string]uint64{}}
+	ec2Handler := query.NewServer(query.Options{Handlers: handlers, Gate: calls.gate(control.Gate), Account: o.Account, Region: o.Region, Logger: o.Logger})
 	ids, err := zoneIDs(ctx, handlers)
 	if err != nil {
 		return err
 	}
 	source := &metadata{store: state, lag: func() time.Duration { return control.Get().IMDSLag }, now: time.Now, account: o.Account, region: o.Region, zoneIDs: ids}
 
-	adm := &admin{options: o, chaos: control, store: state, api: ec2}
+	adm := &admin{options: o, chaos: control, store: state, api: ec2, calls: calls}
 	servers := []*http.Server{httpServer(adm.wrap(ec2Handler), o.Logger)}
 	jobs := []func(context.Context) error{ec2.Run}
 	if !o.NoFabric {
