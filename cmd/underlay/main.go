@@ -1,0 +1,10 @@
+// Command underlay builds labs, runs pods in them and shows what is there.
+package main
+
+import (
+	"os"
+
+	"github.com/underlay-cni/underlay/internal/cli"
+)
+
+func main() { os.Exit(cli.Main(os.Args[1:])) }

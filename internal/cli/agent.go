@@ -1,0 +1,144 @@
+package cli
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/underlay-cni/underlay/internal/agentapi"
+)
+
+func newCommand(path string, args ...string) *exec.Cmd { return exec.Command(path, args...) }
+
+// cniNetwork is the name of the network in the config list of each node.
+const cniNetwork = "underlay"
+
+// writeCNI lays out what a container runtime reads: the config list and the
+// plugin.
+func writeCNI(n Node, plugin string) error {
+	for _, dir := range []string{n.CNIConfDir, n.CNIBinDir} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return fmt.Errorf("make %s: %w", dir, err)
+		}
+	}
+	list := map[string]any{
+		"cniVersion": "1.1.0",
+		"name":       cniNetwork,
+		"plugins":    []map[string]any{{"type": filepath.Base(plugin), "socket": n.AgentSocket}},
+	}
+	b, err := json.MarshalIndent(list, "", "  ")
+	if err != nil {
+		return fmt.Errorf("encode the CNI config list: %w", err)
+	}
+	if err := writeFile(filepath.Join(n.CNIConfDir, "10-underlay.conflist"), append(b, '\n'), 0o644); err != nil {
+		return err
+	}
+	// A copy, as an installation makes: what is rebuilt later does not change
+	// a lab that runs.
+	dst := filepath.Join(n.CNIBinDir, filepath.Base(plugin))
+	src, err := os.Open(plugin)
+	if err != nil {
+		return fmt.Errorf("copy the CNI plugin: %w", err)
+	}
+	defer src.Close()
+	b, err = io.ReadAll(src)
+	if err != nil {
+		return fmt.Errorf("copy the CNI plugin: %w", err)
+	}
+	return writeFile(dst, b, 0o755)
+}
+
+// startAgent starts the agent of a node and waits until it serves.
+func startAgent(ctx context.Context, h home, n Node, agent string) error {
+	// A directory in a bpffs is made like any other; the pins of a node stay
+	// together.
+	bpffs := h.bpf("nodes", n.Name)
+	if err := os.MkdirAll(bpffs, 0o700); err != nil {
+		return fmt.Errorf("make %s: %w", bpffs, err)
+	}
+	cmd := newCommand(agent, "--socket", n.AgentSocket, "--bpffs", bpffs, "--cluster", h.name)
+	cmd.Env = cleanEnv(
+		// The EC2 API as an instance reaches it: over the wire, at a link-local
+		// address that the fabric answers.
+		"AWS_ENDPOINT_URL_EC2=http://169.254.171.24:7424",
+		"AWS_REGION="+region,
+		"AWS_ACCESS_KEY_ID=AKIAUNDERLAYNODE0000",
+		"AWS_SECRET_ACCESS_KEY=underlay",
+		"AWS_CONFIG_FILE=/dev/null",
+		"AWS_SHARED_CREDENTIALS_FILE=/dev/null",
+	)
+	p, exited, err := background(cmd, n.Netns, h.agentLog(n.Name))
+	if err != nil {
+		return err
+	}
+	if err := writeJSON(agentPIDFile(h, n.Name), p); err != nil {
+		return err
+	}
+	return whileAlive(ctx, "the agent", exited, func(ctx context.Context) error {
+		ctx, cancel := context.WithTimeoutCause(ctx, 90*time.Second, errors.New("it did not serve within 90 s"))
+		defer cancel()
+		client := agentapi.Client{Socket: n.AgentSocket}
+		var last error
+		err := poll(ctx, 10*time.Millisecond, func() (bool, error) {
+			last = client.Status(ctx)
+			return last == nil, nil
+		})
+		if err != nil && last != nil {
+			return fmt.Errorf("%w (last answer: %w)", err, last)
+		}
+		return err
+	})
+}
+
+func agentPIDFile(h home, node string) string { return filepath.Join(h.node(node), "agent.pid") }
+
+// agentProc returns the recorded agent process of a node.
+func agentProc(h home, node string) (proc, error) {
+	var p proc
+	b, err := os.ReadFile(agentPIDFile(h, node))
+	if err != nil {
+		return p, fmt.Errorf("find the agent of %s: %w", node, err)
+	}
+	if err := json.Unmarshal(b, &p); err != nil {
+		return p, fmt.Errorf("find the agent of %s: %w", node, err)
+	}
+	return p, nil
+}
+
+// restartAgent kills the agent of a node with SIGKILL, as a crash would, and
+// starts it anew. It returns how long the new one took to serve.
+func (a *App) restartAgent(ctx context.Context, h home, n Node) (time.Duration, error) {
+	agent, err := program("underlay-agent")
+	if err != nil {
+		return 0, err
+	}
+	// One restart of a node's agent at a time.
+	dir, err := os.Open(h.node(n.Name))
+	if err != nil {
+		return 0, fmt.Errorf("restart the agent of %s: %w", n.Name, err)
+	}
+	defer dir.Close()
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX); err != nil {
+		return 0, fmt.Errorf("restart the agent of %s: %w", n.Name, err)
+	}
+	var old []proc
+	if p, err := agentProc(h, n.Name); err == nil {
+		old = append(old, p)
+	}
+	if left := end(ctx, old, 0); len(left) > 0 {
+		return 0, fmt.Errorf("restart the agent of %s: process %d does not end", n.Name, left[0].PID)
+	}
+	began := a.now()
+	if err := startAgent(ctx, h, n, agent); err != nil {
+		return 0, fmt.Errorf("restart the agent of %s: %w; see: underlay logs %s%s", n.Name, err, n.Name, a.labFlag())
+	}
+	return a.now().Sub(began), nil
+}

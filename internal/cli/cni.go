@@ -1,0 +1,150 @@
+package cli
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/containernetworking/cni/libcni"
+	"github.com/containernetworking/cni/pkg/invoke"
+	"github.com/containernetworking/cni/pkg/types"
+	types100 "github.com/containernetworking/cni/pkg/types/100"
+	cniversion "github.com/containernetworking/cni/pkg/version"
+)
+
+// runtime is a container runtime on one node, as far as CNI is concerned:
+// libcni with the node's config list, its plugin started in the node's network
+// namespace.
+type runtime struct {
+	node Node
+	cni  *libcni.CNIConfig
+	list *libcni.NetworkConfigList
+}
+
+func newRuntime(h home, n Node) (*runtime, error) {
+	list, err := libcni.LoadConfList(n.CNIConfDir, cniNetwork)
+	if err != nil {
+		return nil, fmt.Errorf("read the CNI config of %s: %w", n.Name, err)
+	}
+	cache := filepath.Join(h.node(n.Name), "cni", "cache")
+	return &runtime{
+		node: n,
+		cni:  libcni.NewCNIConfigWithCacheDir([]string{n.CNIBinDir}, cache, &pluginExec{netns: n.Netns}),
+		list: list,
+	}, nil
+}
+
+// addTimeout is longer than the agent's own patience, which answers with a
+// better reason.
+const addTimeout = 2 * time.Minute
+
+type addResult struct {
+	ip, mac string
+}
+
+func (r *runtime) add(ctx context.Context, p *podFile) (addResult, error) {
+	ctx, cancel := context.WithTimeout(ctx, addTimeout)
+	defer cancel()
+	res, err := r.cni.AddNetworkList(ctx, r.list, r.conf(p))
+	if err != nil {
+		return addResult{}, fmt.Errorf("CNI ADD: %w", plainCNI(err))
+	}
+	result, err := types100.NewResultFromResult(res)
+	if err != nil {
+		return addResult{}, fmt.Errorf("CNI ADD: read the result: %w", err)
+	}
+	var out addResult
+	for _, ip := range result.IPs {
+		out.ip = ip.Address.IP.String()
+		if ip.Interface != nil && *ip.Interface < len(result.Interfaces) {
+			out.mac = result.Interfaces[*ip.Interface].Mac
+		}
+		break
+	}
+	if out.ip == "" {
+		return out, errors.New("CNI ADD: the plugin answered without an address")
+	}
+	for _, i := range result.Interfaces {
+		if out.mac == "" && i.Sandbox != "" {
+			out.mac = i.Mac
+		}
+	}
+	return out, nil
+}
+
+func (r *runtime) del(ctx context.Context, p *podFile) error {
+	ctx, cancel := context.WithTimeout(ctx, addTimeout)
+	defer cancel()
+	if err := r.cni.DelNetworkList(ctx, r.list, r.conf(p)); err != nil {
+		return fmt.Errorf("CNI DEL: %w", plainCNI(err))
+	}
+	return nil
+}
+
+func (r *runtime) conf(p *podFile) *libcni.RuntimeConf {
+	return &libcni.RuntimeConf{
+		ContainerID: p.ContainerID,
+		NetNS:       p.Pod.Netns,
+		IfName:      "eth0",
+		Args: [][2]string{
+			{"IgnoreUnknown", "1"},
+			{"K8S_POD_NAMESPACE", "default"},
+			{"K8S_POD_NAME", p.Pod.Name},
+			{"K8S_POD_INFRA_CONTAINER_ID", p.ContainerID},
+		},
+	}
+}
+
+// plainCNI takes off what libcni wraps around a plugin's error, which says all.
+func plainCNI(err error) error {
+	var e *types.Error
+	if !errors.As(err, &e) {
+		return err
+	}
+	if e.Details != "" {
+		return fmt.Errorf("%s (%s) (code %d)", e.Msg, e.Details, e.Code)
+	}
+	return fmt.Errorf("%s (code %d)", e.Msg, e.Code)
+}
+
+// pluginExec starts plugins in a network namespace, for libcni.
+type pluginExec struct {
+	netns string
+	cniversion.PluginDecoder
+}
+
+// ExecPlugin runs a plugin to its end.
+func (e *pluginExec) ExecPlugin(ctx context.Context, path string, stdin []byte, environ []string) ([]byte, error) {
+	var out, errOut bytes.Buffer
+	cmd := exec.CommandContext(ctx, path)
+	cmd.Env = environ
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(stdin), &out, &errOut
+	cmd.WaitDelay = 5 * time.Second
+	err := startIn(cmd, e.netns)
+	if err == nil {
+		err = cmd.Wait()
+	}
+	if err == nil {
+		return out.Bytes(), nil
+	}
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	// A plugin says on stdout what went wrong.
+	var ce types.Error
+	if json.Unmarshal(out.Bytes(), &ce) == nil && ce.Msg != "" {
+		return nil, &ce
+	}
+	return nil, fmt.Errorf("run %s: %w: %s", filepath.Base(path), err, strings.TrimSpace(errOut.String()))
+}
+
+// FindInPath finds a plugin.
+func (e *pluginExec) FindInPath(plugin string, paths []string) (string, error) {
+	return invoke.FindInPath(plugin, paths)
+}

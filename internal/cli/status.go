@@ -1,0 +1,359 @@
+package cli
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/underlay-cni/underlay/internal/agentapi"
+	"github.com/underlay-cni/underlay/internal/ec2"
+	"github.com/underlay-cni/underlay/internal/vpc"
+)
+
+func (a *App) statusCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "status",
+		Short: "Show nodes, ENIs, addresses, pods and last errors",
+		Long: `Shows the lab as its agents and EC2 see it now: nothing is taken from what this
+command remembers, save which machines there are. Ends with an error when vpcd or
+an agent is not well.`,
+		Example:     "  underlay status\n  underlay status -o json | jq '.nodes[].agent'",
+		Args:        cobra.NoArgs,
+		Annotations: rootBecause("asks the agents, whose sockets are root's"),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			h := a.home()
+			f, err := h.loadUp()
+			if err != nil {
+				return err
+			}
+			s := a.collect(cmd.Context(), h, f)
+			if err := a.print(s, func(w io.Writer) { s.write(w, colored(w), a.now()) }); err != nil {
+				return err
+			}
+			if ill := s.ill(); len(ill) > 0 {
+				return fmt.Errorf("not well: %s; see: underlay logs%s", strings.Join(ill, ", "), a.labFlag())
+			}
+			return nil
+		},
+	}
+}
+
+// status is what "underlay status -o json" prints.
+type status struct {
+	Lab
+	Created      time.Time         `json:"created"`
+	InstanceType string            `json:"instanceType"`
+	VPCD         serviceStatus     `json:"vpcd"`
+	NodeStatus   []nodeStatus      `json:"nodeStatus"`
+	Interfaces   []interfaceStatus `json:"interfaces"` // all of the VPC, as EC2 describes them
+	Pods         []podStatus       `json:"pods"`
+}
+
+type serviceStatus struct {
+	Healthy bool   `json:"healthy"`
+	Error   string `json:"error,omitempty"`
+	PID     int    `json:"pid,omitempty"`
+}
+
+type nodeStatus struct {
+	Name      string               `json:"name"`
+	Zone      string               `json:"zone"`
+	Agent     serviceStatus        `json:"agent"`
+	Addresses addressCounts        `json:"addresses"`
+	Inspect   *agentapi.Inspection `json:"inspect,omitempty"`
+}
+
+// addressCounts are a node's addresses by state, primary ones left out.
+type addressCounts struct {
+	InUse   int `json:"inUse"`
+	Free    int `json:"free"`
+	Cooling int `json:"cooling"`
+	Waiting int `json:"waiting"` // ADDs that wait for one
+}
+
+type interfaceStatus struct {
+	ID        string   `json:"id"`
+	Machine   string   `json:"machine"` // node, VM or service; "" when attached to none of ours
+	Device    int      `json:"device"`
+	IfName    string   `json:"ifname,omitempty"`
+	MAC       string   `json:"mac"`
+	Primary   string   `json:"primary"`
+	Secondary []string `json:"secondary"`
+	Prefixes  []string `json:"prefixes"`
+	Groups    []string `json:"groups"`
+	Attached  bool     `json:"attached"`
+}
+
+type podStatus struct {
+	Name    string    `json:"name"`
+	Node    string    `json:"node"`
+	IP      string    `json:"ip"`
+	ENI     string    `json:"eni"`
+	MAC     string    `json:"mac"`
+	State   string    `json:"state"`
+	Since   time.Time `json:"since"`
+	Problem string    `json:"problem,omitempty"`
+}
+
+// collect asks everybody at once; who does not answer is reported, not waited
+// for.
+func (a *App) collect(ctx context.Context, h home, f *labFile) *status {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	s := &status{
+		Lab: f.Lab, Created: f.Created, InstanceType: f.InstanceType,
+		NodeStatus: make([]nodeStatus, len(f.Lab.Nodes)), Interfaces: []interfaceStatus{}, Pods: []podStatus{},
+	}
+	var (
+		wg        sync.WaitGroup
+		enis      []vpc.ENI
+		instances []ec2.LabInstance
+	)
+	wg.Go(func() {
+		s.VPCD.PID = f.VPCD.PID
+		err := newAdmin(f.Lab.Endpoint).health(ctx)
+		api := ec2.NewLab(f.Lab.Endpoint, f.Region)
+		if err == nil {
+			enis, err = api.Interfaces(ctx, vpc.VPCID(f.Lab.VPCID))
+		}
+		if err == nil {
+			instances, err = api.Instances(ctx, nil)
+		}
+		if s.VPCD.Healthy = err == nil; err != nil {
+			s.VPCD.Error = err.Error()
+		}
+	})
+	for i, n := range f.Lab.Nodes {
+		wg.Go(func() { s.NodeStatus[i] = nodeStatusOf(ctx, h, n) })
+	}
+	wg.Wait()
+
+	machine := map[vpc.InstanceID]string{}
+	for _, n := range f.Lab.Nodes {
+		machine[vpc.InstanceID(n.InstanceID)] = n.Name
+	}
+	for _, o := range f.Lab.Outside {
+		machine[vpc.InstanceID(o.InstanceID)] = o.Name
+	}
+	ifname := map[string]string{}
+	for i := range s.NodeStatus {
+		n := &s.NodeStatus[i]
+		for _, in := range instances {
+			if string(in.ID) == f.Lab.Nodes[i].InstanceID {
+				n.Zone = in.Zone
+			}
+		}
+		if n.Inspect == nil {
+			continue
+		}
+		for _, e := range n.Inspect.ENIs {
+			ifname[e.ID] = e.IfName
+		}
+		for _, e := range n.Inspect.Endpoints {
+			if e.State == tombstone {
+				continue
+			}
+			s.Pods = append(s.Pods, podStatus{
+				Name: e.Pod.Name, Node: n.Name, IP: e.IP.String(), ENI: e.ENI, MAC: e.MAC, State: e.State, Since: e.Since, Problem: e.Problem,
+			})
+		}
+	}
+	slices.SortFunc(s.Pods, func(a, b podStatus) int { return natural(a.Name, b.Name) })
+	for _, e := range enis {
+		is := interfaceStatus{
+			ID: string(e.ID), Device: e.DeviceIndex, MAC: e.MAC, Primary: e.Primary.String(), IfName: ifname[string(e.ID)],
+			Secondary: []string{}, Prefixes: []string{}, Groups: []string{}, Attached: e.Attached,
+		}
+		if e.Instance != "" {
+			is.Machine = machine[e.Instance]
+		}
+		for _, o := range f.Lab.Outside {
+			if is.Machine == "" && o.IP == e.Primary {
+				is.Machine = o.Name
+			}
+		}
+		for _, ip := range e.Secondary {
+			is.Secondary = append(is.Secondary, ip.String())
+		}
+		for _, p := range e.Prefixes {
+			is.Prefixes = append(is.Prefixes, p.String())
+		}
+		for _, g := range e.Groups {
+			is.Groups = append(is.Groups, string(g))
+		}
+		s.Interfaces = append(s.Interfaces, is)
+	}
+	slices.SortFunc(s.Interfaces, func(a, b interfaceStatus) int {
+		if c := natural(a.Machine, b.Machine); c != 0 {
+			return c
+		}
+		return a.Device - b.Device
+	})
+	return s
+}
+
+func nodeStatusOf(ctx context.Context, h home, n Node) nodeStatus {
+	ns := nodeStatus{Name: n.Name}
+	if p, err := agentProc(h, n.Name); err == nil && p.alive() {
+		ns.Agent.PID = p.PID
+	}
+	in, err := (&agentapi.Client{Socket: n.AgentSocket}).Inspect(ctx)
+	if err != nil {
+		ns.Agent.Error = err.Error()
+		return ns
+	}
+	ns.Inspect = in
+	ns.Agent.Healthy, ns.Agent.Error = in.Healthy, in.Reason
+	ns.Addresses.Waiting = in.Waiting
+	for _, e := range in.ENIs {
+		ns.Addresses.InUse += e.Addresses.Bound
+		ns.Addresses.Free += e.Addresses.Free + e.Addresses.Assigned
+		ns.Addresses.Cooling += e.Addresses.Cooling
+	}
+	return ns
+}
+
+// ill names what is not healthy.
+func (s *status) ill() []string {
+	var ill []string
+	if !s.VPCD.Healthy {
+		ill = append(ill, "vpcd")
+	}
+	for _, n := range s.NodeStatus {
+		if !n.Agent.Healthy {
+			ill = append(ill, "the agent of "+n.Name)
+		}
+	}
+	return ill
+}
+
+func (s *status) write(w io.Writer, color bool, now time.Time) {
+	vpcd := paint("vpcd well", good, color)
+	if !s.VPCD.Healthy {
+		vpcd = paint("vpcd: "+s.VPCD.Error, bad, color)
+	}
+	fmt.Fprintf(w, "lab %s · %s · %s · up %s · %s\n\n", paint(s.Name, strong, color), s.VPCID, s.Endpoint, age(now.Sub(s.Created)), vpcd)
+	s.nodeTable(w, color)
+	s.interfaceTable(w, color)
+	s.podTable(w, color, now)
+	s.dropTable(w, color)
+	s.errorTable(w, color, now)
+}
+
+func (s *status) nodeTable(w io.Writer, color bool) {
+	t := table{head: []string{"NODE", "AGENT", "ADDRESS", "ZONE", "PODS", "MAX", "IN USE", "FREE", "COOLING", "WAITING", "ENIS"}}
+	for i, n := range s.NodeStatus {
+		agent := cell{text: "well", tone: good}
+		if !n.Agent.Healthy {
+			agent = cell{text: "ill", tone: bad}
+		}
+		c := []cell{{text: n.Name, tone: strong}, agent, text(s.Nodes[i].IP.String()), text(n.Zone)}
+		if in := n.Inspect; in != nil {
+			pods := 0
+			for _, e := range in.Endpoints {
+				if e.State != tombstone {
+					pods++
+				}
+			}
+			waiting := cell{}
+			if n.Addresses.Waiting > 0 {
+				waiting = cell{text: fmt.Sprint(n.Addresses.Waiting), tone: bad, right: true}
+			}
+			c = append(c, number(pods), number(in.Limits.MaxPods), number(n.Addresses.InUse), number(n.Addresses.Free), number(n.Addresses.Cooling), waiting,
+				textf("%d of %d", len(in.ENIs), in.Limits.ENIs))
+		}
+		t.row(c...)
+	}
+	t.write(w, "", color)
+	for _, n := range s.NodeStatus {
+		if n.Agent.Error != "" {
+			fmt.Fprintf(w, "  %s: %s\n", n.Name, paint(n.Agent.Error, bad, color))
+		}
+	}
+}
+
+func (s *status) interfaceTable(w io.Writer, color bool) {
+	if len(s.Interfaces) == 0 {
+		return
+	}
+	t := table{head: []string{"ENI", "OF", "DEV", "LINK", "ADDRESS", "SECONDARY", "PREFIXES", "MAC", ""}}
+	for _, e := range s.Interfaces {
+		note := cell{}
+		if !e.Attached {
+			note = cell{text: "not attached", tone: bad}
+		}
+		t.row(text(e.ID), text(e.Machine), number(e.Device), text(e.IfName), text(e.Primary), text(few(e.Secondary, 2)), text(few(e.Prefixes, 2)), cell{text: e.MAC, tone: dim}, note)
+	}
+	fmt.Fprintln(w)
+	t.write(w, "", color)
+}
+
+func (s *status) podTable(w io.Writer, color bool, now time.Time) {
+	fmt.Fprintln(w)
+	if len(s.Pods) == 0 {
+		flag := ""
+		if s.Name != defaultLab {
+			flag = " --name " + s.Name
+		}
+		fmt.Fprintf(w, "no pods; make some: underlay run web --count 3%s\n", flag)
+		return
+	}
+	t := table{head: []string{"POD", "NODE", "ADDRESS", "ENI", "MAC", "AGE", "STATE", ""}}
+	for _, p := range s.Pods {
+		state := text(p.State)
+		if p.State != "live" {
+			state.tone = bad
+		}
+		t.row(cell{text: p.Name, tone: strong}, text(p.Node), text(p.IP), text(p.ENI), cell{text: p.MAC, tone: dim}, text(age(now.Sub(p.Since))), state, cell{text: p.Problem, tone: bad})
+	}
+	t.write(w, "", color)
+}
+
+func (s *status) dropTable(w io.Writer, color bool) {
+	t := table{head: []string{"DROPPED ON", "PACKETS", "WHY"}}
+	for _, n := range s.NodeStatus {
+		if n.Inspect == nil {
+			continue
+		}
+		for _, reason := range slices.Sorted(maps.Keys(n.Inspect.Counters.Drops)) {
+			if c := n.Inspect.Counters.Drops[reason]; c > 0 {
+				t.row(text(n.Name), cell{text: fmt.Sprint(c), right: true}, text(reason))
+			}
+		}
+	}
+	if len(t.rows) > 0 {
+		fmt.Fprintln(w)
+		t.write(w, "", color)
+	}
+}
+
+func (s *status) errorTable(w io.Writer, color bool, now time.Time) {
+	t := table{head: []string{"LAST ERRORS", "AGO", "TIMES", "IN", "WHAT"}}
+	for _, n := range s.NodeStatus {
+		if n.Inspect == nil {
+			continue
+		}
+		for _, e := range n.Inspect.LastErrors {
+			t.row(text(n.Name), text(age(now.Sub(e.Time))), number(e.Count), text(e.Op), cell{text: e.Message, tone: bad})
+		}
+	}
+	if len(t.rows) > 0 {
+		fmt.Fprintln(w)
+		t.write(w, "", color)
+	}
+}
+
+// few joins the first n of list and counts the rest.
+func few(list []string, n int) string {
+	if len(list) <= n+1 { // "and 1 more" is no shorter than the one
+		return strings.Join(list, " ")
+	}
+	return fmt.Sprintf("%s +%d", strings.Join(list[:n], " "), len(list)-n)
+}

@@ -1,0 +1,419 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"github.com/underlay-cni/underlay/internal/ec2"
+	"github.com/underlay-cni/underlay/internal/vpc"
+)
+
+const (
+	defaultListen = "127.0.0.1:7424"
+	region        = "us-east-1"
+)
+
+// The plan of a lab's VPC: two private subnets in two zones, roomy enough for
+// the largest instance types (737 pods).
+var (
+	vpcCIDR     = netip.MustParsePrefix("10.0.0.0/16")
+	subnetCIDRs = []netip.Prefix{netip.MustParsePrefix("10.0.0.0/20"), netip.MustParsePrefix("10.0.16.0/20")}
+)
+
+type upOptions struct {
+	nodes          int
+	instanceType   string
+	listen         string
+	listenExplicit bool
+}
+
+func (a *App) upCommand() *cobra.Command {
+	var o upOptions
+	c := &cobra.Command{
+		Use:   "up",
+		Short: "Make a lab: a VPC, nodes with an agent each, a VM and a database",
+		Long: `Makes a lab: vpcd with a VPC 10.0.0.0/16 and private subnets in two zones; nodes,
+spread over the zones, each with an agent and the CNI plugin; and outside the
+cluster a VM (vm-1) and a managed database (db-1), each with a small TCP server.
+
+A failed or interrupted up takes down again what it has made.`,
+		Example: `  underlay up
+  underlay up --nodes 3 --instance-type m5.4xlarge
+  underlay up --name other -o json`,
+		Args:        cobra.NoArgs,
+		Annotations: rootBecause("makes network namespaces and loads BPF programs"),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			o.listenExplicit = cmd.Flags().Changed("listen")
+			f, err := a.up(cmd.Context(), o)
+			if err != nil {
+				return err
+			}
+			return a.print(f.Lab, func(w io.Writer) { a.printUp(w, f) })
+		},
+	}
+	c.Flags().IntVar(&o.nodes, "nodes", 2, "how many nodes")
+	c.Flags().StringVar(&o.instanceType, "instance-type", "m5.large", "EC2 instance type of the nodes; bounds ENIs and addresses")
+	c.Flags().StringVar(&o.listen, "listen", defaultListen, "where vpcd listens; another port when this one is taken, unless the flag is given")
+	_ = c.RegisterFlagCompletionFunc("instance-type", func(_ *cobra.Command, _ []string, prefix string) ([]string, cobra.ShellCompDirective) {
+		var types []string
+		for _, t := range vpc.InstanceTypes() {
+			if strings.HasPrefix(t, prefix) {
+				types = append(types, t)
+			}
+		}
+		return types, cobra.ShellCompDirectiveNoFileComp
+	})
+	return c
+}
+
+// up makes the lab, whole or not at all.
+func (a *App) up(ctx context.Context, o upOptions) (*labFile, error) {
+	if o.nodes < 1 || o.nodes > 200 {
+		return nil, fmt.Errorf("--nodes %d: give a number from 1 to 200", o.nodes)
+	}
+	if _, ok := vpc.LimitsOf(o.instanceType); !ok {
+		return nil, fmt.Errorf("--instance-type %s: EC2 has no such type; m5.large is one", o.instanceType)
+	}
+	if err := checkListen(o.listen); err != nil {
+		return nil, err
+	}
+	b := &builder{home: a.home(), o: o, p: newProgress(a.Err, a.now), now: a.now}
+	var err error
+	for name, dst := range map[string]*string{"vpcd": &b.vpcd, "underlay-agent": &b.agent, "underlay-cni": &b.cni} {
+		if *dst, err = program(name); err != nil {
+			return nil, err
+		}
+	}
+	if b.self, err = os.Executable(); err != nil {
+		return nil, fmt.Errorf("find our own program: %w", err)
+	}
+
+	lctx, cancel := context.WithTimeoutCause(ctx, time.Second, errors.New("it did not end within a second"))
+	defer cancel()
+	l, err := b.home.lockLab(lctx, true)
+	if err != nil {
+		return nil, err
+	}
+	defer l.release("")
+	if err := b.home.checkAbsent(); err != nil {
+		return nil, err
+	}
+
+	if err := b.build(ctx); err != nil {
+		b.p.broken()
+		if ctx.Err() != nil {
+			err = fmt.Errorf("interrupted (%w)", err)
+		}
+		fmt.Fprintf(a.Err, "  taking down what was made of lab %s\n", a.lab)
+		if b.log != "" {
+			fmt.Fprintf(a.Err, "  %s\n", lastLines(b.log, 15))
+		}
+		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+		defer cancel()
+		left := b.home.takeDown(clean)
+		return nil, errors.Join(fmt.Errorf("make lab %s: %w", a.lab, err), left)
+	}
+	return &b.f, nil
+}
+
+// checkAbsent returns an error that says what to do when anything of the lab
+// is there.
+func (h home) checkAbsent() error {
+	flag := ""
+	if h.name != defaultLab {
+		flag = " --name " + h.name
+	}
+	f, err := h.load()
+	switch {
+	case err == nil && f.State == stateUp:
+		return fmt.Errorf("lab %s is already up (at %s); take it down first with: underlay down%s", h.name, f.Lab.Endpoint, flag)
+	case err == nil || !errors.Is(err, errNoLab) || len(h.namespaces()) > 0 || exists(h.dir()):
+		return fmt.Errorf("lab %s is half there, from an up that was cut off; clear it away with: underlay down%s", h.name, flag)
+	}
+	return nil
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
+}
+
+// builder makes one lab.
+type builder struct {
+	home home
+	o    upOptions
+	p    *progress
+	now  func() time.Time
+
+	vpcd, agent, cni, self string // paths of programs
+
+	f   labFile
+	log string // the log that explains a failure of the present step
+}
+
+func (b *builder) build(ctx context.Context) error {
+	h := b.home
+	listen := b.o.listen
+	if !b.o.listenExplicit {
+		var err error
+		if listen, err = freeListen(listen); err != nil {
+			return err
+		}
+	}
+	b.f = labFile{
+		Version: labFileVersion, State: stateMaking, Created: b.now(), Region: region, InstanceType: b.o.instanceType,
+		Lab: Lab{Name: h.name, Endpoint: "http://" + listen, Nodes: []Node{}, Outside: []Outside{}},
+	}
+	for _, dir := range []string{h.dir(), h.bpf(), h.vpcd(), h.pods(), filepath.Join(h.dir(), "nodes"), filepath.Join(h.dir(), "outside")} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return fmt.Errorf("make %s: %w", dir, err)
+		}
+	}
+	if err := h.save(&b.f); err != nil {
+		return err
+	}
+	if err := unix.Mount("bpffs", h.bpf(), "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700"); err != nil {
+		return fmt.Errorf("mount a bpffs on %s: %w; the kernel must have BPF, and a container must be privileged", h.bpf(), err)
+	}
+
+	done := b.p.step("vpcd: EC2 API, IMDS and fabric")
+	if err := b.startVPCD(ctx, listen); err != nil {
+		return err
+	}
+	done("vpcd on " + b.f.Lab.Endpoint)
+
+	done = b.p.step("VPC, subnets, security groups, instances")
+	if err := b.machines(ctx); err != nil {
+		return err
+	}
+	b.log = ""
+	done(fmt.Sprintf("%s: %s, %d nodes (%s), vm-1, db-1", b.f.Lab.VPCID, vpcCIDR, len(b.f.Lab.Nodes), b.o.instanceType))
+
+	done = b.p.step("node agents")
+	if err := b.agents(ctx); err != nil {
+		return err
+	}
+	done("node agents serve")
+
+	if err := b.servers(ctx); err != nil {
+		return err
+	}
+	if err := writeAWSConfig(h, &b.f); err != nil {
+		return err
+	}
+	b.f.State = stateUp
+	return h.save(&b.f)
+}
+
+func (b *builder) startVPCD(ctx context.Context, listen string) error {
+	h := b.home
+	b.log = h.vpcd("vpcd.log")
+	cmd := newCommand(b.vpcd, "serve", "--name", h.name, "--dir", h.vpcd(), "--bpffs", h.bpf("vpcd"), "--listen", listen, "--region", region)
+	cmd.Env = cleanEnv()
+	p, exited, err := background(cmd, "", b.log)
+	if err != nil {
+		return err
+	}
+	b.f.VPCD = p
+	if err := h.save(&b.f); err != nil {
+		return err
+	}
+	return whileAlive(ctx, "vpcd", exited, func(ctx context.Context) error {
+		ctx, cancel := context.WithTimeoutCause(ctx, time.Minute, errors.New("vpcd did not become healthy within a minute"))
+		defer cancel()
+		var last error
+		err := poll(ctx, 20*time.Millisecond, func() (bool, error) {
+			last = newAdmin(b.f.Lab.Endpoint).health(ctx)
+			return last == nil, nil
+		})
+		if err != nil {
+			return fmt.Errorf("wait for vpcd: %w", err)
+		}
+		return nil
+	})
+}
+
+// machines makes the VPC and all that has an address in it before there are
+// pods.
+func (b *builder) machines(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, 2*time.Minute, errors.New("the instances were not running within two minutes"))
+	defer cancel()
+	api := ec2.NewLab(b.f.Lab.Endpoint, region)
+	net, err := api.Network(ctx, "underlay-"+b.home.name, vpcCIDR, subnetCIDRs)
+	if err != nil {
+		return err
+	}
+	b.f.Lab.VPCID = string(net.VPC)
+
+	var ids []vpc.InstanceID
+	for i := range b.o.nodes {
+		li, err := api.Launch(ctx, fmt.Sprintf("node-%d", i+1), b.o.instanceType, net.Subnets[i%len(net.Subnets)].ID, net.Nodes)
+		if err != nil {
+			return err
+		}
+		ids = append(ids, li.ID)
+	}
+	vm, err := api.Launch(ctx, "vm-1", "t3.medium", net.Subnets[0].ID, net.VMs)
+	if err != nil {
+		return err
+	}
+	running, err := api.AwaitRunning(ctx, append(ids, vm.ID))
+	if err != nil {
+		return err
+	}
+	// vpcd says that an instance runs when its namespace stands; where that
+	// is, only the admin endpoint tells.
+	netns := map[string]string{}
+	if err := poll(ctx, 20*time.Millisecond, func() (bool, error) {
+		all, err := newAdmin(b.f.Lab.Endpoint).instances(ctx)
+		for _, i := range all {
+			if _, ok := netnsID(i.Netns); ok {
+				netns[i.InstanceID] = i.Netns
+			}
+		}
+		return len(netns) >= len(running), err
+	}); err != nil {
+		return fmt.Errorf("wait for the instances' network namespaces: %w", err)
+	}
+	for _, i := range running[:len(ids)] {
+		dir := b.home.node(i.Name)
+		b.f.Lab.Nodes = append(b.f.Lab.Nodes, Node{
+			Name: i.Name, InstanceID: string(i.ID), Netns: netns[string(i.ID)], IP: i.IP, SubnetID: string(i.Subnet),
+			AgentSocket: filepath.Join(dir, "agent.sock"),
+			CNIConfDir:  filepath.Join(dir, "cni", "net.d"), CNIBinDir: filepath.Join(dir, "cni", "bin"),
+		})
+	}
+	vm = running[len(ids)]
+	db, err := newAdmin(b.f.Lab.Endpoint).createManagedService(ctx, "db-1", string(net.Subnets[1].ID), []string{string(net.Database)}, "managed database db-1")
+	if err != nil {
+		return err
+	}
+	b.f.Lab.Outside = []Outside{
+		{Name: "db-1", Netns: db.Netns, IP: db.PrivateIPAddress},
+		{Name: "vm-1", InstanceID: string(vm.ID), Netns: netns[string(vm.ID)], IP: vm.IP},
+	}
+	return b.home.save(&b.f)
+}
+
+// agents writes what a runtime finds on each node, and starts the agents.
+func (b *builder) agents(ctx context.Context) error {
+	g, gctx := errgroup.WithContext(ctx)
+	for _, n := range b.f.Lab.Nodes {
+		if err := writeCNI(n, b.cni); err != nil {
+			return err
+		}
+		g.Go(func() error {
+			if err := startAgent(gctx, b.home, n, b.agent); err != nil {
+				return &nodeError{log: b.home.agentLog(n.Name), err: fmt.Errorf("agent of %s: %w", n.Name, err)}
+			}
+			return nil
+		})
+	}
+	err := g.Wait()
+	var ne *nodeError
+	if errors.As(err, &ne) {
+		b.log = ne.log
+	}
+	return err
+}
+
+// nodeError is an error that a node's log explains.
+type nodeError struct {
+	log string
+	err error
+}
+
+func (e *nodeError) Error() string { return e.err.Error() }
+func (e *nodeError) Unwrap() error { return e.err }
+
+// servers starts what answers on the outside machines. They are processes of
+// their own: nobody's end but down's ends them.
+func (b *builder) servers(ctx context.Context) error {
+	ports := map[string]int{"db-1": ec2.LabDatabasePort, "vm-1": ec2.LabVMPort}
+	for _, o := range b.f.Lab.Outside {
+		port := ports[o.Name]
+		s := server{On: o.Name, Port: port, Log: b.home.outsideLog(o.Name)}
+		cmd := newCommand(b.self, "serve-tcp", "--name", b.home.name, "--server-name", o.Name, "--listen", fmt.Sprintf(":%d", port))
+		cmd.Env = cleanEnv()
+		var exited func() error
+		var err error
+		if s.Proc, exited, err = background(cmd, o.Netns, s.Log); err != nil {
+			return err
+		}
+		b.f.Servers = append(b.f.Servers, s)
+		b.log = s.Log
+		err = whileAlive(ctx, "the server on "+o.Name, exited, func(ctx context.Context) error {
+			ctx, cancel := context.WithTimeoutCause(ctx, 10*time.Second, fmt.Errorf("the server on %s did not start within 10 s", o.Name))
+			defer cancel()
+			return poll(ctx, 5*time.Millisecond, func() (bool, error) { lines, err := tail(s.Log, 1); return len(lines) > 0, err })
+		})
+		if err != nil {
+			return err
+		}
+		b.log = ""
+	}
+	return nil
+}
+
+func (a *App) printUp(w io.Writer, f *labFile) {
+	color := colored(w)
+	fmt.Fprintf(w, "lab %s is up in %s, EC2 API at %s\n\n", paint(f.Lab.Name, strong, color), f.Lab.VPCID, f.Lab.Endpoint)
+	t := table{head: []string{"MACHINE", "ADDRESS", "INSTANCE", "WHAT"}}
+	for _, n := range f.Lab.Nodes {
+		t.row(text(n.Name), text(n.IP.String()), text(n.InstanceID), text("node, "+f.InstanceType))
+	}
+	for _, o := range f.Lab.Outside {
+		what := "VM outside the cluster"
+		if o.InstanceID == "" {
+			what = "managed database"
+		}
+		for _, s := range f.Servers {
+			if s.On == o.Name {
+				what += fmt.Sprintf(", answers on port %d", s.Port)
+			}
+		}
+		t.row(text(o.Name), text(o.IP.String()), text(o.InstanceID), text(what))
+	}
+	t.write(w, "  ", color)
+	flag := a.labFlag()
+	fmt.Fprintf(w, `
+next:
+  underlay run web --count 3%[1]s      pods, by CNI
+  underlay exec web-1%[1]s -- ip addr  inside a pod
+  eval "$(underlay env%[1]s)"          then: aws ec2 describe-network-interfaces
+  underlay status%[1]s                 what there is
+  underlay down%[1]s                   leaves nothing
+`, flag)
+}
+
+// cleanEnv is the environment of a background process: nothing of the person's
+// shell, whose AWS profile or proxy must not reach a lab.
+func cleanEnv(more ...string) []string {
+	env := []string{"PATH=" + os.Getenv("PATH"), "LANG=C.UTF-8"}
+	for _, k := range []string{"GOTRACEBACK", "GODEBUG", "GOCOVERDIR"} {
+		if v, ok := os.LookupEnv(k); ok {
+			env = append(env, k+"="+v)
+		}
+	}
+	return append(env, more...)
+}
+
+// checkListen reports why address cannot be what vpcd listens on.
+func checkListen(address string) error {
+	if _, _, err := net.SplitHostPort(address); err != nil {
+		return fmt.Errorf("--listen %s: %w; give HOST:PORT, such as %s", address, err, defaultListen)
+	}
+	return nil
+}
