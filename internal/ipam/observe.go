@@ -1,0 +1,332 @@
+package ipam
+
+import (
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/underlay-cni/underlay/internal/vpc"
+)
+
+// Tags that decide whose an ENI is.
+const (
+	TagCluster  = "cluster.k8s.amazonaws.com/name"     // value: the cluster's name
+	TagInstance = "node.k8s.amazonaws.com/instance_id" // value: the instance it was made for
+	TagNoManage = "node.k8s.amazonaws.com/no_manage"   // value "true": hands off
+	TagPool     = "underlay.io/security-group-pool"    // value: the pool's group set; absent: the default pool
+)
+
+// managed reports whether the ENI is ours to take addresses from.
+func (s *State) managed(v *vpc.ENI) bool {
+	if v.RequesterOwned || v.Tags[TagNoManage] == "true" || v.NetworkCard != 0 {
+		return false
+	}
+	if v.Instance == s.Config.Instance && v.DeviceIndex == 0 {
+		return true
+	}
+	return v.Tags[TagCluster] == s.Config.Cluster && v.Tags[TagInstance] == string(s.Config.Instance)
+}
+
+func (p *step) newENI(v *vpc.ENI) *ENI {
+	e := &ENI{ID: v.ID, MAC: v.MAC, Subnet: v.Subnet, Primary: v.Primary, Groups: vpc.NewGroupSet(v.Groups),
+		Managed: p.s.managed(v), Pool: vpc.GroupSet(v.Tags[TagPool]), Device: -1, Since: p.now}
+	for _, o := range p.s.ENIs {
+		if o.Primary == v.Primary {
+			o.Primary = netip.Addr{} // it was the primary of one that was deleted
+		}
+		if a := o.find(v.Primary); a != nil && a.State != Bound {
+			p.lose(o, a) // given back and taken again, before we heard of it
+		}
+	}
+	if v.Instance == p.s.Config.Instance {
+		e.Device, e.Phase, e.Attachment = v.DeviceIndex, Attached, v.Attachment
+		e.Keep = v.DeviceIndex != 0 && !v.DeleteOnTermination
+	}
+	return e
+}
+
+// observedEC2 merges a read of EC2 into the state. What a read lacks is
+// believed at the second time only; what a pod uses is never taken away.
+func (p *step) observedEC2(ev ObservedEC2) {
+	s := p.s
+	p.readDone(EC2)
+	p.want(EC2, p.now.Add(s.Config.Reconcile))
+	first := !s.Known
+	s.Known = true
+	if first {
+		delete(s.Trouble, "")
+	}
+	listed := make(map[vpc.ENIID]bool, len(ev.ENIs))
+	for i := range ev.ENIs {
+		v := &ev.ENIs[i]
+		listed[v.ID] = true
+		p.mergeENI(v, ev.Read)
+	}
+	for _, e := range slices.Clone(s.ENIs) {
+		if listed[e.ID] || e.Call != 0 || ev.Read.Before(e.Touched) {
+			continue
+		}
+		p.missingENI(e, ev.Read)
+	}
+	for _, a := range s.Lost {
+		if slices.ContainsFunc(ev.ENIs, func(v vpc.ENI) bool { return v.Instance == s.Config.Instance && v.Holds(a.Addr) }) {
+			a.Missing, a.Reported = time.Time{}, false // on an interface that is not ours to manage
+			continue
+		}
+		if a.State == Bound {
+			p.missingAddr(a, nil, ev.Read)
+		}
+	}
+	s.sortENIs()
+}
+
+func (p *step) mergeENI(v *vpc.ENI, read time.Time) {
+	s := p.s
+	if t, ok := s.GoneENI[v.ID]; ok && read.Sub(t) < s.Config.ReadLag {
+		return
+	}
+	ours := v.Instance == s.Config.Instance
+	e := s.ENI(v.ID)
+	if e == nil {
+		if !ours && (!s.managed(v) || p.creating()) {
+			return // not ours, or the one that a call in flight makes
+		}
+		e = p.newENI(v)
+		if e.Device >= 0 {
+			p.claim(e)
+		}
+		s.ENIs = append(s.ENIs, e)
+	}
+	if e.Call != 0 || read.Before(e.Touched) {
+		return // the read may be older than what the call did or does
+	}
+	e.Missing, e.Unsure, e.Full = time.Time{}, false, false
+	e.Groups = vpc.NewGroupSet(v.Groups)
+	e.MAC, e.Primary = v.MAC, v.Primary
+	if e.Phase != Retiring {
+		e.Managed = s.managed(v)
+	}
+	switch {
+	case ours && e.Phase == Detached:
+		e.Phase, e.Since, e.Attachment, e.Device = Attached, p.now, v.Attachment, v.DeviceIndex
+		p.claim(e)
+	case ours && e.Phase == Attached:
+		e.Attachment = v.Attachment
+	case !ours && e.Phase == Attached && read.Sub(e.Touched) >= s.Config.ReadLag && e.count(Bound) == 0:
+		e.Phase, e.Attachment, e.Device, e.Link = Detached, "", -1, false
+	case !ours && e.Phase == Retiring:
+		e.Attachment = ""
+	}
+	if e.Phase == Attached && e.Device != 0 {
+		e.Keep = !v.DeleteOnTermination
+	}
+	if e.Managed {
+		p.mergeAddrs(e, v, read)
+	}
+}
+
+func (p *step) mergeAddrs(e *ENI, v *vpc.ENI, read time.Time) {
+	for _, pfx := range v.Prefixes {
+		p.adoptPrefixSeen(e, pfx, read)
+	}
+	for _, addr := range v.Secondary {
+		if !p.recentlyGone(addr, read) {
+			p.adopt(e, addr, netip.Prefix{})
+		}
+	}
+	for _, a := range slices.Clone(e.Addrs) {
+		if v.Holds(a.Addr) {
+			a.Missing, a.Reported = time.Time{}, false
+			if a.State == Returning {
+				a.State, a.Since = Free, p.now // the call to give it back did not happen
+			}
+			continue
+		}
+		p.missingAddr(a, e, read)
+	}
+	e.Prefixes = slices.DeleteFunc(e.Prefixes, func(pfx netip.Prefix) bool {
+		return !slices.Contains(v.Prefixes, pfx) && !slices.ContainsFunc(e.Addrs, func(a *Address) bool { return a.Prefix == pfx })
+	})
+}
+
+func (p *step) recentlyGone(addr netip.Addr, read time.Time) bool {
+	t, ok := p.s.Gone[addr]
+	return ok && read.Sub(t) < p.s.Config.ReadLag
+}
+
+// creating reports whether an ENI is being made.
+func (p *step) creating() bool {
+	for _, c := range p.s.Calls {
+		if c.Kind == CallCreate {
+			return true
+		}
+	}
+	return false
+}
+
+// claim gives e the device index that EC2 says it has, and takes it from
+// whoever had reserved it.
+func (p *step) claim(e *ENI) {
+	for _, o := range p.s.ENIs {
+		if o != e && o.Device == e.Device {
+			o.Device = -1
+		}
+	}
+	for _, c := range p.s.Calls {
+		if c.Kind == CallCreate && c.Device == e.Device {
+			c.Device = -1
+		}
+	}
+	for _, id := range p.s.callIDs() {
+		if c := p.s.Calls[id]; c.Kind == CallCreate && c.Device < 0 {
+			c.Device = p.s.nextDevice(e)
+		}
+	}
+}
+
+// adopt takes an address that EC2 says is on e into the pool. One that a pod
+// has is taken over with its state.
+func (p *step) adopt(e *ENI, addr netip.Addr, pfx netip.Prefix) {
+	s := p.s
+	if addr == e.Primary || e.find(addr) != nil {
+		return
+	}
+	delete(s.Gone, addr)
+	a := &Address{Addr: addr, Prefix: pfx, State: Assigned, Since: p.now, Assigned: p.now}
+	if i := slices.IndexFunc(s.Lost, func(l *Address) bool { return l.Addr == addr }); i >= 0 {
+		a = s.Lost[i]
+		a.Prefix, a.Missing, a.Reported, a.Assigned = pfx, time.Time{}, false, p.now
+		s.Lost = slices.Delete(s.Lost, i, i+1)
+	}
+	// Moved from another ENI: EC2 moves addresses only when told to, so the
+	// other has lost it.
+	for _, o := range s.ENIs {
+		if o == e {
+			continue
+		}
+		if o.Primary == addr {
+			o.Primary = netip.Addr{} // deleted, by a call whose end we do not know yet
+		}
+		if old := o.find(addr); old != nil {
+			o.remove(old)
+			if old.State == Bound || old.State == Cooling {
+				a = old
+				a.Prefix, a.Missing, a.Reported, a.Assigned = pfx, time.Time{}, false, p.now
+			}
+		}
+	}
+	e.insert(a)
+}
+
+func (p *step) adoptPrefix(e *ENI, pfx netip.Prefix) {
+	pfx = pfx.Masked()
+	if pfx.Bits() != vpc.PrefixBits || !pfx.Addr().Is4() {
+		return
+	}
+	if !slices.Contains(e.Prefixes, pfx) {
+		e.Prefixes = append(e.Prefixes, pfx)
+	}
+	for a := pfx.Addr(); pfx.Contains(a); a = a.Next() {
+		p.adopt(e, a, pfx)
+	}
+}
+
+func (p *step) adoptPrefixSeen(e *ENI, pfx netip.Prefix, read time.Time) {
+	if slices.Contains(e.Prefixes, pfx.Masked()) || p.recentlyGone(pfx.Masked().Addr(), read) {
+		return
+	}
+	p.adoptPrefix(e, pfx)
+}
+
+func (e *ENI) remove(a *Address) {
+	e.Addrs = slices.DeleteFunc(e.Addrs, func(b *Address) bool { return a == b })
+}
+
+// missingAddr handles an address that a read of EC2 does not list; e is nil
+// for one that no ENI lists.
+func (p *step) missingAddr(a *Address, e *ENI, read time.Time) {
+	s := p.s
+	if !a.Assigned.IsZero() && read.Sub(a.Assigned) < s.Config.ReadLag {
+		return // EC2 gave it so recently that a read may not show it yet
+	}
+	if a.Missing.IsZero() {
+		a.Missing = read
+		p.want(EC2, p.now.Add(s.Config.Confirm))
+		return
+	}
+	if read.Sub(a.Missing) < s.Config.Confirm {
+		p.want(EC2, a.Missing.Add(s.Config.Confirm))
+		return
+	}
+	if a.State == Bound {
+		if !a.Reported {
+			a.Reported = true
+			r := Report{Addr: a.Addr, Owner: a.Owner}
+			if e != nil {
+				r.ENI = e.ID
+			}
+			p.do(r)
+		}
+		return
+	}
+	if e != nil {
+		p.lose(e, a)
+	}
+}
+
+// lose takes an address off its ENI. One that cools down is kept aside until
+// its tombstone may go.
+func (p *step) lose(e *ENI, a *Address) {
+	e.remove(a)
+	if a.State == Cooling || a.State == Bound {
+		a.Prefix = netip.Prefix{}
+		p.s.Lost = append(p.s.Lost, a)
+	}
+}
+
+func (p *step) missingENI(e *ENI, read time.Time) {
+	s := p.s
+	if e.Missing.IsZero() {
+		e.Missing = read
+		p.want(EC2, p.now.Add(s.Config.Confirm))
+		return
+	}
+	if read.Sub(e.Missing) < s.Config.Confirm || read.Sub(e.Touched) < s.Config.ReadLag && e.Phase != Retiring {
+		p.want(EC2, p.now.Add(s.Config.Confirm))
+		return
+	}
+	if e.count(Bound) == 0 {
+		p.dropENI(e)
+		return
+	}
+	e.Unsure = false
+	for _, a := range slices.Clone(e.Addrs) {
+		if a.Missing.IsZero() {
+			a.Missing = e.Missing
+		}
+		p.missingAddr(a, e, read)
+	}
+}
+
+// dropReturning removes what a call gave back.
+func (p *step) dropReturning(e *ENI) {
+	for _, a := range slices.Clone(e.Addrs) {
+		if a.State == Returning {
+			e.remove(a)
+			p.s.Gone[a.Addr] = p.now
+		}
+	}
+	e.Prefixes = slices.DeleteFunc(e.Prefixes, func(pfx netip.Prefix) bool {
+		return !slices.ContainsFunc(e.Addrs, func(a *Address) bool { return a.Prefix == pfx })
+	})
+}
+
+func (p *step) dropENI(e *ENI) {
+	s := p.s
+	for _, a := range slices.Clone(e.Addrs) {
+		p.lose(e, a)
+		s.Gone[a.Addr] = p.now
+	}
+	s.GoneENI[e.ID] = p.now
+	s.ENIs = slices.DeleteFunc(s.ENIs, func(o *ENI) bool { return o == e })
+}

@@ -1,0 +1,682 @@
+package ipam
+
+import (
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/underlay-cni/underlay/internal/vpc"
+)
+
+// orphanGrace is how long an ENI of ours that is attached nowhere is kept
+// before it is deleted: longer than any attachment takes.
+const orphanGrace = time.Minute
+
+// plan brings the state forward as far as it goes now, level-triggered: it
+// looks at what is, not at what happened.
+func (p *step) plan() {
+	s := p.s
+	if !s.Started {
+		return
+	}
+	p.age()
+	p.serve()
+	p.expire()
+	if s.Known {
+		p.repair()
+		pools := s.pools()
+		for _, pool := range pools {
+			p.grow(pool)
+			p.giveUp(pool)
+		}
+		for _, pool := range pools {
+			p.shrink(pool)
+		}
+	}
+	p.reads()
+	if !p.next.Equal(s.timer) {
+		s.timer = p.next
+		p.do(SetTimer{At: p.next})
+	}
+}
+
+// pools returns the pools in use, the default pool first.
+func (s *State) pools() []vpc.GroupSet {
+	set := map[vpc.GroupSet]bool{"": true}
+	for _, e := range s.ENIs {
+		if e.Managed {
+			set[e.Pool] = true
+		}
+	}
+	for _, r := range s.Waiting {
+		set[r.Pool] = true
+	}
+	return slices.Sorted(maps.Keys(set))
+}
+
+func (s *State) callIDs() []CallID { return slices.Sorted(maps.Keys(s.Calls)) }
+
+// age moves addresses whose time has come.
+func (p *step) age() {
+	s := p.s
+	for _, e := range s.ENIs {
+		if !e.Managed {
+			continue
+		}
+		idle := e.Call == 0 && e.Phase != Retiring
+		for _, a := range e.Addrs {
+			switch a.State {
+			case Cooling:
+				if p.due(a.Until) {
+					a.State, a.Since = Free, p.now
+					p.do(Forget{Addr: a.Addr})
+				}
+			case Assigned:
+				if e.ready() && (a.Live || p.due(a.Assigned.Add(s.Config.UsableWait))) {
+					a.State, a.Since = Free, p.now
+				}
+			}
+			idle = idle && a.State == Free
+		}
+		if !idle {
+			e.NoNeed = time.Time{}
+		} else if e.NoNeed.IsZero() {
+			e.NoNeed = p.now
+		}
+	}
+	s.Lost = slices.DeleteFunc(s.Lost, func(a *Address) bool {
+		switch a.State {
+		case Bound:
+			return false
+		case Cooling:
+			if !p.due(a.Until) {
+				return false
+			}
+			p.do(Forget{Addr: a.Addr})
+		}
+		return true
+	})
+	old := func(t time.Time) bool { return p.now.Sub(t) > 2*s.Config.ReadLag }
+	maps.DeleteFunc(s.Gone, func(_ netip.Addr, t time.Time) bool { return old(t) })
+	maps.DeleteFunc(s.GoneENI, func(_ vpc.ENIID, t time.Time) bool { return old(t) })
+}
+
+// due reports whether t has come; if not, the plan looks again then.
+func (p *step) due(t time.Time) bool {
+	if !t.After(p.now) {
+		return true
+	}
+	p.at(t)
+	return false
+}
+
+// serve answers those who wait, in order of arrival.
+func (p *step) serve() {
+	s := p.s
+	dry := map[vpc.GroupSet]bool{}
+	s.Waiting = slices.DeleteFunc(s.Waiting, func(r Request) bool {
+		if dry[r.Pool] || !r.Deadline.After(p.now) {
+			return false
+		}
+		a, e := s.pick(r.Pool)
+		if a == nil {
+			dry[r.Pool] = true
+			return false
+		}
+		a.State, a.Owner, a.Since = Bound, r.Owner, p.now
+		e.NoNeed = time.Time{}
+		p.do(Reply{Request: r.ID, Addr: a.Addr, ENI: e.ID})
+		return true
+	})
+}
+
+// usable reports whether a may be handed out on e now.
+func usable(e *ENI, a *Address) bool {
+	return a.State == Free && a.Missing.IsZero() && e.Missing.IsZero() && e.ready()
+}
+
+// pick chooses a free address: on the fullest ENI, there in the fullest
+// prefix, so that the others drain; among equals the one that is free the
+// longest.
+func (s *State) pick(pool vpc.GroupSet) (*Address, *ENI) {
+	var (
+		best     *Address
+		on       *ENI
+		bestRank [2]int
+	)
+	for _, e := range s.ENIs {
+		if e.Pool != pool || !e.ready() {
+			continue
+		}
+		bound := e.count(Bound)
+		inPrefix := map[netip.Prefix]int{}
+		if len(e.Prefixes) > 0 {
+			for _, a := range e.Addrs {
+				if a.State == Bound {
+					inPrefix[a.Prefix]++
+				}
+			}
+		}
+		for _, a := range e.Addrs {
+			if !usable(e, a) {
+				continue
+			}
+			rank := [2]int{bound, 0}
+			if a.Prefix.IsValid() {
+				rank[1] = inPrefix[a.Prefix]
+			}
+			if best == nil || rank[0] > bestRank[0] || rank[0] == bestRank[0] &&
+				(rank[1] > bestRank[1] || rank[1] == bestRank[1] && a.Since.Before(best.Since)) {
+				best, on, bestRank = a, e, rank
+			}
+		}
+	}
+	return best, on
+}
+
+// expire ends the requests whose deadline has come.
+func (p *step) expire() {
+	s := p.s
+	s.Waiting = slices.DeleteFunc(s.Waiting, func(r Request) bool {
+		if !p.due(r.Deadline) {
+			return false
+		}
+		e := Error{Kind: KindSlow}
+		if t := s.Trouble[r.Pool]; t != nil {
+			e = *t
+		}
+		e.Waited = p.now.Sub(r.Since).Round(time.Millisecond)
+		p.do(Reply{Request: r.ID, Err: &e})
+		return true
+	})
+}
+
+// call registers a mutation on e (nil for a creation) and returns its number.
+func (p *step) call(e *ENI, c Call) CallID {
+	s := p.s
+	s.NextID++
+	c.ID = s.NextID
+	if e != nil {
+		c.ENI, c.Pool, c.Subnet = e.ID, e.Pool, e.Subnet
+		e.Call = c.ID
+	}
+	s.Calls[c.ID] = &c
+	return c.ID
+}
+
+// busy reports whether no mutation may start on e now.
+func (p *step) busy(e *ENI) bool {
+	return e.Call != 0 || e.Unsure || !e.Missing.IsZero() || !p.due(e.Retry.until)
+}
+
+// repair finishes what was begun: repeats creations whose end is unknown,
+// attaches what was made, sets DeleteOnTermination, deletes what retires and
+// what nobody wants.
+func (p *step) repair() {
+	s := p.s
+	if !p.due(s.Mutate.until) {
+		return
+	}
+	for _, id := range s.callIDs() {
+		if c := s.Calls[id]; c.Retry {
+			c.Retry = false
+			p.create(c)
+		}
+	}
+	for _, e := range s.ENIs {
+		if !e.Managed || p.busy(e) {
+			continue
+		}
+		switch {
+		case e.Phase == Retiring:
+			p.do(DeleteENI{Call: p.call(e, Call{Kind: CallDelete}), ENI: e.ID, Attachment: e.Attachment})
+		case e.Phase == Detached && e.Device >= 0:
+			p.do(AttachENI{Call: p.call(e, Call{Kind: CallAttach}), ENI: e.ID, Device: e.Device})
+		case e.Phase == Detached && e.count(Bound) == 0 && p.due(e.Since.Add(orphanGrace)):
+			p.retire(e)
+		case e.Phase == Attached && e.Keep:
+			p.do(SetDeleteOnTermination{Call: p.call(e, Call{Kind: CallKeep}), ENI: e.ID, Attachment: e.Attachment})
+		}
+	}
+}
+
+func (p *step) retire(e *ENI) {
+	e.Phase, e.Link = Retiring, false
+	p.do(DeleteENI{Call: p.call(e, Call{Kind: CallDelete}), ENI: e.ID, Attachment: e.Attachment})
+}
+
+func (p *step) create(c *Call) {
+	n := c.N
+	if c.Prefix {
+		n /= prefixAddrs
+	}
+	p.do(CreateENI{Call: c.ID, Subnet: c.Subnet, Groups: c.Groups.Groups(), Pool: c.Pool, Device: c.Device, N: n, Prefixes: c.Prefix, Token: c.Token})
+}
+
+// count returns what a pool has to offer: free addresses, and those on their
+// way to be free without further calls.
+func (s *State) count(pool vpc.GroupSet) (free, coming, suspect int) {
+	for _, e := range s.ENIs {
+		if e.Pool != pool || !e.Managed || e.Phase == Retiring || e.Device < 0 {
+			continue
+		}
+		for _, a := range e.Addrs {
+			switch {
+			case a.State != Free && a.State != Assigned:
+			case !a.Missing.IsZero() || !e.Missing.IsZero():
+				suspect++
+			case usable(e, a):
+				free++
+			default:
+				coming++
+			}
+		}
+	}
+	for _, c := range s.Calls {
+		if c.Pool == pool && (c.Kind == CallAssign || c.Kind == CallCreate) {
+			coming += c.N
+		}
+	}
+	return free, coming, suspect
+}
+
+func (s *State) waiting(pool vpc.GroupSet) int {
+	n := 0
+	for _, r := range s.Waiting {
+		if r.Pool == pool {
+			n++
+		}
+	}
+	return n
+}
+
+func (s *State) floor(pool vpc.GroupSet) int {
+	if pool == "" {
+		return s.Config.Floor
+	}
+	return 0
+}
+
+// room returns how many more addresses e can hold.
+func (s *State) room(e *ENI, per int) int {
+	if !e.Managed || e.Phase == Retiring || e.Full || e.Device < 0 || !e.Missing.IsZero() {
+		return 0
+	}
+	return max(0, s.Config.Limits.IPv4PerENI-e.slots()-s.asked(e)) * per
+}
+
+// nextDevice returns the lowest free device index, -1 when the type takes no
+// further interface. Extra counts as attached.
+func (s *State) nextDevice(extra ...*ENI) int {
+	used := map[int]bool{0: true}
+	n := 0
+	for _, e := range append(slices.Clone(extra), s.ENIs...) {
+		if e.Device >= 0 && !used[e.Device] {
+			n++
+		}
+		if e.Device >= 0 {
+			used[e.Device] = true
+		}
+	}
+	for _, c := range s.Calls {
+		if c.Kind == CallCreate && c.Device >= 0 {
+			used[c.Device] = true
+			n++
+		}
+	}
+	if n+1 >= s.MaxENIs() { // device 0 is the node's own, always
+		return -1
+	}
+	for d := 1; d <= maxDevice; d++ {
+		if !used[d] {
+			return d
+		}
+	}
+	return -1
+}
+
+// per returns how the subnet gives addresses now: 16 at a time, or one.
+func (p *step) per(subnet vpc.SubnetID) int {
+	s := p.s
+	if s.perSlot() == 1 {
+		return 1
+	}
+	if t := s.Subnets[subnet]; t != nil && !p.due(t.noPrefix.until) {
+		return 1
+	}
+	return prefixAddrs
+}
+
+// grow asks for what a pool lacks.
+func (p *step) grow(pool vpc.GroupSet) {
+	s := p.s
+	free, coming, suspect := s.count(pool)
+	need := s.waiting(pool) + s.floor(pool) - free - coming - suspect
+	if need <= 0 {
+		delete(s.overflow, pool)
+		return
+	}
+	if !p.due(s.Mutate.until) {
+		return
+	}
+	later := 0 // room that is there, but not now
+	for _, e := range s.ENIs {
+		per := p.per(e.Subnet)
+		room := s.room(e, per)
+		if e.Pool != pool || room == 0 {
+			continue
+		}
+		t := s.subnet(e.Subnet)
+		if p.busy(e) || e.Phase == Detached || e.Keep || !p.due(t.full.until) {
+			later += room
+			continue
+		}
+		n := min(need-later, room)
+		if n <= 0 {
+			break
+		}
+		need -= p.assign(e, n, per, t)
+		later += s.room(e, per)
+	}
+	if need -= later; need <= 0 {
+		delete(s.overflow, pool)
+		return
+	}
+	p.extend(pool, need)
+}
+
+// assign asks for at least n addresses on e, fewer if the subnet is short, and
+// returns how many it asked for.
+func (p *step) assign(e *ENI, n, per int, t *subnetState) int {
+	if per > 1 {
+		slots := (n + per - 1) / per
+		p.do(AssignPrefixes{Call: p.call(e, Call{Kind: CallAssign, N: slots * per, Prefix: true}), ENI: e.ID, N: slots})
+		return slots * per
+	}
+	if t.chunk > 0 {
+		n = min(n, t.chunk)
+	}
+	p.do(AssignAddresses{Call: p.call(e, Call{Kind: CallAssign, N: n}), ENI: e.ID, N: n})
+	return n
+}
+
+// extend gets further ENIs for need addresses that have no room on those at
+// hand.
+func (p *step) extend(pool vpc.GroupSet, need int) {
+	s := p.s
+	own := s.Primary()
+	if own == nil {
+		return
+	}
+	per := p.per(own.Subnet)
+	t := s.subnet(own.Subnet)
+	capacity := (s.Config.Limits.IPv4PerENI - 1) * per
+	for _, c := range s.Calls {
+		if c.Kind == CallCreate && c.Pool == pool {
+			need -= max(0, capacity-c.N)
+		}
+	}
+	if need <= 0 || capacity <= 0 {
+		delete(s.overflow, pool)
+		return
+	}
+	if s.overflow[pool].IsZero() {
+		s.overflow[pool] = p.now
+	}
+	if !p.due(s.overflow[pool].Add(s.Config.Settle)) || !p.due(s.slotsOut) || !p.due(t.full.until) {
+		return
+	}
+	for need > 0 {
+		d := s.nextDevice()
+		if d < 0 {
+			return
+		}
+		if e := p.orphan(pool); e != nil {
+			e.Device = d
+			p.do(AttachENI{Call: p.call(e, Call{Kind: CallAttach}), ENI: e.ID, Device: d})
+			need -= capacity
+			continue
+		}
+		c := Call{Kind: CallCreate, Pool: pool, Subnet: own.Subnet, Groups: pool, Device: d, N: min(need, capacity), Prefix: per > 1}
+		if pool == "" {
+			c.Groups = own.Groups
+		}
+		if per > 1 {
+			c.N = (c.N + per - 1) / per * per
+		} else if t.chunk > 0 {
+			c.N = min(c.N, t.chunk)
+		}
+		id := p.call(nil, c)
+		made := s.Calls[id]
+		made.Token = fmt.Sprintf("underlay-%s-%d-%d", s.Config.Instance, id, p.now.UnixNano())
+		if len(made.Token) > 64 { // EC2's limit for a ClientToken
+			made.Token = made.Token[len(made.Token)-64:]
+		}
+		p.create(made)
+		need -= capacity
+	}
+}
+
+// orphan returns an ENI of the pool that is made and attached nowhere.
+func (p *step) orphan(pool vpc.GroupSet) *ENI {
+	for _, e := range p.s.ENIs {
+		if e.Managed && e.Pool == pool && e.Phase == Detached && e.Device < 0 && !p.busy(e) {
+			return e
+		}
+	}
+	return nil
+}
+
+// giveUp ends at once the requests that nothing can serve before their
+// deadline: the type's limits are reached, or EC2 denies what is needed, and
+// no address on its way or in cooldown is left for them.
+func (p *step) giveUp(pool vpc.GroupSet) {
+	s := p.s
+	if s.waiting(pool) == 0 {
+		return
+	}
+	_, coming, suspect := s.count(pool)
+	if coming > 0 || suspect > 0 {
+		return
+	}
+	var reason *Error
+	if t := s.Trouble[pool]; t != nil && t.Kind == KindDenied && s.Mutate.active(p.now) {
+		reason = t
+	} else if t == nil || t.Kind != KindDenied {
+		grows := s.nextDevice() >= 0 && (!s.slotsOut.After(p.now) || s.Trouble[pool] != nil && s.Trouble[pool].Kind == KindQuota)
+		for _, e := range s.ENIs {
+			if e.Pool != pool || !e.Managed {
+				continue
+			}
+			if e.Call != 0 || e.Unsure || e.Full || e.Phase == Retiring || e.Phase == Detached || s.room(e, 1) > 0 {
+				grows = true
+			}
+		}
+		if grows {
+			return
+		}
+		reason = p.nodeFull("")
+	}
+	if reason == nil {
+		return
+	}
+	var until []time.Time
+	for _, e := range s.ENIs {
+		if e.Pool != pool || !e.ready() {
+			continue
+		}
+		for _, a := range e.Addrs {
+			if a.State == Cooling {
+				until = append(until, a.Until)
+			}
+		}
+	}
+	slices.SortFunc(until, time.Time.Compare)
+	i := 0
+	s.Waiting = slices.DeleteFunc(s.Waiting, func(r Request) bool {
+		if r.Pool != pool {
+			return false
+		}
+		if i < len(until) && until[i].Before(r.Deadline) {
+			i++
+			return false
+		}
+		e := *reason
+		e.Waited = p.now.Sub(r.Since).Round(time.Millisecond)
+		p.do(Reply{Request: r.ID, Err: &e})
+		return true
+	})
+}
+
+// shrink gives back what lingered above the floor.
+func (p *step) shrink(pool vpc.GroupSet) {
+	s := p.s
+	free, coming, _ := s.count(pool)
+	surplus := free - s.floor(pool)
+	if s.waiting(pool) > 0 || coming > 0 || surplus < 0 || s.Mutate.active(p.now) {
+		return
+	}
+	// Whole interfaces first, those at the highest index first. One that holds
+	// nothing but the floor goes too, if the floor has room elsewhere.
+	for _, e := range slices.Backward(s.ENIs) {
+		if e.Pool != pool || e.Device == 0 || !e.ready() || e.NoNeed.IsZero() || p.busy(e) {
+			continue
+		}
+		if len(e.Addrs) > surplus+s.roomBeside(e, p.per(e.Subnet)) {
+			continue
+		}
+		if p.due(e.NoNeed.Add(s.Config.Linger)) {
+			surplus -= len(e.Addrs)
+			p.retire(e)
+		}
+	}
+	var candidates []*ENI
+	for _, e := range s.ENIs {
+		if e.Pool == pool && e.ready() && !p.busy(e) {
+			candidates = append(candidates, e)
+		}
+	}
+	slices.SortStableFunc(candidates, func(a, b *ENI) int { return a.count(Bound) - b.count(Bound) })
+	for _, e := range candidates {
+		if surplus <= 0 {
+			return
+		}
+		surplus -= p.unassign(e, surplus)
+	}
+}
+
+// roomBeside returns the room on the pool's other interfaces.
+func (s *State) roomBeside(e *ENI, per int) int {
+	n := 0
+	for _, o := range s.ENIs {
+		if o != e && o.Pool == e.Pool && o.ready() {
+			n += s.room(o, per)
+		}
+	}
+	return n
+}
+
+// unassign gives back up to n addresses of e that lingered, and returns how
+// many.
+func (p *step) unassign(e *ENI, n int) int {
+	linger := p.s.Config.Linger
+	act := Unassign{ENI: e.ID}
+	gone := 0
+	for _, pfx := range e.Prefixes {
+		whole := gone+prefixAddrs <= n
+		for _, a := range e.Addrs {
+			if a.Prefix == pfx {
+				whole = whole && usable(e, a) && p.due(a.Since.Add(linger))
+			}
+		}
+		if whole {
+			act.Prefixes = append(act.Prefixes, pfx)
+			gone += prefixAddrs
+		}
+	}
+	for _, a := range slices.Backward(e.Addrs) {
+		if gone < n && !a.Prefix.IsValid() && usable(e, a) && p.due(a.Since.Add(linger)) {
+			act.Addrs = append(act.Addrs, a.Addr)
+			gone++
+		}
+	}
+	if gone == 0 {
+		return 0
+	}
+	for _, a := range e.Addrs {
+		if slices.Contains(act.Addrs, a.Addr) || a.Prefix.IsValid() && slices.Contains(act.Prefixes, a.Prefix) {
+			a.State, a.Since = Returning, p.now
+		}
+	}
+	act.Call = p.call(e, Call{Kind: CallUnassign})
+	p.do(act)
+	return gone
+}
+
+// reads asks for what must be read again.
+func (p *step) reads() {
+	s := p.s
+	wantLinks, wantIMDS := false, false
+	for _, e := range s.ENIs {
+		if !e.Managed {
+			continue
+		}
+		if r := &s.Reads[EC2]; e.Unsure && !r.inFlight {
+			if r.began.Before(e.Touched) {
+				p.want(EC2, later(p.now, e.Touched.Add(500*time.Millisecond)))
+			} else { // read, and not settled: the ENI is not listed
+				p.want(EC2, later(p.now, r.began.Add(s.Config.Confirm)))
+			}
+		}
+		if e.Phase != Attached {
+			continue
+		}
+		wantLinks = wantLinks || !e.Link
+		for _, a := range e.Addrs {
+			wantIMDS = wantIMDS || a.State == Assigned && !a.Live
+		}
+	}
+	p.poll(Links, wantLinks)
+	if s.Known {
+		p.poll(IMDS, wantIMDS)
+	}
+	for src := range Source(sources) {
+		r := &s.Reads[src]
+		if r.inFlight || r.wanted.IsZero() {
+			continue
+		}
+		if !p.due(later(r.wanted, r.retry.until)) {
+			continue
+		}
+		r.wanted, r.inFlight, r.began = time.Time{}, true, p.now
+		p.do(Reread{Source: src})
+	}
+}
+
+// poll asks for a local source again and again while something is awaited
+// there: at once, then at 50, 100, 200, 400 ms, then every 500 ms.
+func (p *step) poll(src Source, needed bool) {
+	r := &p.s.Reads[src]
+	if !needed {
+		r.polls = 0
+		return
+	}
+	if r.inFlight || !r.wanted.IsZero() {
+		return
+	}
+	d := time.Duration(0)
+	if r.polls > 0 {
+		d = min(25*time.Millisecond<<min(r.polls, 5), 500*time.Millisecond)
+	}
+	r.polls++
+	p.want(src, p.now.Add(d))
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
