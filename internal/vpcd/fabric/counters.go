@@ -1,6 +1,7 @@
 package fabric
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/underlay-cni/underlay/internal/vpc"
@@ -65,6 +66,11 @@ type Counters struct {
 // Counters returns each attached ENI's counters. Those under the ID "" count what
 // came from a device that is no ENI's.
 func (f *Fabric) Counters() (map[vpc.ENIID]Counters, error) {
+	f.life.RLock()
+	defer f.life.RUnlock()
+	if f.objs.Counts == nil {
+		return nil, errors.New("read counters: the fabric is closed")
+	}
 	refused, err := f.refused()
 	if err != nil {
 		return nil, fmt.Errorf("read counters: %w", err)

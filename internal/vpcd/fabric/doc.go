@@ -35,5 +35,5 @@
 //
 // A Fabric may be used by many goroutines. Set is serialised by a mutex;
 // Counters and ListenTCP do not wait for it. One process at a time has a lab
-// open: vpcd sees to that by its store's lock.
+// open: Open takes a lock on the fabric's namespace.
 package fabric

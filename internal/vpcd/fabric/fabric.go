@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -39,7 +40,11 @@ type Fabric struct {
 	names namespaces
 	pins  string // Options.BPFFS/v1
 	log   *slog.Logger
-	objs  bpfgen.FabricObjects
+	lock  *os.File // the fabric's namespace, locked against other processes
+
+	// life is held for reading by who uses objs without mu.
+	life sync.RWMutex
+	objs bpfgen.FabricObjects
 
 	mu    sync.Mutex
 	route *rtnetlink // in the fabric's namespace
@@ -149,6 +154,11 @@ func (f *Fabric) openNamespace() error {
 	} else if !errors.Is(err, fs.ErrExist) {
 		return err
 	}
+	lock, err := lockNamespace(name)
+	if err != nil {
+		return err
+	}
+	f.lock = lock
 	return nl.Do(nl.Path(name), func() error {
 		for _, s := range []struct{ file, value string }{
 			{"ipv4/ip_forward", "0"},
@@ -177,6 +187,34 @@ func (f *Fabric) openNamespace() error {
 		}
 		return nil
 	})
+}
+
+// lockPatience is how long to wait for a process that is on its way out.
+const lockPatience = 2 * time.Second
+
+// lockNamespace takes the lock (flock) of who may write to a lab's fabric. It is
+// on the namespace itself: it ends with the process, however that ends.
+func lockNamespace(name string) (*os.File, error) {
+	file, err := os.Open(nl.Path(name))
+	if err != nil {
+		return nil, fmt.Errorf("lock network namespace %s: %w", name, err)
+	}
+	again := time.NewTicker(10 * time.Millisecond)
+	defer again.Stop()
+	for deadline := time.Now().Add(lockPatience); ; <-again.C {
+		err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return file, nil
+		}
+		if errors.Is(err, unix.EINTR) || errors.Is(err, unix.EWOULDBLOCK) && time.Now().Before(deadline) {
+			continue
+		}
+		file.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, fmt.Errorf("%s is held by another process (vpcd?); stop it first: %w", name, err)
+		}
+		return nil, fmt.Errorf("lock network namespace %s: %w", name, err)
+	}
 }
 
 func writeSysctl(path, value string) error {
@@ -260,9 +298,15 @@ func (f *Fabric) Close() error {
 		f.route.Close()
 		f.route = nil
 	}
+	f.life.Lock()
+	defer f.life.Unlock()
 	if f.objs.FromGuest != nil {
 		errs = append(errs, f.objs.Close())
 		f.objs = bpfgen.FabricObjects{}
+	}
+	if f.lock != nil {
+		f.lock.Close() // a lock has nothing to lose
+		f.lock = nil
 	}
 	return errors.Join(errs...)
 }
@@ -312,7 +356,8 @@ func (t *tap) on(index int) bool {
 
 // Destroy removes all of the lab's fabric: guests' namespaces, pairs, pins, and
 // the fabric's namespace. Removing what is not there is no error, so that it
-// can be repeated after an interruption. No Fabric of the lab may be open.
+// can be repeated after an interruption. It refuses while a process has the lab's
+// fabric open.
 func Destroy(o Options) error {
 	if err := checkOptions(o); err != nil {
 		return err
@@ -322,6 +367,11 @@ func Destroy(o Options) error {
 	// Devices first: a guest whose processes live on keeps its namespace, and
 	// would keep its link.
 	if nl.ExistsNamed(n.fabric()) {
+		lock, err := lockNamespace(n.fabric())
+		if err != nil {
+			return fmt.Errorf("destroy fabric of lab %s: %w", o.Lab, err)
+		}
+		defer lock.Close()
 		errs = append(errs, removeDevices(n))
 	}
 	guests, err := n.existing()

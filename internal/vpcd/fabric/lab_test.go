@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -75,11 +74,7 @@ func child(lab string) error {
 func labRoot(lab string) string { return "/run/underlay/" + lab }
 
 func labOptions(lab string) Options {
-	o := Options{Lab: lab, BPFFS: labRoot(lab) + "/bpf/vpcd"}
-	if testing.Verbose() && os.Getenv(childVariable) == "" && os.Getenv("FABRIC_TEST_LOG") != "" {
-		o.Logger = slog.New(slog.NewTextHandler(os.Stderr, nil))
-	}
-	return o
+	return Options{Lab: lab, BPFFS: labRoot(lab) + "/bpf/vpcd"}
 }
 
 var testLabName = regexp.MustCompile(`^(?:ul-)?(t([0-9]+)x[0-9]+)(?:-|$)`)

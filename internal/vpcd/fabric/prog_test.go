@@ -211,7 +211,9 @@ func TestVerdicts(t *testing.T) {
 				for _, h := range []*host{a1, a2, b, free, other} {
 					for reason := range after[h.eni].Drops {
 						n := after[h.eni].Drops[reason] - before[h.eni].Drops[reason]
-						if want := h == at && reason == c.drop; want != (n == 1) || n > 1 {
+						want := h == at && reason == c.drop
+						// Guests send IPv6 of their own now and then.
+						if want && n == 0 || n > 1 && reason != IPv6 || !want && n > 0 && reason != IPv6 {
 							t.Errorf("%s: %d drops for %s", h.eni, n, reason)
 						}
 					}
