@@ -16,7 +16,7 @@ type zone struct {
 }
 
 // directions are how zone ids abbreviate the middle of a region's name.
-var directions = strings.NewReplacer("northeast", "ne", "northwest", "nw", "southeast", "se", "southwest", "sw",
+var directions = strings.NewReplacer("gov-west", "gw", "gov-east", "ge", "northeast", "ne", "northwest", "nw", "southeast", "se", "southwest", "sw",
 	"north", "n", "south", "s", "east", "e", "west", "w", "central", "c", "-", "")
 
 func zonesOf(region string, n int) []zone {
