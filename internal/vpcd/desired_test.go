@@ -1,0 +1,238 @@
+package vpcd
+
+import (
+	"encoding/base64"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"github.com/underlay-cni/underlay/internal/vpc"
+	"github.com/underlay-cni/underlay/internal/vpcd/fabric"
+	"github.com/underlay-cni/underlay/internal/vpcd/imds"
+	"github.com/underlay-cni/underlay/internal/vpcd/store"
+)
+
+const (
+	testVPC    = vpc.VPCID("vpc-00000000000000001")
+	testSubnet = vpc.SubnetID("subnet-00000000000000001")
+	testNode   = vpc.InstanceID("i-00000000000000001")
+)
+
+func addr(s string) netip.Addr     { return netip.MustParseAddr(s) }
+func prefix(s string) netip.Prefix { return netip.MustParsePrefix(s) }
+
+// world is a store with a clock of its own.
+type world struct {
+	*testing.T
+	*store.Store
+	now time.Time
+}
+
+func newWorld(t *testing.T) *world {
+	w := &world{T: t, now: time.Unix(1_000_000, 0)}
+	s, err := store.Open(filepath.Join(t.TempDir(), stateFile), store.Options{Now: func() time.Time { return w.now }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	w.Store = s
+	s.KeepHistory(func() time.Duration { return time.Hour })
+	w.change(func(tx *store.Tx) {
+		tx.PutVPC(&store.VPC{ID: testVPC, VNI: 7, CIDRs: []store.CIDRAssociation{{CIDR: prefix("10.0.0.0/16")}, {CIDR: prefix("100.64.0.0/16")}}})
+		tx.PutSubnet(&store.Subnet{ID: testSubnet, VPC: testVPC, CIDR: prefix("10.0.1.0/24"), Zone: "us-east-1a"})
+		tx.PutGroup(&store.Group{ID: "sg-1", VPC: testVPC, Name: "web"})
+		tx.PutInstance(&store.Instance{
+			ID: testNode, Type: "m5.large", VPC: testVPC, Subnet: testSubnet, Zone: "us-east-1a", State: store.Running,
+			UserData: base64.StdEncoding.EncodeToString([]byte("hi")),
+			Metadata: store.MetadataOptions{Tokens: "required", HopLimit: 2, Endpoint: "enabled", Tags: "disabled"},
+		})
+		tx.PutENI(testENI(1, "10.0.1.10", attached(0, store.Attached)))
+	})
+	return w
+}
+
+func (w *world) change(fn func(tx *store.Tx)) {
+	w.Helper()
+	if err := w.Update(func(tx *store.Tx) error { fn(tx); return nil }); err != nil {
+		w.Fatal(err)
+	}
+}
+
+func attached(device int, status store.AttachmentStatus) *store.Attachment {
+	return &store.Attachment{ID: vpc.AttachmentID("eni-attach-" + string(rune('0'+device))), Instance: testNode, DeviceIndex: device, Status: status}
+}
+
+func testENI(n byte, primary string, a *store.Attachment) *store.ENI {
+	return &store.ENI{
+		ID: vpc.ENIID("eni-0000000000000000" + string(rune('0'+n))), VPC: testVPC, Subnet: testSubnet, MAC: net.HardwareAddr{2, 0, 0, 0, 0, n}.String(),
+		Primary: addr(primary), SourceDestCheck: true, Attachment: a, Groups: []vpc.SecurityGroupID{"sg-1"},
+	}
+}
+
+var ignoreOrder = cmpopts.SortSlices(func(a, b fabric.Interface) bool { return a.ID < b.ID })
+
+var compareNetip = cmp.Options{
+	cmp.Comparer(func(a, b netip.Addr) bool { return a == b }),
+	cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }),
+}
+
+func TestDesired(t *testing.T) {
+	w := newWorld(t)
+	w.change(func(tx *store.Tx) {
+		second := testENI(2, "10.0.1.11", attached(1, store.Detaching))
+		second.Secondary = []netip.Addr{addr("10.0.1.12")}
+		second.Prefixes = []netip.Prefix{prefix("10.0.1.32/28")}
+		second.SourceDestCheck = false
+		tx.PutENI(second)
+		tx.PutENI(testENI(3, "10.0.1.13", attached(2, store.Attaching))) // not yet
+		tx.PutENI(testENI(4, "10.0.1.14", nil))                          // to nothing
+		managed := testENI(5, "10.0.1.15", &store.Attachment{ID: "eni-attach-9", DeviceIndex: 1, Status: store.Attached})
+		managed.Service, managed.RequesterManaged = "db-1", true
+		tx.PutENI(managed)
+		tx.PutService(&store.Service{Name: "db-1", ENI: managed.ID})
+		tx.PutInstance(&store.Instance{ID: "i-00000000000000002", State: store.Terminated})
+	})
+	got, err := desired(names{"demo"}, w.View(), w.View())
+	if err != nil {
+		t.Fatal(err)
+	}
+	node := "ul-demo-i-00000000000000001"
+	want := fabric.Config{
+		Subnets: []fabric.Subnet{{ID: testSubnet, VNI: 7, CIDR: prefix("10.0.1.0/24"), VPCCIDRs: []netip.Prefix{prefix("10.0.0.0/16"), prefix("100.64.0.0/16")}}},
+		Guests:  []fabric.Guest{{Netns: node}, {Netns: "ul-demo-svc-db-1"}},
+		Interfaces: []fabric.Interface{
+			{ID: "eni-00000000000000001", VNI: 7, Subnet: testSubnet, MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}, Guest: node, DeviceIndex: 0,
+				Primary: addr("10.0.1.10"), Addresses: []netip.Prefix{prefix("10.0.1.10/32")}, SourceDestCheck: true, Configure: true},
+			{ID: "eni-00000000000000002", VNI: 7, Subnet: testSubnet, MAC: net.HardwareAddr{2, 0, 0, 0, 0, 2}, Guest: node, DeviceIndex: 1,
+				Primary: addr("10.0.1.11"), Addresses: []netip.Prefix{prefix("10.0.1.11/32"), prefix("10.0.1.12/32"), prefix("10.0.1.32/28")}},
+			{ID: "eni-00000000000000005", VNI: 7, Subnet: testSubnet, MAC: net.HardwareAddr{2, 0, 0, 0, 0, 5}, Guest: "ul-demo-svc-db-1", DeviceIndex: 0,
+				Primary: addr("10.0.1.15"), Addresses: []netip.Prefix{prefix("10.0.1.15/32")}, SourceDestCheck: true, Configure: true},
+		},
+	}
+	if d := cmp.Diff(want, got, ignoreOrder, compareNetip); d != "" {
+		t.Errorf("(-want +got):\n%s", d)
+	}
+}
+
+func TestDesiredMappingLags(t *testing.T) {
+	w := newWorld(t)
+	w.change(func(tx *store.Tx) {
+		e := *tx.ENI("eni-00000000000000001")
+		e.Secondary = []netip.Addr{addr("10.0.1.20"), addr("10.0.1.21")}
+		tx.PutENI(&e)
+	})
+	old := w.View()
+	w.now = w.now.Add(time.Minute)
+	w.change(func(tx *store.Tx) {
+		e := *tx.ENI("eni-00000000000000001")
+		e.Secondary = []netip.Addr{addr("10.0.1.22")}
+		tx.PutENI(&e)
+		// A new interface has taken an address that the first had.
+		other := testENI(2, "10.0.1.21", attached(1, store.Attached))
+		other.Secondary = []netip.Addr{addr("10.0.1.23")}
+		tx.PutENI(other)
+	})
+	got, err := desired(names{"demo"}, w.View(), old)
+	if err != nil {
+		t.Fatal(err)
+	}
+	addresses := map[vpc.ENIID][]netip.Prefix{}
+	for _, i := range got.Interfaces {
+		addresses[i.ID] = i.Addresses
+	}
+	want := map[vpc.ENIID][]netip.Prefix{
+		"eni-00000000000000001": {prefix("10.0.1.10/32"), prefix("10.0.1.20/32")},
+		"eni-00000000000000002": {prefix("10.0.1.21/32")},
+	}
+	if d := cmp.Diff(want, addresses, compareNetip); d != "" {
+		t.Errorf("(-want +got):\n%s", d)
+	}
+}
+
+func TestMetadata(t *testing.T) {
+	w := newWorld(t)
+	var lag time.Duration
+	m := &metadata{store: w.Store, lag: func() time.Duration { return lag }, now: func() time.Time { return w.now },
+		account: "123456789012", region: "us-east-1", zoneIDs: map[string]string{"us-east-1a": "use1-az1"}}
+	w.now = w.now.Add(time.Second)
+	w.change(func(tx *store.Tx) {
+		e := *tx.ENI("eni-00000000000000001")
+		e.Secondary = []netip.Addr{addr("10.0.1.20")}
+		tx.PutENI(&e)
+		tx.PutENI(testENI(2, "10.0.1.11", attached(1, store.Attaching)))
+		i := *tx.Instance(testNode)
+		i.Metadata.Tokens = "optional"
+		tx.PutInstance(&i)
+	})
+	lag = 500 * time.Millisecond
+	got, ok := m.Metadata(testNode)
+	if !ok {
+		t.Fatal("no metadata")
+	}
+	want := &imds.Instance{
+		ID: testNode, Type: "m5.large", Account: "123456789012", Region: "us-east-1", Zone: "us-east-1a", ZoneID: "use1-az1",
+		Arch: "x86_64", UserData: []byte("hi"), Options: imds.Options{HopLimit: 2},
+		Interfaces: []imds.Interface{{
+			ID: "eni-00000000000000001", MAC: "02:00:00:00:00:01", Subnet: testSubnet, SubnetCIDR: prefix("10.0.1.0/24"), VPC: testVPC,
+			VPCCIDRs: []netip.Prefix{prefix("10.0.0.0/16"), prefix("100.64.0.0/16")}, Primary: addr("10.0.1.10"),
+			GroupIDs: []vpc.SecurityGroupID{"sg-1"}, GroupNames: []string{"web"}, OwnerID: "123456789012",
+		}},
+	}
+	if d := cmp.Diff(want, got, compareNetip); d != "" {
+		t.Errorf("lagging (-want +got):\n%s", d)
+	}
+	w.now = w.now.Add(lag)
+	want.Interfaces[0].Secondary = []netip.Addr{addr("10.0.1.20")}
+	got, _ = m.Metadata(testNode)
+	if d := cmp.Diff(want, got, compareNetip); d != "" {
+		t.Errorf("after the lag (-want +got):\n%s", d)
+	}
+	// An instance younger than the lag knows itself; a terminated one nothing.
+	w.change(func(tx *store.Tx) {
+		tx.PutInstance(&store.Instance{ID: "i-00000000000000002", State: store.Pending})
+	})
+	if _, ok := m.Metadata("i-00000000000000002"); !ok {
+		t.Error("a new instance has no metadata")
+	}
+	w.change(func(tx *store.Tx) {
+		tx.PutInstance(&store.Instance{ID: "i-00000000000000002", State: store.Terminated})
+	})
+	if _, ok := m.Metadata("i-00000000000000002"); ok {
+		t.Error("a terminated instance has metadata")
+	}
+}
+
+func TestArchitecture(t *testing.T) {
+	for in, want := range map[string]string{
+		"m5.large": "x86_64", "m6g.large": "arm64", "c7gn.xlarge": "arm64", "im4gn.large": "arm64", "t4g.nano": "arm64", "a1.medium": "arm64",
+		"g4dn.xlarge": "x86_64", "g5.xlarge": "x86_64", "g5g.xlarge": "arm64", "m8g.metal-24xl": "arm64", "c6a.large": "x86_64", "x2gd.large": "arm64",
+	} {
+		if got := architecture(in); got != want {
+			t.Errorf("%s: %s, want %s", in, got, want)
+		}
+	}
+}
+
+func TestIMDSKeyIsKept(t *testing.T) {
+	dir := t.TempDir()
+	first, err := imdsKey(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := imdsKey(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(first) != imds.KeySize || string(first) != string(again) {
+		t.Errorf("first %x, then %x", first, again)
+	}
+}
