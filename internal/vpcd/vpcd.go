@@ -113,7 +113,9 @@ func Run(ctx context.Context, o Options) (err error) {
 	if o.Ready != nil {
 		o.Ready(listener.Addr())
 	}
-	return group.Wait()
+	err = group.Wait()
+	o.Logger.Info("vpcd stops", "name", o.Name)
+	return err
 }
 
 // zoneIDs asks the API for its zones' ids, by name.
