@@ -363,12 +363,14 @@ func TestAdoptAfterKill(t *testing.T) {
 				return
 			case <-tick.C:
 			}
-			if _, err := out.Write(binary.BigEndian.AppendUint64(nil, n)); err != nil {
-				t.Errorf("send: %v", err)
-				sent <- n
-				return
+			for range 8 { // whatever the timer's grain is
+				if _, err := out.Write(binary.BigEndian.AppendUint64(nil, n)); err != nil {
+					t.Errorf("send: %v", err)
+					sent <- n
+					return
+				}
+				n++
 			}
-			n++
 		}
 	}()
 	received := make(chan uint64, 1024)
@@ -389,7 +391,7 @@ func TestAdoptAfterKill(t *testing.T) {
 	seen := map[uint64]bool{}
 	flows := func(n int) { // n more datagrams arrive
 		t.Helper()
-		deadline := time.After(patience)
+		deadline := time.After(2 * patience)
 		for range n {
 			select {
 			case s := <-received:
@@ -402,24 +404,25 @@ func TestAdoptAfterKill(t *testing.T) {
 			}
 		}
 	}
-	flows(100)
+	flows(500)
 	for range 3 {
 		p := l.spawn()
 		p.set(t, l.cfg)
-		flows(200)
+		flows(1000)
 		p.set(t, l.cfg)
 		p.kill()
-		flows(200)
+		flows(1000)
 	}
 	l.open()
 	l.set()
-	flows(100)
+	flows(500)
 	close(stop)
 	total := <-sent
 	flows(int(total - got))
 	if got != total {
 		t.Errorf("%d of %d datagrams arrived", got, total)
 	}
+	t.Logf("%d datagrams sent and received over three kills", total)
 	if c := b.counters(); c.RxPackets < total {
 		t.Errorf("%d packets counted, %d sent: the counters did not go on", c.RxPackets, total)
 	}
