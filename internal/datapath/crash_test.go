@@ -167,8 +167,18 @@ func TestKilledAnywhere(t *testing.T) {
 	}
 
 	ns := w.netns("pod")
+	ear := w.rawSocket(w.wire, "r1")
 	for _, step := range addSteps {
 		t.Run("add, before "+step, func(t *testing.T) {
+			addr := endpoint(1, ns).Addr
+			stop := spin(t, ns, udpFrame(podMAC(addr), hostMAC, addr, farIP, marker))
+			defer func() {
+				stop()
+				// Before the last step, policy is there and the gate is open.
+				if n := marked(t, ear); n != 0 && step != "live" {
+					t.Errorf("%d frames passed of a sender whose endpoint was never whole", n)
+				}
+			}()
 			w.dies(role{Op: "add", Pod: ns, N: 1, DieAt: step})
 			if w.ask(bystander.ns, bystander.Addr, farIP, 20) == "" {
 				t.Error("another pod is cut off while no agent runs")

@@ -147,6 +147,11 @@ func (d *Datapath) open() (err error) {
 	if err := d.in(func() error { return setSysctl("net/ipv4/ip_forward", "1") }); err != nil {
 		return err
 	}
+	return d.setPodRule()
+}
+
+// setPodRule has the pods' table looked up before the main one.
+func (d *Datapath) setPodRule() error {
 	var b nl.Batch
 	b.RuleAdd(nl.Rule{Priority: PodRulePriority, Table: PodTable, Protocol: Protocol})
 	b.Tolerate(unix.EEXIST)

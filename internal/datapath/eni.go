@@ -42,8 +42,9 @@ func (e *LinkMissingError) Unwrap() error { return ErrLinkMissing }
 // its mark take. Rules and tables of ENIs that are gone go. It changes only
 // what bears our protocol number, and devices that enis names.
 //
-// It may be repeated at any time and then changes nothing. If an ENI has no
-// device yet, the rest is applied and the error is a *LinkMissingError.
+// It may be repeated at any time, and then changes nothing but what others
+// damaged: routes, rules, and the guard table in nftables too. If an ENI has
+// no device yet, the rest is applied and the error is a *LinkMissingError.
 func (d *Datapath) SetENIs(ctx context.Context, enis []ENI) error {
 	if err := checkENIs(enis); err != nil {
 		return err
@@ -75,7 +76,11 @@ func (d *Datapath) SetENIs(ctx context.Context, enis []ENI) error {
 			errs = append(errs, fmt.Errorf("set up %s (%s): %w", eni.ID, l.Name, err))
 		}
 	}
-	errs = append(errs, d.setRules(present))
+	missingGuard, err := repairGuard(d.netns)
+	errs = append(errs, d.setRules(present), d.setPodRule(), err)
+	if missingGuard {
+		d.log.Warn("guard table was removed from nftables, installed again", "table", "inet "+guardTable.Name)
+	}
 	if len(missing) > 0 {
 		errs = append(errs, &LinkMissingError{ENIs: missing})
 	}

@@ -186,6 +186,67 @@ func TestAddTakesAnotherIndex(t *testing.T) {
 	}
 }
 
+// A device of ours that no record owns gives way; one of somebody else's does not.
+func TestAddAndLeftovers(t *testing.T) {
+	w := newWorld(t)
+	d := w.open(Options{})
+	ns := w.netns("pod")
+	e := endpoint(1, ns)
+	name := hostIfName(e.key())
+	w.ip(w.node, "link add "+name+" type veth peer name other")
+	if _, err := d.Add(ctx, e, openNetns(t, ns)); !errors.Is(err, ErrInterfaceTaken) || !strings.Contains(err.Error(), "not a pod's") {
+		t.Errorf("Add onto another's device: %v", err)
+	}
+	w.ip(w.node, "link set "+name+" group 30060")
+	if _, err := d.Add(ctx, e, openNetns(t, ns)); err != nil {
+		t.Errorf("Add onto a leftover: %v", err)
+	}
+}
+
+func BenchmarkAdd(b *testing.B) {
+	w := newWorld(b)
+	w.quiet = true
+	d := w.open(Options{})
+	ns := w.netns("pod")
+	netns := openNetns(b, ns)
+	e := endpoint(1, ns)
+	for b.Loop() {
+		if _, err := d.Add(ctx, e, netns); err != nil {
+			b.Fatal(err)
+		}
+		b.StopTimer()
+		if _, err := d.Delete(ctx, e.ContainerID, e.IfName); err != nil {
+			b.Fatal(err)
+		}
+		if err := d.Forget(e.Addr); err != nil {
+			b.Fatal(err)
+		}
+		b.StartTimer()
+	}
+}
+
+func BenchmarkDelete(b *testing.B) {
+	w := newWorld(b)
+	w.quiet = true
+	d := w.open(Options{})
+	ns := w.netns("pod")
+	netns := openNetns(b, ns)
+	e := endpoint(1, ns)
+	for b.Loop() {
+		b.StopTimer()
+		if _, err := d.Add(ctx, e, netns); err != nil {
+			b.Fatal(err)
+		}
+		b.StartTimer()
+		if _, err := d.Delete(ctx, e.ContainerID, e.IfName); err != nil {
+			b.Fatal(err)
+		}
+		if err := d.Forget(e.Addr); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
 func TestDeleteTolerates(t *testing.T) {
 	w := newWorld(t)
 	d := w.open(Options{})
@@ -328,6 +389,21 @@ func TestSetENIs(t *testing.T) {
 	}
 	if got := w.ip(w.node, "link show eth1"); !strings.Contains(got, "mtu 9001") || !strings.Contains(got, "UP") {
 		t.Errorf("eth1: %s", got)
+	}
+
+	// What others damage is repaired.
+	w.run("ip", "netns", "exec", w.node, "nft", "flush", "ruleset")
+	w.ip(w.node, "rule del pref 20")
+	w.ip(w.node, "rule del pref 32")
+	w.ip(w.node, "route del default table 30062")
+	if err := d.SetENIs(ctx, enis); err != nil {
+		t.Error(err)
+	}
+	if diff := cmp.Diff(before, state()); diff != "" {
+		t.Errorf("after a repair (-before +after):\n%s", diff)
+	}
+	if out := w.run("ip", "netns", "exec", w.node, "nft", "list", "ruleset"); !strings.Contains(out, `iifgroup 30060 meta mark & 0x00003046 == 0x00000000 counter name "no_mark" drop`) {
+		t.Errorf("the guard is not repaired:\n%s", out)
 	}
 
 	// A device that is not there yet, then is.

@@ -13,6 +13,8 @@ import (
 // a pod's veth that no program of ours had looked at.
 const noMark = "no_mark"
 
+const guardChain = "prerouting"
+
 var guardTable = &nftables.Table{Name: "underlay", Family: nftables.TableFamilyINet}
 
 func guardConn(netns *os.File) (*nftables.Conn, error) {
@@ -38,7 +40,7 @@ func installGuard(netns *os.File) error {
 	table := c.AddTable(guardTable)
 	chain := c.AddChain(&nftables.Chain{
 		Table:    table,
-		Name:     "prerouting",
+		Name:     guardChain,
 		Type:     nftables.ChainTypeFilter,
 		Hooknum:  nftables.ChainHookPrerouting,
 		Priority: nftables.ChainPriorityRaw,
@@ -62,6 +64,20 @@ func installGuard(netns *os.File) error {
 		return fmt.Errorf("install nftables table inet underlay: %w (the kernel needs nf_tables with inet, meta, bitwise and objref)", err)
 	}
 	return nil
+}
+
+// repairGuard installs the guard again if somebody removed it, as
+// `nft flush ruleset` does. It tells whether it was missing.
+func repairGuard(netns *os.File) (missing bool, err error) {
+	c, err := guardConn(netns)
+	if err != nil {
+		return false, err
+	}
+	rules, err := c.GetRules(guardTable, &nftables.Chain{Table: guardTable, Name: guardChain})
+	if err == nil && len(rules) == 1 {
+		return false, nil
+	}
+	return true, installGuard(netns)
 }
 
 // guardCount returns how many packets the guard has dropped.

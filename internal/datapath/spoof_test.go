@@ -6,10 +6,14 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"path/filepath"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
@@ -264,6 +268,12 @@ func TestNothingPassesBeforePolicy(t *testing.T) {
 				if n := marked(t, ear); n != 0 {
 					t.Errorf("%d frames passed before policy", n)
 				}
+				// Nor does anything reach the pod.
+				w.echo(nsOf(e), e.Addr)
+				podEar := w.rawSocket(nsOf(e), e.IfName)
+				if w.ask(w.wire, farIP, e.Addr, 2) != "" || len(received(t, podEar)) != 0 {
+					t.Error("the pod was reached before policy")
+				}
 				if fail {
 					return refused
 				}
@@ -289,9 +299,14 @@ func TestNothingPassesBeforePolicy(t *testing.T) {
 				t.Fatal(err)
 			}
 			eventually(t, "frames pass after policy", func() bool { return marked(t, ear) > 0 })
+			if w.ask(w.wire, farIP, e.Addr, 20) == "" {
+				t.Error("the pod is not reached after policy")
+			}
 		})
 	}
 }
+
+func nsOf(e Endpoint) string { return filepath.Base(e.Netns) }
 
 func marked(t testing.TB, fd int) (n int) {
 	t.Helper()
@@ -396,5 +411,61 @@ func TestLostProgramsCloseTheNode(t *testing.T) {
 		if w.ask(a.ns, a.Addr, to, 20) == "" {
 			t.Errorf("%s does not answer after the datapath was opened again", to)
 		}
+	}
+}
+
+// A device of our group that the maps do not know passes nothing either way.
+func TestUnknownInterface(t *testing.T) {
+	w := newWorld(t)
+	d := w.open(Options{})
+	a := w.addPod(d, 1)
+	w.echo(w.wire, farIP)
+	index := uint32(a.HostIfIndex)
+	if err := d.objs.Ifaces.Delete(&index); err != nil {
+		t.Fatal(err)
+	}
+	if w.ask(a.ns, a.Addr, farIP, 2) != "" || w.ask(w.wire, farIP, a.Addr, 2) != "" {
+		t.Error("answered")
+	}
+	if n := counters(t, d)["unknown_interface"]; n != 4 {
+		t.Errorf("%d packets counted as unknown_interface, want 4", n)
+	}
+}
+
+// What we let pass goes on to the programs that others attached behind ours;
+// what we drop they never see.
+func TestOthersProgramsRun(t *testing.T) {
+	w := newWorld(t)
+	d := w.open(Options{})
+	a := w.addPod(d, 1)
+	w.echo(w.wire, farIP)
+	dropAll, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Type: ebpf.SchedCLS, License: "GPL",
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 2 /* TC_ACT_SHOT */), asm.Return()},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dropAll.Close()
+	var l link.Link
+	err = d.in(func() (err error) {
+		l, err = link.AttachTCX(link.TCXOptions{Interface: a.HostIfIndex, Program: dropAll, Attach: ebpf.AttachTCXIngress})
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if w.ask(a.ns, a.Addr, farIP, 2) != "" {
+		t.Error("a program behind ours was passed over")
+	}
+	traffic, err := d.Traffic()
+	if err != nil || traffic[a.Addr].FromPackets != 2 {
+		t.Errorf("%+v, %v", traffic, err)
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if w.ask(a.ns, a.Addr, farIP, 20) == "" {
+		t.Error("not answered after the other program went")
 	}
 }

@@ -77,6 +77,7 @@ type world struct {
 	t          testing.TB
 	node, wire string // names of namespaces
 	bpffs      string
+	quiet      bool // do not log
 }
 
 var (
@@ -183,6 +184,9 @@ func (w *world) open(opts Options) *Datapath {
 
 func (w *world) tryOpen(opts Options) (d *Datapath, err error) {
 	opts.BPFFS = w.bpffs
+	if w.quiet {
+		opts.Logger = slog.New(slog.DiscardHandler)
+	}
 	if opts.Logger == nil {
 		opts.Logger = slog.New(slog.NewTextHandler(w.t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))
 	}
