@@ -56,6 +56,8 @@ func writeCNI(n Node, plugin string) error {
 	return writeFile(dst, b, 0o755)
 }
 
+var errAgentSlow = errors.New("it did not serve within 90 s")
+
 // startAgent starts the agent of a node and waits until it serves.
 func startAgent(ctx context.Context, h home, n Node, agent string) error {
 	// A directory in a bpffs is made like any other; the pins of a node stay
@@ -83,7 +85,7 @@ func startAgent(ctx context.Context, h home, n Node, agent string) error {
 		return err
 	}
 	return whileAlive(ctx, "the agent", exited, func(ctx context.Context) error {
-		ctx, cancel := context.WithTimeoutCause(ctx, 90*time.Second, errors.New("it did not serve within 90 s"))
+		ctx, cancel := context.WithTimeoutCause(ctx, 90*time.Second, errAgentSlow)
 		defer cancel()
 		client := agentapi.Client{Socket: n.AgentSocket}
 		var last error
@@ -91,7 +93,7 @@ func startAgent(ctx context.Context, h home, n Node, agent string) error {
 			last = client.Status(ctx)
 			return last == nil, nil
 		})
-		if err != nil && last != nil {
+		if errors.Is(err, errAgentSlow) && last != nil {
 			return fmt.Errorf("%w (last answer: %w)", err, last)
 		}
 		return err

@@ -31,6 +31,9 @@ and when there is nothing; ends no process that is not the lab's.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			names := []string{a.lab}
 			if all {
+				if cmd.Flags().Changed("name") {
+					return errors.New("give --all or --name, not both")
+				}
 				var err error
 				if names, err = everyLab(a.run); err != nil {
 					return err
@@ -67,7 +70,6 @@ and when there is nothing; ends no process that is not the lab's.`,
 		},
 	}
 	c.Flags().BoolVar(&all, "all", false, "every lab on this machine")
-	c.MarkFlagsMutuallyExclusive("all", "name")
 	return c
 }
 

@@ -82,7 +82,6 @@ func awsEnv(h home, f *labFile) []variable {
 		{"AWS_SHARED_CREDENTIALS_FILE", awsCredentialsFile(h)},
 		{"AWS_EC2_METADATA_DISABLED", "true"},
 		{"AWS_PAGER", ""},
-		{"UNDERLAY_LAB", f.Lab.Name},
 	}
 }
 

@@ -106,7 +106,8 @@ func (a *App) up(ctx context.Context, o upOptions) (*labFile, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer l.release("")
+	remove := ""
+	defer func() { l.release(remove) }()
 	if err := b.home.checkAbsent(); err != nil {
 		return nil, err
 	}
@@ -123,6 +124,9 @@ func (a *App) up(ctx context.Context, o upOptions) (*labFile, error) {
 		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 		defer cancel()
 		left := b.home.takeDown(clean)
+		if left == nil {
+			remove = b.home.lockFile()
+		}
 		return nil, errors.Join(fmt.Errorf("make lab %s: %w", a.lab, err), left)
 	}
 	return &b.f, nil
