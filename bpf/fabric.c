@@ -24,22 +24,22 @@ char __license[] SEC("license") = "Dual BSD/GPL";
 
 /* Why a frame was dropped. Append only: counters are pinned by these numbers. */
 enum drop_reason {
-	DROP_NO_INTERFACE,   /* a device that is no ENI's */
-	DROP_MALFORMED,	     /* headers cut short, or that contradict the frame */
-	DROP_SOURCE_MAC,     /* Ethernet source is not the ENI's MAC */
+	DROP_NO_INTERFACE, /* a device that is no ENI's */
+	DROP_MALFORMED, /* headers cut short, or that contradict the frame */
+	DROP_SOURCE_MAC, /* Ethernet source is not the ENI's MAC */
 	DROP_SOURCE_ADDRESS, /* source check: not one of the ENI's addresses */
-	DROP_DEST_ADDRESS,   /* destination check of the receiving ENI */
-	DROP_NO_ROUTE,	     /* outside all routes of the VPC */
-	DROP_NO_TARGET,	     /* inside the VPC, but no ENI holds the address */
-	DROP_UNKNOWN_MAC,    /* to a MAC that is neither router's nor an ENI's of the subnet */
-	DROP_MULTICAST,	     /* broadcast and multicast, other than an ARP request */
+	DROP_DEST_ADDRESS, /* destination check of the receiving ENI */
+	DROP_NO_ROUTE, /* outside all routes of the VPC */
+	DROP_NO_TARGET, /* inside the VPC, but no ENI holds the address */
+	DROP_UNKNOWN_MAC, /* to a MAC that is neither router's nor an ENI's of the subnet */
+	DROP_MULTICAST, /* broadcast and multicast, other than an ARP request */
 	DROP_IPV6,
-	DROP_ETHERTYPE,	  /* neither IPv4, IPv6 nor ARP, or with a VLAN tag */
-	DROP_OVERSIZE,	  /* IP length above the MTU */
+	DROP_ETHERTYPE, /* neither IPv4, IPv6 nor ARP, or with a VLAN tag */
+	DROP_OVERSIZE, /* IP length above the MTU */
 	DROP_ARP_SPOOFED, /* ARP whose sender fields are not the ENI's */
 	DROP_ARP_UNANSWERED, /* ARP to which no answer is due */
 	DROP_NOT_SERVICE, /* the fabric's stack sent something that is no service's answer */
-	DROP_REASONS,	  /* how many there are */
+	DROP_REASONS, /* how many there are */
 };
 
 enum eni_flag {
@@ -260,8 +260,7 @@ struct size {
  * UDP are cut by size here; others (SCTP, tunnels) count as cut by the stack
  * (gso_segs) without the headers that repeat.
  */
-static __always_inline void measure(struct __sk_buff *skb, const struct iphdr *iph,
-				    struct size *s)
+static __always_inline void measure(struct __sk_buff *skb, const struct iphdr *iph, struct size *s)
 {
 	__u32 length = skb->len - ETH_HLEN;
 	__u32 headers = iph->ihl * 4;
@@ -298,8 +297,7 @@ static __always_inline void measure(struct __sk_buff *skb, const struct iphdr *i
  * not: the VPC does not lower it.
  */
 static __always_inline int deliver(struct __sk_buff *skb, struct ethhdr *eth,
-				   const struct target *t, const __u8 *source,
-				   const struct size *s)
+				   const struct target *t, const __u8 *source, const struct size *s)
 {
 	__u32 ifindex = t->ifindex;
 	struct counters *c;
@@ -400,8 +398,7 @@ static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct e
 	iph = (void *)(eth + 1);
 	if ((void *)(iph + 1) > (void *)(long)skb->data_end)
 		return drop(ifindex, DROP_MALFORMED);
-	if (iph->version != 4 || iph->ihl < 5 ||
-	    skb->len < (__u32)ETH_HLEN + iph->ihl * 4)
+	if (iph->version != 4 || iph->ihl < 5 || skb->len < (__u32)ETH_HLEN + iph->ihl * 4)
 		return drop(ifindex, DROP_MALFORMED);
 	/* The total length of a GSO frame of 64 KiB and more is 0. */
 	if (!skb->gso_size && (bpf_ntohs(iph->tot_len) < iph->ihl * 4 ||

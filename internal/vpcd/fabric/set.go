@@ -65,14 +65,14 @@ func (f *Fabric) set(ctx context.Context, want desired) error {
 	// and last something leads to it. An address that moves from one ENI to
 	// another that stays is rewritten in place.
 	stay := forwarding(want, kept)
-	if err := f.deleteStale(want, guests, stay); err != nil {
+	if err := f.deleteStale(stay); err != nil {
 		return errors.Join(append(errs, err)...)
 	}
 	if err := f.removePorts(kept, doomed); err != nil {
 		return errors.Join(append(errs, err)...)
 	}
 	f.removeGuests(want, &errs)
-	f.repair(want, devices, kept, &errs)
+	f.repair(devices, kept, &errs)
 	index := maps.Clone(kept)
 	f.makePorts(ctx, want, guests, index, &errs)
 	if err := f.putWanted(want, guests, index); err != nil {
@@ -141,7 +141,7 @@ func (f *Fabric) sort(want desired, guests map[string]uint64, devices []deviceIn
 	return kept, doomed
 }
 
-func (f *Fabric) deleteStale(want desired, guests map[string]uint64, stay *contents) error {
+func (f *Fabric) deleteStale(stay *contents) error {
 	// An address or MAC that comes to a port not made yet must not lead to where
 	// it led before, so it goes too.
 	return errors.Join(
@@ -205,7 +205,7 @@ func (f *Fabric) removePorts(kept map[vpc.ENIID]int, doomed []int) error {
 
 // repair sets kept fabric ends right that somebody changed, or that a killed
 // process did not come to finish.
-func (f *Fabric) repair(want desired, devices []deviceInfo, kept map[vpc.ENIID]int, errs *[]error) {
+func (f *Fabric) repair(devices []deviceInfo, kept map[vpc.ENIID]int, errs *[]error) {
 	byIndex := map[int]vpc.ENIID{}
 	for id, i := range kept {
 		byIndex[i] = id

@@ -543,3 +543,54 @@ func TestCancelledSet(t *testing.T) {
 	l.set()
 	a.reaches(b)
 }
+
+// TestNamespaceLost takes the fabric's namespace away from under its pins.
+func TestNamespaceLost(t *testing.T) {
+	l := newLab(t)
+	a := l.add(subnetA, "10.0.0.4")
+	b := l.add(subnetB, "10.0.1.4")
+	l.set()
+	l.shut()
+	if err := nl.DeleteNamed(namespaces{l.name}.fabric()); err != nil {
+		t.Fatal(err)
+	}
+	l.open()
+	// The kernel takes a namespace's devices down in its own time, and until
+	// then the guests' ends are there.
+	l.setWithin(patience)
+	a.reaches(b)
+	if diff := cmp.Diff(l.fresh(t, l.cfg), l.snapshot(false)); diff != "" {
+		t.Errorf("(-built at once +repaired)\n%s", diff)
+	}
+}
+
+// TestPinsLost takes the pins away from a standing fabric.
+func TestPinsLost(t *testing.T) {
+	l := newLab(t)
+	a := l.add(subnetA, "10.0.0.4")
+	b := l.add(subnetB, "10.0.1.4")
+	l.set()
+	l.shut()
+	if err := os.RemoveAll(labOptions(l.name).BPFFS); err != nil {
+		t.Fatal(err)
+	}
+	l.open()
+	l.set()
+	a.reaches(b)
+}
+
+// setWithin repeats Set until it succeeds.
+func (l *lab) setWithin(limit time.Duration) {
+	l.t.Helper()
+	again := time.NewTicker(10 * time.Millisecond)
+	defer again.Stop()
+	for deadline := time.Now().Add(limit); ; <-again.C {
+		err := l.Set(context.Background(), l.cfg)
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			l.t.Fatal(err)
+		}
+	}
+}
