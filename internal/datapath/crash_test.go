@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -299,7 +298,7 @@ func TestOpenLosesNothing(t *testing.T) {
 	eventually(t, "the flood flows", func() bool { return count.Load() > 1000 })
 	for range 5 {
 		start := count.Load()
-		d = w.open(Options{Logger: slog.New(slog.NewTextHandler(io.Discard, nil))})
+		d = w.open(Options{Logger: slog.New(slog.DiscardHandler)})
 		if err := d.Close(); err != nil {
 			t.Fatal(err)
 		}

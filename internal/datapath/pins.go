@@ -220,7 +220,7 @@ func probeTCX(prog *ebpf.Program) error {
 	case errors.Is(err, unix.ENODEV):
 		return nil
 	case errors.Is(err, ebpf.ErrNotSupported):
-		return fmt.Errorf("Linux %s has no TCX links, on which the datapath stands: run Linux 6.6 or later, built with CONFIG_NET_XGRESS: %w", kernelRelease(), err)
+		return fmt.Errorf("attach programs by TCX links, on which the datapath stands: Linux %s has none: run Linux 6.6 or later, built with CONFIG_NET_XGRESS: %w", kernelRelease(), err)
 	}
 	return fmt.Errorf("probe for TCX links (Linux 6.6; this is %s): %w", kernelRelease(), err)
 }

@@ -469,3 +469,41 @@ func TestOthersProgramsRun(t *testing.T) {
 		t.Error("not answered after the other program went")
 	}
 }
+
+// A frame from a packet ring has its Ethernet header alone in the linear part
+// of the buffer; the programs judge it all the same.
+func TestFramesFromARing(t *testing.T) {
+	w := newWorld(t)
+	d := w.open(Options{})
+	a, b := w.addPod(d, 1), w.addPod(d, 2)
+	ear := w.rawSocket(w.wire, "r1")
+	fd := w.rawSocket(a.ns, "eth0")
+	const block, slot = 4096, 2048
+	if err := unix.SetsockoptTpacketReq(fd, unix.SOL_PACKET, unix.PACKET_TX_RING, &unix.TpacketReq{Block_size: block, Block_nr: 1, Frame_size: slot, Frame_nr: block / slot}); err != nil {
+		t.Fatal(err)
+	}
+	ring, err := unix.Mmap(fd, 0, block, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = unix.Munmap(ring) }()
+	next := 0
+	send := func(frame []byte) {
+		t.Helper()
+		at := ring[next*slot:]
+		next = (next + 1) % (block / slot)
+		// struct tpacket_hdr: status, length, …; data follows it aligned, less
+		// the address (TPACKET_HDRLEN - sizeof(struct sockaddr_ll)).
+		const data = 32
+		copy(at[data:], frame)
+		binary.NativeEndian.PutUint32(at[8:], uint32(len(frame)))
+		binary.NativeEndian.PutUint64(at[0:], unix.TP_STATUS_SEND_REQUEST)
+		if err := unix.Sendto(fd, nil, 0, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	send(udpFrame(a.MAC, hostMAC, b.Addr, farIP, marker))
+	eventually(t, "a spoofed frame is counted", func() bool { return counters(t, d)["source_address"] == 1 })
+	send(udpFrame(a.MAC, hostMAC, a.Addr, farIP, marker))
+	eventually(t, "an honest frame arrives", func() bool { return marked(t, ear) == 1 })
+}
