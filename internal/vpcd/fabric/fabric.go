@@ -170,7 +170,7 @@ func (f *Fabric) openNamespace() error {
 		} {
 			// What /proc/sys/net shows is the opening thread's namespace.
 			err := writeSysctl("/proc/sys/net/"+s.file, s.value)
-			if err != nil && !(errors.Is(err, fs.ErrNotExist) && strings.HasPrefix(s.file, "ipv6/")) {
+			if absent := errors.Is(err, fs.ErrNotExist) && strings.HasPrefix(s.file, "ipv6/"); err != nil && !absent {
 				return fmt.Errorf("set up namespace %s: %w", name, err)
 			}
 		}
