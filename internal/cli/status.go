@@ -118,7 +118,7 @@ func (a *App) collect(ctx context.Context, h home, f *labFile) *status {
 	)
 	wg.Go(func() {
 		s.VPCD.PID = f.VPCD.PID
-		err := newAdmin(f.Lab.Endpoint).health(ctx)
+		err := newAdmin(f.Lab.Endpoint).health(ctx, f.Lab.Name)
 		api := ec2.NewLab(f.Lab.Endpoint, f.Region)
 		if err == nil {
 			enis, err = api.Interfaces(ctx, vpc.VPCID(f.Lab.VPCID))

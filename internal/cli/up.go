@@ -169,12 +169,14 @@ type builder struct {
 
 func (b *builder) build(ctx context.Context) error {
 	h := b.home
-	listen := b.o.listen
-	if !b.o.listenExplicit {
-		var err error
-		if listen, err = freeListen(listen); err != nil {
-			return err
-		}
+	listen, err := b.o.listen, error(nil)
+	if b.o.listenExplicit {
+		err = checkFree(listen)
+	} else {
+		listen, err = freeListen(listen)
+	}
+	if err != nil {
+		return err
 	}
 	b.f = labFile{
 		Version: labFileVersion, State: stateMaking, Created: b.now(), Region: region, InstanceType: b.o.instanceType,
@@ -193,7 +195,17 @@ func (b *builder) build(ctx context.Context) error {
 	}
 
 	done := b.p.step("vpcd: EC2 API, IMDS and fabric")
-	if err := b.startVPCD(ctx, listen); err != nil {
+	err = b.startVPCD(ctx, listen)
+	for range 3 { // somebody was quicker: another lab that starts now
+		if err == nil || b.o.listenExplicit || ctx.Err() != nil || !strings.Contains(lastLines(b.log, 3), "address already in use") {
+			break
+		}
+		if listen, err = freeListen("127.0.0.1:0"); err == nil {
+			b.f.Lab.Endpoint = "http://" + listen
+			err = b.startVPCD(ctx, listen)
+		}
+	}
+	if err != nil {
 		return err
 	}
 	done("vpcd on " + b.f.Lab.Endpoint)
@@ -239,7 +251,7 @@ func (b *builder) startVPCD(ctx context.Context, listen string) error {
 		defer cancel()
 		var last error
 		err := poll(ctx, 20*time.Millisecond, func() (bool, error) {
-			last = newAdmin(b.f.Lab.Endpoint).health(ctx)
+			last = newAdmin(b.f.Lab.Endpoint).health(ctx, h.name)
 			return last == nil, nil
 		})
 		if err != nil {

@@ -68,16 +68,21 @@ func (a *admin) do(ctx context.Context, method, path string, in, out any) error 
 	return nil
 }
 
-// health returns nil when vpcd serves.
-func (a *admin) health(ctx context.Context) error {
+// health returns nil when the vpcd of this lab serves.
+func (a *admin) health(ctx context.Context, lab string) error {
 	var h struct {
-		Status string `json:"status"`
+		Status string   `json:"status"`
+		Name   string   `json:"name"`
+		Errors []string `json:"errors"`
 	}
 	if err := a.do(ctx, http.MethodGet, "health", nil, &h); err != nil {
 		return err
 	}
-	if h.Status != "ok" {
-		return fmt.Errorf("vpcd says that it is %q", h.Status)
+	if h.Name != lab {
+		return fmt.Errorf("what answers at %s is vpcd of another lab, %q", a.endpoint, h.Name)
+	}
+	if h.Status != "ok" || len(h.Errors) > 0 {
+		return fmt.Errorf("vpcd says that it is %q: %s", h.Status, strings.Join(h.Errors, "; "))
 	}
 	return nil
 }
@@ -113,6 +118,15 @@ func (a *admin) createManagedService(ctx context.Context, name, subnet string, g
 		return s, errors.New("make managed service " + name + ": vpcd names no namespace and address for it")
 	}
 	return s, nil
+}
+
+// checkFree returns an error when address cannot be listened on.
+func checkFree(address string) error {
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		return fmt.Errorf("%w; choose another with --listen, or leave the flag out and a free one is found", err)
+	}
+	return l.Close()
 }
 
 // freeListen returns want when it can be listened on, else an address on
