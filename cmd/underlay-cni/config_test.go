@@ -1,0 +1,82 @@
+package main
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/containernetworking/cni/pkg/types"
+
+	"github.com/underlay-cni/underlay/internal/agentapi"
+)
+
+func TestParseConfig(t *testing.T) {
+	for _, tc := range []struct {
+		name, in, socket string
+		code             uint
+	}{
+		{"whole", `{"cniVersion":"1.1.0","name":"n","type":"underlay-cni","socket":"/run/x.sock"}`, "/run/x.sock", 0},
+		{"default socket", `{"cniVersion":"1.1.0","name":"n"}`, defaultSocket, 0},
+		{"relative socket", `{"socket":"x.sock"}`, "", types.ErrInvalidNetworkConfig},
+		{"no JSON", `{`, "", types.ErrDecodingFailure},
+		{"wrong type", `{"socket":7}`, "", types.ErrDecodingFailure},
+	} {
+		c, err := parseConfig([]byte(tc.in))
+		var e *types.Error
+		switch {
+		case tc.code == 0 && (err != nil || c.Socket != tc.socket):
+			t.Errorf("%s: %+v, %v", tc.name, c, err)
+		case tc.code != 0 && (!errors.As(err, &e) || e.Code != tc.code):
+			t.Errorf("%s: %v, want code %d", tc.name, err, tc.code)
+		}
+	}
+}
+
+func TestPodOf(t *testing.T) {
+	for in, want := range map[string]agentapi.Pod{
+		"": {},
+		"IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web-0;K8S_POD_UID=u":  {Namespace: "shop", Name: "web-0", UID: "u"},
+		"NOMAD_JOB_ID=api;NOMAD_GROUP_NAME=web;NOMAD_ALLOC_ID=a;NOMAD_NAMESPACE=d": {Namespace: "d", Name: "api/web", UID: "a"},
+		"NOMAD_GROUP_NAME=web;NOMAD_JOB_ID=api":                                    {Name: "api/web"},
+		"K8S_POD_NAME;=;;x":                                                        {},
+	} {
+		if got := podOf(in); got != want {
+			t.Errorf("podOf(%q) = %+v, want %+v", in, got, want)
+		}
+	}
+}
+
+func TestOpenNetnsRefusesWhatIsNone(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{file, "/proc/self/ns/uts", "/run/netns/ul-none"} {
+		var e *types.Error
+		if _, err := openNetns(path); !errors.As(err, &e) || e.Code != types.ErrInvalidNetNS {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+	f, err := openNetns("/proc/self/ns/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+}
+
+func FuzzParseConfig(f *testing.F) {
+	f.Add([]byte(`{"cniVersion":"1.1.0","name":"n","socket":"/x","prevResult":{"cniVersion":"1.1.0","interfaces":[{"name":"eth0","sandbox":"/n"}],"ips":[{"address":"10.0.0.9/32","interface":0}]}}`), "K8S_POD_NAME=a")
+	f.Add([]byte(`{"ips":null,"prevResult":{}}`), "a;b=c")
+	f.Fuzz(func(t *testing.T, stdin []byte, args string) {
+		c, err := parseConfig(stdin)
+		if err != nil {
+			return
+		}
+		if !filepath.IsAbs(c.Socket) {
+			t.Errorf("accepted socket %q", c.Socket)
+		}
+		_, _ = previousAddr(c, "eth0")
+		_ = podOf(args)
+	})
+}
