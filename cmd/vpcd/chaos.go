@@ -153,7 +153,7 @@ func chaosResetCommand(endpoint *string) *cobra.Command {
 }
 
 func printChaos(cmd *cobra.Command, output string, s *chaos.Settings) error {
-	return print(cmd.OutOrStdout(), output, s, func(w io.Writer) {
+	return printData(cmd.OutOrStdout(), output, s, func(w io.Writer) {
 		t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
 		fmt.Fprintf(t, "latency\t%v\nattach-latency\t%v\nimds-lag\t%v\nmapping-lag\t%v\nread-lag\t%v\nthrottle\t%s\n",
 			s.Latency, s.AttachLatency, s.IMDSLag, s.MappingLag, s.ReadLag, s.Throttle)

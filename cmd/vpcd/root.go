@@ -162,8 +162,8 @@ func outputFlag(c *cobra.Command, output *string) {
 	c.Flags().StringVarP(output, "output", "o", "text", "text or json")
 }
 
-// print writes data as -o asks: as JSON, or by text.
-func print(w io.Writer, output string, data any, text func(io.Writer)) error {
+// printData writes data as -o asks: as JSON, or by text.
+func printData(w io.Writer, output string, data any, text func(io.Writer)) error {
 	switch output {
 	case "json":
 		enc := json.NewEncoder(w)
@@ -200,7 +200,7 @@ func versionCommand() *cobra.Command {
 					v.Revision = s.Value
 				}
 			}
-			return print(cmd.OutOrStdout(), output, v, func(w io.Writer) {
+			return printData(cmd.OutOrStdout(), output, v, func(w io.Writer) {
 				fmt.Fprintln(w, "vpcd", v.Version, v.Revision, v.Go)
 			})
 		},

@@ -196,6 +196,25 @@ func TestMetadata(t *testing.T) {
 	if d := cmp.Diff(want, got, compareNetip); d != "" {
 		t.Errorf("after the lag (-want +got):\n%s", d)
 	}
+	// What is not on the wire is not told.
+	mapped := w.View()
+	m.mapped = func() *store.State { return mapped }
+	lag = 0
+	w.change(func(tx *store.Tx) {
+		e := *tx.ENI("eni-00000000000000001")
+		e.Secondary = append(e.Secondary[:1:1], addr("10.0.1.21"))
+		tx.PutENI(&e)
+	})
+	got, _ = m.Metadata(testNode)
+	if d := cmp.Diff(want, got, compareNetip); d != "" {
+		t.Errorf("unmapped (-want +got):\n%s", d)
+	}
+	mapped = w.View()
+	want.Interfaces[0].Secondary = []netip.Addr{addr("10.0.1.20"), addr("10.0.1.21")}
+	got, _ = m.Metadata(testNode)
+	if d := cmp.Diff(want, got, compareNetip); d != "" {
+		t.Errorf("mapped (-want +got):\n%s", d)
+	}
 	// An instance younger than the lag knows itself; a terminated one nothing.
 	w.change(func(tx *store.Tx) {
 		tx.PutInstance(&store.Instance{ID: "i-00000000000000002", State: store.Pending})

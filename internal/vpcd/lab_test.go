@@ -7,11 +7,11 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -50,13 +50,16 @@ func labOptions(t *testing.T) Options {
 }
 
 // inside returns a client whose connections are made in a network namespace.
-func inside(t *testing.T, netns string, from netip.Addr) *http.Client {
+// minTTL is the IP TTL below which it does not see packets: 2 makes it a client
+// that is one hop further away.
+func inside(t *testing.T, netns string, minTTL int) *http.Client {
 	tr := &http.Transport{DialContext: func(ctx context.Context, network, address string) (c net.Conn, err error) {
 		err = nl.Do(netns, func() (err error) {
-			d := net.Dialer{Timeout: 2 * time.Second}
-			if from.IsValid() {
-				d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0))
-			}
+			d := net.Dialer{Timeout: 2 * time.Second, Control: func(_, _ string, c syscall.RawConn) error {
+				var set error
+				err := c.Control(func(fd uintptr) { set = unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_MINTTL, minTTL) })
+				return errors.Join(err, set)
+			}}
 			d.SetMultipathTCP(false)
 			c, err = d.DialContext(ctx, "tcp4", address)
 			return err
@@ -118,7 +121,7 @@ func TestInstancesReachTheirServices(t *testing.T) {
 	check := func() {
 		t.Helper()
 		for _, id := range ids {
-			c := inside(t, netns[id], netip.Addr{})
+			c := inside(t, netns[id], 1)
 			if tokens[id] == "" {
 				var code int
 				if code, tokens[id] = ask(t, c, "PUT", "http://169.254.169.254/latest/api/token", "X-aws-ec2-metadata-token-ttl-seconds: 300"); code != 200 {
@@ -138,8 +141,29 @@ func TestInstancesReachTheirServices(t *testing.T) {
 		}
 	}
 	check()
-	if code, _ := ask(t, inside(t, netns[ids[0]], netip.Addr{}), "GET", "http://169.254.169.254/", "X-aws-ec2-metadata-token: "+tokens[ids[1]]); code != 401 {
+	if code, _ := ask(t, inside(t, netns[ids[0]], 1), "GET", "http://169.254.169.254/", "X-aws-ec2-metadata-token: "+tokens[ids[1]]); code != 401 {
 		t.Errorf("another instance's token: %d", code)
+	}
+
+	// A client one hop away sees items, and no token until the limit is raised.
+	away := inside(t, netns[ids[0]], 2)
+	away.Timeout = 500 * time.Millisecond
+	if code, _ := ask(t, away, "GET", "http://169.254.169.254/", "X-aws-ec2-metadata-token: "+tokens[ids[0]]); code != 200 {
+		t.Errorf("an item, one hop away: %d", code)
+	}
+	const ttl = "X-aws-ec2-metadata-token-ttl-seconds"
+	put, err := http.NewRequest("PUT", "http://169.254.169.254/latest/api/token", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	put.Header.Set(ttl, "60")
+	if resp, err := away.Do(put); err == nil {
+		resp.Body.Close()
+		t.Errorf("a token, one hop away: %s", resp.Status)
+	}
+	r.ec2("ModifyInstanceMetadataOptions", "InstanceId="+ids[0], "HttpPutResponseHopLimit=2")
+	if code, _ := ask(t, away, "PUT", "http://169.254.169.254/latest/api/token", ttl+": 60"); code != 200 {
+		t.Errorf("a token, one hop away, limit 2: %d", code)
 	}
 
 	r.stop()

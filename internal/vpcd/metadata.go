@@ -20,24 +20,24 @@ import (
 type metadata struct {
 	store           *store.Store
 	lag             func() time.Duration
+	mapped          func() *store.State // the address mapping that is on the wire; nil: as the store says
 	now             func() time.Time
 	account, region string
 	zoneIDs         map[string]string // by name
 }
 
-// Metadata tells what was true of the instance before the IMDS lag. Its options
-// are those of now, and an instance younger than the lag is as it is now: it
-// knows itself from the first moment.
+// Metadata tells what was true of the instance before the IMDS lag, and never
+// an address that is not on the wire yet: clients ask IMDS to learn just that.
+// The instance's options are those of now, and an instance younger than the lag
+// is as it is now: it knows itself from the first moment.
 func (m *metadata) Metadata(id vpc.InstanceID) (*imds.Instance, bool) {
 	state := m.store.View()
 	current := state.Instance(id)
 	if current == nil || current.State == store.Terminated {
 		return nil, false
 	}
-	if lag := m.lag(); lag > 0 {
-		if old := m.store.At(m.now().Add(-lag)); old.Instance(id) != nil {
-			state = old
-		}
+	if old := m.view(); old.Instance(id) != nil {
+		state = old
 	}
 	i := state.Instance(id)
 	// What cannot be decoded was refused by RunInstances.
@@ -62,6 +62,20 @@ func (m *metadata) Metadata(id vpc.InstanceID) (*imds.Instance, bool) {
 		out.Interfaces = append(out.Interfaces, m.iface(state, e))
 	}
 	return out, true
+}
+
+// view is the older of what lags and what is mapped.
+func (m *metadata) view() *store.State {
+	state := m.store.View()
+	if lag := m.lag(); lag > 0 {
+		state = m.store.At(m.now().Add(-lag))
+	}
+	if m.mapped != nil {
+		if on := m.mapped(); on != nil && on.Seq < state.Seq {
+			state = on
+		}
+	}
+	return state
 }
 
 func (m *metadata) iface(state *store.State, e *store.ENI) imds.Interface {

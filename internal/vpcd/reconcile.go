@@ -31,8 +31,12 @@ var (
 	ec2At  = netip.AddrPortFrom(fabric.EndpointAddr, 7424)
 )
 
-// retryAfter is how long after an error the reconciler tries again.
-const retryAfter = time.Second
+// retryAfter is how long after an error the reconciler tries again, and
+// lookAgainAfter how long after success.
+const (
+	retryAfter     = time.Second
+	lookAgainAfter = 10 * time.Second
+)
 
 // reconciler keeps the fabric and its listeners as the store wants them.
 type reconciler struct {
@@ -46,12 +50,13 @@ type reconciler struct {
 	imds       func(vpc.InstanceID) *imds.Server
 
 	changed <-chan struct{} // of the store
+	lost    chan struct{}   // a listener has ended; size 1
 	due     []time.Time     // when past changes reach a lagging mapping, in order
 	open    map[vpc.ENIID]*doors
 
 	mu      sync.Mutex
 	applied uint64          // Seq of the newest snapshot that was applied, with or without errors
-	tried   bool            // at least once
+	mapping *store.State    // whose address mapping the fabric has; nil before the first time
 	err     error           // of the last try
 	waiters []chan struct{} // closed after the next application
 }
@@ -66,7 +71,7 @@ type doors struct {
 
 // Run reconciles until ctx ends.
 func (r *reconciler) Run(ctx context.Context) error {
-	r.open = map[vpc.ENIID]*doors{}
+	r.open, r.lost = map[vpc.ENIID]*doors{}, make(chan struct{}, 1)
 	defer func() {
 		for _, d := range r.open {
 			d.close()
@@ -79,6 +84,7 @@ func (r *reconciler) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-r.changed:
+		case <-r.lost:
 		case <-timer.C:
 		}
 		retry := r.once(ctx)
@@ -88,9 +94,8 @@ func (r *reconciler) Run(ctx context.Context) error {
 
 // next is how long to wait for a change before doing it all again.
 func (r *reconciler) next(retry bool) time.Duration {
-	// An interface that the fabric remade has lost its listeners: look
-	// now and then.
-	wait := 10 * time.Second
+	// Nothing should change the fabric but us; look now and then all the same.
+	wait := lookAgainAfter
 	if retry {
 		wait = retryAfter
 	}
@@ -102,7 +107,8 @@ func (r *reconciler) next(retry bool) time.Duration {
 
 // once applies the newest snapshot and reports whether it must be done again.
 func (r *reconciler) once(ctx context.Context) (retry bool) {
-	state, mapping, now := r.store.View(), r.store.View(), r.now()
+	state, now := r.store.View(), r.now()
+	mapping := state
 	if lag := r.mappingLag(); lag > 0 {
 		mapping = r.store.At(now.Add(-lag))
 		if due := state.Time.Add(lag); due.After(now) && (len(r.due) == 0 || due.After(r.due[len(r.due)-1])) {
@@ -122,10 +128,7 @@ func (r *reconciler) once(ctx context.Context) (retry bool) {
 	if ctx.Err() != nil {
 		return false
 	}
-	if err != nil {
-		r.log.Error("fabric not as wanted", "err", err, "next", "tried again after "+retryAfter.String())
-	}
-	r.report(state.Seq, err)
+	r.report(state, mapping, err)
 	return err != nil
 }
 
@@ -139,6 +142,8 @@ func (r *reconciler) listen(state *store.State, c fabric.Config) error {
 		}
 	}
 	for id, d := range r.open {
+		// The fabric ends the listeners of an interface that it removes or
+		// makes anew.
 		if want[id] != d.instance || d.isShut() {
 			d.close()
 			delete(r.open, id)
@@ -174,6 +179,10 @@ func (r *reconciler) openDoors(id vpc.ENIID, instance vpc.InstanceID) (*doors, e
 		err := s.Serve(l)
 		r.log.Debug("listener closed", "eni", id, "service", name, "err", err)
 		once.Do(func() { close(d.shut) })
+		select {
+		case r.lost <- struct{}{}:
+		default:
+		}
 	}
 	go serve("imds", d.imds, forIMDS)
 	go serve("ec2", r.ec2, forEC2)
@@ -196,11 +205,18 @@ func (d *doors) close() {
 	_ = d.ec2.Close()
 }
 
-// report publishes the outcome of an application.
-func (r *reconciler) report(seq uint64, err error) {
+// report publishes the outcome of an application. An error is logged when it is
+// new, not at each try.
+func (r *reconciler) report(state, mapping *store.State, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.tried, r.applied, r.err = true, seq, err
+	switch {
+	case err != nil && (r.err == nil || r.err.Error() != err.Error()):
+		r.log.Error("fabric not as wanted", "retry", retryAfter, "err", err)
+	case err == nil && r.err != nil:
+		r.log.Info("fabric as wanted again")
+	}
+	r.applied, r.mapping, r.err = state.Seq, mapping, err
 	for _, w := range r.waiters {
 		close(w)
 	}
@@ -212,7 +228,15 @@ func (r *reconciler) report(seq uint64, err error) {
 func (r *reconciler) problem() (tried bool, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.tried, r.err
+	return r.mapping != nil, r.err
+}
+
+// mapped returns the snapshot whose address mapping is on the wire, or nil when
+// none is yet.
+func (r *reconciler) mapped() *store.State {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.mapping
 }
 
 // wait returns when the fabric has been set to the newest snapshot of now
@@ -221,7 +245,7 @@ func (r *reconciler) wait(ctx context.Context) error {
 	seq := r.store.View().Seq
 	for {
 		r.mu.Lock()
-		if r.tried && r.applied >= seq {
+		if r.mapping != nil && r.applied >= seq {
 			err := r.err
 			r.mu.Unlock()
 			return err

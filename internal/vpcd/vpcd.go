@@ -96,6 +96,7 @@ func Run(ctx context.Context, o Options) (err error) {
 				return imds.New(imds.Config{Instance: id, Source: source, Key: key, Logger: o.Logger})
 			},
 		}
+		source.mapped = adm.fabric.mapped
 		servers = append(servers, inside)
 		jobs = append(jobs, adm.fabric.Run)
 	}

@@ -66,6 +66,15 @@ func (l testLog) Write(b []byte) (int, error) {
 // ec2 calls an action and returns the answer; params are "Name=value".
 func (r *running) ec2(action string, params ...string) string {
 	r.t.Helper()
+	answer, err := r.try(action, params...)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return answer
+}
+
+// try is ec2 where no answer may come.
+func (r *running) try(action string, params ...string) (string, error) {
 	form := url.Values{"Action": {action}, "Version": {"2016-11-15"}}
 	for _, p := range params {
 		n, v, _ := strings.Cut(p, "=")
@@ -73,20 +82,17 @@ func (r *running) ec2(action string, params ...string) string {
 	}
 	req, err := http.NewRequest(http.MethodPost, r.url+"/", strings.NewReader(form.Encode()))
 	if err != nil {
-		r.t.Fatal(err)
+		return "", err
 	}
 	req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
 	req.Header.Set("Authorization", "AWS4-HMAC-SHA256 Credential=A/20260102/us-east-1/ec2/aws4_request, Signature=0")
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
-		r.t.Fatal(err)
+		return "", err
 	}
 	defer resp.Body.Close()
 	b, err := io.ReadAll(resp.Body)
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	return string(b)
+	return string(b), err
 }
 
 // id calls an action and returns the first id of this kind in the answer.
@@ -212,7 +218,7 @@ func TestAdminRefusesOtherPeoplesPages(t *testing.T) {
 func TestRunRefuses(t *testing.T) {
 	dir := t.TempDir()
 	r := start(t, Options{Name: "t", Dir: dir, NoFabric: true})
-	quiet := slog.New(slog.NewTextHandler(io.Discard, nil))
+	quiet := slog.New(slog.DiscardHandler)
 	err := Run(t.Context(), Options{Name: "t", Dir: t.TempDir(), NoFabric: true, Listen: strings.TrimPrefix(r.url, "http://"), Logger: quiet})
 	if err == nil || !strings.Contains(err.Error(), "--listen") {
 		t.Errorf("address in use: %v", err)

@@ -57,7 +57,7 @@ func setup(t *testing.T) *fixture {
 	f := &fixture{T: t, now: testNow, i: testInstance()}
 	f.Server = New(Config{
 		Instance: f.i.ID, Source: world{f.i.ID: f.i}, Key: []byte("0123456789abcdef0123456789abcdef"),
-		Now: func() time.Time { return f.now }, Logger: slog.New(slog.NewTextHandler(io.Discard, nil)),
+		Now: func() time.Time { return f.now }, Logger: slog.New(slog.DiscardHandler),
 	})
 	return f
 }

@@ -19,7 +19,7 @@ func testServer(t *testing.T, gate Gate) *httptest.Server {
 	srv := httptest.NewServer(NewServer(Options{
 		Gate:   gate,
 		Now:    func() time.Time { return testNow },
-		Logger: slog.New(slog.NewTextHandler(io.Discard, nil)),
+		Logger: slog.New(slog.DiscardHandler),
 		Handlers: map[string]Handler{
 			"DescribeVpcs": Handle(func(ctx context.Context, req *DescribeVpcsRequest) (*DescribeVpcsResponse, error) {
 				id := Caller(ctx)
