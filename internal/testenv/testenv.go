@@ -4,6 +4,7 @@ package testenv
 
 import (
 	"os"
+	"os/exec"
 	"slices"
 	"strings"
 	"testing"
@@ -12,7 +13,8 @@ import (
 )
 
 // Require skips the test unless the machine has each of needs: "root" (uid 0
-// with CAP_NET_ADMIN) or "bpf" (BPF programs may be loaded). A need that the
+// with CAP_NET_ADMIN), "bpf" (BPF programs may be loaded), "aws" (the AWS CLI)
+// or "boto3" (Python 3 with the AWS SDK). A need that the
 // environment variable TEST_REQUIRE names (comma-separated) is no reason to
 // skip: the test fails instead, so that nothing goes unseen where everything
 // is meant to run.
@@ -43,6 +45,14 @@ func lacking(need string) string {
 		_, _, errno := unix.Syscall(unix.SYS_BPF, 0, 0, 0)
 		if errno == unix.EPERM || errno == unix.ENOSYS {
 			return "bpf(2) answers " + errno.Error()
+		}
+	case "aws":
+		if _, err := exec.LookPath("aws"); err != nil {
+			return "the AWS CLI is not there; apt-get install awscli"
+		}
+	case "boto3":
+		if out, err := exec.Command("python3", "-c", "import boto3").CombinedOutput(); err != nil {
+			return "python3 cannot import boto3; apt-get install python3-boto3: " + string(out)
 		}
 	default:
 		return "no test environment provides " + need
