@@ -242,13 +242,10 @@ func (d *Datapath) makeVeth(e *Endpoint, netns *os.File) error {
 		return fmt.Errorf("%w: network namespace %s has an interface %s already: remove it, or give another name: %w", ErrInterfaceTaken, e.Netns, e.IfName, err)
 	case lookup != nil:
 		return errors.Join(err, lookup)
-	case old.Group != LinkGroup:
+	case !ourGroup(old.Group):
 		return fmt.Errorf("%w: the node has an interface %s that is not a pod's: remove it: %w", ErrInterfaceTaken, e.HostIfName, err)
 	}
-	var gone nl.Batch
-	gone.LinkDelete(e.HostIfName)
-	gone.Tolerate(unix.ENODEV)
-	if err := d.slow.Exec(&gone); err != nil {
+	if err := d.deleteLink(e.HostIfName); err != nil {
 		return err
 	}
 	if err := d.conn.Exec(&b); errors.Is(err, unix.EEXIST) {

@@ -116,7 +116,7 @@ func assertNothingLeft(t *testing.T, w *world, d *Datapath, live int) {
 	}
 	n = 0
 	for _, l := range links {
-		if l.Group == LinkGroup {
+		if ourGroup(l.Group) {
 			n++
 		}
 	}
@@ -335,6 +335,7 @@ func TestOpenSweeps(t *testing.T) {
 	}
 	w.ip(w.node, "link del "+a.HostIfName)                               // a pod's end went
 	w.ip(w.node, "link add ulffffffffffff group 30060 type veth peer x") // a link of nobody
+	w.ip(w.node, "link add uldddddddddddd group 30061 type veth peer y") // one that was about to go
 	w.ip(w.node, "route add 10.0.1.200/32 dev eth1 table 30060 proto 117")
 	w.ip(w.node, "route add 10.0.1.201/32 dev eth1 table 30060 proto static") // somebody else's
 	w.ip(w.node, "route del "+b.Addr.String()+" table 30060")

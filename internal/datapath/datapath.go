@@ -60,6 +60,9 @@ type Datapath struct {
 	// same lock there, and fifty that contend are slower than two.
 	work chan struct{}
 
+	// deleting is held while links are deleted; those that wait are in doomed.
+	deleting sync.Mutex
+
 	// eniMu is held while the ENIs are set.
 	eniMu sync.Mutex
 
@@ -71,6 +74,7 @@ type Datapath struct {
 	tombs   map[key]netip.Addr    // the latest tombstone
 	indexes map[int]key           // host ifindexes in use
 	next    int                   // the ifindex to try next
+	doomed  []deletion            // links that the next turn of deleting takes
 }
 
 // Ifindexes of host veths are ours to choose, so that the maps can be filled

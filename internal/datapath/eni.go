@@ -105,7 +105,7 @@ func checkENIs(enis []ENI) error {
 
 func linkOf(links []nl.Link, mac net.HardwareAddr) (nl.Link, bool) {
 	for _, l := range links {
-		if l.Group != LinkGroup && l.MAC.String() == mac.String() {
+		if !ourGroup(l.Group) && l.MAC.String() == mac.String() {
 			return l, true
 		}
 	}

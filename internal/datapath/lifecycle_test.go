@@ -343,6 +343,7 @@ func TestManyAtOnce(t *testing.T) {
 				t.Errorf("%s is cut off", e.Addr)
 			}
 		}
+		start = time.Now()
 		each(func(n int) {
 			e := endpoint(n, "")
 			if _, err := d.Delete(ctx, e.ContainerID, e.IfName); err != nil {
@@ -352,6 +353,7 @@ func TestManyAtOnce(t *testing.T) {
 				t.Error(err)
 			}
 		})
+		t.Logf("%d Deletes in %v", pods, time.Since(start))
 		assertNothingLeft(t, w, d, 0)
 	}
 }
@@ -402,7 +404,7 @@ func TestSetENIs(t *testing.T) {
 	if diff := cmp.Diff(before, state()); diff != "" {
 		t.Errorf("after a repair (-before +after):\n%s", diff)
 	}
-	if out := w.run("ip", "netns", "exec", w.node, "nft", "list", "ruleset"); !strings.Contains(out, `iifgroup 30060 meta mark & 0x00003046 == 0x00000000 counter name "no_mark" drop`) {
+	if out := w.run("ip", "netns", "exec", w.node, "nft", "list", "ruleset"); !strings.Contains(out, `iifgroup 30060/31 meta mark & 0x00003046 == 0x00000000 counter name "no_mark" drop`) {
 		t.Errorf("the guard is not repaired:\n%s", out)
 	}
 

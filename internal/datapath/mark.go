@@ -16,6 +16,9 @@ const (
 
 	// LinkGroup is the device group of host veths: "ul".
 	LinkGroup = 0x756c
+	// dyingGroup is where host veths wait to be deleted together; it differs
+	// from LinkGroup in the lowest bit, so that the guard covers both.
+	dyingGroup = LinkGroup | 1
 	// Protocol is the origin of our routes and rules ("u"); iproute2's
 	// rt_protos names none of that number.
 	Protocol = 0x75
@@ -43,3 +46,6 @@ func Mark(index int) uint32 {
 	}
 	return mark
 }
+
+// ourGroup tells whether a device's group is one of ours.
+func ourGroup(group uint32) bool { return group|1 == dyingGroup }

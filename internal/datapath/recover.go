@@ -30,7 +30,7 @@ func (d *Datapath) recover() error {
 	}
 	byName := map[string]nl.Link{}
 	for _, l := range links {
-		if l.Group == LinkGroup && strings.HasPrefix(l.Name, "ul") {
+		if ourGroup(l.Group) && strings.HasPrefix(l.Name, "ul") {
 			byName[l.Name] = l
 		}
 	}
@@ -175,15 +175,14 @@ func (d *Datapath) sweep(keep map[string]*Endpoint, links map[string]nl.Link) er
 	}
 	errs = append(errs, d.conn.Exec(&b))
 
-	var gone nl.Batch
+	var gone []string
 	for name := range links {
 		if keep[name] == nil {
-			gone.LinkDelete(name)
-			gone.Tolerate(unix.ENODEV)
+			gone = append(gone, name)
 			d.log.Info("link without an endpoint deleted", "link", name)
 		}
 	}
-	errs = append(errs, d.slow.Exec(&gone))
+	errs = append(errs, d.deleteLinks(gone))
 
 	pins, err := pinNames(linkDir(d.opts.BPFFS))
 	errs = append(errs, err)

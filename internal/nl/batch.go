@@ -186,6 +186,24 @@ func (b *Batch) LinkDelete(name string) {
 	})
 }
 
+// LinkGroup moves the link of that name into a group.
+func (b *Batch) LinkGroup(name string, group uint32) {
+	b.add(fmt.Sprintf("set link %s: group %d", name, group), unix.RTM_NEWLINK, ackOnly, func() {
+		b.ifinfo(0, 0, 0)
+		b.attrText(unix.IFLA_IFNAME, name)
+		b.attrU32(unix.IFLA_GROUP, group)
+	})
+}
+
+// LinkDeleteGroup deletes all links of a group at once, in hardly more time
+// than one. ENODEV: there is none.
+func (b *Batch) LinkDeleteGroup(group uint32) {
+	b.add(fmt.Sprintf("delete links of group %d", group), unix.RTM_DELLINK, ackOnly, func() {
+		b.ifinfo(0, 0, 0)
+		b.attrU32(unix.IFLA_GROUP, group)
+	})
+}
+
 // AddrAdd gives the link an IPv4 address, without the route to its prefix that
 // the kernel would add by itself. EEXIST: it has it.
 func (b *Batch) AddrAdd(index int, p netip.Prefix) {

@@ -85,39 +85,57 @@ func (e *OpError) Error() string {
 
 func (e *OpError) Unwrap() error { return e.Errno }
 
-// Exec sends all messages of b in one system call and reads the kernel's
-// answer to each. The kernel goes on after a message that it refuses; the
-// error joins an *OpError for each refused one, in order.
+// execMost bounds the messages of one system call: each answer takes some 768
+// bytes of a receive buffer of 212992 (net.core.rmem_default), and the kernel
+// drops what does not fit.
+const execMost = 64
+
+// Exec sends the messages of b, as many as the kernel can answer in one system
+// call, and reads the answer to each. The kernel goes on after a message that
+// it refuses; the error joins an *OpError for each refused one, in order.
 func (c *Conn) Exec(b *Batch) error {
-	if len(b.ops) == 0 {
-		return nil
-	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	first := c.seq + 1
 	c.seq += uint32(len(b.ops))
 	b.number(first)
-	if err := c.send(b.buf); err != nil {
-		return fmt.Errorf("send %s: %w", b.ops[0].text, err)
-	}
 	var errs []error
-	for answered := 0; answered < len(b.ops); {
+	for start := 0; start < len(b.ops); start += execMost {
+		end, size := min(start+execMost, len(b.ops)), len(b.buf)
+		if end < len(b.ops) {
+			size = b.ops[end].at
+		}
+		refused, err := c.exec(b.buf[b.ops[start].at:size], b.ops[start:end], first+uint32(start))
+		errs = append(errs, refused...)
+		if err != nil {
+			return errors.Join(append(errs, err)...)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// exec sends the messages in buf, which are ops, numbered from first on.
+func (c *Conn) exec(buf []byte, ops []op, first uint32) (refused []error, err error) {
+	if err := c.send(buf); err != nil {
+		return nil, fmt.Errorf("send %s: %w", ops[0].text, err)
+	}
+	for answered := 0; answered < len(ops); {
 		err := c.receive(func(m message) error {
 			i := int(m.seq - first)
-			if i < 0 || i >= len(b.ops) || m.typ != unix.NLMSG_ERROR {
+			if i < 0 || i >= len(ops) || m.typ != unix.NLMSG_ERROR {
 				return nil // of an earlier request that was given up
 			}
 			answered++
-			if errno, text := m.failure(); errno != 0 && !slices.Contains(b.ops[i].tolerated, errno) {
-				errs = append(errs, &OpError{Op: b.ops[i].text, Errno: errno, Text: text})
+			if errno, text := m.failure(); errno != 0 && !slices.Contains(ops[i].tolerated, errno) {
+				refused = append(refused, &OpError{Op: ops[i].text, Errno: errno, Text: text})
 			}
 			return nil
 		})
 		if err != nil {
-			return fmt.Errorf("read the answer to %s: %w", b.ops[answered].text, err)
+			return refused, fmt.Errorf("read the answer to %s: %w", ops[answered].text, err)
 		}
 	}
-	return errors.Join(errs...)
+	return refused, nil
 }
 
 // dumpTries bounds the repetitions of a dump that changes under the reader's

@@ -194,8 +194,8 @@ func TestBatchErrors(t *testing.T) {
 	if !errors.Is(err, unix.ENODEV) || !errors.As(err, &refused) || refused.Op != "set link 4711 up" {
 		t.Errorf("Exec: %v", err)
 	}
-	joined, ok := err.(interface{ Unwrap() []error })
-	if !ok || len(joined.Unwrap()) != 2 {
+	var joined interface{ Unwrap() []error }
+	if !errors.As(err, &joined) || len(joined.Unwrap()) != 2 {
 		t.Errorf("Exec reports %v, want two refusals", err)
 	}
 	if rules, err := conns[0].Rules(); err != nil || !slices.Contains(rules, Rule{Priority: 20, Table: 1234}) {
@@ -210,6 +210,25 @@ func TestBatchErrors(t *testing.T) {
 	var empty Batch
 	if err := conns[0].Exec(&empty); err != nil {
 		t.Error(err)
+	}
+}
+
+// More requests than the kernel queues answers to at once.
+func TestLargeBatch(t *testing.T) {
+	_, _, conns := namespaces(t)
+	var b Batch
+	const n = 1000
+	for i := range n {
+		b.RuleAdd(Rule{Priority: uint32(100 + i), Table: 1234})
+	}
+	b.LinkUp(4711)
+	var refused *OpError
+	if err := conns[0].Exec(&b); !errors.As(err, &refused) || refused.Op != "set link 4711 up" {
+		t.Errorf("Exec: %v", err)
+	}
+	rules, err := conns[0].Rules()
+	if err != nil || len(rules) < n {
+		t.Errorf("%d rules, want %d and the kernel's own: %v", len(rules), n, err)
 	}
 }
 
@@ -256,6 +275,32 @@ func TestDumpUnderChange(t *testing.T) {
 		}
 	}
 	wg.Wait()
+}
+
+func TestLinkDeleteGroup(t *testing.T) {
+	_, files, conns := namespaces(t)
+	var b Batch
+	for i := range 3 {
+		name := fmt.Sprintf("g%d", i)
+		b.VethAdd(Veth{Name: name, MAC: hostMAC, MTU: 1500, Group: 5, PeerNetns: files[1], PeerName: name, PeerMAC: peerMAC, PeerMTU: 1500})
+	}
+	b.LinkGroup("g0", 6)
+	b.LinkGroup("g1", 6)
+	b.LinkGroup("nobody", 6)
+	b.Tolerate(unix.ENODEV)
+	b.LinkDeleteGroup(6)
+	b.LinkDeleteGroup(6)
+	b.Tolerate(unix.ENODEV)
+	if err := conns[0].Exec(&b); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range conns {
+		for name, want := range map[string]error{"g0": unix.ENODEV, "g1": unix.ENODEV, "g2": nil} {
+			if _, err := c.LinkByName(name); !errors.Is(err, want) {
+				t.Errorf("%s: %v, want %v", name, err, want)
+			}
+		}
+	}
 }
 
 func TestNetnsCookie(t *testing.T) {
