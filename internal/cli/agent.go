@@ -81,7 +81,7 @@ func startAgent(ctx context.Context, h home, n Node, agent string) error {
 	if err != nil {
 		return err
 	}
-	if err := writeJSON(agentPIDFile(h, n.Name), p); err != nil {
+	if err := writeJSON(h.agentPID(n.Name), p); err != nil {
 		return err
 	}
 	return whileAlive(ctx, "the agent", exited, func(ctx context.Context) error {
@@ -100,21 +100,6 @@ func startAgent(ctx context.Context, h home, n Node, agent string) error {
 	})
 }
 
-func agentPIDFile(h home, node string) string { return filepath.Join(h.node(node), "agent.pid") }
-
-// agentProc returns the recorded agent process of a node.
-func agentProc(h home, node string) (proc, error) {
-	var p proc
-	b, err := os.ReadFile(agentPIDFile(h, node))
-	if err != nil {
-		return p, fmt.Errorf("find the agent of %s: %w", node, err)
-	}
-	if err := json.Unmarshal(b, &p); err != nil {
-		return p, fmt.Errorf("find the agent of %s: %w", node, err)
-	}
-	return p, nil
-}
-
 // restartAgent kills the agent of a node with SIGKILL, as a crash would, and
 // starts it anew. It returns how long the new one took to serve.
 func (a *App) restartAgent(ctx context.Context, h home, n Node) (time.Duration, error) {
@@ -122,25 +107,34 @@ func (a *App) restartAgent(ctx context.Context, h home, n Node) (time.Duration, 
 	if err != nil {
 		return 0, err
 	}
-	// One restart of a node's agent at a time.
-	dir, err := os.Open(h.node(n.Name))
+	unlock, err := kill(ctx, h.node(n.Name), h.agentPID(n.Name))
 	if err != nil {
 		return 0, fmt.Errorf("restart the agent of %s: %w", n.Name, err)
 	}
-	defer dir.Close()
-	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX); err != nil {
-		return 0, fmt.Errorf("restart the agent of %s: %w", n.Name, err)
-	}
-	var old []proc
-	if p, err := agentProc(h, n.Name); err == nil {
-		old = append(old, p)
-	}
-	if left := end(ctx, old, 0); len(left) > 0 {
-		return 0, fmt.Errorf("restart the agent of %s: process %d does not end", n.Name, left[0].PID)
-	}
+	defer unlock()
 	began := a.now()
 	if err := startAgent(ctx, h, n, agent); err != nil {
 		return 0, fmt.Errorf("restart the agent of %s: %w; see: underlay logs %s%s", n.Name, err, n.Name, a.labFlag())
 	}
 	return a.now().Sub(began), nil
+}
+
+// kill ends the process whose name is in pidFile with SIGKILL. It holds a lock
+// on dir until unlock: one restart of the same thing at a time.
+func kill(ctx context.Context, dir, pidFile string) (unlock func(), err error) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(d.Fd()), unix.LOCK_EX); err != nil {
+		d.Close()
+		return nil, fmt.Errorf("lock %s: %w", dir, err)
+	}
+	if p, err := readProc(pidFile); err == nil {
+		if left := end(ctx, []proc{p}, 0); len(left) > 0 {
+			d.Close()
+			return nil, fmt.Errorf("%s does not end", describeProcess(p.PID))
+		}
+	}
+	return func() { d.Close() }, nil
 }

@@ -8,7 +8,7 @@
 //	/run/underlay/NAME.lock        flock: up and down exclusive, run and rm shared
 //	/run/underlay/NAME/lab.json    what up made; whole or absent (rename)
 //	                  /bpf         a bpffs: every pin of the lab, gone with one unmount
-//	                  /vpcd        vpcd's own state and log
+//	                  /vpcd        vpcd's own state and log; vpcd.pid beside it
 //	                  /nodes/NODE  agent.sock, agent.log, agent.pid, cni/
 //	                  /outside/VM  the log of the small server on it
 //	                  /pods/POD.*  what run made, the log of its process

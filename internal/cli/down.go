@@ -231,8 +231,10 @@ func (h home) takeDown(ctx context.Context) error {
 // still run.
 func (h home) recorded(skip []int) []proc {
 	var procs []proc
+	if p, err := readProc(h.vpcdPID()); err == nil {
+		procs = append(procs, p)
+	}
 	if f, err := h.load(); err == nil {
-		procs = append(procs, f.VPCD)
 		for _, s := range f.Servers {
 			procs = append(procs, s.Proc)
 		}
@@ -240,7 +242,7 @@ func (h home) recorded(skip []int) []proc {
 	entries, err := os.ReadDir(h.node(""))
 	if err == nil {
 		for _, e := range entries {
-			if p, err := agentProc(h, e.Name()); err == nil {
+			if p, err := readProc(h.agentPID(e.Name())); err == nil {
 				procs = append(procs, p)
 			}
 		}

@@ -95,7 +95,7 @@ func (a *App) nodeCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			p, err := agentProc(h, n.Name)
+			p, err := readProc(h.agentPID(n.Name))
 			if err != nil {
 				return err
 			}

@@ -59,7 +59,6 @@ type labFile struct {
 	Region       string    `json:"region"`
 	InstanceType string    `json:"instanceType"`
 	Lab          Lab       `json:"lab"`
-	VPCD         proc      `json:"vpcd"`
 	Servers      []server  `json:"servers"`
 }
 
@@ -92,6 +91,9 @@ func (h home) bpf(elem ...string) string {
 func (h home) vpcd(elem ...string) string {
 	return filepath.Join(append([]string{h.dir(), "vpcd"}, elem...)...)
 }
+func (h home) vpcdPID() string             { return filepath.Join(h.dir(), "vpcd.pid") }
+func (h home) vpcdLog() string             { return h.vpcd("vpcd.log") }
+func (h home) agentPID(node string) string { return filepath.Join(h.node(node), "agent.pid") }
 func (h home) node(node string) string     { return filepath.Join(h.dir(), "nodes", node) }
 func (h home) agentLog(node string) string { return filepath.Join(h.node(node), "agent.log") }
 func (h home) outsideLog(name string) string {
@@ -247,6 +249,19 @@ func (h home) loadPods() ([]*podFile, error) {
 	}
 	slices.SortFunc(pods, func(a, b *podFile) int { return natural(a.Pod.Name, b.Pod.Name) })
 	return pods, nil
+}
+
+// readProc reads the name of a process from its file.
+func readProc(path string) (proc, error) {
+	var p proc
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return p, fmt.Errorf("find the process: %w", err)
+	}
+	if err := json.Unmarshal(b, &p); err != nil {
+		return p, fmt.Errorf("read %s: %w", path, err)
+	}
+	return p, nil
 }
 
 // writeJSON writes v to path so that a reader sees the old or the new, whole.

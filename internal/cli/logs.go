@@ -94,7 +94,7 @@ func (a *App) logsCommand() *cobra.Command {
 // logOf returns the path of the log of vpcd, a machine or a pod.
 func (h home) logOf(f *labFile, name string) (string, error) {
 	if name == "vpcd" {
-		return h.vpcd("vpcd.log"), nil
+		return h.vpcdLog(), nil
 	}
 	for _, n := range f.Lab.Nodes {
 		if n.Name == name {

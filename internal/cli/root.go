@@ -123,7 +123,7 @@ func (a *App) command() *cobra.Command {
 		}
 	}
 	add("lab", a.upCommand(), a.downCommand(), a.demoCommand())
-	add("pods", a.runCommand(), a.rmCommand(), a.execCommand(), a.nodeCommand())
+	add("pods", a.runCommand(), a.rmCommand(), a.execCommand(), a.nodeCommand(), a.vpcdCommand())
 	add("look", a.statusCommand(), a.podsCommand(), a.logsCommand(), a.envCommand())
 	root.AddCommand(a.versionCommand(), a.serveTCPCommand())
 	return root

@@ -117,7 +117,9 @@ func (a *App) collect(ctx context.Context, h home, f *labFile) *status {
 		instances []ec2.LabInstance
 	)
 	wg.Go(func() {
-		s.VPCD.PID = f.VPCD.PID
+		if p, err := readProc(h.vpcdPID()); err == nil && p.alive() {
+			s.VPCD.PID = p.PID
+		}
 		err := newAdmin(f.Lab.Endpoint).health(ctx, f.Lab.Name)
 		api := ec2.NewLab(f.Lab.Endpoint, f.Region)
 		if err == nil {
@@ -201,7 +203,7 @@ func (a *App) collect(ctx context.Context, h home, f *labFile) *status {
 
 func nodeStatusOf(ctx context.Context, h home, n Node) nodeStatus {
 	ns := nodeStatus{Name: n.Name}
-	if p, err := agentProc(h, n.Name); err == nil && p.alive() {
+	if p, err := readProc(h.agentPID(n.Name)); err == nil && p.alive() {
 		ns.Agent.PID = p.PID
 	}
 	in, err := (&agentapi.Client{Socket: n.AgentSocket}).Inspect(ctx)

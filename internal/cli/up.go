@@ -170,7 +170,7 @@ type builder struct {
 func (b *builder) build(ctx context.Context) error {
 	h := b.home
 	listen, err := b.o.listen, error(nil)
-	if b.o.listenExplicit {
+	if b.o.listenExplicit && !strings.HasSuffix(listen, ":0") {
 		err = checkFree(listen)
 	} else {
 		listen, err = freeListen(listen)
@@ -194,15 +194,16 @@ func (b *builder) build(ctx context.Context) error {
 		return fmt.Errorf("mount a bpffs on %s: %w; the kernel must have BPF, and a container must be privileged", h.bpf(), err)
 	}
 
+	b.log = h.vpcdLog()
 	done := b.p.step("vpcd: EC2 API, IMDS and fabric")
-	err = b.startVPCD(ctx, listen)
+	err = startVPCD(ctx, h, b.vpcd, listen)
 	for range 3 { // somebody was quicker: another lab that starts now
 		if err == nil || b.o.listenExplicit || ctx.Err() != nil || !strings.Contains(lastLines(b.log, 3), "address already in use") {
 			break
 		}
 		if listen, err = freeListen("127.0.0.1:0"); err == nil {
 			b.f.Lab.Endpoint = "http://" + listen
-			err = b.startVPCD(ctx, listen)
+			err = startVPCD(ctx, h, b.vpcd, listen)
 		}
 	}
 	if err != nil {
@@ -231,34 +232,6 @@ func (b *builder) build(ctx context.Context) error {
 	}
 	b.f.State = stateUp
 	return h.save(&b.f)
-}
-
-func (b *builder) startVPCD(ctx context.Context, listen string) error {
-	h := b.home
-	b.log = h.vpcd("vpcd.log")
-	cmd := newCommand(b.vpcd, "serve", "--name", h.name, "--dir", h.vpcd(), "--bpffs", h.bpf("vpcd"), "--listen", listen, "--region", region)
-	cmd.Env = cleanEnv()
-	p, exited, err := background(cmd, "", b.log)
-	if err != nil {
-		return err
-	}
-	b.f.VPCD = p
-	if err := h.save(&b.f); err != nil {
-		return err
-	}
-	return whileAlive(ctx, "vpcd", exited, func(ctx context.Context) error {
-		ctx, cancel := context.WithTimeoutCause(ctx, time.Minute, errors.New("vpcd did not become healthy within a minute"))
-		defer cancel()
-		var last error
-		err := poll(ctx, 20*time.Millisecond, func() (bool, error) {
-			last = newAdmin(b.f.Lab.Endpoint).health(ctx, h.name)
-			return last == nil, nil
-		})
-		if err != nil {
-			return fmt.Errorf("wait for vpcd: %w", err)
-		}
-		return nil
-	})
 }
 
 // machines makes the VPC and all that has an address in it before there are

@@ -10,8 +10,12 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"strings"
 	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 )
 
 // admin is vpcd's own interface, beside the EC2 API on the same address.
@@ -118,6 +122,110 @@ func (a *admin) createManagedService(ctx context.Context, name, subnet string, g
 		return s, errors.New("make managed service " + name + ": vpcd names no namespace and address for it")
 	}
 	return s, nil
+}
+
+// startVPCD starts vpcd and waits until it serves.
+func startVPCD(ctx context.Context, h home, vpcd, listen string) error {
+	cmd := newCommand(vpcd, "serve", "--name", h.name, "--dir", h.vpcd(), "--bpffs", h.bpf("vpcd"), "--listen", listen, "--region", region)
+	cmd.Env = cleanEnv()
+	p, exited, err := background(cmd, "", h.vpcdLog())
+	if err != nil {
+		return err
+	}
+	if err := writeJSON(h.vpcdPID(), p); err != nil {
+		return err
+	}
+	return whileAlive(ctx, "vpcd", exited, func(ctx context.Context) error {
+		ctx, cancel := context.WithTimeoutCause(ctx, time.Minute, errors.New("vpcd did not become healthy within a minute"))
+		defer cancel()
+		if err := poll(ctx, 10*time.Millisecond, func() (bool, error) {
+			return newAdmin("http://"+listen).health(ctx, h.name) == nil, nil
+		}); err != nil {
+			return fmt.Errorf("wait for vpcd: %w", err)
+		}
+		return nil
+	})
+}
+
+func (a *App) vpcdCommand() *cobra.Command {
+	c := &cobra.Command{
+		Use:   "vpcd",
+		Short: "Work on the VPC itself: restart it, make it slow or fail",
+		Args:  cobra.NoArgs,
+		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	c.AddCommand(&cobra.Command{
+		Use:   "restart",
+		Short: "Kill vpcd (SIGKILL) and start it anew",
+		Long: `Kills vpcd as a crash would, and starts it anew at the same address. Packets go on
+meanwhile: the fabric is the kernel's. No acknowledged call is lost.`,
+		Example:     "  underlay vpcd restart",
+		Args:        cobra.NoArgs,
+		Annotations: rootBecause("starts vpcd, which makes network namespaces"),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			h := a.home()
+			f, err := h.loadUp()
+			if err != nil {
+				return err
+			}
+			vpcd, err := program("vpcd")
+			if err != nil {
+				return err
+			}
+			l, err := h.lockLab(cmd.Context(), false)
+			if err != nil {
+				return err
+			}
+			defer l.release("")
+			unlock, err := kill(cmd.Context(), h.vpcd(), h.vpcdPID())
+			if err != nil {
+				return fmt.Errorf("restart vpcd: %w", err)
+			}
+			defer unlock()
+			began := a.now()
+			if err := startVPCD(cmd.Context(), h, vpcd, strings.TrimPrefix(f.Lab.Endpoint, "http://")); err != nil {
+				return fmt.Errorf("restart vpcd: %w; see: underlay logs vpcd%s", err, a.labFlag())
+			}
+			took := a.now().Sub(began)
+			p, err := readProc(h.vpcdPID())
+			if err != nil {
+				return err
+			}
+			out := struct {
+				PID    int     `json:"pid"`
+				Millis float64 `json:"millis"`
+			}{p.PID, millis(took)}
+			return a.print(out, func(w io.Writer) {
+				fmt.Fprintf(w, "vpcd serves again after %s (process %d)\n", seconds(took), p.PID)
+			})
+		},
+	})
+	c.AddCommand(&cobra.Command{
+		Use:   "chaos set|show|reset [-- FLAGS…]",
+		Short: "Make the lab's EC2 slow, stale or failing",
+		Long:  "Runs vpcd chaos on this lab's vpcd; its flags go after --. See: vpcd chaos set --help",
+		Example: `  underlay vpcd chaos set -- --latency 50ms --attach-latency 1s
+  underlay vpcd chaos set -- --fail AssignPrivateIpAddresses=InsufficientFreeAddressesInSubnet:3
+  underlay vpcd chaos reset`,
+		Args:      cobra.MinimumNArgs(1),
+		ValidArgs: []string{"set", "show", "reset"},
+		RunE: func(_ *cobra.Command, args []string) error {
+			f, err := a.home().loadUp()
+			if err != nil {
+				return err
+			}
+			vpcd, err := program("vpcd")
+			if err != nil {
+				return err
+			}
+			argv := append([]string{vpcd, "chaos"}, args...)
+			if err := unix.Exec(vpcd, append(argv, "--endpoint", f.Lab.Endpoint), os.Environ()); err != nil {
+				return fmt.Errorf("run %s: %w", vpcd, err)
+			}
+			return nil
+		},
+	})
+	return c
 }
 
 // checkFree returns an error when address cannot be listened on.
