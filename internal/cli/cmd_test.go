@@ -92,7 +92,7 @@ func TestWrongUse(t *testing.T) {
 		{args: []string{"pods", "-o", "yaml"}, says: "use -o text or -o json"},
 		{args: []string{"pods", "--name", "No"}, says: "cannot name a lab"},
 		{args: []string{"pods", "--frob"}, says: "underlay pods --help"},
-		{args: []string{"frobnicate"}, says: "unknown command"},
+		{args: []string{"frobnicate"}, says: "underlay --help"},
 		{args: []string{"pods", "--name", "other"}, says: "underlay up --name other"},
 		{args: []string{"run"}, root: true, says: "give the pod a name"},
 		{args: []string{"run", "a", "b"}, root: true, says: `what is "b"`},

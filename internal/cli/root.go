@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -56,7 +57,11 @@ func (a *App) Run(ctx context.Context, args []string) int {
 	case errors.As(err, &exit):
 		return exit.code
 	}
-	fmt.Fprintf(a.Err, "underlay: %v\n", err)
+	hint := ""
+	if strings.HasPrefix(err.Error(), "unknown command") { // cobra's, which knows no next step
+		hint = "; see: underlay --help"
+	}
+	fmt.Fprintf(a.Err, "underlay: %s%s\n", strings.TrimSpace(err.Error()), hint)
 	return 1
 }
 
