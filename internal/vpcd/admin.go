@@ -92,7 +92,7 @@ func (a *admin) wrap(next http.Handler) http.Handler {
 	handle("GET health", a.health)
 	handle("GET chaos", func(*http.Request) (any, error) { return a.chaos.Get(), nil })
 	handle("PUT chaos", a.putChaos)
-	handle("DELETE chaos", func(*http.Request) (any, error) { a.chaos.Reset(); return a.chaos.Get(), nil })
+	handle("DELETE chaos", a.resetChaos)
 	handle("GET instances", a.instances)
 	handle("GET counters", a.counters)
 	handle("GET calls", func(*http.Request) (any, error) { return a.calls.all(), nil })
@@ -180,8 +180,21 @@ func (a *admin) putChaos(r *http.Request) (any, error) {
 	if err := a.chaos.Set(s); err != nil {
 		return nil, httpError{http.StatusBadRequest, err}
 	}
+	return a.chaosChanged()
+}
+
+func (a *admin) resetChaos(*http.Request) (any, error) {
+	a.chaos.Reset()
+	return a.chaosChanged()
+}
+
+func (a *admin) chaosChanged() (any, error) {
+	s := a.chaos.Get()
 	a.options.Logger.Info("chaos set", "settings", s)
-	return a.chaos.Get(), nil
+	if a.fabric != nil {
+		a.fabric.lookAgain() // a shorter mapping lag is felt at once
+	}
+	return s, nil
 }
 
 // settled waits for the fabric, so that what an answer names is there.

@@ -45,7 +45,7 @@ func (m *metadata) Metadata(id vpc.InstanceID) (*imds.Instance, bool) {
 	out := &imds.Instance{
 		ID: i.ID, Type: i.Type, Image: i.Image, Reservation: i.Reservation, LaunchIndex: i.LaunchIndex, Launched: i.Launched,
 		Account: m.account, Region: m.region, Zone: i.Zone, ZoneID: m.zoneIDs[i.Zone], Arch: architecture(i.Type),
-		KeyName: i.KeyName, UserData: userData, Profile: i.Profile, Tags: state.TagsOf(string(i.ID)),
+		UserData: userData, Profile: i.Profile, Tags: state.TagsOf(string(i.ID)),
 		ByResource: i.HostType == "resource-name",
 		Options: imds.Options{
 			Disabled:      current.Metadata.Endpoint == "disabled",

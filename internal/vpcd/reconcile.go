@@ -50,7 +50,7 @@ type reconciler struct {
 	imds       func(vpc.InstanceID) *imds.Server
 
 	changed <-chan struct{} // of the store
-	lost    chan struct{}   // a listener has ended; size 1
+	again   chan struct{}   // something else asks for another look; size 1
 	due     []time.Time     // when past changes reach a lagging mapping, in order
 	open    map[vpc.ENIID]*doors
 
@@ -71,7 +71,7 @@ type doors struct {
 
 // Run reconciles until ctx ends.
 func (r *reconciler) Run(ctx context.Context) error {
-	r.open, r.lost = map[vpc.ENIID]*doors{}, make(chan struct{}, 1)
+	r.open = map[vpc.ENIID]*doors{}
 	defer func() {
 		for _, d := range r.open {
 			d.close()
@@ -84,11 +84,19 @@ func (r *reconciler) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-r.changed:
-		case <-r.lost:
+		case <-r.again:
 		case <-timer.C:
 		}
 		retry := r.once(ctx)
 		timer.Reset(r.next(retry))
+	}
+}
+
+// lookAgain asks for another look at once.
+func (r *reconciler) lookAgain() {
+	select {
+	case r.again <- struct{}{}:
+	default: // one is coming
 	}
 }
 
@@ -179,10 +187,7 @@ func (r *reconciler) openDoors(id vpc.ENIID, instance vpc.InstanceID) (*doors, e
 		err := s.Serve(l)
 		r.log.Debug("listener closed", "eni", id, "service", name, "err", err)
 		once.Do(func() { close(d.shut) })
-		select {
-		case r.lost <- struct{}{}:
-		default:
-		}
+		r.lookAgain()
 	}
 	go serve("imds", d.imds, forIMDS)
 	go serve("ec2", r.ec2, forEC2)

@@ -91,7 +91,7 @@ func startReconciler(t *testing.T, w *world, lag func() time.Duration) (*reconci
 	log := slog.New(slog.DiscardHandler)
 	source := &metadata{store: w.Store, lag: func() time.Duration { return 0 }, now: time.Now}
 	r := &reconciler{
-		names: names{"demo"}, store: w.Store, net: f, mappingLag: lag, now: time.Now, log: log, changed: w.Changed(),
+		names: names{"demo"}, store: w.Store, net: f, mappingLag: lag, now: time.Now, log: log, changed: w.Changed(), again: make(chan struct{}, 1),
 		ec2: &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "ec2") })},
 		imds: func(id vpc.InstanceID) *imds.Server {
 			return imds.New(imds.Config{Instance: id, Source: source, Key: make([]byte, imds.KeySize), Logger: log})

@@ -90,7 +90,7 @@ func Run(ctx context.Context, o Options) (err error) {
 		defer closing(&err, f)
 		inside := httpServer(ec2Handler, o.Logger) // no /_vpcd/ for instances
 		adm.fabric = &reconciler{
-			names: names{o.Name}, store: state, net: f, now: time.Now, log: o.Logger, ec2: inside, changed: state.Changed(),
+			names: names{o.Name}, store: state, net: f, now: time.Now, log: o.Logger, ec2: inside, changed: state.Changed(), again: make(chan struct{}, 1),
 			mappingLag: func() time.Duration { return control.Get().MappingLag },
 			imds: func(id vpc.InstanceID) *imds.Server {
 				return imds.New(imds.Config{Instance: id, Source: source, Key: key, Logger: o.Logger})

@@ -27,7 +27,6 @@ type Instance struct {
 	Zone        string // us-east-1a
 	ZoneID      string // use1-az1
 	Arch        string // x86_64 or arm64
-	KeyName     string
 	UserData    []byte
 	Profile     string // ARN or name of the instance profile, or ""
 	Tags        map[string]string

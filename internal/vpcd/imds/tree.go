@@ -115,10 +115,6 @@ func (s *Server) metadata(i *Instance) dir {
 		d["mac"] = p.MAC
 		d["security-groups"] = strings.Join(p.GroupNames, "\n")
 	}
-	if i.KeyName != "" {
-		// The key itself is not known: RunInstances gets its name alone.
-		d["public-keys"] = dir{"0=" + i.KeyName: ""}
-	}
 	if i.Profile != "" {
 		d["iam"] = dir{
 			"info":                 iamInfo(i),
