@@ -47,6 +47,7 @@ type (
 		N        int
 		Prefixes bool
 		Token    string
+		Created  time.Time // for a tag: the same in each repetition
 	}
 
 	// AttachENI attaches an interface at a device index.

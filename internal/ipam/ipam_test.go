@@ -377,7 +377,7 @@ func TestCloneSharesNothing(t *testing.T) {
 // TestRandom drives random histories with failures and a restart now and then,
 // and holds the promises against each.
 func TestRandom(t *testing.T) {
-	runs := 400
+	runs := 150
 	if testing.Short() {
 		runs = 50
 	}

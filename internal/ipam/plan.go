@@ -197,7 +197,7 @@ func (p *step) expire() {
 func (p *step) call(e *ENI, c Call) CallID {
 	s := p.s
 	s.NextID++
-	c.ID = s.NextID
+	c.ID, c.Began = s.NextID, p.now
 	if e != nil {
 		c.ENI, c.Pool, c.Subnet = e.ID, e.Pool, e.Subnet
 		e.Call = c.ID
@@ -252,7 +252,7 @@ func (p *step) create(c *Call) {
 	if c.Prefix {
 		n /= prefixAddrs
 	}
-	p.do(CreateENI{Call: c.ID, Subnet: c.Subnet, Groups: c.Groups.Groups(), Pool: c.Pool, Device: c.Device, N: n, Prefixes: c.Prefix, Token: c.Token})
+	p.do(CreateENI{Call: c.ID, Subnet: c.Subnet, Groups: c.Groups.Groups(), Pool: c.Pool, Device: c.Device, N: n, Prefixes: c.Prefix, Token: c.Token, Created: c.Began})
 }
 
 // count returns what a pool has to offer: free addresses, and those on their

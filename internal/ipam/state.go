@@ -205,6 +205,7 @@ type Call struct {
 	N      int  // addresses on their way
 	Prefix bool // N came as prefixes
 	Token  string
+	Began  time.Time
 	Retry  bool // CallCreate ended unknown: repeat it, same token, when the back-off is over
 }
 
