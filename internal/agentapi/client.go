@@ -37,13 +37,15 @@ func (c *Client) Do(ctx context.Context, req *Request, netns *os.File) (*Respons
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 
-	if err := writeMessageFile(conn.(*net.UnixConn), msg, netns); err != nil {
-		if errors.Is(err, errTooLong) {
-			return nil, fmt.Errorf("send request: %w", err)
-		}
-		return nil, fmt.Errorf("%w: send request: %w", ErrUnreachable, because(ctx, err))
+	sendErr := writeMessageFile(conn.(*net.UnixConn), msg, netns)
+	if errors.Is(sendErr, errTooLong) {
+		return nil, fmt.Errorf("send request: %w", sendErr)
 	}
+	// A peer that refuses the request may answer before it has read it all.
 	b, err := readMessage(conn)
+	if sendErr != nil && err != nil {
+		return nil, fmt.Errorf("%w: send request: %w", ErrUnreachable, because(ctx, sendErr))
+	}
 	if err != nil {
 		if errors.Is(err, errTooLong) {
 			return nil, fmt.Errorf("read response: %w", err)

@@ -1,0 +1,455 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http/httptest"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/underlay-cni/underlay/internal/agentapi"
+	"github.com/underlay-cni/underlay/internal/datapath"
+	"github.com/underlay-cni/underlay/internal/ipam"
+)
+
+// rig is an agent between fakes.
+type rig struct {
+	t      *testing.T
+	a      *Agent
+	cloud  *fakeCloud
+	kernel *fakeDatapath
+	socket string
+	stop   func()
+	netns  *os.File
+}
+
+// run runs fn in a bubble of virtual time, with a cloud and a kernel.
+func run(t *testing.T, typ string, fn func(*rig)) {
+	socket := filepath.Join(t.TempDir(), "agent.sock")
+	netns, err := os.Open("/dev/null")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer netns.Close()
+	synctest.Test(t, func(t *testing.T) {
+		c := newCloud(typ)
+		r := &rig{t: t, cloud: c, kernel: newDatapath(c), socket: socket, netns: netns, stop: func() {}}
+		defer func() { r.stop() }()
+		fn(r)
+	})
+}
+
+// start starts an agent; one that runs is stopped first.
+func (r *rig) start() {
+	r.stop()
+	r.a = New(Options{Version: "test", Cluster: "test", Socket: r.socket, Datapath: r.kernel, Metadata: fakeIMDS{r.cloud},
+		ConnectEC2: func(context.Context, string) (EC2, error) { return r.cloud, nil }, Logger: slog.New(slog.NewTextHandler(io.Discard, nil))})
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error)
+	go func() { ended <- r.a.Run(ctx) }()
+	r.stop = func() {
+		cancel()
+		if err := <-ended; err != nil {
+			r.t.Errorf("run: %v", err)
+		}
+		r.stop = func() {}
+	}
+}
+
+func (r *rig) add(id string) (*agentapi.Result, error) {
+	return r.a.Add(r.t.Context(), &agentapi.Attachment{ContainerID: id, IfName: "eth0", Netns: "/run/netns/" + id, Pod: agentapi.Pod{Namespace: "ns", Name: id}}, 0, r.netns)
+}
+
+func (r *rig) mustAdd(id string) netip.Addr {
+	r.t.Helper()
+	res, err := r.add(id)
+	if err != nil {
+		r.t.Fatalf("add %s: %v", id, err)
+	}
+	return res.Addr
+}
+
+func (r *rig) del(id string) {
+	r.t.Helper()
+	if err := r.a.Del(r.t.Context(), &agentapi.Attachment{ContainerID: id, IfName: "eth0"}); err != nil {
+		r.t.Fatalf("del %s: %v", id, err)
+	}
+}
+
+func (r *rig) inspect() *agentapi.Inspection {
+	r.t.Helper()
+	in, err := r.a.Inspect(r.t.Context())
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return in
+}
+
+func wantCode(t *testing.T, err error, code agentapi.Code, says string) {
+	t.Helper()
+	var e *agentapi.Error
+	if !errors.As(err, &e) || e.Code != code || !strings.Contains(e.Message, says) {
+		t.Errorf("error %v, want code %d and %q", err, code, says)
+	}
+}
+
+func TestLifeOfAnEndpoint(t *testing.T) {
+	run(t, "m5.large", func(r *rig) {
+		r.start()
+		a := r.mustAdd("c1")
+		if b := r.mustAdd("c1"); a != b {
+			t.Errorf("a repeated ADD answered %s, then %s", a, b)
+		}
+		at := &agentapi.Attachment{ContainerID: "c1", IfName: "eth0", Addr: a}
+		if err := r.a.Check(r.t.Context(), at, r.netns); err != nil {
+			t.Errorf("check: %v", err)
+		}
+		if err := r.a.Status(r.t.Context()); err != nil {
+			t.Errorf("status: %v", err)
+		}
+		wrong := *at
+		wrong.Addr = netip.MustParseAddr("10.0.0.200")
+		wantCode(t, r.a.Check(r.t.Context(), &wrong, r.netns), agentapi.CodeCheckFailed, "recreate")
+		r.kernel.broken["c1"] = errors.New("route to " + a.String() + " is missing")
+		wantCode(t, r.a.Check(r.t.Context(), at, r.netns), agentapi.CodeCheckFailed, "route to")
+		if b := r.mustAdd("c1"); b == a {
+			t.Errorf("the broken endpoint was answered again as %s", b)
+		}
+		delete(r.kernel.broken, "c1")
+		r.del("c1")
+		r.del("c1")
+		wantCode(t, r.a.Check(r.t.Context(), at, r.netns), agentapi.CodeUnknownContainer, "ADD")
+		in := r.inspect()
+		if len(in.Endpoints) != 2 || in.Endpoints[0].State != "tombstone" || !in.Healthy || in.Node.InstanceID != string(testInstance) || in.Limits.MaxPods != 29 {
+			t.Errorf("inspection %+v", in)
+		}
+		time.Sleep(31 * time.Second)
+		synctest.Wait()
+		if eps, _ := r.kernel.Endpoints(); len(eps) != 0 {
+			t.Errorf("tombstones left after the cooldown: %v", eps)
+		}
+		w := httptest.NewRecorder()
+		r.a.Metrics().ServeHTTP(w, httptest.NewRequest("GET", "/metrics", nil))
+		for _, want := range []string{`underlay_ready 1`, `underlay_addresses{state="bound"} 0`, `underlay_dropped_packets_total{reason="source"} 3`, `underlay_ec2_calls_total{call="assign",outcome="done"}`} {
+			if !strings.Contains(w.Body.String(), want) {
+				t.Errorf("metrics lack %s:\n%s", want, w.Body)
+			}
+		}
+	})
+}
+
+func TestBurst(t *testing.T) {
+	run(t, "m6i.4xlarge", func(r *rig) {
+		r.start()
+		r.mustAdd("first")
+		began := time.Now()
+		var wg sync.WaitGroup
+		var mu sync.Mutex
+		seen := map[netip.Addr]string{}
+		for i := range 230 {
+			wg.Go(func() {
+				id := fmt.Sprintf("c%d", i)
+				res, err := r.add(id)
+				if err != nil {
+					t.Errorf("add %s: %v", id, err)
+					return
+				}
+				mu.Lock()
+				defer mu.Unlock()
+				if o, dup := seen[res.Addr]; dup {
+					t.Errorf("%s: %s and %s", res.Addr, o, id)
+				}
+				seen[res.Addr] = id
+			})
+		}
+		wg.Wait()
+		t.Logf("230 pods in %s of virtual time, %d writes", time.Since(began), r.cloud.written())
+		if d := time.Since(began); d > 5*time.Second {
+			t.Errorf("took %s", d)
+		}
+	})
+}
+
+func TestRestartWritesNothing(t *testing.T) {
+	run(t, "m5.large", func(r *rig) {
+		r.start()
+		addrs := map[string]netip.Addr{}
+		for i := range 11 {
+			id := fmt.Sprintf("c%d", i)
+			addrs[id] = r.mustAdd(id)
+		}
+		time.Sleep(10 * time.Second)
+		r.del("c3")
+		time.Sleep(5 * time.Second)
+		writes := r.cloud.written()
+		r.start()
+		began := time.Now()
+		for id, a := range addrs {
+			if id == "c3" {
+				continue
+			}
+			if b := r.mustAdd(id); a != b {
+				t.Errorf("%s had %s, after the restart %s", id, a, b)
+			}
+		}
+		if d := time.Since(began); d > 500*time.Millisecond {
+			t.Errorf("served after %s", d)
+		}
+		time.Sleep(5 * time.Second)
+		if n := r.cloud.written(); n != writes {
+			t.Errorf("the restart wrote to EC2: %v", r.cloud.writes[writes:])
+		}
+		if a := r.mustAdd("new"); a == addrs["c3"] {
+			t.Errorf("%s was given out within its cooldown", a)
+		}
+	})
+}
+
+func TestStartWaitsAndSaysForWhat(t *testing.T) {
+	run(t, "m5.large", func(r *rig) {
+		r.cloud.noIMDS = errors.New("connection refused")
+		r.start()
+		time.Sleep(time.Second)
+		wantCode(t, r.a.Status(r.t.Context()), agentapi.CodeNotAvailable, "169.254.169.254")
+		_, err := r.add("c1")
+		wantCode(t, err, agentapi.CodeTryAgain, "connection refused")
+		r.del("c1") // needs no cloud
+		if in := r.inspect(); in.Healthy || in.Reason == "" || len(in.LastErrors) == 0 {
+			t.Errorf("inspection %+v", in)
+		}
+		r.cloud.mu.Lock()
+		r.cloud.noIMDS = nil
+		r.cloud.mu.Unlock()
+		r.cloud.setFail(func(call string) error {
+			if call == "describe" {
+				return apiError("UnauthorizedOperation")
+			}
+			return nil
+		})
+		time.Sleep(20 * time.Second)
+		wantCode(t, r.a.Status(r.t.Context()), agentapi.CodeNotAvailable, "IAM")
+		r.cloud.setFail(nil)
+		time.Sleep(40 * time.Second)
+		r.mustAdd("c1")
+		if err := r.a.Status(r.t.Context()); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestEC2SaysNo(t *testing.T) {
+	for _, tc := range []struct {
+		err    string
+		code   agentapi.Code
+		says   string
+		within time.Duration
+	}{
+		{"UnauthorizedOperation", agentapi.CodeDenied, "IAM policy", time.Second},
+		{"InsufficientFreeAddressesInSubnet", agentapi.CodeSubnetFull, "larger subnet", 51 * time.Second},
+		{"RequestLimitExceeded", agentapi.CodeTryAgain, "throttles", 51 * time.Second},
+		{"InternalError", agentapi.CodeTryAgain, "does not answer", 51 * time.Second},
+	} {
+		t.Run(tc.err, func(t *testing.T) {
+			run(t, "m5.large", func(r *rig) {
+				r.cloud.setFail(func(call string) error {
+					if call == "assign" || call == "create" {
+						return apiError(tc.err)
+					}
+					return nil
+				})
+				r.start()
+				time.Sleep(200 * time.Millisecond)
+				began := time.Now()
+				_, err := r.add("c1")
+				wantCode(t, err, tc.code, tc.says)
+				if d := time.Since(began); d > tc.within {
+					t.Errorf("answered after %s", d)
+				}
+				wantCode(t, r.a.Status(r.t.Context()), agentapi.CodeNotAvailable, tc.says)
+				if n := r.cloud.written(); n > 60 {
+					t.Errorf("%d calls", n)
+				}
+				r.cloud.setFail(nil)
+				time.Sleep(90 * time.Second)
+				r.mustAdd("c2")
+			})
+		})
+	}
+}
+
+func TestWithdrawnAdd(t *testing.T) {
+	run(t, "m5.large", func(r *rig) {
+		r.start()
+		r.mustAdd("c0")
+		ctx, cancel := context.WithCancel(r.t.Context())
+		r.cloud.setFail(func(call string) error {
+			if call == "assign" {
+				return apiError("RequestLimitExceeded")
+			}
+			return nil
+		})
+		time.Sleep(5 * time.Second)
+		r.mustAdd("c1") // takes what was free
+		ended := make(chan error)
+		go func() {
+			_, err := r.a.Add(ctx, &agentapi.Attachment{ContainerID: "c2", IfName: "eth0"}, 0, r.netns)
+			ended <- err
+		}()
+		time.Sleep(time.Second)
+		if in := r.inspect(); in.Waiting != 1 {
+			t.Errorf("%d requests wait", in.Waiting)
+		}
+		cancel()
+		if err := <-ended; err == nil {
+			t.Error("withdrawn and served")
+		}
+		if in := r.inspect(); in.Waiting != 0 {
+			t.Errorf("%d requests wait after the withdrawal", in.Waiting)
+		}
+	})
+}
+
+func TestKernelSaysNo(t *testing.T) {
+	run(t, "m5.large", func(r *rig) {
+		r.start()
+		time.Sleep(5 * time.Second)
+		r.kernel.addErr = errors.New("out of memory")
+		held := r.inspect().ENIs[0].Addresses.Total
+		for range 5 {
+			_, err := r.add("c1")
+			wantCode(t, err, agentapi.CodeDatapath, "out of memory")
+		}
+		time.Sleep(5 * time.Second)
+		if n := r.inspect().ENIs[0].Addresses; n.Total > held+1 || n.Cooling > 0 {
+			t.Errorf("failed ADDs took addresses: %+v, %d before", n, held)
+		}
+		r.kernel.addErr = nil
+
+		// A record that nobody told us of holds the free address.
+		free := r.inspect().Addresses[0].IP
+		r.kernel.mu.Lock()
+		r.kernel.records[free] = datapath.Endpoint{ContainerID: "ghost", IfName: "eth0", Addr: free, State: datapath.Live}
+		r.kernel.mu.Unlock()
+		if a := r.mustAdd("c1"); a == free {
+			t.Error("the ghost's address was given out")
+		}
+	})
+}
+
+func TestLostAddressIsReportedNotTaken(t *testing.T) {
+	run(t, "m5.large", func(r *rig) {
+		r.start()
+		a := r.mustAdd("c1")
+		time.Sleep(time.Minute)
+		r.cloud.mu.Lock()
+		for _, e := range r.cloud.enis {
+			e.Secondary = nil
+		}
+		r.cloud.mu.Unlock()
+		time.Sleep(15 * time.Minute)
+		in := r.inspect()
+		if len(in.Endpoints) != 1 || in.Endpoints[0].Problem == "" || in.Healthy {
+			t.Errorf("inspection %+v", in)
+		}
+		wantCode(t, r.a.Check(r.t.Context(), &agentapi.Attachment{ContainerID: "c1", IfName: "eth0"}, r.netns), agentapi.CodeCheckFailed, "no longer lists "+a.String())
+	})
+}
+
+func TestSpooledRelease(t *testing.T) {
+	run(t, "m5.large", func(r *rig) {
+		r.start()
+		a := r.mustAdd("c1")
+		r.mustAdd("c2")
+		r.stop()
+		if err := agentapi.Spool(r.socket, agentapi.Attachment{ContainerID: "c1", IfName: "eth0"}); err != nil {
+			t.Fatal(err)
+		}
+		r.start()
+		time.Sleep(time.Second)
+		for _, ep := range r.inspect().Endpoints {
+			if want := map[bool]string{true: "tombstone", false: "live"}[ep.ContainerID == "c1"]; ep.State != want {
+				t.Errorf("%s is %s, want %s", ep.ContainerID, ep.State, want)
+			}
+		}
+		if b := r.mustAdd("c1"); a == b {
+			t.Errorf("%s was given out within its cooldown", a)
+		}
+		time.Sleep(time.Minute)
+		if _, ok := r.a.endpoint(key{"c1", "eth0"}); !ok {
+			t.Error("the release from before took the endpoint from after")
+		}
+	})
+}
+
+func TestGC(t *testing.T) {
+	run(t, "m5.large", func(r *rig) {
+		r.start()
+		for i := range 5 {
+			r.mustAdd(fmt.Sprintf("c%d", i))
+		}
+		if err := r.a.GC(r.t.Context(), []agentapi.Attachment{{ContainerID: "c1", IfName: "eth0"}, {ContainerID: "c4", IfName: "eth0"}, {ContainerID: "c2", IfName: "eth9"}}); err != nil {
+			t.Fatal(err)
+		}
+		var live []string
+		for _, ep := range r.inspect().Endpoints {
+			if ep.State == "live" {
+				live = append(live, ep.ContainerID)
+			}
+		}
+		if len(live) != 2 {
+			t.Errorf("live after GC: %v", live)
+		}
+	})
+}
+
+func TestNodeFull(t *testing.T) {
+	run(t, "t3.small", func(r *rig) {
+		r.start()
+		for i := range 9 {
+			r.mustAdd(fmt.Sprintf("c%d", i))
+		}
+		_, err := r.add("more")
+		wantCode(t, err, agentapi.CodeNodeFull, "at most 9")
+		if err := r.a.Status(r.t.Context()); err != nil {
+			t.Errorf("a full node that runs pods is called unavailable: %v", err)
+		}
+	})
+}
+
+func TestLockIsForOne(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "agent.sock")
+	log := slog.New(slog.NewTextHandler(io.Discard, nil))
+	first, err := Lock(t.Context(), socket, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := Lock(ctx, socket, log); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("the second agent: %v", err)
+	}
+	first.Close()
+	second, err := Lock(t.Context(), socket, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	second.Close()
+}
+
+func TestCodesForEveryKind(t *testing.T) {
+	for k := ipam.KindSlow; k <= ipam.KindRefused; k++ {
+		var e *agentapi.Error
+		if err := addressError(&ipam.Error{Kind: k}); !errors.As(err, &e) || e.Code == 0 || !strings.Contains(e.Message, ";") {
+			t.Errorf("%s: %v has no code or no next step", k, err)
+		}
+	}
+}

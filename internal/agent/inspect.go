@@ -1,0 +1,157 @@
+package agent
+
+import (
+	"context"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/underlay-cni/underlay/internal/agentapi"
+	"github.com/underlay-cni/underlay/internal/ipam"
+)
+
+// maxListed bounds the free addresses that Inspect lists, so that a node with
+// hundreds of prefixes stays within one message.
+const maxListed = 512
+
+// Inspect returns the agent's view of its node.
+func (a *Agent) Inspect(ctx context.Context) (*agentapi.Inspection, error) {
+	in := &agentapi.Inspection{Version: a.opts.Version, Since: a.started, ENIs: []agentapi.ENI{}, Addresses: []agentapi.Address{}, Endpoints: []agentapi.Endpoint{}}
+	var trouble string
+	lost := map[netip.Addr]bool{}
+	if err := a.ask(ctx, func(o *owner) {
+		in.Waiting = len(o.state.Waiting)
+		if t := o.state.Trouble[""]; t != nil {
+			trouble = t.Error()
+		}
+		snapshot(&o.state, in, lost)
+	}); err != nil {
+		return nil, err
+	}
+
+	a.mu.Lock()
+	id := a.identity
+	in.Reason, in.LastErrors = a.waitsFor, append([]agentapi.Incident{}, a.incidents...)
+	in.Limits = agentapi.Limits{ENIs: a.limits.ENIs, IPv4PerENI: a.limits.IPv4PerENI}
+	if a.limits.ENIs > 0 {
+		in.Limits.MaxPods = a.limits.ENIs*(a.limits.IPv4PerENI-1) + 2
+	}
+	a.mu.Unlock()
+	in.Node = agentapi.Node{InstanceID: string(id.Instance), InstanceType: id.Type, AvailabilityZone: id.AvailabilityZone, Region: id.Region,
+		VPC: string(id.VPC), VPCCIDRs: id.VPCCIDRs, Subnet: string(id.Subnet), IP: id.Addr, Cluster: a.opts.Cluster}
+	if in.Reason == "" {
+		in.Reason = trouble
+	}
+	if in.Reason == "" && len(lost) > 0 {
+		in.Reason = "EC2 no longer lists addresses that pods use; recreate the pods with a problem"
+	}
+	in.Healthy = in.Reason == ""
+
+	eps, err := a.opts.Datapath.Endpoints()
+	if err != nil {
+		return nil, agentapi.Errorf(agentapi.CodeDatapath, "read the endpoints: %v; see the agent's log", err)
+	}
+	for _, ep := range eps {
+		e := agentapi.Endpoint{ContainerID: ep.ContainerID, IfName: ep.IfName, Netns: ep.Netns, IP: ep.Addr, ENI: string(ep.ENI), MAC: ep.MAC.String(),
+			HostIfName: ep.HostIfName, Pod: agentapi.Pod{Namespace: ep.PodNamespace, Name: ep.PodName}, Since: ep.Created, State: strings.ToLower(ep.State.String())}
+		if lost[ep.Addr] {
+			e.Problem = "EC2 no longer lists this address; recreate the pod"
+		}
+		in.Endpoints = append(in.Endpoints, e)
+	}
+	slices.SortFunc(in.Endpoints, func(x, y agentapi.Endpoint) int { return x.IP.Compare(y.IP) })
+	drops, err := a.opts.Datapath.Counters()
+	if err != nil {
+		return nil, agentapi.Errorf(agentapi.CodeDatapath, "read the counters: %v; see the agent's log", err)
+	}
+	in.Counters.Drops = maps.Clone(drops)
+	return in, nil
+}
+
+// snapshot copies what people see of the plan's state.
+func snapshot(s *ipam.State, in *agentapi.Inspection, lost map[netip.Addr]bool) {
+	listed := 0
+	add := func(e *ipam.ENI, ad *ipam.Address) {
+		if ad.Reported {
+			lost[ad.Addr] = true
+		}
+		if ad.State == ipam.Free || ad.State == ipam.Assigned {
+			if listed++; listed > maxListed {
+				in.Omitted++
+				return
+			}
+		}
+		out := agentapi.Address{IP: ad.Addr, State: ad.State.String(), Endpoint: ad.Owner}
+		if e != nil {
+			out.ENI = string(e.ID)
+		}
+		if ad.State == ipam.Cooling {
+			until := ad.Until
+			out.Until = &until
+		}
+		in.Addresses = append(in.Addresses, out)
+	}
+	for _, e := range s.ENIs {
+		out := agentapi.ENI{ID: string(e.ID), Device: e.Device, MAC: e.MAC, Primary: e.Primary, Subnet: string(e.Subnet), Groups: []string{},
+			Prefixes: e.Prefixes, Managed: e.Managed, State: state(e), Addresses: counts(e)}
+		out.Prefixes = slices.Clone(e.Prefixes)
+		for _, g := range e.Groups.Groups() {
+			out.Groups = append(out.Groups, string(g))
+		}
+		if e.Managed {
+			out.Addresses.Limit = max(0, s.Config.Limits.IPv4PerENI-1)
+		}
+		in.ENIs = append(in.ENIs, out)
+		for _, ad := range e.Addrs {
+			add(e, ad)
+		}
+	}
+	for _, ad := range s.Lost {
+		add(nil, ad)
+	}
+	slices.SortFunc(in.Addresses, func(x, y agentapi.Address) int { return x.IP.Compare(y.IP) })
+}
+
+// state says where an ENI stands.
+func state(e *ipam.ENI) string {
+	switch {
+	case !e.Managed:
+		return "foreign"
+	case e.Phase == ipam.Attached && !e.Link:
+		return "attaching"
+	}
+	return e.Phase.String()
+}
+
+func counts(e *ipam.ENI) agentapi.Counts {
+	var c agentapi.Counts
+	for _, a := range e.Addrs {
+		c.Total++
+		switch a.State {
+		case ipam.Assigned:
+			c.Assigned++
+		case ipam.Free, ipam.Returning:
+			c.Free++
+		case ipam.Bound:
+			c.Bound++
+		case ipam.Cooling:
+			c.Cooling++
+		}
+	}
+	return c
+}
+
+// countAll returns the addresses of all managed ENIs by state.
+func countAll(s *ipam.State) agentapi.Counts {
+	var sum agentapi.Counts
+	for _, e := range s.ENIs {
+		c := counts(e)
+		sum.Assigned += c.Assigned
+		sum.Free += c.Free
+		sum.Bound += c.Bound
+		sum.Cooling += c.Cooling
+		sum.Total += c.Total
+	}
+	return sum
+}

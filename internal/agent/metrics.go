@@ -1,0 +1,128 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"strconv"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/underlay-cni/underlay/internal/agentapi"
+	"github.com/underlay-cni/underlay/internal/ipam"
+)
+
+// metrics are the agent's numbers. Labels are bounded: states, names of calls,
+// outcomes, error codes, drop reasons; never a pod or an address.
+type metrics struct {
+	registry *prometheus.Registry
+	adds     *prometheus.HistogramVec
+	addErrs  *prometheus.CounterVec
+	dels     *prometheus.CounterVec
+	calls    *prometheus.CounterVec
+}
+
+func newMetrics(a *Agent) *metrics {
+	m := &metrics{
+		registry: prometheus.NewRegistry(),
+		adds: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "underlay_add_duration_seconds", Help: "Time an ADD took in the agent, waiting included.",
+			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 25, 50}}, []string{"result"}),
+		addErrs: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "underlay_add_errors_total", Help: "ADDs that ended with an error, by its CNI code."}, []string{"code"}),
+		dels:    prometheus.NewCounterVec(prometheus.CounterOpts{Name: "underlay_dels_total", Help: "DELs, by result."}, []string{"result"}),
+		calls:   prometheus.NewCounterVec(prometheus.CounterOpts{Name: "underlay_ec2_calls_total", Help: "Calls to EC2, by what they do and how they ended."}, []string{"call", "outcome"}),
+	}
+	m.registry.MustRegister(m.adds, m.addErrs, m.dels, m.calls, &view{a: a})
+	return m
+}
+
+func outcomeName(err error) string {
+	o, _ := outcome(err)
+	return [...]string{ipam.Done: "done", ipam.Refused: "refused", ipam.Unknown: "unknown"}[o]
+}
+
+func (m *metrics) call(name string, err error) { m.calls.WithLabelValues(name, outcomeName(err)).Inc() }
+
+func resultName(err error) string {
+	if err != nil {
+		return "error"
+	}
+	return "ok"
+}
+
+func (m *metrics) added(d time.Duration, err error) {
+	m.adds.WithLabelValues(resultName(err)).Observe(d.Seconds())
+	if err != nil {
+		code := agentapi.CodeInternal
+		var e *agentapi.Error
+		if errors.As(err, &e) {
+			code = e.Code
+		}
+		m.addErrs.WithLabelValues(strconv.Itoa(int(code))).Inc()
+	}
+}
+
+func (m *metrics) deleted(err error) { m.dels.WithLabelValues(resultName(err)).Inc() }
+
+// Metrics serves the agent's numbers to Prometheus.
+func (a *Agent) Metrics() http.Handler {
+	return promhttp.HandlerFor(a.metrics.registry, promhttp.HandlerOpts{})
+}
+
+// view collects what the owner and the datapath know at the time of a scrape.
+type view struct{ a *Agent }
+
+var (
+	descReady     = prometheus.NewDesc("underlay_ready", "1 when ADDs can be served.", nil, nil)
+	descENIs      = prometheus.NewDesc("underlay_enis", "Network interfaces of the node, by state.", []string{"state"}, nil)
+	descAddresses = prometheus.NewDesc("underlay_addresses", "Addresses of the pool, by state; primaries are not of it.", []string{"state"}, nil)
+	descWaiting   = prometheus.NewDesc("underlay_adds_waiting", "ADDs that wait for an address.", nil, nil)
+	descDrops     = prometheus.NewDesc("underlay_dropped_packets_total", "Packets that the node's programs dropped, by reason.", []string{"reason"}, nil)
+)
+
+// Describe implements prometheus.Collector.
+func (v *view) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{descReady, descENIs, descAddresses, descWaiting, descDrops} {
+		ch <- d
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (v *view) Collect(ch chan<- prometheus.Metric) {
+	gauge := func(d *prometheus.Desc, n int, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, float64(n), labels...)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	ready := 0
+	if v.a.unready() == "" {
+		ready = 1
+	}
+	gauge(descReady, ready)
+	var n agentapi.Counts
+	enis := map[string]int{}
+	waiting := 0
+	if v.a.ask(ctx, func(o *owner) {
+		n, waiting = countAll(&o.state), len(o.state.Waiting)
+		for _, e := range o.state.ENIs {
+			enis[state(e)]++
+		}
+	}) == nil {
+		gauge(descAddresses, n.Assigned, "assigned")
+		gauge(descAddresses, n.Free, "free")
+		gauge(descAddresses, n.Bound, "bound")
+		gauge(descAddresses, n.Cooling, "cooling")
+		gauge(descWaiting, waiting)
+		for s, c := range enis {
+			gauge(descENIs, c, s)
+		}
+	}
+	drops, err := v.a.opts.Datapath.Counters()
+	if err != nil {
+		return // a scrape without them says so by their absence
+	}
+	for reason, c := range drops {
+		ch <- prometheus.MustNewConstMetric(descDrops, prometheus.CounterValue, float64(c), reason)
+	}
+}

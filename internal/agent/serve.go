@@ -1,0 +1,380 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"os"
+	"time"
+
+	"github.com/underlay-cni/underlay/internal/agentapi"
+	"github.com/underlay-cni/underlay/internal/datapath"
+	"github.com/underlay-cni/underlay/internal/ipam"
+)
+
+// gateway is the next hop inside every pod: link-local, so that it is the same
+// everywhere and takes no address of the VPC.
+var gateway = netip.MustParseAddr("169.254.1.1")
+
+// addTries bounds how many addresses an ADD goes through when the kernel's
+// records say that one is taken.
+const addTries = 3
+
+var _ agentapi.Handler = (*Agent)(nil)
+
+// Version returns the agent's version.
+func (a *Agent) Version() string { return a.opts.Version }
+
+// Add makes the endpoint, or answers with the one that is there.
+func (a *Agent) Add(ctx context.Context, at *agentapi.Attachment, timeout time.Duration, netns *os.File) (*agentapi.Result, error) {
+	began := time.Now()
+	res, err := a.add(ctx, at, timeout, netns)
+	a.metrics.added(time.Since(began), err)
+	if err != nil && ctx.Err() == nil {
+		a.incident("add", err.Error())
+	}
+	return res, err
+}
+
+func (a *Agent) add(ctx context.Context, at *agentapi.Attachment, timeout time.Duration, netns *os.File) (*agentapi.Result, error) {
+	if netns == nil {
+		return nil, agentapi.Errorf(agentapi.CodeInvalidNetns, "no network namespace came with the request; the runtime must make it before ADD and name it in CNI_NETNS")
+	}
+	if timeout <= 0 || timeout > a.opts.AddTimeout {
+		timeout = a.opts.AddTimeout
+	}
+	deadline := time.Now().Add(timeout)
+	if err := a.awaitReady(ctx, min(startTimeout, timeout)); err != nil {
+		return nil, err
+	}
+	a.drainSpool(ctx)
+	k := key{at.ContainerID, at.IfName}
+	unlock, err := a.locks.lock(ctx, k)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	if ep, ok := a.endpoint(k); ok {
+		err := a.opts.Datapath.Check(ctx, ep, netns)
+		if err == nil {
+			return result(ep), nil
+		}
+		// The runtime made the container's namespace anew without a DEL.
+		a.log.Info("endpoint made anew", "pod", at.Pod.String(), "ip", ep.Addr, "op", "add", "err", err)
+		if err := a.del(ctx, k); err != nil {
+			return nil, err
+		}
+	}
+	for try := 1; ; try++ {
+		ans, err := a.request(ctx, k, deadline)
+		if err != nil {
+			return nil, err
+		}
+		ep, err := a.opts.Datapath.Add(ctx, datapath.Endpoint{
+			ContainerID: at.ContainerID, IfName: at.IfName, Netns: at.Netns, Addr: ans.addr.reply.Addr, ENI: ans.addr.reply.ENI, ENIIndex: ans.addr.index,
+			PodNamespace: at.Pod.Namespace, PodName: at.Pod.Name, Groups: ans.groups}, netns)
+		if err == nil {
+			a.remember(k, ep)
+			a.log.Info("endpoint added", "pod", at.Pod.String(), "ip", ep.Addr, "eni", ep.ENI, "if", ep.HostIfName, "container", at.ContainerID)
+			return result(ep), nil
+		}
+		inUse := errors.Is(err, datapath.ErrAddressInUse)
+		// An address that the kernel's records give to somebody else is not
+		// handed out again before a cooldown.
+		a.release(ans.addr.reply.Addr, time.Now(), !inUse)
+		if inUse && try < addTries {
+			a.incident("add", err.Error())
+			continue
+		}
+		return nil, datapathError(err, at)
+	}
+}
+
+func datapathError(err error, at *agentapi.Attachment) error {
+	switch {
+	case errors.Is(err, datapath.ErrInterfaceTaken):
+		return agentapi.Errorf(agentapi.CodeInvalidEnvironment, "the container's namespace has an interface %s already: %v; delete it, or choose another CNI_IFNAME", at.IfName, err)
+	case errors.Is(err, datapath.ErrExists):
+		return agentapi.Errorf(agentapi.CodeConflict, "%v; send DEL for container %s first", err, at.ContainerID)
+	}
+	return agentapi.Errorf(agentapi.CodeDatapath, "make the endpoint: %v; nothing of it is left, the next try may succeed; see the agent's log if it does not", err)
+}
+
+// awaitReady waits a little for an agent that is starting.
+func (a *Agent) awaitReady(ctx context.Context, d time.Duration) error {
+	select {
+	case <-a.ready:
+		return nil
+	default:
+	}
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-a.ready:
+		return nil
+	case <-t.C:
+		return agentapi.Errorf(agentapi.CodeTryAgain, "%s", a.unready())
+	case <-ctx.Done():
+		return errGone
+	}
+}
+
+// request waits for an address from the plan.
+func (a *Agent) request(ctx context.Context, k key, deadline time.Time) (answer, error) {
+	ch := make(chan answer, 1)
+	a.mu.Lock()
+	a.nextReq++
+	id := a.nextReq
+	a.mu.Unlock()
+	if !a.tell(ctx, func(o *owner) {
+		o.waiters[id] = ch
+		o.step(ipam.AddRequested{At: time.Now(), ID: id, Owner: k.String(), Deadline: deadline})
+	}) {
+		return answer{}, errStopping
+	}
+	select {
+	case ans := <-ch:
+		if ans.err != nil {
+			return ans, addressError(ans.err)
+		}
+		return ans, nil
+	case <-a.done:
+		return answer{}, errStopping
+	case <-ctx.Done():
+	}
+	a.tell(context.WithoutCancel(ctx), func(o *owner) { // the owner takes it, or has ended
+		delete(o.waiters, id)
+		o.step(ipam.Canceled{At: time.Now(), ID: id})
+		select {
+		case ans := <-ch: // it was served just before
+			if ans.err == nil {
+				o.step(ipam.Released{At: time.Now(), Addr: ans.addr.reply.Addr, Unused: true})
+			}
+		default:
+		}
+	})
+	return answer{}, errGone
+}
+
+// addressError gives the plan's error its code.
+func addressError(e *ipam.Error) error {
+	code := agentapi.CodeNoAddress
+	switch e.Kind {
+	case ipam.KindNodeFull:
+		code = agentapi.CodeNodeFull
+	case ipam.KindSubnetFull:
+		code = agentapi.CodeSubnetFull
+	case ipam.KindDenied:
+		code = agentapi.CodeDenied
+	case ipam.KindSlow, ipam.KindThrottled, ipam.KindUnavailable:
+		code = agentapi.CodeTryAgain
+	}
+	return agentapi.Errorf(code, "%v", e)
+}
+
+// release gives an address back to the plan. It is done even if whoever asked
+// has left.
+func (a *Agent) release(addr netip.Addr, when time.Time, unused bool) {
+	a.tell(context.Background(), func(o *owner) {
+		o.step(ipam.Released{At: time.Now(), Addr: addr, When: when, Unused: unused})
+	})
+}
+
+func result(ep datapath.Endpoint) *agentapi.Result {
+	return &agentapi.Result{Addr: ep.Addr, Gateway: gateway, MAC: ep.MAC.String(), HostIfName: ep.HostIfName, MTU: ep.MTU, ENI: string(ep.ENI)}
+}
+
+func (a *Agent) endpoint(k key) (datapath.Endpoint, bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	ep, ok := a.endpoints[k]
+	return ep, ok
+}
+
+func (a *Agent) remember(k key, ep datapath.Endpoint) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.endpoints[k] = ep
+}
+
+// Del removes the endpoint. One that is not there is no error.
+func (a *Agent) Del(ctx context.Context, at *agentapi.Attachment) error {
+	k := key{at.ContainerID, at.IfName}
+	unlock, err := a.locks.lock(ctx, k)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	err = a.del(ctx, k)
+	a.metrics.deleted(err)
+	if err != nil {
+		a.incident("del", err.Error())
+		return err
+	}
+	return nil
+}
+
+// del removes the endpoint of k, whose lock is held. The tombstone starts the
+// address's cooldown.
+func (a *Agent) del(ctx context.Context, k key) error {
+	// Not to be cut off half-way: what is begun here is finished.
+	ep, err := a.opts.Datapath.Delete(context.WithoutCancel(ctx), k.containerID, k.ifName)
+	if errors.Is(err, datapath.ErrNotFound) {
+		a.forget(k)
+		return nil
+	}
+	if ep.State != datapath.Tombstone && err != nil {
+		return agentapi.Errorf(agentapi.CodeDatapath, "delete the endpoint: %v; try again, see the agent's log if it does not help", err)
+	}
+	if err != nil { // released, but something is left, which a later Open sweeps
+		a.incident("del", err.Error())
+	}
+	a.forget(k)
+	a.release(ep.Addr, ep.Released, false)
+	a.log.Info("endpoint deleted", "pod", podName(ep), "ip", ep.Addr, "eni", ep.ENI, "container", k.containerID)
+	return nil
+}
+
+func podName(ep datapath.Endpoint) string {
+	return agentapi.Pod{Namespace: ep.PodNamespace, Name: ep.PodName}.String()
+}
+
+func (a *Agent) forget(k key) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	delete(a.endpoints, k)
+}
+
+// Check compares the endpoint with what Add made, in the kernel and in EC2.
+func (a *Agent) Check(ctx context.Context, at *agentapi.Attachment, netns *os.File) error {
+	if netns == nil {
+		return agentapi.Errorf(agentapi.CodeInvalidNetns, "no network namespace came with the request; the runtime must name it in CNI_NETNS")
+	}
+	if err := a.awaitReady(ctx, startTimeout); err != nil {
+		return err
+	}
+	k := key{at.ContainerID, at.IfName}
+	unlock, err := a.locks.lock(ctx, k)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	ep, ok := a.endpoint(k)
+	if !ok {
+		return agentapi.Errorf(agentapi.CodeUnknownContainer, "container %s has no interface %s on this node; send ADD again", at.ContainerID, at.IfName)
+	}
+	if at.Addr.IsValid() && at.Addr != ep.Addr {
+		return agentapi.Errorf(agentapi.CodeCheckFailed, "container %s has %s, the runtime believes %s; recreate the container", at.ContainerID, ep.Addr, at.Addr)
+	}
+	if err := a.opts.Datapath.Check(ctx, ep, netns); err != nil {
+		return agentapi.Errorf(agentapi.CodeCheckFailed, "%v; recreate the container", err)
+	}
+	lost := false
+	if err := a.ask(ctx, func(o *owner) {
+		if ad, _ := o.state.Lookup(ep.Addr); ad != nil {
+			lost = ad.Reported
+		}
+	}); err != nil {
+		return err
+	}
+	if lost {
+		return agentapi.Errorf(agentapi.CodeCheckFailed, "EC2 no longer lists %s on %s; recreate the container", ep.Addr, ep.ENI)
+	}
+	return nil
+}
+
+// GC removes every endpoint that is not among valid.
+func (a *Agent) GC(ctx context.Context, valid []agentapi.Attachment) error {
+	keep := make(map[key]bool, len(valid))
+	for _, v := range valid {
+		keep[key{v.ContainerID, v.IfName}] = true
+	}
+	a.mu.Lock()
+	var stale []key
+	for k := range a.endpoints {
+		if !keep[k] {
+			stale = append(stale, k)
+		}
+	}
+	a.mu.Unlock()
+	var errs []error
+	for _, k := range stale {
+		errs = append(errs, a.Del(ctx, &agentapi.Attachment{ContainerID: k.containerID, IfName: k.ifName}))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return agentapi.Errorf(agentapi.CodeTryAgain, "collect %d stale attachments: %v; run GC again", len(stale), err)
+	}
+	return nil
+}
+
+// Status returns nil when the agent can serve an ADD. A node that runs pods is
+// not called unavailable for want of further addresses: its runtime would
+// report it not ready, and its pods would be evicted.
+func (a *Agent) Status(ctx context.Context) error {
+	if why := a.unready(); why != "" {
+		return agentapi.Errorf(agentapi.CodeNotAvailable, "%s", why)
+	}
+	var trouble *ipam.Error
+	pods := 0
+	if err := a.ask(ctx, func(o *owner) {
+		n := countAll(&o.state)
+		pods = n.Bound
+		if t := o.state.Trouble[""]; t != nil && n.Free == 0 {
+			e := *t
+			trouble = &e
+		}
+	}); err != nil {
+		return err
+	}
+	if trouble != nil && pods == 0 {
+		return agentapi.Errorf(agentapi.CodeNotAvailable, "the node has no address for a pod: %v", trouble)
+	}
+	return nil
+}
+
+// spoolEvery is how often the spool is looked at: it fills only while no agent
+// listens, so that this is for what came in the moment before we did.
+const spoolEvery = 10 * time.Second
+
+// spoolPatience bounds the wait for one attachment's lock, so that an ADD that
+// waits for EC2 does not hold up the others.
+const spoolPatience = 100 * time.Millisecond
+
+func (a *Agent) watchSpool(ctx context.Context) {
+	a.drainSpool(ctx)
+	tick := time.NewTicker(spoolEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			a.drainSpool(ctx)
+		}
+	}
+}
+
+// drainSpool carries out the DELs that found no agent. One drain at a time: an
+// ADD waits for the one that runs, so that no DEL from before it comes after.
+func (a *Agent) drainSpool(ctx context.Context) {
+	a.spoolMu.Lock()
+	defer a.spoolMu.Unlock()
+	err := agentapi.DrainSpool(a.opts.Socket, func(at agentapi.Attachment) error {
+		k := key{at.ContainerID, at.IfName}
+		ctx, cancel := context.WithTimeout(ctx, spoolPatience)
+		defer cancel()
+		unlock, err := a.locks.lock(ctx, k)
+		if err != nil {
+			return err // busy with another request; next time
+		}
+		defer unlock()
+		if err := a.del(ctx, k); err != nil {
+			return err
+		}
+		a.log.Info("spooled release taken up", "op", "del", "container", at.ContainerID)
+		return nil
+	})
+	if err != nil && !errors.Is(err, errGone) {
+		a.incident("spool", err.Error())
+	}
+}
