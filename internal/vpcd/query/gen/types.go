@@ -151,15 +151,25 @@ func (s *shapes) nameAll(taken map[string]bool) []*shape {
 			cmp.Compare(a.paths[0].action, b.paths[0].action), slices.Compare(a.paths[0].names, b.paths[0].names))
 	})
 	used := maps.Clone(taken)
+	unseen := maps.Clone(names)
 	for _, sh := range all {
 		for _, p := range sh.paths {
-			if n := names[p.action+"/"+strings.Join(p.names, ".")]; n != "" {
-				if used[n] && sh.name != n {
-					panic("two structures are to be named " + n)
-				}
+			key := p.action + "/" + strings.Join(p.names, ".")
+			n := names[key]
+			delete(unseen, key)
+			switch {
+			case n == "" || sh.name == n:
+			case sh.name != "":
+				panic(fmt.Sprintf("%s is to be named both %s and %s", key, sh.name, n))
+			case used[n]:
+				panic("two structures are to be named " + n)
+			default:
 				sh.name, used[n] = n, true
 			}
 		}
+	}
+	if len(unseen) > 0 {
+		panic(fmt.Sprintf("names that no structure has: %v", unseen))
 	}
 	for _, sh := range all {
 		if sh.name != "" {
