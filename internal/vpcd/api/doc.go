@@ -24,6 +24,13 @@
 // repeated and a freed address comes back at once: what is wrong with a reuse
 // shows. EC2 promises no order. Which are free is asked of the store.
 //
+// # Quotas
+//
+// Limits of instance types, of addresses, of groups per interface (5), rules
+// per group (60), CIDR blocks per VPC (5) and tags (50) are kept. Quotas of an
+// account (VPCs, subnets, groups, interfaces per Region) are not: a lab may be
+// as large as its machine.
+//
 // # Life cycles
 //
 // Attachments go attaching → attached and detaching → gone, instances pending →

@@ -33,7 +33,7 @@ func (a *API) eniHandlers(h map[string]query.Handler) {
 // mine returns an error if the interface belongs to a managed service.
 func mine(e *store.ENI) error {
 	if e.RequesterManaged {
-		return &query.Error{Code: "AuthFailure", Message: "You do not have permission to access the specified resource.", Status: query.StatusOf("AuthFailure")}
+		return query.Errorf("AuthFailure", "You do not have permission to access the specified resource.")
 	}
 	return nil
 }

@@ -54,14 +54,16 @@ func TestRunFinishesWhatIsDue(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		state := func(s *store.Store, id *string) store.InstanceState { return s.View().Instance(vpc.InstanceID(*id)).State }
+		state := func(s *store.Store, id *string) store.InstanceState {
+			return s.View().Instance(vpc.InstanceID(*id)).State
+		}
 		first := i.InstancesSet[0].InstanceId
-		time.Sleep(10*time.Second - 1)
+		<-time.After(10*time.Second - 1) // of the bubble's clock
 		synctest.Wait()
 		if got := state(s, first); got != store.Pending {
 			t.Errorf("%s before its time", got)
 		}
-		time.Sleep(1)
+		<-time.After(1)
 		synctest.Wait()
 		if got := state(s, first); got != store.Running {
 			t.Errorf("%s at its time", got)
@@ -73,7 +75,7 @@ func TestRunFinishesWhatIsDue(t *testing.T) {
 		}
 		second := i.InstancesSet[0].InstanceId
 		stop()
-		time.Sleep(time.Minute)
+		<-time.After(time.Minute)
 		s, _, stop = open()
 		defer stop()
 		synctest.Wait()

@@ -218,7 +218,7 @@ func TestConflictChangesNothing(t *testing.T) {
 				t.Error("the snapshot changed")
 			}
 			boom := errors.New("boom")
-			if err := s.Update(func(tx *Tx) error { tx.DeleteENI(eni(9).ID); return boom }); err != boom {
+			if err := s.Update(func(tx *Tx) error { tx.DeleteENI(eni(9).ID); return boom }); !errors.Is(err, boom) {
 				t.Errorf("Update = %v, want boom", err)
 			}
 			if before.Space(testSubnet).Free() != 256-5-17 || s.View() != before {
