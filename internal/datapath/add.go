@@ -150,6 +150,7 @@ func (d *Datapath) make(ctx context.Context, e *Endpoint, pod *nl.Conn, netns *o
 		{"programs", func() error { return d.attach(e) }},
 		{"pod", func() error { return configurePod(pod, e) }},
 		{"host", func() error { return d.configureHost(e) }},
+		{"carrier", func() error { return settle(ctx, pod, e) }},
 		{"policy", func() error {
 			if d.opts.BeforeReady == nil {
 				return nil
@@ -293,6 +294,29 @@ func (d *Datapath) configureHost(e *Endpoint) error {
 		return fmt.Errorf("configure %s on the node: %w", e.HostIfName, err)
 	}
 	return nil
+}
+
+// settle waits until the pod's end can send. It came up before the host's, so
+// that it had no carrier and the kernel put off its transmit queue; the event
+// that brings it waits in a work queue (net/core/link_watch.c), and until then
+// packets are dropped without a count. From Linux 6.8 on, to read the device's
+// state makes the kernel handle that event first (rtnl_getlink), so that one
+// look is enough. The host's end needs no such thing: it came up second, with
+// its carrier.
+func settle(ctx context.Context, pod *nl.Conn, e *Endpoint) error {
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for {
+		l, err := pod.LinkByIndex(e.PeerIfIndex)
+		if err != nil || l.Ready {
+			return err
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return fmt.Errorf("wait for the carrier of %s: %w", e.IfName, ctx.Err())
+		}
+	}
 }
 
 func podRoute(e *Endpoint) nl.Route {

@@ -150,7 +150,7 @@ func assertNothingLeft(t *testing.T, w *world, d *Datapath, live int) {
 	}
 }
 
-var addSteps = []string{"maps", "veth", "programs", "pod", "host", "policy", "gate", "live"}
+var addSteps = []string{"maps", "veth", "programs", "pod", "host", "carrier", "policy", "gate", "live"}
 var deleteSteps = []string{"tombstone", "gone from maps", "gone from routes", "gone from links"}
 
 // Wherever an agent is killed, the next one finds a node that is whole: an

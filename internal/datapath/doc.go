@@ -32,12 +32,13 @@
 //  4. the programs, first on the hooks, their links pinned.
 //  5. the pod's end: address, up, gateway, routes.
 //  6. the host's end: label, up, neighbour, the /32 route.
-//  7. Options.BeforeReady: the endpoint's policy.
-//  8. the gate opens: the first packet passes.
-//  9. the record, Live.
+//  7. a look whether the pod's end has its carrier: its first packet is not lost.
+//  8. Options.BeforeReady: the endpoint's policy.
+//  9. the gate opens: the first packet passes.
+//  10. the record, Live.
 //
-// A crash after 1–8 leaves the record Adding, which Open undoes whole: nobody
-// was told that the pod has the address. After 9 the endpoint is whole.
+// A crash after 1–9 leaves the record Adding, which Open undoes whole: nobody
+// was told that the pod has the address. After 10 the endpoint is whole.
 //
 // # Order of Delete
 //

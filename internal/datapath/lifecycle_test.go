@@ -186,6 +186,37 @@ func TestAddTakesAnotherIndex(t *testing.T) {
 	}
 }
 
+// When Add returns, the pod's very first packet passes, and its answer too.
+func TestFirstPacketPasses(t *testing.T) {
+	w := newWorld(t)
+	d := w.open(Options{})
+	w.echo(w.wire, farIP)
+	first := w.addPod(d, 100)
+	if w.ask(first.ns, first.Addr, farIP, 20) == "" { // the wire is warm
+		t.Fatal("no answer")
+	}
+	lost := 0
+	const pods = 30
+	for n := range pods {
+		ns := w.netns("pod")
+		netns := openNetns(t, ns)
+		c := w.udp(ns, netip.IPv4Unspecified(), 0)
+		if _, err := d.Add(ctx, endpoint(n, ns), netns); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.WriteToUDPAddrPort([]byte("first"), netip.AddrPortFrom(farIP, echoPort)); err != nil {
+			t.Fatal(err)
+		}
+		_ = c.SetReadDeadline(time.Now().Add(time.Second))
+		if _, err := c.Read(make([]byte, 64)); err != nil {
+			lost++
+		}
+	}
+	if lost != 0 {
+		t.Errorf("%d of %d pods lost their first packet or its answer", lost, pods)
+	}
+}
+
 // A device of ours that no record owns gives way; one of somebody else's does not.
 func TestAddAndLeftovers(t *testing.T) {
 	w := newWorld(t)

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -156,6 +157,24 @@ func TestBatch(t *testing.T) {
 		return n.Index == index && n.Addr == addr && n.MAC.String() == peerMAC.String() && n.State == unix.NUD_PERMANENT
 	}) {
 		t.Errorf("Neighs: %+v, %v", neighs, err)
+	}
+
+	// With the peer up it has its carrier.
+	var up Batch
+	up.LinkUp(index)
+	if err := conns[1].Exec(&up); err != nil {
+		t.Fatal(err)
+	}
+	ready := false
+	for range 1000 {
+		if l, err := conns[0].LinkByIndex(index); err != nil || l.Ready {
+			ready = err == nil
+			break
+		}
+		runtime.Gosched()
+	}
+	if !ready {
+		t.Error("no carrier with both ends up")
 	}
 
 	// All of it goes again, twice.

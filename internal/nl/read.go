@@ -21,6 +21,7 @@ type Link struct {
 	Kind  string // "veth", "bridge", …; "" for hardware and loopback
 	Up    bool   // administratively
 	NoARP bool
+	Ready bool // operationally up: it has a carrier, and the kernel has acted on that
 }
 
 // Links returns all devices of the namespace.
@@ -150,6 +151,9 @@ func dumpAll[T any](c *Conn, b *Batch, parse func([]byte) (T, bool, error)) ([]T
 	return out, nil
 }
 
+// ifOperUp is IF_OPER_UP of linux/if.h.
+const ifOperUp = 6
+
 func parseLink(b []byte) (Link, bool, error) {
 	if len(b) < unix.SizeofIfInfomsg {
 		return Link{}, false, errMalformed
@@ -172,6 +176,8 @@ func parseLink(b []byte) (Link, bool, error) {
 			l.MTU = int(u32(v))
 		case unix.IFLA_GROUP:
 			l.Group = u32(v)
+		case unix.IFLA_OPERSTATE:
+			l.Ready = len(v) == 1 && v[0] == ifOperUp
 		case unix.IFLA_LINKINFO:
 			_ = eachAttr(v, func(typ uint16, v []byte) {
 				if typ == unix.IFLA_INFO_KIND {
