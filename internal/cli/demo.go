@@ -246,15 +246,18 @@ func (d *demo) prove(ctx context.Context) {
 	d.fact(ctx, "Pod to a managed database, which no agent runs on: it sees the pod too.",
 		hello("db-1", ec2.LabDatabasePort, db.IP), saw("db-1"))
 	d.fact(ctx, "Nothing is encapsulated: a capture of all that leaves and enters the node's ENI.",
-		d.capture(node1, eni, server), notEncapsulated(client, server))
+		d.capture(ctx, node1, eni, server), notEncapsulated(client, server))
 	d.fact(ctx, "EC2 knows the pods' addresses: they are the ENIs' own.",
 		fmt.Sprintf("eval \"$(underlay env%s)\"\naws ec2 describe-network-interfaces --output table --query \\\n 'NetworkInterfaces[].{eni:NetworkInterfaceId, of:Attachment.InstanceId||Description, addresses:join(`, `, PrivateIpAddresses[].PrivateIpAddress), prefixes:join(`, `, Ipv4Prefixes[].Ipv4Prefix||`[]`)}'", f),
 		func(out string) string { return d.listed(out) })
+	d.fact(ctx, "The network is the kernel's: kill the agent, no packet is lost; the next one knows every pod.",
+		fmt.Sprintf("underlay exec client%[1]s -- ping -q -i 0.02 -c 60 %[2]s &\nunderlay node restart-agent %[3]s%[1]s; wait\nunderlay status%[1]s | head -n 5", f, server, node1),
+		pinged(60))
 	d.fact(ctx, "Set-up time per pod: CNI ADD, the plugin's process start included.",
-		fmt.Sprintf("underlay pods%s", f),
+		fmt.Sprintf("underlay run late --node %s%s > /dev/null; underlay pods%s", node1, f, f),
 		func(out string) string {
-			if !strings.Contains(out, " ms") {
-				return "no set-up time listed"
+			if strings.Count(out, " ms") != 7 {
+				return "not every pod has its set-up time"
 			}
 			return ""
 		})
@@ -274,21 +277,18 @@ func (d *demo) pod(name string) (netip.Addr, string) {
 }
 
 // capture is a command that captures on the link of an ENI while a pod pings
-// through it. Nothing is filtered out but the node's own talk with EC2 and
-// IMDS, which would only lengthen what is shown.
-func (d *demo) capture(node, eni string, to netip.Addr) string {
+// through it. Nothing is filtered out but ARP and the node's own talk with EC2
+// and IMDS, which would only lengthen what is shown.
+func (d *demo) capture(ctx context.Context, node, eni string, to netip.Addr) string {
 	link := "eth0"
-	s := d.a.collect(context.Background(), d.a.home(), d.lab)
+	s := d.a.collect(ctx, d.a.home(), d.lab)
 	for _, e := range s.Interfaces {
 		if e.ID == eni && e.IfName != "" {
 			link = e.IfName
 		}
 	}
 	f := d.a.labFlag()
-	return fmt.Sprintf(`coproc underlay node exec %s%s -- timeout 10 tcpdump -U -l -nn -e -i %s -c 4 'not arp and not net 169.254.0.0/16' 2>&1
-until read -r line <&${COPROC[0]}; [[ $line == listening* ]]; do :; done
-underlay exec client%s -- ping -q -c 2 -i 0.2 %s > /dev/null
-cat <&${COPROC[0]}`, node, f, link, f, to)
+	return fmt.Sprintf("underlay exec client%[1]s -- ping -q -i 0.2 -c 30 %[2]s > /dev/null &\nunderlay node exec %[3]s%[1]s -- timeout 10 tcpdump -l -nn -e -i %[4]s -c 4 'not arp and not net 169.254.0.0/16'; kill $!", f, to, node, link)
 }
 
 var captured = regexp.MustCompile(`ethertype IPv4 \(0x0800\), length \d+: (\d+(?:\.\d+){3}) > (\d+(?:\.\d+){3}): ICMP echo (request|reply)`)
