@@ -228,6 +228,40 @@ func TestConflictChangesNothing(t *testing.T) {
 	}
 }
 
+func TestTryUndoesWhatFails(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "state.db")
+	s := open(t, path, Options{})
+	boom := errors.New("boom")
+	update(t, s, func(tx *Tx) {
+		network(tx)
+		tx.PutENI(eni(8))
+		if err := tx.Try(func() error {
+			tx.PutENI(eni(9))
+			tx.DeleteENI(eni(8).ID)
+			return boom
+		}); !errors.Is(err, boom) {
+			t.Errorf("Try = %v", err)
+		}
+		if err := tx.Try(func() error { e := eni(10); e.Primary = eni(8).Primary; tx.PutENI(e); return nil }); !errors.Is(err, ErrConflict) {
+			t.Errorf("Try = %v", err)
+		}
+		if err := tx.Try(func() error { tx.PutENI(eni(11)); return nil }); err != nil {
+			t.Error(err)
+		}
+	})
+	check := func(v *State) {
+		t.Helper()
+		if v.ENI(eni(8).ID) == nil || v.ENI(eni(9).ID) != nil || v.ENI(eni(10).ID) != nil || v.ENI(eni(11).ID) == nil || v.Space(testSubnet).Free() != 251-2 {
+			t.Errorf("%v, %d free", objects(v), v.Space(testSubnet).Free())
+		}
+	}
+	check(s.View())
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	check(open(t, path, Options{}).View())
+}
+
 func TestAtReturnsWhatWasNewest(t *testing.T) {
 	start := time.Date(2026, 11, 22, 12, 0, 0, 0, time.UTC)
 	now := start

@@ -42,6 +42,9 @@ func (t *Tx) conflict(format string, args ...any) {
 // Try runs fn. When it fails, or causes a conflict, everything that it changed
 // is undone, and the error is returned.
 func (t *Tx) Try(fn func() error) error {
+	if t.err != nil {
+		return t.err
+	}
 	state, writes := t.State, len(t.writes)
 	t.own = nil // what the saved state has must not be changed in place
 	err := fn()
