@@ -1,0 +1,124 @@
+// Command underlay-agent is the node agent: it holds the node's addresses in
+// EC2, makes the pods' endpoints, and serves the CNI plugin on a unix socket.
+// It runs in the node's network namespace. When it ends, however it ends, the
+// pods' packets go on.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"syscall"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/underlay-cni/underlay/internal/agent"
+	"github.com/underlay-cni/underlay/internal/agentapi"
+	"github.com/underlay-cni/underlay/internal/datapath"
+	"github.com/underlay-cni/underlay/internal/ec2"
+	"github.com/underlay-cni/underlay/internal/imds"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := run(ctx, os.Args[1:], os.Stderr)
+	stop()
+	switch {
+	case err == nil, errors.Is(err, flag.ErrHelp):
+	case errors.Is(err, errUsage):
+		os.Exit(2)
+	default:
+		fmt.Fprintln(os.Stderr, "underlay-agent:", err)
+		os.Exit(1)
+	}
+}
+
+// run is the whole wiring: one agent between a socket, a kernel and a cloud.
+func run(ctx context.Context, args []string, stderr io.Writer) error {
+	o, err := parseFlags(args, stderr)
+	if err != nil {
+		return err
+	}
+	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: o.level}))
+	if err := preflight(o); err != nil {
+		return err
+	}
+	lock, err := agent.Lock(ctx, o.socket, log)
+	if err != nil {
+		return stopped(ctx, err)
+	}
+	defer lock.Close()
+	socket, err := agentapi.Listen(o.socket)
+	if err != nil {
+		return err
+	}
+	defer socket.Close()
+	dp, err := datapath.Open(datapath.Options{BPFFS: o.bpffs, AllowIMDS: o.imds == "allow", Logger: log})
+	if err != nil {
+		return fmt.Errorf("open the datapath: %w; docs/datapath.md says what it needs of the kernel", err)
+	}
+	defer dp.Close()
+	a := agent.New(agent.Options{
+		Version: version(), Cluster: o.cluster, Socket: o.socket, Datapath: dp, Metadata: imds.New(""), Logger: log,
+		ConnectEC2: func(ctx context.Context, region string) (agent.EC2, error) { return ec2.New(ctx, region) },
+	})
+	log.Info("serving", "socket", o.socket, "version", version())
+
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return agentapi.Serve(ctx, socket, a, log) })
+	g.Go(func() error { return a.Run(ctx) })
+	if o.metrics != "" {
+		g.Go(func() error { return serveMetrics(ctx, o.metrics, a.Metrics()) })
+	}
+	return g.Wait()
+}
+
+// stopped is err, or nothing when it is only that we were asked to end.
+func stopped(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return nil
+	}
+	return err
+}
+
+func serveMetrics(ctx context.Context, addr string, h http.Handler) error {
+	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", addr)
+	if err != nil {
+		return fmt.Errorf("listen for metrics: %w; choose another --metrics-listen", err)
+	}
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", h)
+	s := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
+	defer context.AfterFunc(ctx, func() { s.Close() })()
+	if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serve metrics: %w", err)
+	}
+	return nil
+}
+
+// version names the build: the module's version, or the commit it is of.
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	v := info.Main.Version
+	if v != "" && v != "(devel)" {
+		return v
+	}
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" && len(s.Value) >= 12 {
+			return "devel-" + s.Value[:12]
+		}
+	}
+	return "devel"
+}

@@ -1,0 +1,111 @@
+package main
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+)
+
+// maxSocketPath is what fits into sockaddr_un.sun_path with its zero, unix(7).
+const maxSocketPath = 107
+
+type options struct {
+	socket, bpffs, imds, cluster, metrics string
+	level                                 slog.Level
+}
+
+// errUsage says that the command line was wrong, and that this was printed.
+var errUsage = errors.New("wrong usage")
+
+func parseFlags(args []string, stderr io.Writer) (options, error) {
+	var o options
+	f := flag.NewFlagSet("underlay-agent", flag.ContinueOnError)
+	f.SetOutput(stderr)
+	f.StringVar(&o.socket, "socket", "/run/underlay/agent.sock", "`path` of the unix socket for the CNI plugin")
+	f.StringVar(&o.bpffs, "bpffs", "/sys/fs/bpf/underlay", "`directory` in a mounted BPF file system that outlives the agent")
+	f.StringVar(&o.imds, "imds", "deny", "may pods reach the instance metadata: allow or deny")
+	f.StringVar(&o.cluster, "cluster", "default", "`name` of the cluster, in the tags of the interfaces that the agent makes")
+	f.StringVar(&o.metrics, "metrics-listen", "", "`address` for Prometheus, e.g. 127.0.0.1:9464; empty: none")
+	f.TextVar(&o.level, "log-level", slog.LevelInfo, "debug, info, warn or error")
+	f.Usage = func() {
+		fmt.Fprint(stderr, `underlay-agent holds a node's addresses in EC2 and makes its pods' endpoints.
+
+It runs as root in the node's network namespace. EC2 and its credentials are
+found as the AWS SDK documents it (AWS_ENDPOINT_URL_EC2, the instance's role, …).
+
+Usage:
+  underlay-agent [flags]
+
+Example:
+  underlay-agent --socket /run/underlay/agent.sock --bpffs /sys/fs/bpf/underlay --cluster prod
+
+Flags:
+`)
+		f.PrintDefaults()
+	}
+	err := f.Parse(args)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		return o, err
+	case err != nil:
+		return o, errUsage // the flag set has said what
+	case f.NArg() > 0:
+		err = fmt.Errorf("unexpected argument %q", f.Arg(0))
+	case o.imds != "allow" && o.imds != "deny":
+		err = fmt.Errorf("--imds is %q, want allow or deny", o.imds)
+	case o.cluster == "" || len(o.cluster) > 256: // EC2's limit for a tag's value
+		err = errors.New("--cluster wants a name of 1 to 256 characters")
+	case !filepath.IsAbs(o.socket) || len(o.socket) > maxSocketPath:
+		err = fmt.Errorf("--socket is %q, want an absolute path of at most %d bytes", o.socket, maxSocketPath)
+	case !filepath.IsAbs(o.bpffs):
+		err = fmt.Errorf("--bpffs is %q, want an absolute path", o.bpffs)
+	}
+	if err != nil {
+		fmt.Fprintf(stderr, "underlay-agent: %v; see underlay-agent --help\n", err)
+		return o, errUsage
+	}
+	return o, nil
+}
+
+// preflight looks for what would fail later with less to say.
+func preflight(o options) error {
+	if os.Geteuid() != 0 {
+		return errors.New("the agent makes network devices and loads BPF programs; run it as root")
+	}
+	dir := filepath.Dir(o.socket)
+	switch st, err := os.Stat(dir); {
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("the socket's directory %s is missing; make it (mkdir -p %s) or choose another --socket", dir, dir)
+	case err != nil:
+		return fmt.Errorf("look at the socket's directory: %w; choose another --socket", err)
+	case !st.IsDir():
+		return fmt.Errorf("%s is no directory; choose another --socket", dir)
+	}
+	return checkBPFFS(o.bpffs)
+}
+
+// checkBPFFS reports whether path lies, or can be made, in a BPF file system.
+func checkBPFFS(path string) error {
+	at := path
+	for {
+		var st unix.Statfs_t
+		err := unix.Statfs(at, &st)
+		if err == nil {
+			if st.Type != unix.BPF_FS_MAGIC {
+				return fmt.Errorf("%s is on no BPF file system; mount one (mount -t bpf bpf /sys/fs/bpf) outside the agent's lifetime, and name a directory in it with --bpffs", path)
+			}
+			return nil
+		}
+		if !errors.Is(err, unix.ENOENT) || at == "/" {
+			return fmt.Errorf("look at %s: %w; choose another --bpffs", at, err)
+		}
+		at = filepath.Dir(at)
+	}
+}
