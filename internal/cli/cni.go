@@ -101,16 +101,24 @@ func (r *runtime) conf(p *podFile) *libcni.RuntimeConf {
 	}
 }
 
-// plainCNI takes off what libcni wraps around a plugin's error, which says all.
+// pluginError is a plugin's own error without what libcni wraps around it.
+type pluginError struct{ cni *types.Error }
+
+func (e pluginError) Error() string {
+	if e.cni.Details != "" {
+		return fmt.Sprintf("%s (%s) (code %d)", e.cni.Msg, e.cni.Details, e.cni.Code)
+	}
+	return fmt.Sprintf("%s (code %d)", e.cni.Msg, e.cni.Code)
+}
+
+func (e pluginError) Unwrap() error { return e.cni }
+
 func plainCNI(err error) error {
 	var e *types.Error
 	if !errors.As(err, &e) {
 		return err
 	}
-	if e.Details != "" {
-		return fmt.Errorf("%s (%s) (code %d)", e.Msg, e.Details, e.Code)
-	}
-	return fmt.Errorf("%s (code %d)", e.Msg, e.Code)
+	return pluginError{cni: e}
 }
 
 // pluginExec starts plugins in a network namespace, for libcni.

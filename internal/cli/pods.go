@@ -16,6 +16,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/containernetworking/cni/pkg/types"
 	"github.com/spf13/cobra"
 
 	"github.com/underlay-cni/underlay/internal/agentapi"
@@ -70,7 +71,11 @@ goes where the fewest are. A pod whose ADD fails is taken away again.`,
 			if !cmd.Flags().Changed("count") {
 				v = pods[0]
 			}
-			if err := a.print(v, func(w io.Writer) { printRun(w, pods, colored(w)) }); err != nil {
+			if err := a.print(v, func(w io.Writer) {
+				if len(pods) > 1 || failed == 0 { // else the error says it all
+					printRun(w, pods, colored(w))
+				}
+			}); err != nil {
 				return err
 			}
 			switch {
@@ -197,6 +202,10 @@ func (a *App) makePod(ctx context.Context, h home, rt *runtime, p *podFile) {
 		return
 	}
 	p.Pod.Error = err.Error()
+	var ce *types.Error
+	if errors.As(err, &ce) && ce.Code == uint(agentapi.CodeAgentUnreachable) {
+		p.Pod.Error += fmt.Sprintf("; in a lab: underlay node restart-agent %s%s", rt.node.Name, a.labFlag())
+	}
 	clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
 	defer cancel()
 	if derr := a.removePod(clean, h, rt, p, true); derr != nil {

@@ -21,9 +21,9 @@ func (a *App) statusCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "status",
 		Short: "Show nodes, ENIs, addresses, pods and last errors",
-		Long: `Shows the lab as its agents and EC2 see it now: nothing is taken from what this
-command remembers, save which machines there are. Ends with an error when vpcd or
-an agent is not well.`,
+		Long: `Shows the lab as its agents and EC2 see it now. What this command itself remembers
+counts only for which machines there are, and for the pods of a node whose agent
+is silent. Ends with an error when vpcd or an agent is not well.`,
 		Example:     "  underlay status\n  underlay status -o json | jq '.nodes[].agent'",
 		Args:        cobra.NoArgs,
 		Annotations: rootBecause("asks the agents, whose sockets are root's"),
@@ -153,6 +153,7 @@ func (a *App) collect(ctx context.Context, h home, f *labFile) *status {
 			}
 		}
 		if n.Inspect == nil {
+			s.Pods = append(s.Pods, rememberedPods(h, n.Name)...)
 			continue
 		}
 		for _, e := range n.Inspect.ENIs {
@@ -199,6 +200,22 @@ func (a *App) collect(ctx context.Context, h home, f *labFile) *status {
 		return a.Device - b.Device
 	})
 	return s
+}
+
+// rememberedPods are the pods that run has made on a node whose agent does not
+// answer. They are not gone with it.
+func rememberedPods(h home, node string) []podStatus {
+	files, err := h.loadPods()
+	if err != nil {
+		return nil
+	}
+	var pods []podStatus
+	for _, p := range files {
+		if p.Pod.Node == node {
+			pods = append(pods, podStatus{Name: p.Pod.Name, Node: node, IP: p.Pod.IP, ENI: p.Pod.ENI, MAC: p.Pod.MAC, State: "unknown", Since: p.Created, Problem: "the agent is silent"})
+		}
+	}
+	return pods
 }
 
 func nodeStatusOf(ctx context.Context, h home, n Node) nodeStatus {
