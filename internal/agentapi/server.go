@@ -7,13 +7,19 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"log/slog"
 	"net"
 	"os"
 	"sync"
 	"syscall"
 	"time"
 )
+
+// Logger is the part of slog.Logger that a server uses. The plugin links this
+// package and must not pay for a logging framework at each start.
+type Logger interface {
+	Debug(event string, args ...any)
+	Warn(event string, args ...any)
+}
 
 // Handler serves the operations. Its methods are called concurrently; a
 // context ends when the peer hangs up or the server stops. An error that is
@@ -55,7 +61,7 @@ func Listen(path string) (*net.UnixListener, error) {
 
 // Serve answers requests until ctx ends, then closes l and waits for the calls
 // that run. The socket's file is left for the next Listen to replace.
-func Serve(ctx context.Context, l *net.UnixListener, h Handler, log *slog.Logger) error {
+func Serve(ctx context.Context, l *net.UnixListener, h Handler, log Logger) error {
 	l.SetUnlinkOnClose(false)
 	stop := context.AfterFunc(ctx, func() { l.Close() })
 	defer stop()
@@ -91,7 +97,7 @@ func Serve(ctx context.Context, l *net.UnixListener, h Handler, log *slog.Logger
 	}
 }
 
-func serveConn(ctx context.Context, conn *net.UnixConn, h Handler, log *slog.Logger) {
+func serveConn(ctx context.Context, conn *net.UnixConn, h Handler, log Logger) {
 	defer conn.Close()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

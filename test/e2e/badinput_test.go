@@ -133,7 +133,7 @@ func TestBadInput(t *testing.T) {
 	t.Run("EC2 denies", func(t *testing.T) {
 		l.Run("first") // takes what the pool holds
 		l.Chaos("--fail", "AssignPrivateIpAddresses=UnauthorizedOperation:1.0", "--fail", "CreateNetworkInterface=UnauthorizedOperation:1.0")
-		defer l.Chaos("--fail", "")
+		defer l.Chaos("--fail", "none")
 		var failed bool
 		for i := range 5 {
 			_, stderr, code := l.Try("run", fmt.Sprintf("denied-%d", i))
@@ -181,7 +181,7 @@ func TestSubnetFull(t *testing.T) {
 		t.Errorf("the message does not name the subnet: %q", message)
 	}
 	l.Underlay("exec", "a", "--", "ping", "-c", "1", "-W", "2", l.Nodes[0].IP.String())
-	if got := l.Pods()["node-1/a"]; got != a.IP {
+	if got := l.Pods()["node-1/a"]; got != a.IP.String() {
 		t.Errorf("pod a is known as %s, was %s", got, a.IP)
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"net/netip"
 	"net/url"
 	"path/filepath"
 	"strings"
@@ -103,14 +102,14 @@ func (l *Lab) Chaos(args ...string) {
 	}
 }
 
-// Inspect asks a node's agent what it knows.
+// Inspect asks a node's agent, once it has identified its node, what it knows.
 func (l *Lab) Inspect(n Node) *agentapi.Inspection {
 	l.t.Helper()
 	var in *agentapi.Inspection
 	Eventually(l.t, 10*time.Second, "the agent of "+n.Name+" serves", func() (err error) {
 		c := agentapi.Client{Socket: n.AgentSocket}
-		if in, err = c.Inspect(l.t.Context()); err == nil && !in.Healthy {
-			err = fmt.Errorf("not healthy: %s", in.Reason)
+		if in, err = c.Inspect(l.t.Context()); err == nil && len(in.ENIs) == 0 {
+			err = fmt.Errorf("it knows no ENI: %s", in.Reason)
 		}
 		return err
 	})
@@ -118,14 +117,14 @@ func (l *Lab) Inspect(n Node) *agentapi.Inspection {
 }
 
 // Pods returns the live endpoints of all nodes as their agents know them.
-func (l *Lab) Pods() map[string]netip.Addr {
+func (l *Lab) Pods() map[string]string {
 	l.t.Helper()
-	out := map[string]netip.Addr{}
+	out := map[string]string{}
 	for _, n := range l.Nodes {
 		in := l.Inspect(n)
 		for _, e := range in.Endpoints {
 			if e.State == "live" {
-				out[n.Name+"/"+e.Pod.Name] = e.IP
+				out[n.Name+"/"+e.Pod.Name] = e.IP.String()
 			}
 		}
 	}
@@ -153,7 +152,7 @@ func (l *Lab) FillSubnet(subnet string) {
 			ID string `xml:"networkInterface>networkInterfaceId"`
 		}
 		params := map[string]string{"SubnetId": subnet}
-		if n := min(free-1, 255); n > 0 {
+		if n := min(free-1, 49); n > 0 {
 			params["SecondaryPrivateIpAddressCount"] = fmt.Sprint(n)
 		}
 		if err := l.Call("CreateNetworkInterface", params, &made); err != nil {
