@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/containernetworking/cni/pkg/types"
@@ -44,6 +45,20 @@ func TestPodOf(t *testing.T) {
 		if got := podOf(in); got != want {
 			t.Errorf("podOf(%q) = %+v, want %+v", in, got, want)
 		}
+	}
+}
+
+func TestLibraryErrorsSayWhatToDo(t *testing.T) {
+	for _, code := range []uint{types.ErrIncompatibleCNIVersion, types.ErrDecodingFailure, types.ErrInvalidNetworkConfig, types.ErrInvalidEnvironmentVariables} {
+		e := types.NewError(code, "what went wrong", "")
+		advise(e)
+		if !strings.HasPrefix(e.Msg, "what went wrong; ") {
+			t.Errorf("code %d: %q", code, e.Msg)
+		}
+	}
+	e := types.NewError(types.ErrDecodingFailure, "wrong; do this", "")
+	if advise(e); e.Msg != "wrong; do this" {
+		t.Errorf("advised twice: %q", e.Msg)
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/containernetworking/cni/pkg/skel"
@@ -29,9 +30,30 @@ const (
 )
 
 func main() {
-	skel.PluginMainFuncs(skel.CNIFuncs{Add: add, Del: del, Check: check, GC: gc, Status: status},
+	err := skel.PluginMainFuncsWithError(skel.CNIFuncs{Add: add, Del: del, Check: check, GC: gc, Status: status},
 		version.PluginSupports("0.3.1", "0.4.0", "1.0.0", "1.1.0"),
 		"underlay-cni: CNI plugin that gives a container an address of the VPC; it asks underlay-agent on the socket that its configuration names")
+	if err != nil {
+		advise(err)
+		_ = err.Print() // to stdout: if that fails, nobody is left to tell
+		os.Exit(1)
+	}
+}
+
+// advise adds the next step to the errors of the CNI library, which knows
+// none. Those of ours have one, after a semicolon.
+func advise(e *types.Error) {
+	if strings.Contains(e.Msg, ";") {
+		return
+	}
+	switch e.Code {
+	case types.ErrIncompatibleCNIVersion:
+		e.Msg += "; set \"cniVersion\" in the network configuration to one from 0.3.1 to 1.1.0 (CHECK wants 0.4.0, GC and STATUS 1.1.0)"
+	case types.ErrDecodingFailure, types.ErrInvalidNetworkConfig:
+		e.Msg += "; correct the network configuration in the runtime's CNI directory"
+	case types.ErrInvalidEnvironmentVariables:
+		e.Msg += "; this is a CNI plugin, to be run by a container runtime, which sets the CNI_ variables"
+	}
 }
 
 // attachment names the interface that a command is about.

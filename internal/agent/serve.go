@@ -93,7 +93,9 @@ func (a *Agent) add(ctx context.Context, at *agentapi.Attachment, timeout time.D
 func datapathError(err error, at *agentapi.Attachment) error {
 	switch {
 	case errors.Is(err, datapath.ErrInterfaceTaken):
-		return agentapi.Errorf(agentapi.CodeInvalidEnvironment, "the container's namespace has an interface %s already: %v; delete it, or choose another CNI_IFNAME", at.IfName, err)
+		e := agentapi.Errorf(agentapi.CodeInvalidEnvironment, "the container's namespace has an interface %s that is not ours; delete it, or choose another CNI_IFNAME", at.IfName)
+		e.Details = err.Error()
+		return e
 	case errors.Is(err, datapath.ErrExists):
 		return agentapi.Errorf(agentapi.CodeConflict, "%v; send DEL for container %s first", err, at.ContainerID)
 	}
