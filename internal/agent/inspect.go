@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"maps"
+	"net"
 	"net/netip"
 	"slices"
 	"strings"
@@ -60,6 +61,7 @@ func (a *Agent) Inspect(ctx context.Context) (*agentapi.Inspection, error) {
 		}
 		in.Endpoints = append(in.Endpoints, e)
 	}
+	nameLinks(in.ENIs)
 	slices.SortFunc(in.Endpoints, func(x, y agentapi.Endpoint) int { return x.IP.Compare(y.IP) })
 	drops, err := a.opts.Datapath.Counters()
 	if err != nil {
@@ -67,6 +69,22 @@ func (a *Agent) Inspect(ctx context.Context) (*agentapi.Inspection, error) {
 	}
 	in.Counters.Drops = maps.Clone(drops)
 	return in, nil
+}
+
+// nameLinks fills in the names of the interfaces' links in this namespace.
+func nameLinks(enis []agentapi.ENI) {
+	links, err := net.Interfaces()
+	if err != nil {
+		return // names are for people; the rest is worth having without them
+	}
+	for i := range enis {
+		for _, l := range links {
+			// A veth of ours never has an ENI's MAC.
+			if l.HardwareAddr.String() == enis[i].MAC {
+				enis[i].IfName = l.Name
+			}
+		}
+	}
 }
 
 // snapshot copies what people see of the plan's state.
