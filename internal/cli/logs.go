@@ -78,7 +78,7 @@ func (a *App) logsCommand() *cobra.Command {
 						return false, err
 					}
 				}
-				return false, nil
+				return !exists(h.dir()), nil // a lab that is down says no more
 			})
 			if errors.Is(err, context.Canceled) {
 				return nil // Ctrl-C is how one leaves
