@@ -32,6 +32,17 @@ func Require(t testing.TB, needs ...string) {
 	}
 }
 
+// Tool returns the path of a program: the distribution's rather than what a
+// version manager puts before it in PATH, or "" when there is none.
+func Tool(name string) string {
+	for _, candidate := range []string{"/usr/bin/" + name, name} {
+		if path, err := exec.LookPath(candidate); err == nil {
+			return path
+		}
+	}
+	return ""
+}
+
 // lacking returns why the machine does not have what need names, or "".
 func lacking(need string) string {
 	switch need {
@@ -47,11 +58,11 @@ func lacking(need string) string {
 			return "bpf(2) answers " + errno.Error()
 		}
 	case "aws":
-		if _, err := exec.LookPath("aws"); err != nil {
+		if Tool("aws") == "" {
 			return "the AWS CLI is not there; apt-get install awscli"
 		}
 	case "boto3":
-		if out, err := exec.Command("python3", "-c", "import boto3").CombinedOutput(); err != nil {
+		if out, err := exec.Command(Tool("python3"), "-c", "import boto3").CombinedOutput(); err != nil {
 			return "python3 cannot import boto3; apt-get install python3-boto3: " + string(out)
 		}
 	default:

@@ -138,7 +138,7 @@ func TestBoto3DrivesEveryHandler(t *testing.T) {
 	testenv.Require(t, "boto3")
 	t.Parallel()
 	v := startVPCD(t)
-	cmd := exec.Command("python3", "testdata/clients.py", v.URL)
+	cmd := exec.Command(testenv.Tool("python3"), "testdata/clients.py", v.URL)
 	cmd.Env = append(os.Environ(), "AWS_EC2_METADATA_DISABLED=true")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("clients.py: %v\n%s", err, out)
@@ -155,7 +155,7 @@ type cli struct {
 // run runs `aws ec2` with the words of line, and returns its exit code.
 func (c cli) run(line string) (stdout, stderr string, code int) {
 	c.t.Helper()
-	cmd := exec.Command("aws", append([]string{"--endpoint-url", c.url, "ec2"}, strings.Fields(line)...)...)
+	cmd := exec.Command(testenv.Tool("aws"), append([]string{"--endpoint-url", c.url, "ec2"}, strings.Fields(line)...)...)
 	cmd.Env = append(os.Environ(), "AWS_ACCESS_KEY_ID=AKIDTEST", "AWS_SECRET_ACCESS_KEY=secret", "AWS_DEFAULT_REGION=us-east-1",
 		"AWS_EC2_METADATA_DISABLED=true", "AWS_PAGER=", "AWS_MAX_ATTEMPTS=1", "AWS_CONFIG_FILE=/dev/null", "AWS_SHARED_CREDENTIALS_FILE=/dev/null")
 	var out, errs bytes.Buffer
@@ -196,16 +196,25 @@ func (c cli) refused(code, line string) {
 	}
 }
 
-// TestAWSCLIDrivesEveryHandler types what a person would.
+// TestAWSCLIDrivesEveryHandler types what a person would: two at once, as each
+// command takes a second of Python.
 func TestAWSCLIDrivesEveryHandler(t *testing.T) {
 	testenv.Require(t, "aws")
 	t.Parallel()
 	v := startVPCD(t)
-	c := cli{t, v.URL}
+	t.Run("by two", func(t *testing.T) {
+		t.Run("networks", func(t *testing.T) { t.Parallel(); cliNetworks(cli{t, v.URL}) })
+		t.Run("instances", func(t *testing.T) { t.Parallel(); cliInstances(cli{t, v.URL}) })
+	})
+	v.complete(t)
+}
 
+func cliNetworks(c cli) {
 	c.want("us-east-1", "describe-regions", "Regions[].RegionName")
 	c.want("us-east-1a us-east-1b us-east-1c", "describe-availability-zones", "AvailabilityZones[].ZoneName")
 	c.must("describe-account-attributes", "")
+	c.want("3", "describe-instance-types --instance-types m5.large", "InstanceTypes[].NetworkInfo.MaximumNetworkInterfaces")
+	c.want("us-east-1", "describe-instance-type-offerings --filters Name=instance-type,Values=m5.large", "InstanceTypeOfferings[].Location")
 
 	vpc := c.must("create-vpc --cidr-block 10.0.0.0/16 --tag-specifications ResourceType=vpc,Tags=[{Key=Name,Value=cli}]", "Vpc.VpcId")
 	c.must("wait vpc-available --vpc-ids "+vpc, "")
@@ -229,12 +238,22 @@ func TestAWSCLIDrivesEveryHandler(t *testing.T) {
 	c.must("revoke-security-group-egress --protocol -1 --cidr 0.0.0.0/0 --group-id "+sg, "")
 	c.want("443 udp", "describe-security-groups --group-ids "+sg, "SecurityGroups[].[IpPermissions[0].ToPort,IpPermissionsEgress[0].IpProtocol][]")
 
-	c.want("3", "describe-instance-types --instance-types m5.large", "InstanceTypes[].NetworkInfo.MaximumNetworkInterfaces")
-	c.want("us-east-1", "describe-instance-type-offerings --filters Name=instance-type,Values=m5.large", "InstanceTypeOfferings[].Location")
+	c.must("create-tags --tags Key=k,Value=v --resources "+subnet, "")
+	c.want("subnet", "describe-tags --filters Name=key,Values=k", "Tags[].ResourceType")
+	c.must("delete-tags --tags Key=k --resources "+subnet, "")
 
-	run := "run-instances --image-id ami-0123456789abcdef0 --instance-type m5.large --key-name k --metadata-options HttpTokens=required,HttpPutResponseHopLimit=2" +
-		" --network-interfaces DeviceIndex=0,SubnetId=" + subnet + ",Groups=" + sg + ",SecondaryPrivateIpAddressCount=2"
-	instance := c.must(run, "Instances[].InstanceId")
+	c.refused("DryRunOperation", "delete-vpc --dry-run --vpc-id "+vpc)
+	c.refused("DependencyViolation", "delete-vpc --vpc-id "+vpc)
+	c.must("delete-security-group --group-id "+sg, "")
+	c.must("delete-subnet --subnet-id "+subnet, "")
+	c.must("delete-vpc --vpc-id "+vpc, "")
+}
+
+func cliInstances(c cli) {
+	vpc := c.must("create-vpc --cidr-block 10.0.0.0/16", "Vpc.VpcId")
+	subnet := c.must("create-subnet --cidr-block 10.0.0.0/24 --availability-zone us-east-1a --vpc-id "+vpc, "Subnet.SubnetId")
+	instance := c.must("run-instances --image-id ami-0123456789abcdef0 --instance-type m5.large --key-name k --metadata-options HttpTokens=required,HttpPutResponseHopLimit=2"+
+		" --network-interfaces DeviceIndex=0,SubnetId="+subnet+",SecondaryPrivateIpAddressCount=2", "Instances[].InstanceId")
 	c.must("wait instance-running --instance-ids "+instance, "")
 	c.must("wait instance-status-ok --instance-ids "+instance, "")
 	c.want("ok", "describe-instance-status --instance-ids "+instance, "InstanceStatuses[].InstanceStatus.Status")
@@ -243,10 +262,10 @@ func TestAWSCLIDrivesEveryHandler(t *testing.T) {
 	c.must("modify-instance-attribute --no-source-dest-check --instance-id "+instance, "")
 	c.want("3", "modify-instance-metadata-options --http-put-response-hop-limit 3 --instance-id "+instance, "InstanceMetadataOptions.HttpPutResponseHopLimit")
 
-	eni := c.must("create-network-interface --description pods --ipv4-prefix-count 1 --groups "+sg+" --subnet-id "+subnet, "NetworkInterface.NetworkInterfaceId")
+	eni := c.must("create-network-interface --description pods --ipv4-prefix-count 1 --subnet-id "+subnet, "NetworkInterface.NetworkInterfaceId")
 	c.must("wait network-interface-available --network-interface-ids "+eni, "")
 	at := c.must("attach-network-interface --device-index 1 --instance-id "+instance+" --network-interface-id "+eni, "AttachmentId")
-	lab.Eventually(t, 20*time.Second, "the interface is attached", func() error {
+	lab.Eventually(c.t, 20*time.Second, "the interface is attached", func() error {
 		if s := c.must("describe-network-interfaces --network-interface-ids "+eni, "NetworkInterfaces[].Attachment.Status"); s != "attached" {
 			return errors.New(s)
 		}
@@ -261,24 +280,15 @@ func TestAWSCLIDrivesEveryHandler(t *testing.T) {
 	c.must("unassign-private-ip-addresses --ipv4-prefixes 10.0.0.16/28 --network-interface-id "+eni, "")
 	c.want("10.0.0.7 10.0.0.9 10.0.0.32/28", "describe-network-interfaces --page-size 5 --filters Name=description,Values=pods",
 		"NetworkInterfaces[].[PrivateIpAddresses[].PrivateIpAddress,Ipv4Prefixes[].Ipv4Prefix][][]")
-
-	c.must("create-tags --tags Key=k,Value=v --resources "+eni, "")
-	c.want("network-interface", "describe-tags --filters Name=key,Values=k", "Tags[].ResourceType")
-	c.must("delete-tags --tags Key=k --resources "+eni, "")
-
 	c.refused("InvalidNetworkInterfaceID.NotFound", "describe-network-interfaces --network-interface-ids eni-00000000000000000")
-	c.refused("DryRunOperation", "delete-vpc --dry-run --vpc-id "+vpc)
-	c.refused("DependencyViolation", "delete-vpc --vpc-id "+vpc)
 
 	c.must("detach-network-interface --attachment-id "+at, "")
 	c.must("wait network-interface-available --network-interface-ids "+eni, "")
 	c.must("delete-network-interface --network-interface-id "+eni, "")
 	c.want("shutting-down", "terminate-instances --instance-ids "+instance, "TerminatingInstances[].CurrentState.Name")
 	c.must("wait instance-terminated --instance-ids "+instance, "")
-	c.must("delete-security-group --group-id "+sg, "")
 	c.must("delete-subnet --subnet-id "+subnet, "")
 	c.must("delete-vpc --vpc-id "+vpc, "")
-	v.complete(t)
 }
 
 // sdk returns a client of aws-sdk-go-v2 as a program would make it.
