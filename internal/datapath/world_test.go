@@ -1,6 +1,7 @@
 package datapath
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -161,9 +162,14 @@ func (w *world) ip(netns, args string) string {
 
 func (w *world) run(name string, args ...string) string {
 	w.t.Helper()
-	out, err := exec.Command(name, args...).CombinedOutput()
+	// Standard error is kept apart: ip warns there of namespaces that other
+	// processes are taking down.
+	var errOut bytes.Buffer
+	cmd := exec.Command(name, args...)
+	cmd.Stderr = &errOut
+	out, err := cmd.Output()
 	if err != nil {
-		w.t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
+		w.t.Fatalf("%s %s: %v\n%s%s", name, strings.Join(args, " "), err, out, errOut.String())
 	}
 	return string(out)
 }
