@@ -59,16 +59,13 @@ func (r *runtime) add(ctx context.Context, p *podFile) (addResult, error) {
 	if err != nil {
 		return addResult{}, fmt.Errorf("CNI ADD: read the result: %w", err)
 	}
-	var out addResult
-	for _, ip := range result.IPs {
-		out.ip = ip.Address.IP.String()
-		if ip.Interface != nil && *ip.Interface < len(result.Interfaces) {
-			out.mac = result.Interfaces[*ip.Interface].Mac
-		}
-		break
+	if len(result.IPs) == 0 {
+		return addResult{}, errors.New("CNI ADD: the plugin answered without an address")
 	}
-	if out.ip == "" {
-		return out, errors.New("CNI ADD: the plugin answered without an address")
+	ip := result.IPs[0] // the primary one
+	out := addResult{ip: ip.Address.IP.String()}
+	if k := ip.Interface; k != nil && *k >= 0 && *k < len(result.Interfaces) {
+		out.mac = result.Interfaces[*k].Mac
 	}
 	for _, i := range result.Interfaces {
 		if out.mac == "" && i.Sandbox != "" {
