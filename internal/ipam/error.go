@@ -37,7 +37,10 @@ type Error struct {
 }
 
 func (e *Error) Error() string {
-	cause := ""
+	cause, within := "", ""
+	if e.Waited > 0 {
+		within = ", no address within " + e.Waited.Round(time.Millisecond).String()
+	}
 	if e.Cause != "" {
 		cause = " (" + e.Cause + ")"
 	}
@@ -47,13 +50,13 @@ func (e *Error) Error() string {
 	case KindSubnetFull:
 		return fmt.Sprintf("subnet %s has no free address%s; free some there or give the nodes a larger subnet", e.Subnet, cause)
 	case KindThrottled:
-		return fmt.Sprintf("EC2 throttles the account, no address within %s%s; the next try may succeed, ask AWS for a higher request rate if this lasts", e.Waited, cause)
+		return fmt.Sprintf("EC2 throttles the account%s%s; the next try may succeed, ask AWS for a higher request rate if this lasts", within, cause)
 	case KindDenied:
 		return fmt.Sprintf("EC2 denies the node what it needs for an address%s; attach the documented IAM policy to the node's role", cause)
 	case KindQuota:
 		return fmt.Sprintf("the account's quota of network interfaces is reached%s; delete unused interfaces or ask AWS for a higher quota", cause)
 	case KindUnavailable:
-		return fmt.Sprintf("EC2 does not answer, no address within %s%s; check the node's route to the EC2 endpoint and AWS_ENDPOINT_URL_EC2", e.Waited, cause)
+		return fmt.Sprintf("EC2 does not answer%s%s; check the node's route to the EC2 endpoint and AWS_ENDPOINT_URL_EC2", within, cause)
 	case KindRefused:
 		return fmt.Sprintf("EC2 refused the call for an address%s; see the agent's log", cause)
 	}

@@ -356,6 +356,9 @@ func (p *step) grow(pool vpc.GroupSet) {
 	need := s.waiting(pool) + s.floor(pool) - free - coming - suspect
 	if need <= 0 {
 		delete(s.overflow, pool)
+		if free > 0 || coming == 0 {
+			delete(s.Trouble, pool) // it got over it
+		}
 		return
 	}
 	if !p.due(s.Mutate.until) {
