@@ -5,15 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"net/http"
 	"net/netip"
 	"os"
 	"slices"
 	"sync"
 	"time"
-
-	"github.com/aws/smithy-go"
-	smithyhttp "github.com/aws/smithy-go/transport/http"
 
 	"github.com/underlay-cni/underlay/internal/datapath"
 	"github.com/underlay-cni/underlay/internal/ec2"
@@ -72,10 +68,7 @@ func (c *fakeCloud) take() netip.Addr {
 	}
 }
 
-func apiError(code string) error {
-	return &smithy.OperationError{ServiceID: "EC2", OperationName: "X", Err: &smithyhttp.ResponseError{
-		Response: &smithyhttp.Response{Response: &http.Response{StatusCode: 400}}, Err: &smithy.GenericAPIError{Code: code, Message: "told to fail"}}}
-}
+func apiError(code string) error { return ec2.NewError(code, "told to fail") }
 
 // call takes its time, then runs fn under the lock.
 func (c *fakeCloud) call(ctx context.Context, name string, write bool, fn func() error) error {

@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -23,7 +24,7 @@ import (
 // handler answers with what it was asked.
 type handler struct {
 	add func(ctx context.Context, a *Attachment, f *os.File) (*Result, error)
-	big bool
+	big atomic.Bool
 }
 
 func (h *handler) Add(ctx context.Context, a *Attachment, _ time.Duration, f *os.File) (*Result, error) {
@@ -45,7 +46,7 @@ func (h *handler) Status(context.Context) error { return nil }
 func (h *handler) Version() string              { return "1.2.3" }
 func (h *handler) Inspect(context.Context) (*Inspection, error) {
 	in := &Inspection{Version: "1.2.3"}
-	if h.big {
+	if h.big.Load() {
 		in.Reason = strings.Repeat("x", MaxMessage)
 	}
 	return in, nil
@@ -118,7 +119,7 @@ func TestRoundTrip(t *testing.T) {
 	if in, err := c.Inspect(ctx); err != nil || in.Version != "1.2.3" {
 		t.Errorf("inspect: %+v, %v", in, err)
 	}
-	h.big = true
+	h.big.Store(true)
 	if _, err := c.Inspect(ctx); !errors.As(err, &e) || !strings.Contains(e.Message, "too long") {
 		t.Errorf("a response of more than a message: %v", err)
 	}

@@ -123,6 +123,12 @@ func code(err error) string {
 	return ""
 }
 
+// NewError returns an error as a Client does when EC2 answers with a code: for
+// those who stand in for a Client in tests.
+func NewError(code, message string) error {
+	return &smithy.GenericAPIError{Code: code, Message: message}
+}
+
 func serverFault(err error) bool {
 	var resp *smithyhttp.ResponseError
 	return errors.As(err, &resp) && resp.HTTPStatusCode() >= 500
