@@ -1,0 +1,130 @@
+package ipam
+
+import (
+	"fmt"
+
+	"github.com/underlay-cni/underlay/internal/vpc"
+)
+
+// grow asks for what a pool lacks.
+func (p *step) grow(pool vpc.GroupSet) {
+	s := p.s
+	free, coming, suspect := s.count(pool)
+	need := s.waiting(pool) + s.floor(pool) - free - coming - suspect
+	if need <= 0 {
+		delete(s.overflow, pool)
+		if free > 0 || coming == 0 {
+			delete(s.Trouble, pool) // it got over it
+		}
+		return
+	}
+	if !p.due(s.Mutate.until) {
+		return
+	}
+	later := 0 // room that is there, but not now
+	for _, e := range s.ENIs {
+		per := p.per(e.Subnet)
+		room := s.room(e, per)
+		if e.Pool != pool || room == 0 {
+			continue
+		}
+		t := s.subnet(e.Subnet)
+		if p.busy(e) || e.Phase == Detached || e.Keep || !p.due(t.full.until) {
+			later += room
+			continue
+		}
+		n := min(need-later, room)
+		if n <= 0 {
+			break
+		}
+		need -= p.assign(e, n, per, t)
+		later += s.room(e, per)
+	}
+	if need -= later; need <= 0 {
+		delete(s.overflow, pool)
+		return
+	}
+	p.extend(pool, need)
+}
+
+// assign asks for at least n addresses on e, fewer if the subnet is short, and
+// returns how many it asked for.
+func (p *step) assign(e *ENI, n, per int, t *subnetState) int {
+	if per > 1 {
+		slots := (n + per - 1) / per
+		p.do(AssignPrefixes{Call: p.call(e, Call{Kind: CallAssign, N: slots * per, Prefix: true}), ENI: e.ID, N: slots})
+		return slots * per
+	}
+	if t.chunk > 0 {
+		n = min(n, t.chunk)
+	}
+	p.do(AssignAddresses{Call: p.call(e, Call{Kind: CallAssign, N: n}), ENI: e.ID, N: n})
+	return n
+}
+
+// extend gets further ENIs for need addresses that have no room on those at
+// hand.
+func (p *step) extend(pool vpc.GroupSet, need int) {
+	s := p.s
+	own := s.Primary()
+	if own == nil {
+		return
+	}
+	per := p.per(own.Subnet)
+	t := s.subnet(own.Subnet)
+	capacity := (s.Config.Limits.IPv4PerENI - 1) * per
+	for _, c := range s.Calls {
+		if c.Kind == CallCreate && c.Pool == pool {
+			need -= max(0, capacity-c.N)
+		}
+	}
+	if need <= 0 || capacity <= 0 {
+		delete(s.overflow, pool)
+		return
+	}
+	if s.overflow[pool].IsZero() {
+		s.overflow[pool] = p.now
+	}
+	if !p.due(s.overflow[pool].Add(s.Config.Settle)) || !p.due(s.slotsOut) || !p.due(t.full.until) {
+		return
+	}
+	for need > 0 {
+		d := s.nextDevice()
+		if d < 0 {
+			return
+		}
+		if e := p.orphan(pool); e != nil {
+			e.Device = d
+			p.do(AttachENI{Call: p.call(e, Call{Kind: CallAttach}), ENI: e.ID, Device: d})
+			need -= capacity
+			continue
+		}
+		c := Call{Kind: CallCreate, Pool: pool, Subnet: own.Subnet, Groups: pool, Device: d, N: min(need, capacity), Prefix: per > 1}
+		if pool == "" {
+			c.Groups = own.Groups
+		}
+		if per > 1 {
+			c.N = (c.N + per - 1) / per * per
+		} else if t.chunk > 0 {
+			c.N = min(c.N, t.chunk)
+		}
+		id := p.call(nil, c)
+		made := s.Calls[id]
+		made.Token = fmt.Sprintf("underlay-%s-%d-%d", s.Config.Instance, id, p.now.UnixNano())
+		if len(made.Token) > 64 { // EC2's limit for a ClientToken
+			made.Token = made.Token[len(made.Token)-64:]
+		}
+		p.create(made)
+		need -= capacity
+	}
+}
+
+// orphan returns an ENI of the pool that is made and attached nowhere.
+func (p *step) orphan(pool vpc.GroupSet) *ENI {
+	for _, e := range p.s.ENIs {
+		if e.Managed && e.Pool == pool && e.Phase == Detached && e.Device < 0 && !p.busy(e) {
+			return e
+		}
+	}
+	return nil
+}
