@@ -1,8 +1,7 @@
 package agentapi
 
 import (
-	"crypto/sha256"
-	"encoding/hex"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -34,9 +33,10 @@ func Spool(socket string, a Attachment) error {
 	}
 	_, err = tmp.Write(b)
 	if err = errors.Join(err, tmp.Close()); err == nil {
-		// Container IDs come from outside and may hold what a file name may not.
-		sum := sha256.Sum256([]byte(a.ContainerID + "/" + a.IfName))
-		err = os.Rename(tmp.Name(), filepath.Join(dir, hex.EncodeToString(sum[:16])))
+		// Container IDs come from outside and may hold what a file name may
+		// not. 128 + 1 + 15 bytes become 192, and a file name may have 255.
+		name := base64.RawURLEncoding.EncodeToString([]byte(a.ContainerID + "/" + a.IfName))
+		err = os.Rename(tmp.Name(), filepath.Join(dir, name))
 	}
 	if err != nil {
 		_ = os.Remove(tmp.Name())

@@ -54,7 +54,9 @@ func BenchmarkUnderlay(b *testing.B) {
 	}
 
 	empty := filepath.Join(b.TempDir(), "empty")
-	if out, err := exec.Command("go", "build", "-o", empty, "./empty").CombinedOutput(); err != nil {
+	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", empty, "./empty")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
 		b.Fatalf("build the empty program: %v\n%s", err, out)
 	}
 	warm(b, l, (rounds+1)*addsPerRound+5)

@@ -33,8 +33,9 @@ func Main(m *testing.M) int {
 	}
 	defer os.RemoveAll(dir)
 	Bin = dir
-	build := exec.Command("go", "build", "-o", dir, "./cmd/...")
+	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", dir, "./cmd/...") // as make build does
 	build.Dir = "../.."
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	build.Stdout, build.Stderr = os.Stderr, os.Stderr
 	if err := build.Run(); err != nil {
 		fmt.Fprintln(os.Stderr, "build the commands under test:", err)
