@@ -1,11 +1,13 @@
 package cli
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"math"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -16,6 +18,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	cniversion "github.com/containernetworking/cni/pkg/version"
+	"golang.org/x/sys/unix"
 )
 
 // runtime is a container runtime on one node, as far as CNI is concerned:
@@ -124,29 +127,60 @@ type pluginExec struct {
 	cniversion.PluginDecoder
 }
 
-// ExecPlugin runs a plugin to its end.
+// ExecPlugin runs a plugin to its end. It speaks through files in memory: with
+// pipes, each of hundreds of plugins at once needs goroutines of ours to be
+// scheduled before it counts as ended, and on a busy machine they were not for
+// seconds.
 func (e *pluginExec) ExecPlugin(ctx context.Context, path string, stdin []byte, environ []string) ([]byte, error) {
-	var out, errOut bytes.Buffer
+	var files [3]*os.File // stdin, stdout, stderr
+	for i, content := range [][]byte{stdin, nil, nil} {
+		f, err := memFile(content)
+		if err != nil {
+			return nil, err
+		}
+		defer f.Close()
+		files[i] = f
+	}
 	cmd := exec.CommandContext(ctx, path)
 	cmd.Env = environ
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(stdin), &out, &errOut
-	cmd.WaitDelay = 5 * time.Second
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = files[0], files[1], files[2]
 	err := startIn(cmd, e.netns)
 	if err == nil {
 		err = cmd.Wait()
 	}
-	if err == nil {
-		return out.Bytes(), nil
-	}
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
+	out, readErr := contentOf(files[1])
+	if err == nil {
+		return out, readErr
+	}
 	// A plugin says on stdout what went wrong.
 	var ce types.Error
-	if json.Unmarshal(out.Bytes(), &ce) == nil && ce.Msg != "" {
+	if json.Unmarshal(out, &ce) == nil && ce.Msg != "" {
 		return nil, &ce
 	}
-	return nil, fmt.Errorf("run %s: %w: %s", filepath.Base(path), err, strings.TrimSpace(errOut.String()))
+	said, _ := contentOf(files[2])
+	return nil, fmt.Errorf("run %s: %w: %s", filepath.Base(path), err, strings.TrimSpace(string(said)))
+}
+
+// memFile returns a file in memory, open at its beginning.
+func memFile(content []byte) (*os.File, error) {
+	fd, err := unix.MemfdCreate("ul-plugin", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("make a file in memory: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "ul-plugin")
+	if _, err := f.WriteAt(content, 0); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("write a file in memory: %w", err)
+	}
+	return f, nil
+}
+
+// contentOf returns all of a file, wherever it stands.
+func contentOf(f *os.File) ([]byte, error) {
+	return io.ReadAll(io.NewSectionReader(f, 0, math.MaxInt64))
 }
 
 // FindInPath finds a plugin.
