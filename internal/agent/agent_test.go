@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net/http/httptest"
 	"net/netip"
@@ -52,7 +51,7 @@ func run(t *testing.T, typ string, fn func(*rig)) {
 func (r *rig) start() {
 	r.stop()
 	r.a = New(Options{Version: "test", Cluster: "test", Socket: r.socket, Datapath: r.kernel, Metadata: fakeIMDS{r.cloud},
-		ConnectEC2: func(context.Context, string) (EC2, error) { return r.cloud, nil }, Logger: slog.New(slog.NewTextHandler(io.Discard, nil))})
+		ConnectEC2: func(context.Context, string) (EC2, error) { return r.cloud, nil }, Logger: slog.New(slog.DiscardHandler)})
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error)
 	go func() { ended <- r.a.Run(ctx) }()
@@ -427,7 +426,7 @@ func TestNodeFull(t *testing.T) {
 
 func TestLockIsForOne(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "agent.sock")
-	log := slog.New(slog.NewTextHandler(io.Discard, nil))
+	log := slog.New(slog.DiscardHandler)
 	first, err := Lock(t.Context(), socket, log)
 	if err != nil {
 		t.Fatal(err)

@@ -285,7 +285,7 @@ func (s *status) nodeTable(w io.Writer, color bool) {
 			if n.Addresses.Waiting > 0 {
 				waiting = cell{text: fmt.Sprint(n.Addresses.Waiting), tone: bad, right: true}
 			}
-			c = append(c, number(pods), number(in.Limits.MaxPods), number(n.Addresses.InUse), number(n.Addresses.Free), number(n.Addresses.Cooling), waiting,
+			c = append(c, number(pods), number(in.Limits.ENIs*(in.Limits.IPv4PerENI-1)), number(n.Addresses.InUse), number(n.Addresses.Free), number(n.Addresses.Cooling), waiting,
 				textf("%d of %d", len(in.ENIs), in.Limits.ENIs))
 		}
 		t.row(c...)
