@@ -22,6 +22,7 @@ import (
 // Datapath is what the agent needs of the kernel; see package datapath.
 type Datapath interface {
 	SetENIs(context.Context, []datapath.ENI) error
+	Watch(ctx context.Context, lost func()) error
 	Add(context.Context, datapath.Endpoint, *os.File) (datapath.Endpoint, error)
 	Delete(ctx context.Context, containerID, ifName string) (datapath.Endpoint, error)
 	Forget(netip.Addr) error
@@ -134,6 +135,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		}
 	})
 	o.spawn(func() { a.watchSpool(ctx) })
+	o.spawn(func() { a.repair(ctx, o) })
 	return o.run()
 }
 

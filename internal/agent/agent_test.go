@@ -452,3 +452,33 @@ func TestCodesForEveryKind(t *testing.T) {
 		}
 	}
 }
+
+// What others take away from the interfaces' routing is put back at once when
+// it is heard of, and soon when it is not.
+func TestRepair(t *testing.T) {
+	run(t, "m5.large", func(r *rig) {
+		r.start()
+		r.mustAdd("c1")
+		sets := func() int {
+			r.kernel.mu.Lock()
+			defer r.kernel.mu.Unlock()
+			return r.kernel.sets
+		}
+		synctest.Wait()
+		before := sets()
+		for range 5 { // a burst is one change
+			r.kernel.damage <- struct{}{}
+		}
+		time.Sleep(time.Second)
+		synctest.Wait()
+		if got := sets() - before; got < 1 || got > 2 {
+			t.Errorf("%d repairs of one burst of damage", got)
+		}
+		before = sets()
+		time.Sleep(repairEvery)
+		synctest.Wait()
+		if sets() == before {
+			t.Error("nothing was looked at unasked")
+		}
+	})
+}

@@ -255,10 +255,23 @@ type fakeDatapath struct {
 	enis    []datapath.ENI
 	addErr  error
 	broken  map[string]error // by container: what Check says
+	damage  chan struct{}    // told of, it is what Watch hears
+	sets    int              // calls of SetENIs
 }
 
 func newDatapath(c *fakeCloud) *fakeDatapath {
-	return &fakeDatapath{c: c, records: map[netip.Addr]datapath.Endpoint{}, broken: map[string]error{}}
+	return &fakeDatapath{c: c, records: map[netip.Addr]datapath.Endpoint{}, broken: map[string]error{}, damage: make(chan struct{})}
+}
+
+func (d *fakeDatapath) Watch(ctx context.Context, lost func()) error {
+	for {
+		select {
+		case <-d.damage:
+			lost()
+		case <-ctx.Done():
+			return nil
+		}
+	}
 }
 
 func (d *fakeDatapath) SetENIs(_ context.Context, enis []datapath.ENI) error {
@@ -267,6 +280,7 @@ func (d *fakeDatapath) SetENIs(_ context.Context, enis []datapath.ENI) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.enis = enis
+	d.sets++
 	var missing []vpc.ENIID
 	for _, e := range enis {
 		if at, ok := d.c.since[e.ID]; !ok || time.Now().Before(at) {

@@ -214,3 +214,19 @@ func (d *Datapath) setRules(present map[int]ENI) error {
 	errs = append(errs, d.conn.Exec(&b))
 	return errors.Join(errs...)
 }
+
+// Watch calls lost, from one goroutine, whenever an IPv4 rule, an address, or a
+// route of an ENI's table is deleted in the node's namespace, until ctx ends:
+// then SetENIs has something to look at. Its own deletions count too. What
+// happens to nftables and sysctls is not heard.
+func (d *Datapath) Watch(ctx context.Context, lost func()) error {
+	w, err := nl.WatchIn(d.netns)
+	if err != nil {
+		return fmt.Errorf("watch the node's routing: %w", err)
+	}
+	ours := func(table uint32) bool { return table > ENITable && table <= ENITable+MaxENIIndex }
+	if err := w.Run(ctx, ours, lost); err != nil {
+		return fmt.Errorf("watch the node's routing: %w", err)
+	}
+	return nil
+}

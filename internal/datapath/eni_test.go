@@ -1,10 +1,12 @@
 package datapath
 
 import (
+	"context"
 	"errors"
 	"net/netip"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -107,5 +109,60 @@ func TestSetENIs(t *testing.T) {
 		if err := d.SetENIs(ctx, bad); err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("SetENIs: %v, want %q", err, tt.want)
 		}
+	}
+}
+
+func TestWatchHearsWhatOthersDelete(t *testing.T) {
+	w := newWorld(t)
+	d := w.open(Options{})
+	ctx, cancel := context.WithCancel(context.Background())
+	heard := make(chan struct{}, 100)
+	ended := make(chan error)
+	go func() { ended <- d.Watch(ctx, func() { heard <- struct{}{} }) }()
+	// Watch has begun once it hears of something that is ours to hear.
+	begun := func() bool {
+		w.ip(w.node, "rule add pref 31000 table 31000")
+		w.ip(w.node, "rule del pref 31000")
+		select {
+		case <-heard:
+			return true
+		case <-time.After(50 * time.Millisecond):
+			return false
+		}
+	}
+	for deadline := time.Now().Add(10 * time.Second); !begun(); {
+		if time.Now().After(deadline) {
+			t.Fatal("nothing is heard")
+		}
+	}
+	for len(heard) > 0 {
+		<-heard
+	}
+	for what, args := range map[string]string{
+		"rule":    "rule del pref 32",
+		"route":   "route del default table 30062",
+		"address": "addr del 10.0.1.10/32 dev eth1",
+	} {
+		w.ip(w.node, args)
+		select {
+		case <-heard:
+		case <-time.After(5 * time.Second):
+			t.Errorf("a deleted %s is not heard", what)
+		}
+		for len(heard) > 0 {
+			<-heard
+		}
+	}
+	// The pods' own table changes with every pod.
+	w.ip(w.node, "route add 10.0.9.9/32 dev eth0 table 30060")
+	w.ip(w.node, "route del 10.0.9.9/32 table 30060")
+	select {
+	case <-heard:
+		t.Error("a pod's route is heard")
+	case <-time.After(200 * time.Millisecond):
+	}
+	cancel()
+	if err := <-ended; err != nil {
+		t.Error(err)
 	}
 }

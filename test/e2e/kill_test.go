@@ -3,6 +3,7 @@ package e2e
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -125,4 +126,27 @@ func TestPodRemovedWhileAgentIsDown(t *testing.T) {
 	}
 }
 
-var errNotYet = errors.New("not yet")
+// What others on the node change in the routing is put back.
+func TestRoutingIsRepaired(t *testing.T) {
+	l := lab.Up(t, "--nodes", "2")
+	l.Run("a", "--node", "node-1")
+	b := l.Run("b", "--node", "node-2")
+	rules := func() string { return l.Underlay("node", "exec", "node-1", "--", "ip", "rule") }
+	routes := func() string {
+		return l.Underlay("node", "exec", "node-1", "--", "ip", "route", "show", "table", "30061")
+	}
+	wantRules, wantRoutes := rules(), routes()
+	if strings.Count(wantRules, "lookup 300") != 2 {
+		t.Fatalf("rules of a node with one ENI:\n%s", wantRules)
+	}
+	l.Underlay("node", "exec", "node-1", "--", "ip", "rule", "del", "pref", "20")
+	l.Underlay("node", "exec", "node-1", "--", "ip", "rule", "del", "pref", "31")
+	l.Underlay("node", "exec", "node-1", "--", "ip", "route", "flush", "table", "30061")
+	lab.Eventually(t, 5*time.Second, "rules and routes are back", func() error {
+		if diff := cmp.Diff(wantRules+wantRoutes, rules()+routes()); diff != "" {
+			return errors.New(diff)
+		}
+		return nil
+	})
+	l.Underlay("exec", "a", "--", "ping", "-c", "1", "-W", "2", b.IP.String())
+}

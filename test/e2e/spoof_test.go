@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -108,7 +109,7 @@ func TestSpoofedFramesGoNowhere(t *testing.T) {
 		sendFrames(t, liar.Netns, frame)
 		lab.Eventually(t, 5*time.Second, name+" is counted", func() error {
 			if dropped() <= before {
-				return errNotYet
+				return errors.New("no drop was counted")
 			}
 			return nil
 		})

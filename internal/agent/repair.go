@@ -1,0 +1,61 @@
+package agent
+
+import (
+	"context"
+	"time"
+)
+
+const (
+	// repairEvery is how often the interfaces' configuration is looked at
+	// although nothing was heard: what happens to nftables is not.
+	repairEvery = 30 * time.Second
+	// repairSettle lets whoever changes things finish, and takes a burst of
+	// changes (cloud-init, systemd-networkd) for one.
+	repairSettle = 50 * time.Millisecond
+)
+
+// repair keeps rules, routes and addresses of the interfaces as the datapath
+// made them, whoever else on the node changes them, until ctx ends.
+func (a *Agent) repair(ctx context.Context, o *owner) {
+	lost := make(chan struct{}, 1)
+	o.spawn(func() {
+		err := a.opts.Datapath.Watch(ctx, func() {
+			select {
+			case lost <- struct{}{}:
+			default: // one is pending already
+			}
+		})
+		if err != nil && ctx.Err() == nil {
+			a.incident("watch", err.Error()+"; repairs now wait for the next look, every "+repairEvery.String())
+		}
+	})
+	select {
+	case <-a.ready: // until then the start itself configures the interfaces
+	case <-ctx.Done():
+		return
+	}
+	tick := time.NewTicker(repairEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		case <-lost:
+			settle := time.NewTimer(repairSettle)
+			select {
+			case <-ctx.Done():
+			case <-settle.C:
+			}
+			settle.Stop()
+		}
+		a.tell(ctx, func(o *owner) {
+			links := o.links()
+			o.spawn(func() {
+				if _, err := o.setENIs(links); err != nil && ctx.Err() == nil {
+					a.incident("repair", err.Error())
+				}
+			})
+		})
+	}
+}

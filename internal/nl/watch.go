@@ -1,0 +1,80 @@
+package nl
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// Watcher hears what is deleted in a network namespace. Somebody who brings
+// the namespace's rules, routes and addresses to a wanted state learns by it
+// that somebody else took a part away.
+type Watcher struct{ file *os.File }
+
+// WatchIn opens a Watcher in the network namespace that netns is an open file
+// of. What happens from now on is heard, also before Run.
+func WatchIn(netns *os.File) (*Watcher, error) {
+	var fd int
+	err := Do(FilePath(netns), func() (err error) {
+		fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
+		if err != nil {
+			return fmt.Errorf("open rtnetlink socket: %w", err)
+		}
+		const groups = 1<<(unix.RTNLGRP_IPV4_IFADDR-1) | 1<<(unix.RTNLGRP_IPV4_ROUTE-1) | 1<<(unix.RTNLGRP_IPV4_RULE-1)
+		if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: groups}); err != nil {
+			unix.Close(fd)
+			return fmt.Errorf("join rtnetlink's groups: %w", err)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &Watcher{os.NewFile(uintptr(fd), "rtnetlink")}, nil
+}
+
+// Run calls lost for each IPv4 rule, address, and route of a table for which
+// table returns true, that is deleted, and once when the kernel had to drop
+// messages. It closes the watcher and returns nil when ctx ends.
+func (w *Watcher) Run(ctx context.Context, table func(uint32) bool, lost func()) error {
+	defer w.file.Close()
+	stop := context.AfterFunc(ctx, func() { w.file.Close() })
+	defer stop()
+	buf := make([]byte, 64<<10)
+	for {
+		n, err := w.file.Read(buf)
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case errors.Is(err, unix.ENOBUFS):
+			lost()
+			continue
+		case err != nil:
+			return fmt.Errorf("read rtnetlink's messages: %w", err)
+		}
+		err = eachMessage(buf[:n], func(m message) error {
+			if deleted(m, table) {
+				lost()
+			}
+			return nil
+		})
+		if err != nil {
+			return fmt.Errorf("read rtnetlink's messages: %w", err)
+		}
+	}
+}
+
+// deleted reports whether m tells of a deletion that matters.
+func deleted(m message, table func(uint32) bool) bool {
+	switch m.typ {
+	case unix.RTM_DELRULE, unix.RTM_DELADDR:
+		return true
+	case unix.RTM_DELROUTE:
+		r, _, err := parseRoute(m.body)
+		return err == nil && table(r.Table)
+	}
+	return false
+}
