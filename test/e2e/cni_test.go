@@ -4,8 +4,10 @@ import (
 	"encoding/json"
 	"fmt"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -93,5 +95,73 @@ func TestCNIVerbs(t *testing.T) {
 	}
 	if out, err := exec.Command("nsenter", "--net="+netns["two"], "ip", "-o", "link").Output(); err != nil || strings.Contains(string(out), "eth0") {
 		t.Errorf("after DEL, in the namespace: %s %v", out, err)
+	}
+}
+
+// The plugin killed at any moment of an ADD: what it leaves is whole or not
+// there, GC takes it back, and no address is lost or given twice.
+func TestPluginKilledInTheMiddle(t *testing.T) {
+	l := lab.Up(t, "--nodes", "1")
+	n := l.Nodes[0]
+	l.Chaos("--latency", "20ms")
+	config := fmt.Sprintf(`{"cniVersion":"1.1.0","name":"underlay","type":"underlay-cni","socket":%q}`, n.AgentSocket)
+	name := "ul-" + l.Name + "-pod-killed"
+	const kills = 20
+	for i := range kills {
+		// A namespace of its own: what a killed ADD left is in its way else.
+		if err := nl.NewNamed(fmt.Sprintf("%s-%d", name, i)); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = nl.DeleteNamed(fmt.Sprintf("%s-%d", name, i)) })
+		cmd := exec.Command(filepath.Join(lab.Bin, "underlay-cni"))
+		cmd.Env = []string{"CNI_COMMAND=ADD", fmt.Sprintf("CNI_CONTAINERID=killed-%d", i), "CNI_IFNAME=eth0", "CNI_PATH=" + lab.Bin, "CNI_NETNS=" + nl.Path(fmt.Sprintf("%s-%d", name, i))}
+		cmd.Stdin = strings.NewReader(config)
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		<-time.After(time.Duration(i) * 3 * time.Millisecond) // the moment is the test's variable
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	}
+	// Requests that the kills withdrew end on their own.
+	lab.Eventually(t, 20*time.Second, "nothing waits and nothing is half made", func() error {
+		in := l.Inspect(n)
+		if in.Waiting != 0 {
+			return fmt.Errorf("%d ADDs wait", in.Waiting)
+		}
+		for _, e := range in.Endpoints {
+			if e.State == "adding" {
+				return fmt.Errorf("half made: %+v", e)
+			}
+		}
+		return nil
+	})
+	owner := map[string]string{}
+	for _, e := range l.Inspect(n).Endpoints {
+		if other, twice := owner[e.IP.String()]; twice {
+			t.Errorf("%s belongs to %s and %s", e.IP, other, e.ContainerID)
+		}
+		owner[e.IP.String()] = e.ContainerID
+	}
+	if _, e := plugin(t, "GC", "", strings.TrimSuffix(config, "}")+`,"cni.dev/valid-attachments":[]}`); e != nil {
+		t.Fatalf("GC: %+v", e)
+	}
+	in := l.Inspect(n)
+	for _, e := range in.Endpoints {
+		if e.State != "tombstone" {
+			t.Errorf("after GC: %+v", e)
+		}
+	}
+	bound := 0
+	for _, a := range in.Addresses {
+		if a.State == "bound" {
+			bound++
+		}
+	}
+	if bound != 0 {
+		t.Errorf("%d addresses are bound to nobody", bound)
+	}
+	if routes := l.Underlay("node", "exec", n.Name, "--", "ip", "route", "show", "table", "30060"); strings.TrimSpace(routes) != "" {
+		t.Errorf("routes left:\n%s", routes)
 	}
 }
