@@ -10,9 +10,10 @@ cd "$(dirname "$0")/.."
 
 engine=${ENGINE:-docker}
 # Privileged: network namespaces, a bpffs mount and BPF programs. Volumes keep
-# modules and the build cache, so that the AWS SDK is compiled once.
+# modules and the build cache, so that the AWS SDK is compiled once. No stamp of
+# the commit: git in the container distrusts a tree that its user does not own.
 exec "$engine" run --rm -it --privileged \
-	-e KEEP \
+	-e KEEP -e GOFLAGS=-buildvcs=false \
 	-v "$PWD":/src -w /src \
 	-v underlay-modules:/go/pkg/mod -v underlay-build:/root/.cache/go-build \
 	docker.io/library/golang:1.26-bookworm make "${@:-demo}"
