@@ -49,6 +49,10 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: o.level}))
+	tune, err := knobs(os.LookupEnv, o.prefixes)
+	if err != nil {
+		return err
+	}
 	if err := preflight(o); err != nil {
 		return err
 	}
@@ -68,7 +72,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	}
 	defer dp.Close()
 	a := agent.New(agent.Options{
-		Version: version(), Cluster: o.cluster, Socket: o.socket, Datapath: dp, Metadata: imds.New(""), Logger: log,
+		Version: version(), Cluster: o.cluster, Socket: o.socket, Datapath: dp, Metadata: imds.New(""), Logger: log, Tune: tune,
 		ConnectEC2: func(ctx context.Context, region string) (agent.EC2, error) { return ec2.New(ctx, region) },
 	})
 	log.Info("serving", "socket", o.socket, "version", version())

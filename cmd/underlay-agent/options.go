@@ -19,6 +19,7 @@ const maxSocketPath = 107
 type options struct {
 	socket, bpffs, imds, cluster, metrics string
 	level                                 slog.Level
+	prefixes                              bool
 }
 
 // errUsage says that the command line was wrong, and that this was printed.
@@ -32,6 +33,7 @@ func parseFlags(args []string, stderr io.Writer) (options, error) {
 	f.StringVar(&o.bpffs, "bpffs", "/sys/fs/bpf/underlay", "`directory` in a mounted BPF file system that outlives the agent")
 	f.StringVar(&o.imds, "imds", "deny", "may pods reach the instance metadata: allow or deny")
 	f.StringVar(&o.cluster, "cluster", "default", "`name` of the cluster, in the tags of the interfaces that the agent makes")
+	f.BoolVar(&o.prefixes, "prefixes", false, "take addresses as /28 prefixes, sixteen at a time, where instance type and subnet allow it")
 	f.StringVar(&o.metrics, "metrics-listen", "", "`address` for Prometheus, e.g. 127.0.0.1:9464; empty: none")
 	f.TextVar(&o.level, "log-level", slog.LevelInfo, "debug, info, warn or error")
 	f.Usage = func() {
@@ -39,6 +41,9 @@ func parseFlags(args []string, stderr io.Writer) (options, error) {
 
 It runs as root in the node's network namespace. EC2 and its credentials are
 found as the AWS SDK documents it (AWS_ENDPOINT_URL_EC2, the instance's role, …).
+The AWS VPC CNI's WARM_IP_TARGET, MINIMUM_IP_TARGET, WARM_PREFIX_TARGET,
+WARM_ENI_TARGET, MAX_ENI, IP_COOLDOWN_PERIOD and ENABLE_PREFIX_DELEGATION keep
+their meaning in the environment; without them one address is kept free.
 
 Usage:
   underlay-agent [flags]

@@ -59,14 +59,14 @@ func writeCNI(n Node, plugin string) error {
 var errAgentSlow = errors.New("it did not serve within 90 s")
 
 // startAgent starts the agent of a node and waits until it serves.
-func startAgent(ctx context.Context, h home, n Node, agent string) error {
+func startAgent(ctx context.Context, h home, f *labFile, n Node, agent string) error {
 	// A directory in a bpffs is made like any other; the pins of a node stay
 	// together.
 	bpffs := h.bpf("nodes", n.Name)
 	if err := os.MkdirAll(bpffs, 0o700); err != nil {
 		return fmt.Errorf("make %s: %w", bpffs, err)
 	}
-	cmd := newCommand(agent, "--socket", n.AgentSocket, "--bpffs", bpffs, "--cluster", h.name)
+	cmd := newCommand(agent, "--socket", n.AgentSocket, "--bpffs", bpffs, "--cluster", h.name, fmt.Sprintf("--prefixes=%v", f.Prefixes))
 	cmd.Env = cleanEnv(
 		// The EC2 API as an instance reaches it: over the wire, at a link-local
 		// address that the fabric answers.
@@ -102,7 +102,7 @@ func startAgent(ctx context.Context, h home, n Node, agent string) error {
 
 // restartAgent kills the agent of a node with SIGKILL, as a crash would, and
 // starts it anew. It returns how long the new one took to serve.
-func (a *App) restartAgent(ctx context.Context, h home, n Node) (time.Duration, error) {
+func (a *App) restartAgent(ctx context.Context, h home, f *labFile, n Node) (time.Duration, error) {
 	agent, err := program("underlay-agent")
 	if err != nil {
 		return 0, err
@@ -113,7 +113,7 @@ func (a *App) restartAgent(ctx context.Context, h home, n Node) (time.Duration, 
 	}
 	defer unlock()
 	began := a.now()
-	if err := startAgent(ctx, h, n, agent); err != nil {
+	if err := startAgent(ctx, h, f, n, agent); err != nil {
 		return 0, fmt.Errorf("restart the agent of %s: %w; see: underlay logs %s%s", n.Name, err, n.Name, a.labFlag())
 	}
 	return a.now().Sub(began), nil

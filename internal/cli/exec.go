@@ -91,7 +91,7 @@ func (a *App) nodeCommand() *cobra.Command {
 				return err
 			}
 			defer l.release("")
-			took, err := a.restartAgent(cmd.Context(), h, n)
+			took, err := a.restartAgent(cmd.Context(), h, f, n)
 			if err != nil {
 				return err
 			}

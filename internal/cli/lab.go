@@ -58,6 +58,7 @@ type labFile struct {
 	Created      time.Time `json:"created"`
 	Region       string    `json:"region"`
 	InstanceType string    `json:"instanceType"`
+	Prefixes     bool      `json:"prefixes,omitempty"` // the agents take addresses as /28s
 	Lab          Lab       `json:"lab"`
 	Servers      []server  `json:"servers"`
 }

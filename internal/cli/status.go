@@ -50,6 +50,7 @@ type status struct {
 	Lab
 	Created      time.Time         `json:"created"`
 	InstanceType string            `json:"instanceType"`
+	Prefixes     bool              `json:"prefixes,omitempty"`
 	VPCD         serviceStatus     `json:"vpcd"`
 	NodeStatus   []nodeStatus      `json:"nodeStatus"`
 	Interfaces   []interfaceStatus `json:"interfaces"` // all of the VPC, as EC2 describes them
@@ -108,7 +109,7 @@ func (a *App) collect(ctx context.Context, h home, f *labFile) *status {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	s := &status{
-		Lab: f.Lab, Created: f.Created, InstanceType: f.InstanceType,
+		Lab: f.Lab, Created: f.Created, InstanceType: f.InstanceType, Prefixes: f.Prefixes,
 		NodeStatus: make([]nodeStatus, len(f.Lab.Nodes)), Interfaces: []interfaceStatus{}, Pods: []podStatus{},
 	}
 	var (
@@ -285,7 +286,7 @@ func (s *status) nodeTable(w io.Writer, color bool) {
 			if n.Addresses.Waiting > 0 {
 				waiting = cell{text: fmt.Sprint(n.Addresses.Waiting), tone: bad, right: true}
 			}
-			c = append(c, number(pods), number(in.Limits.ENIs*(in.Limits.IPv4PerENI-1)), number(n.Addresses.InUse), number(n.Addresses.Free), number(n.Addresses.Cooling), waiting,
+			c = append(c, number(pods), number(s.room(in)), number(n.Addresses.InUse), number(n.Addresses.Free), number(n.Addresses.Cooling), waiting,
 				textf("%d of %d", len(in.ENIs), in.Limits.ENIs))
 		}
 		t.row(c...)
@@ -375,4 +376,13 @@ func few(list []string, n int) string {
 		return strings.Join(list, " ")
 	}
 	return fmt.Sprintf("%s +%d", strings.Join(list[:n], " "), len(list)-n)
+}
+
+// room returns how many pod addresses a node can hold.
+func (s *status) room(in *agentapi.Inspection) int {
+	n := in.Limits.ENIs * (in.Limits.IPv4PerENI - 1)
+	if s.Prefixes {
+		n *= 1 << (32 - vpc.PrefixBits)
+	}
+	return n
 }

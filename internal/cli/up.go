@@ -35,6 +35,7 @@ var (
 type upOptions struct {
 	nodes          int
 	instanceType   string
+	prefixes       bool
 	listen         string
 	listenExplicit bool
 }
@@ -51,6 +52,7 @@ cluster a VM (vm-1) and a managed database (db-1), each with a small TCP server.
 A failed or interrupted up takes down again what it has made.`,
 		Example: `  underlay up
   underlay up --nodes 3 --instance-type m5.4xlarge
+  underlay up --prefixes        # an m5.large then holds 432 pod addresses
   underlay up --name other -o json`,
 		Args:        cobra.NoArgs,
 		Annotations: rootBecause("makes network namespaces and loads BPF programs"),
@@ -65,6 +67,7 @@ A failed or interrupted up takes down again what it has made.`,
 	}
 	c.Flags().IntVar(&o.nodes, "nodes", 2, "how many nodes")
 	c.Flags().StringVar(&o.instanceType, "instance-type", "m5.large", "EC2 instance type of the nodes; bounds ENIs and addresses")
+	c.Flags().BoolVar(&o.prefixes, "prefixes", false, "the agents take addresses as /28 prefixes, sixteen at a time (Nitro types)")
 	c.Flags().StringVar(&o.listen, "listen", defaultListen, "where vpcd listens; another port when this one is taken, unless the flag is given")
 	_ = c.RegisterFlagCompletionFunc("instance-type", func(_ *cobra.Command, _ []string, prefix string) ([]string, cobra.ShellCompDirective) {
 		var types []string
@@ -179,7 +182,7 @@ func (b *builder) build(ctx context.Context) error {
 		return err
 	}
 	b.f = labFile{
-		Version: labFileVersion, State: stateMaking, Created: b.now(), Region: region, InstanceType: b.o.instanceType,
+		Version: labFileVersion, State: stateMaking, Created: b.now(), Region: region, InstanceType: b.o.instanceType, Prefixes: b.o.prefixes,
 		Lab: Lab{Name: h.name, Endpoint: "http://" + listen, Nodes: []Node{}, Outside: []Outside{}},
 	}
 	for _, dir := range []string{h.dir(), h.bpf(), h.vpcd(), h.pods(), filepath.Join(h.dir(), "nodes"), filepath.Join(h.dir(), "outside")} {
@@ -304,7 +307,7 @@ func (b *builder) agents(ctx context.Context) error {
 			return err
 		}
 		g.Go(func() error {
-			if err := startAgent(gctx, b.home, n, b.agent); err != nil {
+			if err := startAgent(gctx, b.home, &b.f, n, b.agent); err != nil {
 				return &nodeError{log: b.home.agentLog(n.Name), err: fmt.Errorf("agent of %s: %w", n.Name, err)}
 			}
 			return nil

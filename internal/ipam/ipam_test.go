@@ -31,6 +31,35 @@ func TestOnePodOnASmallNodeHoldsThree(t *testing.T) {
 	}
 }
 
+func TestMinimumCountsWhatIsInUse(t *testing.T) {
+	w := newWorld(t, "m5.large", 1)
+	w.s.Config.Floor, w.s.Config.Minimum = 1, 6
+	w.start()
+	for pods, want := range []int{6, 6, 6, 6, 6, 6, 7, 8} { // pool addresses with so many pods
+		w.pass(10 * time.Second)
+		if got := w.held() - 1; got != want { // without the node's own
+			t.Errorf("with %d pods the pool holds %d addresses, want %d", pods, got, want)
+		}
+		w.add(RequestID(pods+1), "")
+	}
+}
+
+func TestFloorBeyondTheTypeIsNoTrouble(t *testing.T) {
+	w := newWorld(t, "t3.small", 1) // 3 ENIs of 4 addresses
+	w.s.Config.Floor = 100
+	w.start()
+	w.pass(time.Minute)
+	if w.held() != 12 {
+		t.Errorf("the node holds %d addresses, want all 12", w.held())
+	}
+	if trouble := w.s.Trouble[""]; trouble != nil {
+		t.Errorf("a full pool is trouble: %v", trouble)
+	}
+	w.add(1, "")
+	w.pass(time.Second)
+	w.got(1)
+}
+
 func TestBurstFillsENIsInParallel(t *testing.T) {
 	for _, prefixes := range []bool{false, true} {
 		t.Run(fmt.Sprint("prefixes=", prefixes), func(t *testing.T) {

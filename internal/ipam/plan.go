@@ -249,7 +249,7 @@ func (p *step) retire(e *ENI) {
 func (p *step) create(c *Call) {
 	n := c.N
 	if c.Prefix {
-		n /= prefixAddrs
+		n /= PrefixAddresses
 	}
 	p.do(CreateENI{Call: c.ID, Subnet: c.Subnet, Groups: c.Groups.Groups(), Pool: c.Pool, Device: c.Device, N: n, Prefixes: c.Prefix, Token: c.Token, Created: c.Began})
 }
@@ -291,11 +291,21 @@ func (s *State) waiting(pool vpc.GroupSet) int {
 	return n
 }
 
+// floor returns how many free addresses a pool keeps ready.
 func (s *State) floor(pool vpc.GroupSet) int {
-	if pool == "" {
+	if pool != "" {
+		return 0
+	}
+	if s.Config.Minimum == 0 {
 		return s.Config.Floor
 	}
-	return 0
+	bound := 0
+	for _, e := range s.ENIs {
+		if e.Managed && e.Pool == pool {
+			bound += e.count(Bound)
+		}
+	}
+	return max(s.Config.Floor, s.Config.Minimum-bound)
 }
 
 // room returns how many more addresses e can hold.
@@ -345,7 +355,7 @@ func (p *step) per(subnet vpc.SubnetID) int {
 	if t := s.Subnets[subnet]; t != nil && !p.due(t.noPrefix.until) {
 		return 1
 	}
-	return prefixAddrs
+	return PrefixAddresses
 }
 
 // giveUp ends at once the requests that nothing can serve before their

@@ -61,7 +61,7 @@ func (p *step) unassign(e *ENI, n int) int {
 	act := Unassign{ENI: e.ID}
 	gone := 0
 	for _, pfx := range e.Prefixes {
-		whole := gone+prefixAddrs <= n
+		whole := gone+PrefixAddresses <= n
 		for _, a := range e.Addrs {
 			if a.Prefix == pfx {
 				whole = whole && usable(e, a) && p.due(a.Since.Add(linger))
@@ -69,7 +69,7 @@ func (p *step) unassign(e *ENI, n int) int {
 		}
 		if whole {
 			act.Prefixes = append(act.Prefixes, pfx)
-			gone += prefixAddrs
+			gone += PrefixAddresses
 		}
 	}
 	for _, a := range slices.Backward(e.Addrs) {

@@ -19,6 +19,7 @@ type Config struct {
 	Prefixes bool // delegate /28 prefixes where possible
 
 	Floor      int           // free addresses to keep ready in the default pool
+	Minimum    int           // addresses to hold there in all, those in use included; 0: as many as Floor asks
 	Cooldown   time.Duration // between release and the next use of an address
 	UsableWait time.Duration // after which an address counts as live even if IMDS does not list it
 	Linger     time.Duration // how long surplus is kept before it goes back
@@ -47,8 +48,8 @@ func Default() Config {
 // and gives device d the mark d+1.
 const maxDevice = 30
 
-// prefixAddrs is the number of addresses in a delegated prefix, all usable.
-const prefixAddrs = 1 << (32 - vpc.PrefixBits)
+// PrefixAddresses is the number of addresses in a delegated prefix, all usable.
+const PrefixAddresses = 1 << (32 - vpc.PrefixBits)
 
 // AddressState is where an address stands in its life.
 type AddressState uint8
@@ -444,7 +445,7 @@ func (s *State) asked(e *ENI) int {
 		return 0
 	}
 	if c.Prefix {
-		return c.N / prefixAddrs
+		return c.N / PrefixAddresses
 	}
 	return c.N
 }

@@ -388,7 +388,7 @@ func (p *step) nodeFull(cause string) *Error {
 // perSlot returns the addresses that one of an ENI's slots can hold.
 func (s *State) perSlot() int {
 	if s.Config.Prefixes && s.Config.Limits.Nitro() {
-		return prefixAddrs
+		return PrefixAddresses
 	}
 	return 1
 }
