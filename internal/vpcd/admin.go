@@ -220,10 +220,12 @@ func (a *admin) netns(name string) string {
 // instances lists the instances. What it names as a namespace is there, unless
 // the fabric is in trouble, which health tells.
 func (a *admin) instances(r *http.Request) (any, error) {
+	// First the view, then the wait: what became true meanwhile may not be in
+	// the fabric yet, and is not told.
+	state := a.store.View()
 	if err := a.settled(r.Context()); err != nil {
 		a.options.Logger.Warn("instances listed without the fabric", "err", err)
 	}
-	state := a.store.View()
 	out := []InstanceInfo{}
 	for _, i := range state.Instances.All() {
 		info := InstanceInfo{InstanceID: string(i.ID), Name: state.TagsOf(string(i.ID))["Name"], State: string(i.State)}
