@@ -31,8 +31,10 @@ build: ## all commands, into bin/ (the first time compiles the AWS SDK: minutes)
 demo: packages-demo build ## a VPC with nodes and pods, each fact proven; KEEP=1 leaves it up
 	@bin/underlay demo
 
+# No cached results: the end-to-end tests build the commands themselves, which
+# Go's test cache does not see.
 test: packages-test ## all tests; root lets those run that need namespaces and BPF
-	@$(PROGRESS) "still compiling or testing" $(GO) test -timeout 14m ./...
+	@$(PROGRESS) "still compiling or testing" $(GO) test -count=1 -timeout 14m ./...
 
 bench: packages-test ## ratios, each measured interleaved in one run
 	@$(GO) test -count=1 -timeout 30m -run '^$$' -bench . -benchtime 1x ./test/bench/...
