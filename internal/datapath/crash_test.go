@@ -369,12 +369,12 @@ func TestOpenSweeps(t *testing.T) {
 	assertNothingLeft(t, w, d, 2)
 
 	// The same state, whatever came before: Open again changes nothing.
-	before := w.ip(w.node, "-d link") + w.ip(w.node, "-d route show table all") + w.ip(w.node, "-d rule")
+	before := w.ip(w.node, "-d link") + w.ip(w.node, "-4 -d route show table all") + w.ip(w.node, "-d rule")
 	if err := d.Close(); err != nil {
 		t.Fatal(err)
 	}
 	d = w.open(Options{})
-	after := w.ip(w.node, "-d link") + w.ip(w.node, "-d route show table all") + w.ip(w.node, "-d rule")
+	after := w.ip(w.node, "-d link") + w.ip(w.node, "-4 -d route show table all") + w.ip(w.node, "-d rule")
 	if diff := cmp.Diff(before, after); diff != "" {
 		t.Errorf("a second Open changed (-before +after):\n%s", diff)
 	}

@@ -17,7 +17,7 @@ func TestSetENIs(t *testing.T) {
 	w.ip(w.node, "rule add pref 40 fwmark 0x10/0xff lookup 1234") // somebody else's
 	w.ip(w.node, "route add 192.0.2.0/24 via 10.0.0.1 table 30062 proto static")
 	state := func() string {
-		return w.ip(w.node, "-d rule") + w.ip(w.node, "-d route show table all") + w.ip(w.node, "-4 addr")
+		return w.ip(w.node, "-d rule") + w.ip(w.node, "-4 -d route show table all") + w.ip(w.node, "-4 addr")
 	}
 	before := state()
 	for _, want := range []string{
