@@ -30,5 +30,6 @@
 //
 // A call ends done, refused or unknown. Unknown is never repeated before EC2
 // was read again, except for the creation of an ENI, which carries a token
-// that makes it safe.
+// that makes it safe. After a throttled call the calls of its kind go on one by
+// one (see pace): the account's buckets belong to all nodes.
 package ipam

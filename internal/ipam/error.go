@@ -96,13 +96,17 @@ func (b *backoff) fail(now time.Time, first, limit time.Duration, seed uint64) {
 		}
 	}
 	b.steps++
-	// splitmix64 of seed and step: no clock, no global state.
-	z := seed + uint64(b.steps)*0x9e3779b97f4a7c15
+	b.until = now.Add(spread(d, seed, uint64(b.steps)))
+}
+
+// spread returns d ±25 %, by splitmix64 of seed and n: no clock, no global
+// state.
+func spread(d time.Duration, seed, n uint64) time.Duration {
+	z := seed + n*0x9e3779b97f4a7c15
 	z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9
 	z = (z ^ (z >> 27)) * 0x94d049bb133111eb
 	z ^= z >> 31
-	d = d*3/4 + time.Duration(z%uint64(d/2+1))
-	b.until = now.Add(d)
+	return d*3/4 + time.Duration(z%uint64(d/2+1))
 }
 
 func (b *backoff) active(now time.Time) bool { return now.Before(b.until) }

@@ -29,7 +29,7 @@ func (p *step) grow(pool vpc.GroupSet) {
 			continue
 		}
 		t := s.subnet(e.Subnet)
-		if p.busy(e) || e.Phase == Detached || e.Keep || !p.due(t.full.until) {
+		if p.busy(e) || e.Phase == Detached || e.Keep || !p.due(t.full.until) || !p.may(CallAssign) {
 			later += room
 			continue
 		}
@@ -37,7 +37,7 @@ func (p *step) grow(pool vpc.GroupSet) {
 		if n <= 0 {
 			break
 		}
-		need -= p.assign(e, n, per, t)
+		need -= p.assign(e, p.atLeast(n, room), per, t)
 		later += s.room(e, per)
 	}
 	if need -= later; need <= 0 {
@@ -94,10 +94,16 @@ func (p *step) extend(pool vpc.GroupSet, need int) {
 			return
 		}
 		if e := p.orphan(pool); e != nil {
+			if !p.may(CallAttach) {
+				return
+			}
 			e.Device = d
 			p.do(AttachENI{Call: p.call(e, Call{Kind: CallAttach}), ENI: e.ID, Device: d})
 			need -= capacity
 			continue
+		}
+		if !p.may(CallCreate) {
+			return
 		}
 		c := Call{Kind: CallCreate, Pool: pool, Subnet: own.Subnet, Groups: pool, Device: d, N: min(need, capacity), Prefix: per > 1}
 		if pool == "" {

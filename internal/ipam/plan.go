@@ -219,7 +219,7 @@ func (p *step) repair() {
 		return
 	}
 	for _, id := range s.callIDs() {
-		if c := s.Calls[id]; c.Retry {
+		if c := s.Calls[id]; c.Retry && p.may(CallCreate) {
 			c.Retry = false
 			p.create(c)
 		}
@@ -230,12 +230,23 @@ func (p *step) repair() {
 		}
 		switch {
 		case e.Phase == Retiring:
+			if !p.may(CallDelete) {
+				continue
+			}
 			p.do(DeleteENI{Call: p.call(e, Call{Kind: CallDelete}), ENI: e.ID, Attachment: e.Attachment})
 		case e.Phase == Detached && e.Device >= 0:
+			if !p.may(CallAttach) {
+				continue
+			}
 			p.do(AttachENI{Call: p.call(e, Call{Kind: CallAttach}), ENI: e.ID, Device: e.Device})
 		case e.Phase == Detached && e.count(Bound) == 0 && p.due(e.Since.Add(orphanGrace)):
-			p.retire(e)
+			if p.may(CallDelete) {
+				p.retire(e)
+			}
 		case e.Phase == Attached && e.Keep:
+			if !p.may(CallKeep) {
+				continue
+			}
 			p.do(SetDeleteOnTermination{Call: p.call(e, Call{Kind: CallKeep}), ENI: e.ID, Attachment: e.Attachment})
 		}
 	}

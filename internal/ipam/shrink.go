@@ -11,7 +11,7 @@ func (p *step) shrink(pool vpc.GroupSet) {
 	s := p.s
 	free, coming, _ := s.count(pool)
 	surplus := free - s.floor(pool)
-	if s.waiting(pool) > 0 || coming > 0 || surplus < 0 || s.Mutate.active(p.now) {
+	if s.waiting(pool) > 0 || coming > 0 || surplus < 0 || s.Mutate.active(p.now) || p.pressed() {
 		return
 	}
 	// Whole interfaces first, those at the highest index first. One that holds

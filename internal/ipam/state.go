@@ -188,6 +188,7 @@ const (
 	CallAttach
 	CallKeep
 	CallDelete
+	callKinds = 6
 )
 
 func (k CallKind) String() string {
@@ -226,7 +227,8 @@ type State struct {
 	Lost []*Address
 
 	Reads   [sources]read
-	Mutate  backoff                       // after throttling, denial, and unknown ends
+	Mutate  backoff                       // after denial and unknown ends
+	Pace    [callKinds]pace               // after throttling
 	Subnets map[vpc.SubnetID]*subnetState // trouble with subnets
 	Trouble map[vpc.GroupSet]*Error       // why a pool does not grow, until it does
 	Gone    map[netip.Addr]time.Time      // given back by us: a stale read may still show them

@@ -238,6 +238,7 @@ func (p *step) callDone(ev CallDone) {
 func (p *step) callSucceeded(c *Call, e *ENI, ev CallDone) {
 	s := p.s
 	s.Mutate.reset()
+	s.Pace[c.Kind].passed()
 	switch c.Kind {
 	case CallAssign:
 		if len(ev.Addrs)+len(ev.Prefixes) == 0 {
@@ -316,7 +317,7 @@ func (p *step) callRefused(c *Call, e *ENI, ev CallDone) {
 	}
 	switch ev.Class {
 	case ClassThrottled:
-		s.Mutate.fail(p.now, 500*time.Millisecond, 15*time.Second, seed)
+		s.Pace[c.Kind].throttled(p.now, seed)
 	case ClassDenied:
 		s.Mutate.fail(p.now, 10*time.Second, time.Minute, seed)
 	case ClassUnavailable:

@@ -398,30 +398,39 @@ func (w *world) run(t time.Time) {
 			w.dump()
 			w.t.Fatal("no end in sight")
 		}
-		next := t
-		if len(w.queue) > 0 && w.queue[0].at.Before(next) {
-			next = w.queue[0].at
-		}
-		if !w.timer.IsZero() && w.timer.Before(next) {
-			next = w.timer
-		}
-		if next.After(w.now) {
-			w.now = next
-		}
-		switch {
-		case len(w.queue) > 0 && !w.queue[0].at.After(w.now):
-			q := w.queue[0]
-			w.queue = w.queue[1:]
-			if ev := q.ev(); ev != nil {
-				w.send(ev)
-			}
-		case !w.timer.IsZero() && !w.timer.After(w.now):
-			w.timer = time.Time{}
-			w.send(Tick{At: w.now})
-		case !w.now.Before(t):
+		next, ok := w.next()
+		if !ok || next.After(t) {
+			w.now = later(w.now, t)
 			return
 		}
+		w.step(next)
 	}
+}
+
+// next returns when something happens next, and whether anything does.
+func (w *world) next() (t time.Time, ok bool) {
+	if len(w.queue) > 0 {
+		t, ok = w.queue[0].at, true
+	}
+	if !w.timer.IsZero() && (!ok || w.timer.Before(t)) {
+		t, ok = w.timer, true
+	}
+	return t, ok
+}
+
+// step lets happen what happens next, at t.
+func (w *world) step(t time.Time) {
+	w.now = later(w.now, t)
+	if len(w.queue) > 0 && !w.queue[0].at.After(w.now) {
+		q := w.queue[0]
+		w.queue = w.queue[1:]
+		if ev := q.ev(); ev != nil {
+			w.send(ev)
+		}
+		return
+	}
+	w.timer = time.Time{}
+	w.send(Tick{At: w.now})
 }
 
 func (w *world) pass(d time.Duration) { w.run(w.now.Add(d)) }
