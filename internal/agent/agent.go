@@ -22,7 +22,8 @@ import (
 // Datapath is what the agent needs of the kernel; see package datapath.
 type Datapath interface {
 	SetENIs(context.Context, []datapath.ENI) error
-	Watch(ctx context.Context, lost func()) error
+	Foreign() ([]netip.Addr, error)
+	Watch(ctx context.Context, changed func()) error
 	Add(context.Context, datapath.Endpoint, *os.File) (datapath.Endpoint, error)
 	Delete(ctx context.Context, containerID, ifName string) (datapath.Endpoint, error)
 	Forget(netip.Addr) error

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -99,6 +100,16 @@ func wantCode(t *testing.T, err error, code agentapi.Code, says string) {
 	if !errors.As(err, &e) || e.Code != code || !strings.Contains(e.Message, says) {
 		t.Errorf("error %v, want code %d and %q", err, code, says)
 	}
+}
+
+// addresses returns what the agent holds in a state.
+func (r *rig) addresses(state string) (out []netip.Addr) {
+	for _, ad := range r.inspect().Addresses {
+		if ad.State == state {
+			out = append(out, ad.IP)
+		}
+	}
+	return out
 }
 
 func TestLifeOfAnEndpoint(t *testing.T) {
@@ -473,6 +484,17 @@ func TestRepair(t *testing.T) {
 		synctest.Wait()
 		if got := sets() - before; got < 1 || got > 2 {
 			t.Errorf("%d repairs of one burst of damage", got)
+		}
+		// An address that the host takes for itself is not a pod's any more.
+		taken := r.addresses("free")
+		r.kernel.mu.Lock()
+		r.kernel.foreign = taken
+		r.kernel.mu.Unlock()
+		r.kernel.damage <- struct{}{}
+		time.Sleep(repairSettle + time.Millisecond)
+		synctest.Wait()
+		if got := r.addresses("foreign"); !slices.Equal(got, taken) || len(taken) == 0 {
+			t.Errorf("foreign are %v, want %v", got, taken)
 		}
 		before = sets()
 		time.Sleep(repairEvery)

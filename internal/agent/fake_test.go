@@ -257,17 +257,24 @@ type fakeDatapath struct {
 	broken  map[string]error // by container: what Check says
 	damage  chan struct{}    // told of, it is what Watch hears
 	sets    int              // calls of SetENIs
+	foreign []netip.Addr     // what others have configured
 }
 
 func newDatapath(c *fakeCloud) *fakeDatapath {
 	return &fakeDatapath{c: c, records: map[netip.Addr]datapath.Endpoint{}, broken: map[string]error{}, damage: make(chan struct{})}
 }
 
-func (d *fakeDatapath) Watch(ctx context.Context, lost func()) error {
+func (d *fakeDatapath) Foreign() ([]netip.Addr, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.foreign, nil
+}
+
+func (d *fakeDatapath) Watch(ctx context.Context, changed func()) error {
 	for {
 		select {
 		case <-d.damage:
-			lost()
+			changed()
 		case <-ctx.Done():
 			return nil
 		}

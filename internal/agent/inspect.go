@@ -104,6 +104,9 @@ func snapshot(s *ipam.State, in *agentapi.Inspection, lost map[netip.Addr]bool) 
 		if e != nil {
 			out.ENI = string(e.ID)
 		}
+		if ad.Foreign() {
+			out.State = "foreign"
+		}
 		if ad.State == ipam.Cooling {
 			until := ad.Until
 			out.Until = &until
@@ -146,15 +149,17 @@ func counts(e *ipam.ENI) agentapi.Counts {
 	var c agentapi.Counts
 	for _, a := range e.Addrs {
 		c.Total++
-		switch a.State {
-		case ipam.Assigned:
+		switch {
+		case a.Foreign():
+			c.Foreign++
+		case a.State == ipam.Assigned:
 			c.Assigned++
-		case ipam.Free, ipam.Returning:
-			c.Free++
-		case ipam.Bound:
+		case a.State == ipam.Bound:
 			c.Bound++
-		case ipam.Cooling:
+		case a.State == ipam.Cooling:
 			c.Cooling++
+		default:
+			c.Free++
 		}
 	}
 	return c
@@ -169,6 +174,7 @@ func countAll(s *ipam.State) agentapi.Counts {
 		sum.Free += c.Free
 		sum.Bound += c.Bound
 		sum.Cooling += c.Cooling
+		sum.Foreign += c.Foreign
 		sum.Total += c.Total
 	}
 	return sum

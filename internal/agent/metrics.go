@@ -113,6 +113,7 @@ func (v *view) Collect(ch chan<- prometheus.Metric) {
 		gauge(descAddresses, n.Free, "free")
 		gauge(descAddresses, n.Bound, "bound")
 		gauge(descAddresses, n.Cooling, "cooling")
+		gauge(descAddresses, n.Foreign, "foreign")
 		gauge(descWaiting, waiting)
 		for s, c := range enis {
 			gauge(descENIs, c, s)

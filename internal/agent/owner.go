@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"sync"
 	"time"
@@ -182,8 +183,7 @@ func (o *owner) reread(src ipam.Source) {
 	case ipam.Links:
 		links := o.links()
 		read = func() (ipam.Event, error) {
-			ready, err := o.setENIs(links)
-			return ipam.ObservedLinks{At: time.Now(), Ready: ready}, err
+			return o.observeLinks(links)
 		}
 	}
 	o.spawn(func() {
@@ -228,6 +228,20 @@ func (o *owner) links() []link {
 		out = append(out, link{eni: datapath.ENI{ID: e.ID, Index: e.Device + 1, MAC: mac, Primary: e.Primary}, subnet: e.Subnet})
 	}
 	return out
+}
+
+// observeLinks has the datapath configure the interfaces and looks at what
+// others have configured. It runs beside the owner.
+func (o *owner) observeLinks(links []link) (ipam.ObservedLinks, error) {
+	ready, err := o.setENIs(links)
+	if err != nil {
+		return ipam.ObservedLinks{}, err
+	}
+	host, err := o.a.opts.Datapath.Foreign()
+	if err != nil {
+		return ipam.ObservedLinks{}, fmt.Errorf("look for addresses that others use: %w", err)
+	}
+	return ipam.ObservedLinks{At: time.Now(), Ready: ready, Host: host}, nil
 }
 
 // setENIs has the datapath configure the interfaces and returns those that

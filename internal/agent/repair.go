@@ -15,13 +15,14 @@ const (
 )
 
 // repair keeps rules, routes and addresses of the interfaces as the datapath
-// made them, whoever else on the node changes them, until ctx ends.
+// made them, whoever else on the node changes them, and tells the plan which
+// addresses others have configured, until ctx ends.
 func (a *Agent) repair(ctx context.Context, o *owner) {
-	lost := make(chan struct{}, 1)
+	changed := make(chan struct{}, 1)
 	o.spawn(func() {
 		err := a.opts.Datapath.Watch(ctx, func() {
 			select {
-			case lost <- struct{}{}:
+			case changed <- struct{}{}:
 			default: // one is pending already
 			}
 		})
@@ -41,7 +42,7 @@ func (a *Agent) repair(ctx context.Context, o *owner) {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
-		case <-lost:
+		case <-changed:
 			settle := time.NewTimer(repairSettle)
 			select {
 			case <-ctx.Done():
@@ -52,9 +53,14 @@ func (a *Agent) repair(ctx context.Context, o *owner) {
 		a.tell(ctx, func(o *owner) {
 			links := o.links()
 			o.spawn(func() {
-				if _, err := o.setENIs(links); err != nil && ctx.Err() == nil {
-					a.incident("repair", err.Error())
+				ev, err := o.observeLinks(links)
+				if err != nil {
+					if ctx.Err() == nil {
+						a.incident("repair", err.Error())
+					}
+					return
 				}
+				a.tell(ctx, func(o *owner) { o.step(ev) })
 			})
 		})
 	}

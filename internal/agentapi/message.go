@@ -196,6 +196,7 @@ type Counts struct {
 	Free     int `json:"free"`
 	Bound    int `json:"bound"`
 	Cooling  int `json:"cooling"`
+	Foreign  int `json:"foreign"` // in use by the node itself, an Elastic IP or another CNI
 	Total    int `json:"total"`
 	Limit    int `json:"limit"` // what the interface can hold beside its primary
 }
@@ -203,7 +204,7 @@ type Counts struct {
 // Address is one address of the pool.
 type Address struct {
 	IP       netip.Addr `json:"ip"`
-	State    string     `json:"state"` // assigned, free, bound, cooling
+	State    string     `json:"state"` // assigned, free, bound, cooling, foreign
 	ENI      string     `json:"eni"`
 	Endpoint string     `json:"endpoint,omitempty"` // containerId/ifName, when bound
 	Until    *time.Time `json:"until,omitempty"`    // end of the cooldown

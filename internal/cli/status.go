@@ -233,7 +233,7 @@ func nodeStatusOf(ctx context.Context, h home, n Node) nodeStatus {
 	ns.Agent.Healthy, ns.Agent.Error = in.Healthy, in.Reason
 	ns.Addresses.Waiting = in.Waiting
 	for _, e := range in.ENIs {
-		ns.Addresses.InUse += e.Addresses.Bound
+		ns.Addresses.InUse += e.Addresses.Bound + e.Addresses.Foreign
 		ns.Addresses.Free += e.Addresses.Free + e.Addresses.Assigned
 		ns.Addresses.Cooling += e.Addresses.Cooling
 	}

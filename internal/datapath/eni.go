@@ -215,17 +215,51 @@ func (d *Datapath) setRules(present map[int]ENI) error {
 	return errors.Join(errs...)
 }
 
-// Watch calls lost, from one goroutine, whenever an IPv4 rule, an address, or a
-// route of an ENI's table is deleted in the node's namespace, until ctx ends:
-// then SetENIs has something to look at. Its own deletions count too. What
-// happens to nftables and sysctls is not heard.
-func (d *Datapath) Watch(ctx context.Context, lost func()) error {
+// Foreign returns the addresses that somebody else uses in the node's namespace:
+// those on its devices, and those with a route to a device of another's (as
+// another CNI has for its pods). Sorted, each once.
+func (d *Datapath) Foreign() ([]netip.Addr, error) {
+	addrs, err := d.conn.Addrs()
+	if err != nil {
+		return nil, err
+	}
+	routes, err := d.conn.HostRoutes()
+	if err != nil {
+		return nil, err
+	}
+	var out []netip.Addr
+	for _, a := range addrs {
+		out = append(out, a.Prefix.Addr())
+	}
+	for _, r := range routes {
+		if !ourTable(r.Table) {
+			out = append(out, r.Dst.Addr())
+		}
+	}
+	slices.SortFunc(out, netip.Addr.Compare)
+	return slices.Compact(out), nil
+}
+
+// ourTable reports whether the datapath alone writes to the routing table.
+func ourTable(table uint32) bool { return table >= PodTable && table <= ENITable+MaxENIIndex }
+
+// Watch calls changed, from one goroutine, whenever in the node's namespace an
+// IPv4 rule or a route of an ENI's table is deleted, an address comes or goes,
+// or a host route does in a table that is not ours, until ctx ends: then SetENIs
+// and Foreign have something to look at. Its own changes count too. What happens
+// to nftables and sysctls is not heard.
+func (d *Datapath) Watch(ctx context.Context, changed func()) error {
 	w, err := nl.WatchIn(d.netns)
 	if err != nil {
 		return fmt.Errorf("watch the node's routing: %w", err)
 	}
-	ours := func(table uint32) bool { return table > ENITable && table <= ENITable+MaxENIIndex }
-	if err := w.Run(ctx, ours, lost); err != nil {
+	route := func(r nl.Route, gone bool) bool {
+		if ourTable(r.Table) {
+			return gone && r.Table != PodTable // a pod's comes and goes with the pod
+		}
+		return r.Dst.Bits() == 32
+	}
+	if err := w.Run(ctx, route, changed); err != nil {
 		return fmt.Errorf("watch the node's routing: %w", err)
 	}
 	return nil

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -112,7 +113,32 @@ func TestSetENIs(t *testing.T) {
 	}
 }
 
-func TestWatchHearsWhatOthersDelete(t *testing.T) {
+func TestForeignIsWhatOthersConfigured(t *testing.T) {
+	w := newWorld(t)
+	d := w.open(Options{})
+	has := func(text string) bool {
+		got, err := d.Foreign()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return slices.Contains(got, netip.MustParseAddr(text))
+	}
+	w.ip(w.node, "addr add 10.0.1.77/32 dev eth1")
+	w.ip(w.node, "route add 10.0.1.78/32 dev eth1 table 1234")
+	w.ip(w.node, "route add 10.0.1.79/32 dev eth1 table 30060") // a pod of ours
+	w.ip(w.node, "route add 10.0.1.128/25 dev eth1 table 1234")
+	for addr, want := range map[string]bool{"10.0.0.10": true, "10.0.1.77": true, "10.0.1.78": true, "10.0.1.79": false, "10.0.1.128": false, "10.0.1.1": false} {
+		if has(addr) != want {
+			t.Errorf("Foreign lists %s: %t", addr, !want)
+		}
+	}
+	w.ip(w.node, "addr del 10.0.1.77/32 dev eth1")
+	if has("10.0.1.77") {
+		t.Error("an address that was deleted is listed")
+	}
+}
+
+func TestWatchHearsWhatOthersChange(t *testing.T) {
 	w := newWorld(t)
 	d := w.open(Options{})
 	ctx, cancel := context.WithCancel(context.Background())
@@ -142,6 +168,8 @@ func TestWatchHearsWhatOthersDelete(t *testing.T) {
 		"rule del pref 32",
 		"route del default table 30062",
 		"addr del 10.0.1.10/32 dev eth1",
+		"addr add 10.0.1.77/32 dev eth1",
+		"route add 10.0.1.78/32 dev eth1",
 	} {
 		w.ip(w.node, args)
 		select {

@@ -324,7 +324,7 @@ func tags(m map[string]string) []types.Tag {
 func eni(n *types.NetworkInterface) (vpc.ENI, error) {
 	e := vpc.ENI{
 		ID: vpc.ENIID(aws.ToString(n.NetworkInterfaceId)), VPC: vpc.VPCID(aws.ToString(n.VpcId)), Subnet: vpc.SubnetID(aws.ToString(n.SubnetId)),
-		MAC: strings.ToLower(aws.ToString(n.MacAddress)), Description: aws.ToString(n.Description), RequesterOwned: aws.ToBool(n.RequesterManaged),
+		MAC: strings.ToLower(aws.ToString(n.MacAddress)), Description: aws.ToString(n.Description), RequesterOwned: aws.ToBool(n.RequesterManaged), Type: string(n.InterfaceType),
 		Tags: make(map[string]string, len(n.TagSet)),
 	}
 	for _, t := range n.TagSet {
@@ -343,6 +343,10 @@ func eni(n *types.NetworkInterface) (vpc.ENI, error) {
 		addr, err := netip.ParseAddr(aws.ToString(a.PrivateIpAddress))
 		if err != nil {
 			return e, fmt.Errorf("read %s: %w", e.ID, err)
+		}
+		// An address that EC2 gave by itself, at launch, has no allocation.
+		if a.Association != nil && aws.ToString(a.Association.AllocationId) != "" {
+			e.Elastic = append(e.Elastic, addr)
 		}
 		if aws.ToBool(a.Primary) || addr == e.Primary {
 			e.Primary = addr

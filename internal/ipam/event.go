@@ -15,7 +15,7 @@ type Event interface{ at() time.Time }
 type Source uint8
 
 // The sources: EC2 is the truth, IMDS says that a mapping is live, Links that
-// the datapath has configured an interface.
+// the datapath has configured an interface, and what others have configured.
 const (
 	EC2 Source = iota
 	IMDS
@@ -48,10 +48,13 @@ type (
 		ENIs []MetadataENI
 	}
 
-	// ObservedLinks lists the interfaces whose links the datapath configured.
+	// ObservedLinks lists the interfaces whose links the datapath configured,
+	// and the addresses that others use in the node's namespace: configured on
+	// a device, or routed to one.
 	ObservedLinks struct {
 		At    time.Time
 		Ready []vpc.ENIID
+		Host  []netip.Addr
 	}
 
 	// ReadFailed ends a Reread without a result.

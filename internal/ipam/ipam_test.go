@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -346,6 +347,118 @@ func TestForeignENIsAreLeftAlone(t *testing.T) {
 	w.add(7, "")
 	if r := w.replies[7]; r.Err == nil || r.Err.Max != 6 {
 		t.Errorf("reply %+v, want node-full with 6", r)
+	}
+}
+
+func TestENIsOfOtherKindsAreLeftAlone(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		set  func(*vpc.ENI)
+	}{
+		{"untagged", func(e *vpc.ENI) { e.Tags = nil }},
+		{"no_manage", func(e *vpc.ENI) { e.Tags[TagNoManage] = "true" }},
+		{"another cluster's", func(e *vpc.ENI) { e.Tags[TagCluster] = "other" }},
+		{"trunk", func(e *vpc.ENI) { e.Type = "trunk" }},
+		{"EFA", func(e *vpc.ENI) { e.Type = "efa" }},
+		{"a managed service's", func(e *vpc.ENI) { e.RequesterOwned = true }},
+		{"second card", func(e *vpc.ENI) { e.NetworkCard = 1 }},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			w := newWorld(t, "m5.large", 1)
+			f := w.newENI()
+			f.Instance, f.DeviceIndex, f.Attached = testInstance, 1, true
+			f.Tags = map[string]string{TagCluster: "test", TagInstance: string(testInstance)}
+			f.Secondary = []netip.Addr{w.take()}
+			tc.set(f)
+			w.start()
+			for i := range 12 {
+				w.add(RequestID(i+1), "")
+			}
+			w.pass(20 * time.Second)
+			for i := range 12 {
+				if a := w.got(RequestID(i + 1)); f.Holds(a) {
+					t.Errorf("%s is of an interface that is not ours", a)
+				}
+			}
+			if len(w.enis) != 3 || len(f.Secondary) != 1 || f.DeleteOnTermination {
+				t.Errorf("%d interfaces, the foreign one is %+v", len(w.enis), f)
+			}
+		})
+	}
+}
+
+// An address that the node itself, an Elastic IP or another CNI uses is not
+// handed out, not given back, and rests before a pod gets it.
+func TestForeignAddressesAreUsed(t *testing.T) {
+	for _, tc := range []struct {
+		name     string
+		prefixes bool
+		set      func(*world, []netip.Addr)
+	}{
+		{"on the host", false, func(w *world, a []netip.Addr) { w.host = a }},
+		{"Elastic IP", false, func(w *world, a []netip.Addr) { w.enis["eni-00000000000000001"].Elastic = a }},
+		{"on the host, in a prefix", true, func(w *world, a []netip.Addr) { w.host = a }},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			w := newWorld(t, "m5.large", 1)
+			w.s.Config.Prefixes = tc.prefixes
+			own := w.enis["eni-00000000000000001"]
+			if tc.prefixes {
+				w.assignPrefixes(own.ID, 1)
+			} else {
+				own.Secondary = []netip.Addr{w.take(), w.take(), w.take()}
+			}
+			taken := slices.Clone(own.Secondary)
+			if tc.prefixes {
+				taken = []netip.Addr{own.Prefixes[0].Addr().Next()}
+			}
+			tc.set(w, taken)
+			w.start()
+			for i := range 4 {
+				w.add(RequestID(i+1), "")
+			}
+			w.pass(10 * time.Second)
+			for i := range 4 {
+				if a := w.got(RequestID(i + 1)); slices.Contains(taken, a) {
+					t.Errorf("%s is in use by others and was handed out", a)
+				}
+			}
+			for i := range 4 {
+				w.send(Released{At: w.now, Addr: w.got(RequestID(i + 1)), When: w.now})
+			}
+			w.pass(30 * time.Minute)
+			for _, a := range taken {
+				if !own.Holds(a) {
+					t.Errorf("%s is in use by others and was given back", a)
+				}
+			}
+			// It is free again: at the next look, and after a cooldown.
+			tc.set(w, nil)
+			w.pass(w.s.Config.Reconcile + w.s.Config.Cooldown)
+			for _, a := range taken {
+				if ad, _ := w.s.Lookup(a); ad != nil && ad.Foreign() {
+					t.Errorf("%s is still foreign", a)
+				}
+			}
+			w.pass(w.s.Config.Reconcile + w.s.Config.Linger)
+			if got := w.held(); !tc.prefixes && got > 3 {
+				t.Errorf("%d addresses are held at the end", got)
+			}
+		})
+	}
+}
+
+func TestForeignAddressRestsBeforeAPodGetsIt(t *testing.T) {
+	w := newWorld(t, "m5.large", 1)
+	own := w.enis["eni-00000000000000001"]
+	own.Secondary = []netip.Addr{w.take()}
+	w.host = slices.Clone(own.Secondary)
+	w.start()
+	w.pass(5 * time.Second)
+	w.host = nil
+	w.send(ObservedLinks{At: w.now, Ready: []vpc.ENIID{own.ID}})
+	if a, _ := w.s.Lookup(own.Secondary[0]); a.State != Cooling || !a.Until.Equal(w.now.Add(w.s.Config.Cooldown)) {
+		t.Errorf("%+v, want it to cool down", a)
 	}
 }
 

@@ -24,6 +24,9 @@ func (s *State) managed(v *vpc.ENI) bool {
 	if v.Instance == s.Config.Instance && v.DeviceIndex == 0 {
 		return true
 	}
+	if v.Type != "" && v.Type != "interface" { // trunk, branch, efa, …: made for something else
+		return false
+	}
 	return v.Tags[TagCluster] == s.Config.Cluster && v.Tags[TagInstance] == string(s.Config.Instance)
 }
 
@@ -51,6 +54,7 @@ func (p *step) observedEC2(ev ObservedEC2) {
 	s := p.s
 	p.readDone(EC2)
 	p.want(EC2, p.now.Add(s.Config.Reconcile))
+	p.want(Links, p.now) // what is new here may be in use on the host
 	first := !s.Known
 	s.Known = true
 	if first {
@@ -136,6 +140,7 @@ func (p *step) mergeAddrs(e *ENI, v *vpc.ENI, read time.Time) {
 	}
 	for _, a := range slices.Clone(e.Addrs) {
 		if v.Holds(a.Addr) {
+			p.setForeign(a, slices.Contains(v.Elastic, a.Addr), a.Host)
 			a.Missing, a.Reported = time.Time{}, false
 			if a.State == Returning {
 				a.State, a.Since = Free, p.now // the call to give it back did not happen

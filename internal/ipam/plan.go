@@ -77,7 +77,7 @@ func (p *step) age() {
 					a.State, a.Since = Free, p.now
 				}
 			}
-			idle = idle && a.State == Free
+			idle = idle && a.State == Free && !a.Foreign()
 		}
 		if !idle {
 			e.NoNeed = time.Time{}
@@ -133,7 +133,7 @@ func (p *step) serve() {
 
 // usable reports whether a may be handed out on e now.
 func usable(e *ENI, a *Address) bool {
-	return a.State == Free && a.Missing.IsZero() && e.Missing.IsZero() && e.ready()
+	return a.State == Free && !a.Foreign() && a.Missing.IsZero() && e.Missing.IsZero() && e.ready()
 }
 
 // pick chooses a free address: on the fullest ENI, there in the fullest
@@ -274,7 +274,7 @@ func (s *State) count(pool vpc.GroupSet) (free, coming, suspect int) {
 		}
 		for _, a := range e.Addrs {
 			switch {
-			case a.State != Free && a.State != Assigned:
+			case a.State != Free && a.State != Assigned || a.Foreign():
 			case !a.Missing.IsZero() || !e.Missing.IsZero():
 				suspect++
 			case usable(e, a):

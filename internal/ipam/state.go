@@ -80,7 +80,14 @@ type Address struct {
 
 	Missing  time.Time // start of the first EC2 read that did not list it; zero: listed
 	Reported bool      // its loss was confirmed and reported
+
+	Elastic bool // an Elastic IP leads to it
+	Host    bool // the node itself or another CNI has configured it
 }
+
+// Foreign reports whether somebody other than a pod of ours uses the address,
+// or is about to: it is neither handed out nor given back.
+func (a *Address) Foreign() bool { return (a.Elastic || a.Host) && a.State != Bound }
 
 // Phase is where an ENI stands.
 type Phase uint8

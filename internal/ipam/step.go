@@ -172,8 +172,25 @@ func (p *step) observedIMDS(ev ObservedIMDS) {
 
 func (p *step) observedLinks(ev ObservedLinks) {
 	p.readDone(Links)
+	host := make(map[netip.Addr]bool, len(ev.Host))
+	for _, a := range ev.Host {
+		host[a] = true
+	}
 	for _, e := range p.s.ENIs {
 		e.Link = e.Managed && e.Phase == Attached && slices.Contains(ev.Ready, e.ID)
+		for _, a := range e.Addrs {
+			p.setForeign(a, a.Elastic, host[a.Addr])
+		}
+	}
+}
+
+// setForeign notes who else uses an address. One that others used goes to a
+// pod after a cooldown only, as one that a pod used.
+func (p *step) setForeign(a *Address, elastic, host bool) {
+	was := a.Foreign()
+	a.Elastic, a.Host = elastic, host
+	if was && !a.Foreign() && a.State == Free {
+		a.State, a.Since, a.Until = Cooling, p.now, p.cooledDown(p.now)
 	}
 }
 

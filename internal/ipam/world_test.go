@@ -34,7 +34,8 @@ type world struct {
 	mapped                              map[netip.Addr]time.Time // when IMDS lists it
 	attached                            map[vpc.ENIID]time.Time  // when the link is there
 	fail                                func(a Action) (Outcome, Class)
-	hide                                bool // EC2 lists no secondary address
+	hide                                bool         // EC2 lists no secondary address
+	host                                []netip.Addr // what others have configured on the node
 
 	timer   time.Time
 	queue   []queued
@@ -380,7 +381,7 @@ func (w *world) read(src Source) {
 		})
 	case Links:
 		w.after(time.Millisecond, func() Event {
-			ev := ObservedLinks{At: w.now}
+			ev := ObservedLinks{At: w.now, Host: w.host}
 			for id, at := range w.attached {
 				if !w.now.Before(at) {
 					ev.Ready = append(ev.Ready, id)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 
 	"golang.org/x/sys/unix"
 )
@@ -84,6 +85,17 @@ func (c *Conn) Routes(table uint32) ([]Route, error) {
 		}
 	}
 	return out, err
+}
+
+// HostRoutes returns the IPv4 unicast routes to single addresses, of all tables.
+func (c *Conn) HostRoutes() ([]Route, error) {
+	var b Batch
+	b.add("list routes", unix.RTM_GETROUTE, unix.NLM_F_DUMP, func() {
+		b.raw(unix.AF_INET, 0, 0, 0, 0, 0, 0, 0)
+		b.u32(0)
+	})
+	all, err := dumpAll(c, &b, parseRoute)
+	return slices.DeleteFunc(all, func(r Route) bool { return r.Dst.Bits() != 32 }), err
 }
 
 // Rules returns the IPv4 rules that look a table up.

@@ -9,9 +9,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Watcher hears what is deleted in a network namespace. Somebody who brings
-// the namespace's rules, routes and addresses to a wanted state learns by it
-// that somebody else took a part away.
+// Watcher hears what changes in a network namespace. Somebody who brings the
+// namespace's rules, routes and addresses to a wanted state learns by it that
+// somebody else took a part away, or put addresses of his own there.
 type Watcher struct{ file *os.File }
 
 // WatchIn opens a Watcher in the network namespace that netns is an open file
@@ -36,10 +36,11 @@ func WatchIn(netns *os.File) (*Watcher, error) {
 	return &Watcher{os.NewFile(uintptr(fd), "rtnetlink")}, nil
 }
 
-// Run calls lost for each IPv4 rule, address, and route of a table for which
-// table returns true, that is deleted, and once when the kernel had to drop
-// messages. It closes the watcher and returns nil when ctx ends.
-func (w *Watcher) Run(ctx context.Context, table func(uint32) bool, lost func()) error {
+// Run calls changed for each IPv4 rule that is deleted, each address that comes
+// or goes, and each unicast route that comes or goes and for which route returns
+// true; and once when the kernel had to drop messages. It closes the watcher
+// and returns nil when ctx ends.
+func (w *Watcher) Run(ctx context.Context, route func(r Route, gone bool) bool, changed func()) error {
 	defer w.file.Close()
 	stop := context.AfterFunc(ctx, func() { w.file.Close() })
 	defer stop()
@@ -50,14 +51,14 @@ func (w *Watcher) Run(ctx context.Context, table func(uint32) bool, lost func())
 		case ctx.Err() != nil:
 			return nil
 		case errors.Is(err, unix.ENOBUFS):
-			lost()
+			changed()
 			continue
 		case err != nil:
 			return fmt.Errorf("read rtnetlink's messages: %w", err)
 		}
 		err = eachMessage(buf[:n], func(m message) error {
-			if deleted(m, table) {
-				lost()
+			if matters(m, route) {
+				changed()
 			}
 			return nil
 		})
@@ -67,14 +68,13 @@ func (w *Watcher) Run(ctx context.Context, table func(uint32) bool, lost func())
 	}
 }
 
-// deleted reports whether m tells of a deletion that matters.
-func deleted(m message, table func(uint32) bool) bool {
+func matters(m message, route func(Route, bool) bool) bool {
 	switch m.typ {
-	case unix.RTM_DELRULE, unix.RTM_DELADDR:
+	case unix.RTM_DELRULE, unix.RTM_DELADDR, unix.RTM_NEWADDR:
 		return true
-	case unix.RTM_DELROUTE:
-		r, _, err := parseRoute(m.body)
-		return err == nil && table(r.Table)
+	case unix.RTM_DELROUTE, unix.RTM_NEWROUTE:
+		r, unicast, err := parseRoute(m.body)
+		return err == nil && unicast && route(r, m.typ == unix.RTM_DELROUTE)
 	}
 	return false
 }

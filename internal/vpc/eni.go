@@ -18,6 +18,8 @@ type ENI struct {
 	Primary        netip.Addr
 	Secondary      []netip.Addr   // secondary private IPv4 addresses, in EC2's order
 	Prefixes       []netip.Prefix // delegated /28s
+	Elastic        []netip.Addr   // those of the private addresses that an Elastic IP leads to
+	Type           string         // "interface", "trunk", "efa", …; "" counts as "interface"
 	Groups         []SecurityGroupID
 	Description    string
 	Tags           map[string]string
