@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -20,6 +21,7 @@ type options struct {
 	socket, bpffs, imds, cluster, metrics string
 	level                                 slog.Level
 	prefixes                              bool
+	sweep                                 time.Duration
 }
 
 // errUsage says that the command line was wrong, and that this was printed.
@@ -34,6 +36,7 @@ func parseFlags(args []string, stderr io.Writer) (options, error) {
 	f.StringVar(&o.imds, "imds", "deny", "may pods reach the instance metadata: allow or deny")
 	f.StringVar(&o.cluster, "cluster", "default", "`name` of the cluster, in the tags of the interfaces that the agent makes")
 	f.BoolVar(&o.prefixes, "prefixes", false, "take addresses as /28 prefixes, sixteen at a time, where instance type and subnet allow it")
+	f.DurationVar(&o.sweep, "sweep", 0, "`time` between deletions of the interfaces that dead nodes of the cluster left, e.g. 10m; set it on one agent of a cluster; 0: never")
 	f.StringVar(&o.metrics, "metrics-listen", "", "`address` for Prometheus, e.g. 127.0.0.1:9464; empty: none")
 	f.TextVar(&o.level, "log-level", slog.LevelInfo, "debug, info, warn or error")
 	f.Usage = func() {
@@ -69,6 +72,8 @@ Flags:
 		err = errors.New("--cluster wants a name of 1 to 256 characters")
 	case !filepath.IsAbs(o.socket) || len(o.socket) > maxSocketPath:
 		err = fmt.Errorf("--socket is %q, want an absolute path of at most %d bytes", o.socket, maxSocketPath)
+	case o.sweep < 0 || o.sweep > 0 && o.sweep < time.Second:
+		err = fmt.Errorf("--sweep is %s, want 0 or at least 1s", o.sweep)
 	case !filepath.IsAbs(o.bpffs):
 		err = fmt.Errorf("--bpffs is %q, want an absolute path", o.bpffs)
 	}

@@ -45,6 +45,8 @@ type EC2 interface {
 	AttachInterface(ctx context.Context, id vpc.ENIID, instance vpc.InstanceID, device int) (vpc.AttachmentID, error)
 	SetDeleteOnTermination(context.Context, vpc.ENIID, vpc.AttachmentID) error
 	DeleteInterface(context.Context, vpc.ENIID, vpc.AttachmentID) error
+	Detached(ctx context.Context, tag, value string) ([]vpc.ENI, error)
+	Alive(context.Context, []vpc.InstanceID) (map[vpc.InstanceID]bool, error)
 }
 
 // Metadata is what the agent needs of IMDS; see package imds.
@@ -70,8 +72,10 @@ type Options struct {
 	Metadata   Metadata
 	ConnectEC2 func(ctx context.Context, region string) (EC2, error)
 	Logger     *slog.Logger
-	AddTimeout time.Duration      // 0: DefaultAddTimeout
-	Tune       func(*ipam.Config) // changes the policy's defaults; may be nil
+	AddTimeout time.Duration                // 0: DefaultAddTimeout
+	Tune       func(*ipam.Config)           // changes the policy's defaults; may be nil
+	Sweep      time.Duration                // between deletions of what the cluster's dead nodes left; 0: never
+	Rival      func(context.Context) string // where another agent hands out the node's addresses, see AWSNode; may be nil
 }
 
 // Agent runs one node. Make it with New, then call Run; its methods are safe
@@ -90,6 +94,7 @@ type Agent struct {
 
 	mu        sync.Mutex
 	waitsFor  string // what the start waits for, and the next step; "" when ready
+	refuses   bool   // what it waits for does not pass by itself: nobody need wait with us
 	identity  imds.Identity
 	limits    vpc.InstanceLimits
 	incidents []agentapi.Incident // the latest first
@@ -121,7 +126,8 @@ func New(opts Options) *Agent {
 // Run brings the node up and runs it until ctx ends. It waits for IMDS and EC2
 // as long as it takes; requests are answered meanwhile.
 func (a *Agent) Run(ctx context.Context) error {
-	ctx, cancel := context.WithCancel(ctx)
+	ctx, stop := context.WithCancelCause(ctx)
+	cancel := func() { stop(nil) }
 	o := &owner{a: a, ctx: ctx, timer: time.NewTimer(time.Hour), waiters: map[ipam.RequestID]chan answer{}}
 	defer o.wait() // after cancel: what runs beside the owner ends with ctx
 	defer cancel()
@@ -131,13 +137,32 @@ func (a *Agent) Run(ctx context.Context) error {
 		return err
 	}
 	o.spawn(func() {
-		if cfg, err := a.identify(ctx, o); err == nil {
-			a.tell(ctx, func(o *owner) { o.start(cfg) })
+		if err := a.awaitAlone(ctx); err != nil {
+			return // ctx has ended
+		}
+		cfg, err := a.identify(ctx, o)
+		if err != nil {
+			return // likewise
+		}
+		client := o.ec2 // before the owner has it
+		a.tell(ctx, func(o *owner) { o.start(cfg) })
+		if a.opts.Sweep > 0 {
+			o.spawn(func() { a.sweep(ctx, client, cfg.Instance) })
 		}
 	})
 	o.spawn(func() { a.watchSpool(ctx) })
-	o.spawn(func() { a.repair(ctx, o) })
-	return o.run()
+	o.spawn(func() {
+		if err := a.repair(ctx, o); err != nil {
+			stop(err)
+		}
+	})
+	if err := o.run(); err != nil {
+		return err
+	}
+	if err := context.Cause(ctx); errors.Is(err, errRival) {
+		return err
+	}
+	return nil
 }
 
 // recover reads the commit records back.

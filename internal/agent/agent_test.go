@@ -30,6 +30,8 @@ type rig struct {
 	socket string
 	stop   func()
 	netns  *os.File
+	sweep  time.Duration
+	rival  string // where another agent is; guarded by cloud.mu
 }
 
 // run runs fn in a bubble of virtual time, with a cloud and a kernel.
@@ -52,7 +54,7 @@ func run(t *testing.T, typ string, fn func(*rig)) {
 func (r *rig) start() {
 	r.stop()
 	r.a = New(Options{Version: "test", Cluster: "test", Socket: r.socket, Datapath: r.kernel, Metadata: fakeIMDS{r.cloud},
-		ConnectEC2: func(context.Context, string) (EC2, error) { return r.cloud, nil }, Logger: slog.New(slog.DiscardHandler)})
+		ConnectEC2: func(context.Context, string) (EC2, error) { return r.cloud, nil }, Logger: slog.New(slog.DiscardHandler), Sweep: r.sweep, Rival: r.theRival})
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error)
 	go func() { ended <- r.a.Run(ctx) }()
@@ -63,6 +65,18 @@ func (r *rig) start() {
 		}
 		r.stop = func() {}
 	}
+}
+
+func (r *rig) theRival(context.Context) string {
+	r.cloud.mu.Lock()
+	defer r.cloud.mu.Unlock()
+	return r.rival
+}
+
+func (r *rig) setRival(where string) {
+	r.cloud.mu.Lock()
+	defer r.cloud.mu.Unlock()
+	r.rival = where
 }
 
 func (r *rig) add(id string) (*agentapi.Result, error) {

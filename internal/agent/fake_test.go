@@ -214,6 +214,29 @@ func (c *fakeCloud) DeleteInterface(ctx context.Context, id vpc.ENIID, _ vpc.Att
 	})
 }
 
+func (c *fakeCloud) Detached(ctx context.Context, tag, value string) (out []vpc.ENI, err error) {
+	err = c.call(ctx, "describe-detached", false, func() error {
+		for _, e := range c.enis {
+			if e.Instance == "" && e.Tags[tag] == value {
+				out = append(out, copyENI(e))
+			}
+		}
+		return nil
+	})
+	return out, err
+}
+
+func (c *fakeCloud) Alive(ctx context.Context, ids []vpc.InstanceID) (map[vpc.InstanceID]bool, error) {
+	alive := map[vpc.InstanceID]bool{}
+	err := c.call(ctx, "describe-instances", false, func() error {
+		for _, id := range ids {
+			alive[id] = id == testInstance || id == "i-alive"
+		}
+		return nil
+	})
+	return alive, err
+}
+
 // fakeIMDS is the metadata side of a fakeCloud.
 type fakeIMDS struct{ c *fakeCloud }
 

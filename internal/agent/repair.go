@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"fmt"
 	"time"
 )
 
@@ -16,8 +17,9 @@ const (
 
 // repair keeps rules, routes and addresses of the interfaces as the datapath
 // made them, whoever else on the node changes them, and tells the plan which
-// addresses others have configured, until ctx ends.
-func (a *Agent) repair(ctx context.Context, o *owner) {
+// addresses others have configured, until ctx ends. It returns an error when
+// another agent has come that hands out the node's addresses.
+func (a *Agent) repair(ctx context.Context, o *owner) error {
 	changed := make(chan struct{}, 1)
 	o.spawn(func() {
 		err := a.opts.Datapath.Watch(ctx, func() {
@@ -33,15 +35,18 @@ func (a *Agent) repair(ctx context.Context, o *owner) {
 	select {
 	case <-a.ready: // until then the start itself configures the interfaces
 	case <-ctx.Done():
-		return
+		return nil
 	}
 	tick := time.NewTicker(repairEvery)
 	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
-			return
+			return nil
 		case <-tick.C:
+			if err := a.rival(ctx); err != nil {
+				return fmt.Errorf("%w: %w", errRival, err)
+			}
 		case <-changed:
 			settle := time.NewTimer(repairSettle)
 			select {

@@ -109,6 +109,11 @@ func (a *Agent) awaitReady(ctx context.Context, d time.Duration) error {
 		return nil
 	default:
 	}
+	a.mu.Lock()
+	if a.refuses {
+		d = 0
+	}
+	a.mu.Unlock()
 	t := time.NewTimer(d)
 	defer t.Stop()
 	select {

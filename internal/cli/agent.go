@@ -67,7 +67,8 @@ func startAgent(ctx context.Context, h home, f *labFile, n Node, agent string) e
 		return fmt.Errorf("make %s: %w", bpffs, err)
 	}
 	cmd := newCommand(agent, "--socket", n.AgentSocket, "--bpffs", bpffs, "--cluster", h.name, fmt.Sprintf("--prefixes=%v", f.Prefixes))
-	cmd.Env = cleanEnv(
+	cmd.Args = append(cmd.Args, f.AgentArgs...)
+	cmd.Env = append(cleanEnv(
 		// The EC2 API as an instance reaches it: over the wire, at a link-local
 		// address that the fabric answers.
 		"AWS_ENDPOINT_URL_EC2=http://169.254.171.24:7424",
@@ -76,7 +77,7 @@ func startAgent(ctx context.Context, h home, f *labFile, n Node, agent string) e
 		"AWS_SECRET_ACCESS_KEY=underlay",
 		"AWS_CONFIG_FILE=/dev/null",
 		"AWS_SHARED_CREDENTIALS_FILE=/dev/null",
-	)
+	), f.AgentEnv...)
 	p, exited, err := background(cmd, n.Netns, h.agentLog(n.Name))
 	if err != nil {
 		return err

@@ -58,7 +58,9 @@ type labFile struct {
 	Created      time.Time `json:"created"`
 	Region       string    `json:"region"`
 	InstanceType string    `json:"instanceType"`
-	Prefixes     bool      `json:"prefixes,omitempty"` // the agents take addresses as /28s
+	Prefixes     bool      `json:"prefixes,omitempty"`  // the agents take addresses as /28s
+	AgentArgs    []string  `json:"agentArgs,omitempty"` // further flags of the agents
+	AgentEnv     []string  `json:"agentEnv,omitempty"`  // NAME=VALUE, for the agents
 	Lab          Lab       `json:"lab"`
 	Servers      []server  `json:"servers"`
 }

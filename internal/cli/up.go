@@ -36,6 +36,8 @@ type upOptions struct {
 	nodes          int
 	instanceType   string
 	prefixes       bool
+	agentArgs      []string
+	agentEnv       []string
 	listen         string
 	listenExplicit bool
 }
@@ -68,6 +70,8 @@ A failed or interrupted up takes down again what it has made.`,
 	c.Flags().IntVar(&o.nodes, "nodes", 2, "how many nodes")
 	c.Flags().StringVar(&o.instanceType, "instance-type", "m5.large", "EC2 instance type of the nodes; bounds ENIs and addresses")
 	c.Flags().BoolVar(&o.prefixes, "prefixes", false, "the agents take addresses as /28 prefixes, sixteen at a time (Nitro types)")
+	c.Flags().StringArrayVar(&o.agentArgs, "agent-arg", nil, "a further `flag` for the agents, e.g. --agent-arg=--imds=allow; may be repeated, see underlay-agent --help")
+	c.Flags().StringArrayVar(&o.agentEnv, "agent-env", nil, "a `NAME=VALUE` for the agents, e.g. WARM_IP_TARGET=5; may be repeated")
 	c.Flags().StringVar(&o.listen, "listen", defaultListen, "where vpcd listens; another port when this one is taken, unless the flag is given")
 	_ = c.RegisterFlagCompletionFunc("instance-type", func(_ *cobra.Command, _ []string, prefix string) ([]string, cobra.ShellCompDirective) {
 		var types []string
@@ -91,6 +95,11 @@ func (a *App) up(ctx context.Context, o upOptions) (*labFile, error) {
 	}
 	if err := checkListen(o.listen); err != nil {
 		return nil, err
+	}
+	for _, e := range o.agentEnv {
+		if name, _, ok := strings.Cut(e, "="); !ok || name == "" {
+			return nil, fmt.Errorf("--agent-env %s: give NAME=VALUE", e)
+		}
 	}
 	b := &builder{home: a.home(), o: o, p: newProgress(a.Err, a.now), now: a.now}
 	var err error
@@ -182,7 +191,7 @@ func (b *builder) build(ctx context.Context) error {
 		return err
 	}
 	b.f = labFile{
-		Version: labFileVersion, State: stateMaking, Created: b.now(), Region: region, InstanceType: b.o.instanceType, Prefixes: b.o.prefixes,
+		Version: labFileVersion, State: stateMaking, Created: b.now(), Region: region, InstanceType: b.o.instanceType, Prefixes: b.o.prefixes, AgentArgs: b.o.agentArgs, AgentEnv: b.o.agentEnv,
 		Lab: Lab{Name: h.name, Endpoint: "http://" + listen, Nodes: []Node{}, Outside: []Outside{}},
 	}
 	for _, dir := range []string{h.dir(), h.bpf(), h.vpcd(), h.pods(), filepath.Join(h.dir(), "nodes"), filepath.Join(h.dir(), "outside")} {

@@ -28,6 +28,7 @@ type api interface {
 	ModifyNetworkInterfaceAttribute(context.Context, *awsec2.ModifyNetworkInterfaceAttributeInput, ...func(*awsec2.Options)) (*awsec2.ModifyNetworkInterfaceAttributeOutput, error)
 	DetachNetworkInterface(context.Context, *awsec2.DetachNetworkInterfaceInput, ...func(*awsec2.Options)) (*awsec2.DetachNetworkInterfaceOutput, error)
 	DeleteNetworkInterface(context.Context, *awsec2.DeleteNetworkInterfaceInput, ...func(*awsec2.Options)) (*awsec2.DeleteNetworkInterfaceOutput, error)
+	DescribeInstances(context.Context, *awsec2.DescribeInstancesInput, ...func(*awsec2.Options)) (*awsec2.DescribeInstancesOutput, error)
 	AssignPrivateIpAddresses(context.Context, *awsec2.AssignPrivateIpAddressesInput, ...func(*awsec2.Options)) (*awsec2.AssignPrivateIpAddressesOutput, error)
 	UnassignPrivateIpAddresses(context.Context, *awsec2.UnassignPrivateIpAddressesInput, ...func(*awsec2.Options)) (*awsec2.UnassignPrivateIpAddressesOutput, error)
 }
@@ -77,6 +78,49 @@ func (c *Client) Interfaces(ctx context.Context, instance vpc.InstanceID, tag st
 		}
 	}
 	return out, nil
+}
+
+// Detached returns the interfaces that are attached nowhere and carry the tag
+// with this value.
+func (c *Client) Detached(ctx context.Context, tag, value string) ([]vpc.ENI, error) {
+	out, err := c.interfaces(ctx, filter("tag:"+tag, value), filter("status", "available"))
+	if err != nil {
+		return nil, fmt.Errorf("describe the detached interfaces of %s: %w", value, err)
+	}
+	return out, nil
+}
+
+// maxFilterValues is how many values EC2 takes in one filter.
+const maxFilterValues = 200
+
+// Alive returns which of the instances exist and are not on their way out.
+func (c *Client) Alive(ctx context.Context, ids []vpc.InstanceID) (map[vpc.InstanceID]bool, error) {
+	alive := map[vpc.InstanceID]bool{}
+	for some := range slices.Chunk(ids, maxFilterValues) {
+		values := make([]string, len(some))
+		for i, id := range some {
+			values[i] = string(id)
+		}
+		// By filter: asking for the ID of one that is gone is an error.
+		in := &awsec2.DescribeInstancesInput{MaxResults: aws.Int32(1000), Filters: []types.Filter{filter("instance-id", values...),
+			filter("instance-state-name", "pending", "running", "stopping", "stopped")}}
+		for {
+			page, err := call(ctx, c.api.DescribeInstances, in)
+			if err != nil {
+				return nil, fmt.Errorf("describe %d instances: %w", len(ids), err)
+			}
+			for _, r := range page.Reservations {
+				for _, i := range r.Instances {
+					alive[vpc.InstanceID(aws.ToString(i.InstanceId))] = true
+				}
+			}
+			if aws.ToString(page.NextToken) == "" {
+				break
+			}
+			in.NextToken = page.NextToken
+		}
+	}
+	return alive, nil
 }
 
 func filter(name string, values ...string) types.Filter {

@@ -67,10 +67,10 @@ func fault(code, msg string) string {
 	return `<Response><Errors><Error><Code>` + code + `</Code><Message>` + msg + `</Message></Error></Errors><RequestID>r</RequestID></Response>`
 }
 
-const eniXML = `<networkInterfaceId>eni-1</networkInterfaceId><subnetId>subnet-1</subnetId><vpcId>vpc-1</vpcId><macAddress>02:AA:00:00:00:01</macAddress>
+const eniXML = `<interfaceType>efa</interfaceType><networkInterfaceId>eni-1</networkInterfaceId><subnetId>subnet-1</subnetId><vpcId>vpc-1</vpcId><macAddress>02:AA:00:00:00:01</macAddress>
 <privateIpAddress>10.0.0.4</privateIpAddress><status>in-use</status><requesterManaged>false</requesterManaged>
 <groupSet><item><groupId>sg-1</groupId></item></groupSet><tagSet><item><key>k</key><value>v</value></item></tagSet>
-<privateIpAddressesSet><item><privateIpAddress>10.0.0.4</privateIpAddress><primary>true</primary></item><item><privateIpAddress>10.0.0.9</privateIpAddress><primary>false</primary></item></privateIpAddressesSet>
+<privateIpAddressesSet><item><privateIpAddress>10.0.0.4</privateIpAddress><primary>true</primary><association><publicIp>192.0.2.4</publicIp></association></item><item><privateIpAddress>10.0.0.9</privateIpAddress><primary>false</primary><association><publicIp>192.0.2.9</publicIp><allocationId>eipalloc-1</allocationId></association></item></privateIpAddressesSet>
 <ipv4PrefixSet><item><ipv4Prefix>10.0.0.32/28</ipv4Prefix></item></ipv4PrefixSet>`
 
 func TestInterfacesArePagedFilteredAndMerged(t *testing.T) {
@@ -92,7 +92,7 @@ func TestInterfacesArePagedFilteredAndMerged(t *testing.T) {
 	want := []vpc.ENI{
 		{ID: "eni-1", VPC: "vpc-1", Subnet: "subnet-1", MAC: "02:aa:00:00:00:01", Primary: netip.MustParseAddr("10.0.0.4"), Secondary: []netip.Addr{netip.MustParseAddr("10.0.0.9")},
 			Prefixes: []netip.Prefix{netip.MustParsePrefix("10.0.0.32/28")}, Groups: []vpc.SecurityGroupID{"sg-1"}, Tags: map[string]string{"k": "v"},
-			Instance: "i-1", Attachment: "eni-attach-1", DeviceIndex: 2, Attached: true, DeleteOnTermination: true},
+			Elastic: []netip.Addr{netip.MustParseAddr("10.0.0.9")}, Type: "efa", Instance: "i-1", Attachment: "eni-attach-1", DeviceIndex: 2, Attached: true, DeleteOnTermination: true},
 		{ID: "eni-2", Tags: map[string]string{}}, // detaching: as good as off
 		{ID: "eni-3", Tags: map[string]string{}},
 	}
@@ -102,6 +102,28 @@ func TestInterfacesArePagedFilteredAndMerged(t *testing.T) {
 	}
 	qs := got()
 	if qs[0].Get("Filter.1.Name") != "attachment.instance-id" || qs[0].Get("MaxResults") == "" || qs[1].Get("NextToken") != "more" || qs[2].Get("Filter.1.Name") != "tag:tag/instance" {
+		t.Errorf("requests: %v", qs)
+	}
+}
+
+func TestAliveAsksByFilterAndPage(t *testing.T) {
+	page := func(id, next string) answer {
+		return answer{200, `<DescribeInstancesResponse><reservationSet><item><instancesSet><item><instanceId>` + id + `</instanceId></item></instancesSet></item></reservationSet><nextToken>` + next + `</nextToken></DescribeInstancesResponse>`}
+	}
+	c, got := scripted(t, map[string][]answer{"DescribeInstances": {page("i-1", "more"), page("i-2", ""), page("i-200", "")}})
+	var ids []vpc.InstanceID
+	for i := range 201 {
+		ids = append(ids, vpc.InstanceID(fmt.Sprintf("i-%d", i)))
+	}
+	alive, err := c.Alive(t.Context(), ids)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(map[vpc.InstanceID]bool{"i-1": true, "i-2": true, "i-200": true}, alive); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
+	}
+	qs := got()
+	if len(qs) != 3 || qs[1].Get("NextToken") != "more" || qs[0].Get("Filter.1.Value.200") != "i-199" || qs[2].Get("Filter.1.Value.1") != "i-200" || qs[0].Get("Filter.2.Name") != "instance-state-name" {
 		t.Errorf("requests: %v", qs)
 	}
 }
