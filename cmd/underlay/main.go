@@ -1,4 +1,5 @@
-// Command underlay builds labs, runs pods in them and shows what is there.
+// Command underlay builds labs, runs pods in them and shows what is there; and
+// it simulates what no lab can hold.
 package main
 
 import (
@@ -7,4 +8,4 @@ import (
 	"github.com/underlay-cni/underlay/internal/cli"
 )
 
-func main() { os.Exit(cli.Main(os.Args[1:])) }
+func main() { os.Exit(cli.Main(os.Args[1:], simCommand)) }

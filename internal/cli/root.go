@@ -26,7 +26,12 @@ type App struct {
 	output string // -o: "text" or "json"
 	euid   int
 	now    func() time.Time
+	more   []Command
 }
+
+// Command makes a command of a room that this package may not import;
+// cmd/underlay hands it in.
+type Command func(*App) *cobra.Command
 
 // exitError ends the program with a code and without a message of its own:
 // what there is to say has been said.
@@ -34,14 +39,14 @@ type exitError struct{ code int }
 
 func (e exitError) Error() string { return fmt.Sprintf("exit code %d", e.code) }
 
-// Main runs the command and returns the exit code. The first SIGINT or SIGTERM
-// ends the context, so that what runs can clean up after itself; a second one
-// ends the program.
-func Main(args []string) int {
+// Main runs the command, with more commands beside its own, and returns the
+// exit code. The first SIGINT or SIGTERM ends the context, so that what runs
+// can clean up after itself; a second one ends the program.
+func Main(args []string, more ...Command) int {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 	defer stop()
 	context.AfterFunc(ctx, stop)
-	a := &App{In: os.Stdin, Out: os.Stdout, Err: os.Stderr, run: runDir, euid: os.Geteuid(), now: time.Now}
+	a := &App{In: os.Stdin, Out: os.Stdout, Err: os.Stderr, run: runDir, euid: os.Geteuid(), now: time.Now, more: more}
 	return a.Run(ctx, args)
 }
 
@@ -120,6 +125,7 @@ func (a *App) command() *cobra.Command {
 		&cobra.Group{ID: "lab", Title: "The lab:"},
 		&cobra.Group{ID: "pods", Title: "Pods and machines:"},
 		&cobra.Group{ID: "look", Title: "Look at it:"},
+		&cobra.Group{ID: GroupAhead, Title: "Look ahead:"},
 	)
 	add := func(group string, cmds ...*cobra.Command) {
 		for _, c := range cmds {
@@ -131,6 +137,9 @@ func (a *App) command() *cobra.Command {
 	add("pods", a.runCommand(), a.rmCommand(), a.execCommand(), a.nodeCommand(), a.vpcdCommand())
 	add("look", a.statusCommand(), a.podsCommand(), a.logsCommand(), a.envCommand())
 	root.AddCommand(a.versionCommand(), a.serveTCPCommand())
+	for _, make := range a.more {
+		root.AddCommand(make(a))
+	}
 	return root
 }
 
@@ -142,6 +151,13 @@ func rootBecause(why string) map[string]string { return map[string]string{needsR
 func (a *App) home() home { return home{run: a.run, name: a.lab} }
 
 func (a *App) json() bool { return a.output == "json" }
+
+// GroupAhead is the group of the commands that need no lab and tell what would
+// be.
+const GroupAhead = "ahead"
+
+// Print writes v as JSON if -o says so, else it calls text.
+func (a *App) Print(v any, text func(w io.Writer)) error { return a.print(v, text) }
 
 // print writes v as JSON, or calls text.
 func (a *App) print(v any, text func(w io.Writer)) error {
