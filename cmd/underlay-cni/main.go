@@ -1,249 +1,141 @@
-// Command underlay-cni is the CNI plugin: it asks the node's agent and prints
-// the answer. All that decides or touches the kernel is the agent's.
+// Command underlay-cni is the CNI plugin: a pipe between the runtime and the
+// node's agent. It hands on what it was started with and prints the answer; what
+// CNI means is judged in the agent, by package agentapi/cni. Alone it says its
+// versions, keeps a DEL for an agent that is down, and says that it is.
+//
+// It is started for every operation on every pod, so that its start is most of
+// its work: see package pipe. The Go runtime's own part of that is made smaller
+// by not asking the cgroup for its share of the CPUs (five files of /proc and
+// /sys, one of them as long as the node has mounts) and by not naming its
+// memory for /proc/self/maps.
+//
+//go:debug containermaxprocs=0
+//go:debug updatemaxprocs=0
+//go:debug decoratemappings=0
 package main
 
 import (
-	"context"
-	"encoding/json"
 	"errors"
-	"fmt"
-	"net"
-	"net/netip"
-	"os"
-	"strings"
-	"time"
+	"strconv"
+	"syscall"
 
-	"github.com/containernetworking/cni/pkg/skel"
-	"github.com/containernetworking/cni/pkg/types"
-	current "github.com/containernetworking/cni/pkg/types/100"
-	"github.com/containernetworking/cni/pkg/version"
-
-	"github.com/underlay-cni/underlay/internal/agentapi"
+	"github.com/underlay-cni/underlay/internal/agentapi/pipe"
 )
 
-// How long the plugin waits. An ADD may have to wait for EC2; kubelet gives a
-// sandbox four minutes, containerd and Nomad one and more. The agent's own
-// deadline is below it, so that it is the agent who says what was missing.
+// defaultSocket is where the agent listens when the configuration does not say.
+const defaultSocket = "/run/underlay/agent.sock"
+
+// How long the plugin waits, in seconds. An ADD may have to wait for EC2;
+// kubelet gives a sandbox four minutes, containerd and Nomad one and more. The
+// agent's own deadline is below it, so that it is the agent who says what was
+// missing.
 const (
-	addTimeout  = 58 * time.Second
-	callTimeout = 10 * time.Second
+	longWait = 58 // ADD, GC
+	wait     = 10
 )
+
+// about is what is said when no runtime has started the plugin.
+const about = "underlay-cni: CNI plugin that gives a container an address of the VPC; it asks underlay-agent on the socket that its configuration names\n" +
+	"CNI protocol versions supported: 0.3.1, 0.4.0, 1.0.0, 1.1.0\n"
+
+// versions answers VERSION, with or without an agent.
+const versions = `{"cniVersion":"1.1.0","supportedVersions":["0.3.1","0.4.0","1.0.0","1.1.0"]}` + "\n"
+
+// CNI's error codes that the plugin answers with by itself (specification 1.1,
+// section "Error"; agentapi has the agent's).
+const (
+	codeIO               = 5
+	codeDecoding         = 6
+	codeInvalidConfig    = 7
+	codeInvalidNetns     = 8
+	codeTryAgain         = 11
+	codeNotAvailable     = 50
+	codeAgentUnreachable = 100
+	codeInternal         = 199
+)
+
+var call pipe.Caller
 
 func main() {
-	err := skel.PluginMainFuncsWithError(skel.CNIFuncs{Add: add, Del: del, Check: check, GC: gc, Status: status},
-		version.PluginSupports("0.3.1", "0.4.0", "1.0.0", "1.1.0"),
-		"underlay-cni: CNI plugin that gives a container an address of the VPC; it asks underlay-agent on the socket that its configuration names")
-	if err != nil {
-		advise(err)
-		_ = err.Print() // to stdout: if that fails, nobody is left to tell
-		os.Exit(1)
-	}
-}
-
-// advise adds the next step to the errors of the CNI library, which knows
-// none. Those of ours have one, after a semicolon.
-func advise(e *types.Error) {
-	if strings.Contains(e.Msg, ";") {
-		return
-	}
-	switch e.Code {
-	case types.ErrIncompatibleCNIVersion:
-		e.Msg += "; set \"cniVersion\" in the network configuration to one from 0.3.1 to 1.1.0 (CHECK wants 0.4.0, GC and STATUS 1.1.0)"
-	case types.ErrDecodingFailure, types.ErrInvalidNetworkConfig:
-		e.Msg += "; correct the network configuration in the runtime's CNI directory"
-	case types.ErrInvalidEnvironmentVariables:
-		e.Msg += "; this is a CNI plugin, to be run by a container runtime, which sets the CNI_ variables"
-	}
-}
-
-// attachment names the interface that a command is about.
-func attachment(c *config, args *skel.CmdArgs) agentapi.Attachment {
-	return agentapi.Attachment{Network: c.Name, ContainerID: args.ContainerID, IfName: args.IfName, Netns: args.Netns, Pod: podOf(args.Args)}
-}
-
-func add(args *skel.CmdArgs) error {
-	c, err := parseConfig(args.StdinData)
-	if err != nil {
-		return err
-	}
-	netns, err := openNetns(args.Netns)
-	if err != nil {
-		return err
-	}
-	defer netns.Close()
-	ctx, cancel := context.WithTimeout(context.Background(), addTimeout)
-	defer cancel()
-	client := agentapi.Client{Socket: c.Socket}
-	res, err := client.Add(ctx, attachment(c, args), netns)
-	if err != nil {
-		return cniError(c.Socket, err)
-	}
-	return types.PrintResult(result(res, args), c.CNIVersion)
-}
-
-// result puts the agent's answer in CNI's form.
-func result(res *agentapi.Result, args *skel.CmdArgs) *current.Result {
-	container := 1 // index in interfaces
-	return &current.Result{
-		CNIVersion: current.ImplementedSpecVersion,
-		Interfaces: []*current.Interface{
-			{Name: res.HostIfName, Mac: res.HostMAC, Mtu: res.MTU},
-			{Name: args.IfName, Mac: res.MAC, Mtu: res.MTU, Sandbox: args.Netns},
-		},
-		IPs: []*current.IPConfig{{
-			Interface: &container,
-			Address:   net.IPNet{IP: res.Addr.AsSlice(), Mask: net.CIDRMask(res.Addr.BitLen(), res.Addr.BitLen())},
-			Gateway:   res.Gateway.AsSlice(),
-		}},
-		Routes: []*types.Route{{Dst: net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}, GW: res.Gateway.AsSlice()}},
-	}
-}
-
-func del(args *skel.CmdArgs) error {
-	c, err := parseConfig(args.StdinData)
-	if err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), callTimeout)
-	defer cancel()
-	client := agentapi.Client{Socket: c.Socket}
-	a := attachment(c, args)
-	err = client.Del(ctx, a)
-	if errors.Is(err, agentapi.ErrUnreachable) {
-		// A runtime that cannot remove a container keeps it, and its node
-		// cannot be drained. The agent takes the release up when it starts.
-		if err := agentapi.Spool(c.Socket, a); err != nil {
-			return types.NewError(uint(agentapi.CodeAgentUnreachable), fmt.Sprintf("no agent answers on %s, and the release cannot be kept for it: %v; start underlay-agent", c.Socket, err), "")
-		}
-		return nil
-	}
-	if err != nil {
-		return cniError(c.Socket, err)
-	}
-	return nil
-}
-
-func check(args *skel.CmdArgs) error {
-	c, err := parseConfig(args.StdinData)
-	if err != nil {
-		return err
-	}
-	a := attachment(c, args)
-	if a.Addr, err = previousAddr(c, args.IfName); err != nil {
-		return err
-	}
-	netns, err := openNetns(args.Netns)
-	if err != nil {
-		return err
-	}
-	defer netns.Close()
-	ctx, cancel := context.WithTimeout(context.Background(), callTimeout)
-	defer cancel()
-	client := agentapi.Client{Socket: c.Socket}
-	if err := client.Check(ctx, a, netns); err != nil {
-		return cniError(c.Socket, err)
-	}
-	return nil
-}
-
-// previousAddr returns the address that ADD's result names for the interface.
-func previousAddr(c *config, ifname string) (netip.Addr, error) {
-	invalid := func(what string) (netip.Addr, error) {
-		return netip.Addr{}, types.NewError(types.ErrInvalidNetworkConfig, what+"; the runtime must hand CHECK the result of ADD", "")
-	}
-	if c.RawPrevResult == nil {
-		return invalid("no prevResult")
-	}
-	if err := version.ParsePrevResult(&c.PluginConf); err != nil {
-		return invalid(fmt.Sprintf("prevResult is unreadable: %v", err))
-	}
-	prev, err := current.NewResultFromResult(c.PrevResult)
-	if err != nil {
-		return invalid(fmt.Sprintf("prevResult is unreadable: %v", err))
-	}
-	for _, ip := range prev.IPs {
-		if ip.Interface == nil || *ip.Interface < 0 || *ip.Interface >= len(prev.Interfaces) {
+	exit, out := run(syscall.Environ())
+	for len(out) > 0 {
+		n, err := syscall.Write(1, out)
+		if err == syscall.EINTR {
 			continue
 		}
-		if i := prev.Interfaces[*ip.Interface]; i.Name == ifname && i.Sandbox != "" {
-			addr, _ := netip.AddrFromSlice(ip.Address.IP)
-			return addr.Unmap(), nil
+		if err != nil { // nobody is left to tell
+			exit = pipe.ExitFailed
+			break
+		}
+		out = out[n:]
+	}
+	syscall.Exit(int(exit))
+}
+
+// run does what the environment asks for and returns exit status and stdout.
+func run(env []string) (exit byte, stdout []byte) {
+	getenv := (&pipe.Call{Env: env}).Getenv
+	command := getenv("CNI_COMMAND")
+	switch command {
+	case "":
+		_, _ = syscall.Write(2, []byte(about))
+		return pipe.ExitOK, nil
+	case "VERSION":
+		return pipe.ExitOK, []byte(versions)
+	}
+	if err := call.Take(env); err != nil {
+		return failure(codeIO, "read the network configuration from stdin: "+err.Error()+"; the runtime must hand over less than a mebibyte", "")
+	}
+	socket, err := pipe.StringIn(call.Stdin(), "socket")
+	if err != nil {
+		return failure(codeDecoding, "decode the network configuration: "+err.Error()+"; correct the file in the runtime's CNI directory", "")
+	}
+	if socket == "" {
+		socket = defaultSocket
+	}
+	if socket[0] != '/' {
+		return failure(codeInvalidConfig, `socket "`+socket+`" is no absolute path; set "socket" to where underlay-agent listens`, "")
+	}
+
+	netns, seconds := -1, wait
+	if command == "ADD" || command == "GC" {
+		seconds = longWait
+	}
+	if path := getenv("CNI_NETNS"); path != "" && (command == "ADD" || command == "CHECK") {
+		// The runtime's mounts need not be visible to the agent.
+		if netns, err = syscall.Open(path, syscall.O_RDONLY|syscall.O_CLOEXEC, 0); err != nil {
+			return failure(codeInvalidNetns, "open the network namespace "+path+": "+err.Error()+"; the runtime must make it before ADD", "")
 		}
 	}
-	return invalid(fmt.Sprintf("prevResult has no address for %s", ifname))
-}
-
-func gc(args *skel.CmdArgs) error {
-	c, err := parseConfig(args.StdinData)
-	if err != nil {
-		return err
-	}
-	// An absent list is not an empty one: GC with neither would remove all.
-	var given struct {
-		Valid *json.RawMessage `json:"cni.dev/valid-attachments"`
-	}
-	if err := json.Unmarshal(args.StdinData, &given); err != nil || given.Valid == nil {
-		return types.NewError(types.ErrInvalidNetworkConfig, "no cni.dev/valid-attachments; the runtime must hand GC the list of what is in use", "")
-	}
-	valid := make([]agentapi.Attachment, len(c.ValidAttachments))
-	for i, v := range c.ValidAttachments {
-		valid[i] = agentapi.Attachment{ContainerID: v.ContainerID, IfName: v.IfName}
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), addTimeout)
-	defer cancel()
-	client := agentapi.Client{Socket: c.Socket}
-	if err := client.GC(ctx, valid); err != nil {
-		return cniError(c.Socket, err)
-	}
-	return nil
-}
-
-func status(args *skel.CmdArgs) error {
-	c, err := parseConfig(args.StdinData)
-	if err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), callTimeout)
-	defer cancel()
-	client := agentapi.Client{Socket: c.Socket}
-	err = client.Status(ctx)
-	if errors.Is(err, agentapi.ErrUnreachable) {
-		return types.NewError(uint(agentapi.CodeNotAvailable), unreachable(c.Socket), err.Error())
-	}
-	if err != nil {
-		return cniError(c.Socket, err)
-	}
-	return nil
-}
-
-// openNetns opens the container's namespace, to be handed to the agent: the
-// runtime's mounts need not be visible there.
-func openNetns(path string) (*os.File, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, types.NewError(types.ErrInvalidNetNS, fmt.Sprintf("open the network namespace %s: %v; the runtime must make it before ADD", path, errors.Unwrap(err)), "")
-	}
-	if err := isNetns(f); err != nil {
-		f.Close()
-		return nil, types.NewError(types.ErrInvalidNetNS, fmt.Sprintf("%s is no network namespace: %v; CNI_NETNS must name one", path, err), "")
-	}
-	return f, nil
-}
-
-func unreachable(socket string) string {
-	return fmt.Sprintf("no agent answers on %s; start underlay-agent on this node, or see why it ended in its log", socket)
-}
-
-// cniError puts an error in CNI's form.
-func cniError(socket string, err error) error {
-	var e *agentapi.Error
+	exit, stdout, err = call.Do(socket, netns, seconds)
 	switch {
-	case errors.As(err, &e):
-		return types.NewError(uint(e.Code), e.Message, e.Details)
-	case errors.Is(err, context.DeadlineExceeded):
-		return types.NewError(types.ErrTryAgainLater, fmt.Sprintf("the agent on %s gave no answer in time; see its log", socket), err.Error())
-	case errors.Is(err, agentapi.ErrUnreachable):
-		return types.NewError(uint(agentapi.CodeAgentUnreachable), unreachable(socket), err.Error())
+	case err == nil:
+		return exit, stdout
+	case errors.Is(err, pipe.ErrTimeout):
+		return failure(codeTryAgain, "the agent on "+socket+" gave no answer in time; see its log", "")
+	case !errors.Is(err, pipe.ErrUnreachable):
+		return failure(codeInternal, err.Error()+"; install the underlay-cni that came with the agent on "+socket, "")
+	case command == "DEL":
+		// A runtime that cannot remove a container keeps it, and its node
+		// cannot be drained. The agent takes the release up when it starts.
+		if err := pipe.Spool(socket, getenv("CNI_CONTAINERID"), getenv("CNI_IFNAME")); err != nil {
+			return failure(codeAgentUnreachable, "no agent answers on "+socket+", and the release cannot be kept for it: "+err.Error()+"; start underlay-agent", "")
+		}
+		return pipe.ExitOK, nil
 	}
-	return types.NewError(uint(agentapi.CodeInternal), err.Error()+"; see the agent's log", "")
+	code := codeAgentUnreachable
+	if command == "STATUS" {
+		code = codeNotAvailable
+	}
+	return failure(code, "no agent answers on "+socket+"; start underlay-agent on this node, or see why it ended in its log", err.Error())
+}
+
+// failure is an error in CNI's form.
+func failure(code int, msg, details string) (exit byte, stdout []byte) {
+	b := append([]byte("{\n    \"code\": "), strconv.Itoa(code)...)
+	b = pipe.AppendQuoted(append(b, ",\n    \"msg\": "...), msg)
+	if details != "" {
+		b = pipe.AppendQuoted(append(b, ",\n    \"details\": "...), details)
+	}
+	return pipe.ExitFailed, append(b, "\n}\n"...)
 }

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/underlay-cni/underlay/internal/agentapi"
+	"github.com/underlay-cni/underlay/internal/agentapi/pipe"
 	"github.com/underlay-cni/underlay/internal/datapath"
 	"github.com/underlay-cni/underlay/internal/ipam"
 )
@@ -394,7 +395,7 @@ func TestSpooledRelease(t *testing.T) {
 		a := r.mustAdd("c1")
 		r.mustAdd("c2")
 		r.stop()
-		if err := agentapi.Spool(r.socket, agentapi.Attachment{ContainerID: "c1", IfName: "eth0"}); err != nil {
+		if err := pipe.Spool(r.socket, "c1", "eth0"); err != nil {
 			t.Fatal(err)
 		}
 		r.start()

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/underlay-cni/underlay/internal/agentapi"
+	"github.com/underlay-cni/underlay/internal/agentapi/cni"
+	"github.com/underlay-cni/underlay/internal/agentapi/pipe"
 	"github.com/underlay-cni/underlay/internal/datapath"
 	"github.com/underlay-cni/underlay/internal/ipam"
 )
@@ -20,10 +22,18 @@ var gateway = netip.MustParseAddr("169.254.1.1")
 // records say that one is taken.
 const addTries = 3
 
-var _ agentapi.Handler = (*Agent)(nil)
+var (
+	_ agentapi.Handler = (*Agent)(nil)
+	_ cni.Backend      = (*Agent)(nil)
+)
 
 // Version returns the agent's version.
 func (a *Agent) Version() string { return a.opts.Version }
+
+// CNI carries out a call of the plugin.
+func (a *Agent) CNI(ctx context.Context, call *pipe.Call, netns *os.File) (exit byte, stdout []byte) {
+	return cni.Run(ctx, a, call, netns)
+}
 
 // Add makes the endpoint, or answers with the one that is there.
 func (a *Agent) Add(ctx context.Context, at *agentapi.Attachment, timeout time.Duration, netns *os.File) (*agentapi.Result, error) {

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"os"
 	"time"
 )
 
@@ -21,7 +20,7 @@ type Client struct {
 
 // Do sends one request and returns its response. The request's Version is
 // filled in. An error of the agent comes back as *Error.
-func (c *Client) Do(ctx context.Context, req *Request, netns *os.File) (*Response, error) {
+func (c *Client) Do(ctx context.Context, req *Request) (*Response, error) {
 	r := *req
 	r.Version = ProtocolVersion
 	msg, err := json.Marshal(&r)
@@ -37,7 +36,7 @@ func (c *Client) Do(ctx context.Context, req *Request, netns *os.File) (*Respons
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 
-	sendErr := writeMessageFile(conn.(*net.UnixConn), msg, netns)
+	sendErr := writeMessage(conn, msg)
 	if errors.Is(sendErr, errTooLong) {
 		return nil, fmt.Errorf("send request: %w", sendErr)
 	}
@@ -74,45 +73,15 @@ func because(ctx context.Context, err error) error {
 	return err
 }
 
-// Add asks for an interface in the namespace netns.
-func (c *Client) Add(ctx context.Context, a Attachment, netns *os.File) (*Result, error) {
-	resp, err := c.Do(ctx, &Request{Op: OpAdd, Attachment: &a}, netns)
-	if err != nil {
-		return nil, err
-	}
-	if resp.Result == nil {
-		return nil, errors.New("decode response: add answered without a result")
-	}
-	return resp.Result, nil
-}
-
-// Del releases an interface; one that the agent does not know is no error.
-func (c *Client) Del(ctx context.Context, a Attachment) error {
-	_, err := c.Do(ctx, &Request{Op: OpDel, Attachment: &a}, nil)
-	return err
-}
-
-// Check compares an interface with what Add made.
-func (c *Client) Check(ctx context.Context, a Attachment, netns *os.File) error {
-	_, err := c.Do(ctx, &Request{Op: OpCheck, Attachment: &a}, netns)
-	return err
-}
-
-// GC releases every interface that is not among valid.
-func (c *Client) GC(ctx context.Context, valid []Attachment) error {
-	_, err := c.Do(ctx, &Request{Op: OpGC, Valid: valid}, nil)
-	return err
-}
-
 // Status returns nil when the agent can serve an Add now.
 func (c *Client) Status(ctx context.Context) error {
-	_, err := c.Do(ctx, &Request{Op: OpStatus}, nil)
+	_, err := c.Do(ctx, &Request{Op: OpStatus})
 	return err
 }
 
 // Version returns the agent's version.
 func (c *Client) Version(ctx context.Context) (string, error) {
-	resp, err := c.Do(ctx, &Request{Op: OpVersion}, nil)
+	resp, err := c.Do(ctx, &Request{Op: OpVersion})
 	if err != nil {
 		return "", err
 	}
@@ -121,7 +90,7 @@ func (c *Client) Version(ctx context.Context) (string, error) {
 
 // Inspect returns the agent's view of its node.
 func (c *Client) Inspect(ctx context.Context) (*Inspection, error) {
-	resp, err := c.Do(ctx, &Request{Op: OpInspect}, nil)
+	resp, err := c.Do(ctx, &Request{Op: OpInspect})
 	if err != nil {
 		return nil, err
 	}

@@ -1,22 +1,21 @@
 // Package agentapi is what is spoken on the node agent's unix socket: by the
 // CNI plugin for each of its verbs, and by people's tools for a look inside.
 //
-//	plugin                                agent
+//	tool                                  agent
 //	  │ connect                             │
 //	  │ length (4 bytes, big endian) ─────► │
-//	  │ JSON Request, netns as SCM_RIGHTS   │
+//	  │ JSON Request                        │
 //	  │                                     │ works; the request's context ends
-//	  │                                     │ when the plugin hangs up
+//	  │                                     │ when the peer hangs up
 //	  │ ◄───────────── length JSON Response │
 //	  │ close                               │
 //
 // One request and one response per connection, each at most MaxMessage bytes.
-// The namespace of a container travels as an open file next to the request,
-// because the agent may not see the mounts of the runtime; its path goes along
-// as text, for people. Whatever does not parse is answered with an error of
-// code CodeDecoding and the connection is closed; files that came along are
-// closed too.
+// The plugin's calls have the same frame and another body: package pipe has it,
+// and package cni what it means. The namespace of a container travels as an open
+// file next to the call, because the agent may not see the mounts of the
+// runtime. Whatever does not parse is answered with an error and the connection
+// is closed; files that came along are closed too.
 //
-// The package knows the standard library alone: the plugin that links it must
-// start fast. Server and client may be used from several goroutines.
+// Server and client may be used from several goroutines.
 package agentapi

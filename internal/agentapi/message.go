@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"net/netip"
 	"time"
+
+	"github.com/underlay-cni/underlay/internal/agentapi/pipe"
 )
 
 // ProtocolVersion is the version of the messages in this file. Fields may be
@@ -13,18 +15,14 @@ const ProtocolVersion = 1
 
 // MaxMessage bounds a message in either direction, in bytes, without the
 // length in front of it.
-const MaxMessage = 1 << 20
+const MaxMessage = pipe.MaxMessage
 
 // Op names what a request asks for.
 type Op string
 
-// The operations: CNI's verbs, and a look inside.
+// The operations of people's tools. CNI's come as a pipe.Call.
 const (
 	OpVersion Op = "version"
-	OpAdd     Op = "add"
-	OpDel     Op = "del"
-	OpCheck   Op = "check"
-	OpGC      Op = "gc"
 	OpStatus  Op = "status"
 	OpInspect Op = "inspect"
 )
@@ -77,17 +75,14 @@ func Errorf(code Code, format string, args ...any) *Error {
 	return &Error{Code: code, Message: fmt.Sprintf(format, args...)}
 }
 
-// Request is one request. Attachment belongs to add, del and check; Valid to
-// gc; the others need nothing.
+// Request is one request.
 type Request struct {
-	Version    int           `json:"version"`
-	Op         Op            `json:"op"`
-	Attachment *Attachment   `json:"attachment,omitempty"`
-	Valid      []Attachment  `json:"valid,omitempty"`   // gc: what the runtime still knows; only ContainerID and IfName count
-	Timeout    time.Duration `json:"timeout,omitempty"` // nanoseconds the caller is willing to wait; 0 leaves it to the agent
+	Version int `json:"version"`
+	Op      Op  `json:"op"`
 }
 
-// Attachment is one interface of one container, as the runtime names it.
+// Attachment is one interface of one container, as the runtime names it. As
+// JSON it is a spooled release.
 type Attachment struct {
 	Network     string     `json:"network,omitempty"`
 	ContainerID string     `json:"containerId"`
@@ -115,25 +110,23 @@ func (p Pod) String() string {
 }
 
 // Response is the answer to a Request: Error, or the one field that belongs to
-// the operation; del, check, gc and status answer with neither when all is
-// well.
+// the operation; status answers with neither when all is well.
 type Response struct {
 	Version int         `json:"version"`
 	Error   *Error      `json:"error,omitempty"`
-	Result  *Result     `json:"result,omitempty"`  // add
 	Agent   string      `json:"agent,omitempty"`   // version: the agent's own version
 	Inspect *Inspection `json:"inspect,omitempty"` // inspect
 }
 
 // Result is what ADD made.
 type Result struct {
-	Addr       netip.Addr `json:"addr"`    // the pod's /32
-	Gateway    netip.Addr `json:"gateway"` // link-local next hop inside the pod
-	MAC        string     `json:"mac"`     // of the pod's interface
-	HostIfName string     `json:"hostIfName"`
-	HostMAC    string     `json:"hostMac,omitempty"`
-	MTU        int        `json:"mtu,omitempty"`
-	ENI        string     `json:"eni"`
+	Addr       netip.Addr // the pod's /32
+	Gateway    netip.Addr // link-local next hop inside the pod
+	MAC        string     // of the pod's interface
+	HostIfName string
+	HostMAC    string
+	MTU        int
+	ENI        string
 }
 
 // Inspection is the agent's view of its node at one moment.
@@ -244,31 +237,16 @@ func decodeRequest(b []byte) (*Request, error) {
 		return nil, Errorf(CodeDecoding, "decode request: %v; speak to this socket with underlay-cni or underlay", err)
 	}
 	if r.Version != ProtocolVersion {
-		return &r, Errorf(CodeIncompatibleVersion, "the agent speaks protocol version %d, the request is of version %d; install the underlay-cni that came with this agent", ProtocolVersion, r.Version)
+		return &r, Errorf(CodeIncompatibleVersion, "the agent speaks protocol version %d, the request is of version %d; install the underlay that came with this agent", ProtocolVersion, r.Version)
 	}
 	switch r.Op {
-	case OpAdd, OpDel, OpCheck:
-		a := r.Attachment
-		if a == nil || a.ContainerID == "" || a.IfName == "" {
-			return &r, Errorf(CodeInvalidEnvironment, "%s without a container ID and an interface name; the runtime must set CNI_CONTAINERID and CNI_IFNAME", r.Op)
-		}
-		if len(a.ContainerID) > maxContainerID {
-			return &r, Errorf(CodeInvalidEnvironment, "the container ID is %d bytes long, at most %d are kept; use a shorter CNI_CONTAINERID", len(a.ContainerID), maxContainerID)
-		}
-		if len(a.IfName) > maxIfName {
-			return &r, Errorf(CodeInvalidEnvironment, "the interface name %q is longer than %d bytes; use a shorter CNI_IFNAME", a.IfName, maxIfName)
-		}
-	case OpVersion, OpGC, OpStatus, OpInspect:
+	case OpVersion, OpStatus, OpInspect:
 	default:
-		return &r, Errorf(CodeDecoding, "unknown operation %q; install the underlay-cni that came with this agent", r.Op)
-	}
-	if r.Timeout < 0 {
-		r.Timeout = 0
+		return &r, Errorf(CodeDecoding, "unknown operation %q; install the underlay that came with this agent", r.Op)
 	}
 	return &r, nil
 }
 
-const (
-	maxContainerID = 128 // bytes in the commit record
-	maxIfName      = 15  // IFNAMSIZ without its zero, linux/if.h
-)
+// MaxContainerID is the length of a container ID, in bytes, that the commit
+// record holds.
+const MaxContainerID = 128

@@ -12,10 +12,11 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/underlay-cni/underlay/internal/agentapi/pipe"
 )
 
-// Logger is the part of slog.Logger that a server uses. The plugin links this
-// package and must not pay for a logging framework at each start.
+// Logger is the part of slog.Logger that a server uses.
 type Logger interface {
 	Debug(event string, args ...any)
 	Warn(event string, args ...any)
@@ -23,13 +24,12 @@ type Logger interface {
 
 // Handler serves the operations. Its methods are called concurrently; a
 // context ends when the peer hangs up or the server stops. An error that is
-// not an *Error travels with CodeInternal. The namespace file is nil when none
-// came along; the server closes it after the call.
+// not an *Error travels with CodeInternal.
 type Handler interface {
-	Add(ctx context.Context, a *Attachment, timeout time.Duration, netns *os.File) (*Result, error)
-	Del(ctx context.Context, a *Attachment) error
-	Check(ctx context.Context, a *Attachment, netns *os.File) error
-	GC(ctx context.Context, valid []Attachment) error
+	// CNI carries out a call of the plugin and returns its exit status and
+	// output; see package cni. The namespace file is nil when none came along;
+	// the server closes it after the call.
+	CNI(ctx context.Context, call *pipe.Call, netns *os.File) (exit byte, stdout []byte)
 	Status(ctx context.Context) error
 	Inspect(ctx context.Context) (*Inspection, error)
 	Version() string
@@ -112,16 +112,22 @@ func serveConn(ctx context.Context, conn *net.UnixConn, h Handler, log Logger) {
 	}
 	var (
 		req  *Request
-		resp *Response
+		call *pipe.Call
 	)
-	if err != nil {
+	switch {
+	case err != nil:
 		err = Errorf(CodeDecoding, "read request: %v; speak to this socket with underlay-cni or underlay", err)
-	} else {
+	case pipe.IsCall(msg):
+		if call, err = pipe.Decode(msg); err != nil {
+			err = Errorf(CodeIncompatibleVersion, "read call: %v; install the underlay-cni that came with this agent", err)
+		}
+	default:
 		req, err = decodeRequest(msg)
 	}
+	var out []byte
 	if err != nil {
 		log.Debug("request refused", "op", "decode", "err", err)
-		resp = &Response{Error: asError(err)}
+		out = encode(&Response{Error: asError(err)})
 	} else {
 		_ = conn.SetReadDeadline(time.Time{})
 		hungUp := make(chan struct{})
@@ -131,9 +137,22 @@ func serveConn(ctx context.Context, conn *net.UnixConn, h Handler, log Logger) {
 			_, _ = conn.Read(one[:]) // nothing more may come: a byte too much is a hang-up as well
 			cancel()
 		}()
-		resp = dispatch(ctx, req, netns, h)
+		if call != nil {
+			exit, stdout := h.CNI(ctx, call, netns)
+			out = pipe.AppendAnswer(nil, exit, stdout)
+		} else {
+			out = encode(dispatch(ctx, req, h))
+		}
 		defer func() { conn.Close(); <-hungUp }()
 	}
+	_ = conn.SetWriteDeadline(time.Now().Add(requestTimeout))
+	if err := writeMessage(conn, out); err != nil {
+		log.Debug("response not delivered", "op", "answer", "err", err)
+	}
+}
+
+// encode returns the message of a response.
+func encode(resp *Response) []byte {
 	resp.Version = ProtocolVersion
 	out, err := json.Marshal(resp)
 	if err == nil && len(out) > MaxMessage {
@@ -142,32 +161,21 @@ func serveConn(ctx context.Context, conn *net.UnixConn, h Handler, log Logger) {
 	if err != nil {
 		out, _ = json.Marshal(&Response{Version: ProtocolVersion, Error: Errorf(CodeInternal, "encode response: %v; see the agent's log", err)})
 	}
-	_ = conn.SetWriteDeadline(time.Now().Add(requestTimeout))
-	if err := writeMessageFile(conn, out, nil); err != nil {
-		log.Debug("response not delivered", "op", "answer", "err", err)
-	}
+	return out
 }
 
-func dispatch(ctx context.Context, req *Request, netns *os.File, h Handler) *Response {
+func dispatch(ctx context.Context, req *Request, h Handler) *Response {
 	resp := &Response{}
 	var err error
 	switch req.Op {
 	case OpVersion:
 		resp.Agent = h.Version()
-	case OpAdd:
-		resp.Result, err = h.Add(ctx, req.Attachment, req.Timeout, netns)
-	case OpDel:
-		err = h.Del(ctx, req.Attachment)
-	case OpCheck:
-		err = h.Check(ctx, req.Attachment, netns)
-	case OpGC:
-		err = h.GC(ctx, req.Valid)
 	case OpStatus:
 		err = h.Status(ctx)
 	case OpInspect:
 		resp.Inspect, err = h.Inspect(ctx)
 	default:
-		err = Errorf(CodeDecoding, "unknown operation %q; install the underlay-cni that came with this agent", req.Op)
+		err = Errorf(CodeDecoding, "unknown operation %q; install the underlay that came with this agent", req.Op)
 	}
 	if err != nil {
 		return &Response{Error: asError(err)}

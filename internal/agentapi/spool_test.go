@@ -7,6 +7,8 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/underlay-cni/underlay/internal/agentapi/pipe"
 )
 
 func TestSpool(t *testing.T) {
@@ -14,13 +16,18 @@ func TestSpool(t *testing.T) {
 	if err := DrainSpool(socket, func(Attachment) error { return errors.New("called") }); err != nil {
 		t.Fatalf("without a spool: %v", err)
 	}
-	a, b := Attachment{ContainerID: "../a b", IfName: "eth0"}, Attachment{ContainerID: "b", IfName: "eth0"}
+	a, b := Attachment{ContainerID: "a.b", IfName: `e"0`}, Attachment{ContainerID: "b", IfName: "eth0"}
 	for _, x := range []Attachment{a, b, a} { // a twice
-		if err := Spool(socket, x); err != nil {
+		if err := pipe.Spool(socket, x.ContainerID, x.IfName); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := os.WriteFile(filepath.Join(SpoolDir(socket), "junk"), []byte("{"), 0o600); err != nil {
+	for _, id := range []string{"", "../x", ".hidden", "a/b"} {
+		if err := pipe.Spool(socket, id, "eth0"); err == nil {
+			t.Errorf("kept a release of container %q", id)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(pipe.SpoolDir(socket), "junk"), []byte("{"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	got := map[string]int{}

@@ -113,23 +113,12 @@ func parseFiles(oob []byte) ([]*os.File, error) {
 	return files, nil
 }
 
-// writeMessageFile writes one message, and with its first byte the file, if
-// there is one.
-func writeMessageFile(c *net.UnixConn, msg []byte, file *os.File) error {
+// writeMessage writes one message.
+func writeMessage(w io.Writer, msg []byte) error {
 	b, err := frame(msg)
 	if err != nil {
 		return err
 	}
-	var rights []byte
-	if file != nil {
-		rights = syscall.UnixRights(int(file.Fd()))
-	}
-	n, _, err := c.WriteMsgUnix(b, rights, nil)
-	if err != nil {
-		return err
-	}
-	if n < len(b) {
-		_, err = c.Write(b[n:])
-	}
+	_, err = w.Write(b)
 	return err
 }

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"log/slog"
 	"net"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -18,30 +17,20 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/underlay-cni/underlay/internal/agentapi/pipe"
 )
 
 // handler answers with what it was asked.
 type handler struct {
-	add func(ctx context.Context, a *Attachment, f *os.File) (*Result, error)
+	cni func(ctx context.Context, c *pipe.Call, f *os.File) (byte, []byte)
 	big atomic.Bool
 }
 
-func (h *handler) Add(ctx context.Context, a *Attachment, _ time.Duration, f *os.File) (*Result, error) {
-	return h.add(ctx, a, f)
+func (h *handler) CNI(ctx context.Context, c *pipe.Call, f *os.File) (byte, []byte) {
+	return h.cni(ctx, c, f)
 }
-func (h *handler) Del(_ context.Context, a *Attachment) error {
-	return errors.New("del " + a.ContainerID)
-}
-func (h *handler) Check(context.Context, *Attachment, *os.File) error {
-	return Errorf(CodeCheckFailed, "no route; recreate the pod")
-}
-func (h *handler) GC(_ context.Context, valid []Attachment) error {
-	if len(valid) != 2 {
-		return errors.New("lost some")
-	}
-	return nil
-}
-func (h *handler) Status(context.Context) error { return nil }
+func (h *handler) Status(context.Context) error { return Errorf(CodeNotAvailable, "asleep; wake it") }
 func (h *handler) Version() string              { return "1.2.3" }
 func (h *handler) Inspect(context.Context) (*Inspection, error) {
 	in := &Inspection{Version: "1.2.3"}
@@ -76,41 +65,12 @@ func serve(t *testing.T, h Handler) string {
 }
 
 func TestRoundTrip(t *testing.T) {
-	want := Result{Addr: netip.MustParseAddr("10.0.0.9"), Gateway: netip.MustParseAddr("169.254.1.1"), MAC: "02:00:00:00:00:01", HostIfName: "ul1", MTU: 9001, ENI: "eni-1"}
-	at := Attachment{ContainerID: "c1", IfName: "eth0", Netns: "/run/netns/x", Pod: Pod{Namespace: "a", Name: "b"}}
-	h := &handler{add: func(_ context.Context, a *Attachment, f *os.File) (*Result, error) {
-		if diff := cmp.Diff(&at, a, cmp.Comparer(func(x, y netip.Addr) bool { return x == y })); diff != "" {
-			t.Errorf("-sent +received:\n%s", diff)
-		}
-		var sent, got syscall.Stat_t
-		if f == nil {
-			return nil, errors.New("no file came")
-		}
-		if err := errors.Join(syscall.Stat("/proc/self/ns/net", &sent), syscall.Fstat(int(f.Fd()), &got)); err != nil || sent.Ino != got.Ino {
-			return nil, errors.New("another file came")
-		}
-		return &want, nil
-	}}
+	h := &handler{}
 	c := Client{Socket: serve(t, h)}
 	ctx := t.Context()
-	ns, err := os.Open("/proc/self/ns/net")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ns.Close()
-	got, err := c.Add(ctx, at, ns)
-	if err != nil || *got != want {
-		t.Errorf("add: %+v, %v", got, err)
-	}
 	var e *Error
-	if err := c.Del(ctx, at); !errors.As(err, &e) || e.Code != CodeInternal || !strings.Contains(e.Message, "del c1") {
-		t.Errorf("del: %v", err)
-	}
-	if err := c.Check(ctx, at, ns); !errors.As(err, &e) || e.Code != CodeCheckFailed {
-		t.Errorf("check: %v", err)
-	}
-	if err := errors.Join(c.GC(ctx, []Attachment{at, at}), c.Status(ctx)); err != nil {
-		t.Error(err)
+	if err := c.Status(ctx); !errors.As(err, &e) || e.Code != CodeNotAvailable || !strings.Contains(e.Message, "wake it") {
+		t.Errorf("status: %v", err)
 	}
 	if v, err := c.Version(ctx); v != "1.2.3" || err != nil {
 		t.Errorf("version: %q, %v", v, err)
@@ -122,9 +82,42 @@ func TestRoundTrip(t *testing.T) {
 	if _, err := c.Inspect(ctx); !errors.As(err, &e) || !strings.Contains(e.Message, "too long") {
 		t.Errorf("a response of more than a message: %v", err)
 	}
-	at.Network = strings.Repeat("n", MaxMessage)
-	if _, err := c.Add(ctx, at, ns); !errors.Is(err, errTooLong) {
-		t.Errorf("a request of more than a message: %v", err)
+}
+
+// The plugin's call arrives as it was made, its file with it, and the answer
+// comes back whole, whatever its size.
+func TestCallRoundTrip(t *testing.T) {
+	want := pipe.Call{Env: []string{"CNI_COMMAND=ADD", "CNI_ARGS=a=\xff;"}, Stdin: []byte("{\x00}")}
+	var size int
+	h := &handler{cni: func(_ context.Context, c *pipe.Call, f *os.File) (byte, []byte) {
+		if diff := cmp.Diff(&want, c); diff != "" {
+			t.Errorf("-sent +received:\n%s", diff)
+		}
+		var sent, got syscall.Stat_t
+		if f == nil {
+			return pipe.ExitFailed, []byte("no file came")
+		}
+		if err := errors.Join(syscall.Stat("/proc/self/ns/net", &sent), syscall.Fstat(int(f.Fd()), &got)); err != nil || sent.Ino != got.Ino {
+			return pipe.ExitFailed, []byte("another file came")
+		}
+		return pipe.ExitOK, bytes.Repeat([]byte{'x'}, size)
+	}}
+	socket := serve(t, h)
+	ns, err := os.Open("/proc/self/ns/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ns.Close()
+	caller := new(pipe.Caller)
+	for _, size = range []int{0, 1, 5000, pipe.MaxMessage - 1} {
+		caller.Put(&want)
+		if exit, out, err := caller.Do(socket, int(ns.Fd()), 5); err != nil || exit != pipe.ExitOK || len(out) != size {
+			t.Errorf("an answer of %d bytes: %d, %d bytes %.50s, %v", size, exit, len(out), out, err)
+		}
+	}
+	caller.Put(&want)
+	if exit, out, err := caller.Do(socket, -1, 5); err != nil || exit != pipe.ExitFailed || string(out) != "no file came" {
+		t.Errorf("without a file: %d %s %v", exit, out, err)
 	}
 }
 
@@ -158,19 +151,23 @@ func TestNobodyListens(t *testing.T) {
 	}
 }
 
-func TestHangUpEndsTheRequest(t *testing.T) {
+func TestHangUpEndsTheCall(t *testing.T) {
 	began, ended := make(chan struct{}), make(chan struct{})
-	socket := serve(t, &handler{add: func(ctx context.Context, _ *Attachment, _ *os.File) (*Result, error) {
+	socket := serve(t, &handler{cni: func(ctx context.Context, _ *pipe.Call, _ *os.File) (byte, []byte) {
 		close(began)
 		<-ctx.Done()
 		close(ended)
-		return nil, ctx.Err()
+		return pipe.ExitFailed, nil
 	}})
-	ctx, cancel := context.WithCancel(t.Context())
-	go func() { <-began; cancel() }()
-	if _, err := (&Client{Socket: socket}).Add(ctx, Attachment{ContainerID: "c", IfName: "eth0"}, nil); !errors.Is(err, context.Canceled) {
-		t.Errorf("add: %v", err)
+	c, err := net.Dial("unix", socket)
+	if err != nil {
+		t.Fatal(err)
 	}
+	if err := writeMessage(c, pipe.AppendCall(nil, &pipe.Call{Env: []string{"CNI_COMMAND=ADD"}})); err != nil {
+		t.Fatal(err)
+	}
+	<-began
+	c.Close()
 	<-ended
 }
 
@@ -190,9 +187,8 @@ func TestGarbageIsAnsweredAndClosed(t *testing.T) {
 		{"no version", msg("{}"), CodeIncompatibleVersion},
 		{"next version", msg(`{"version":2,"op":"add"}`), CodeIncompatibleVersion},
 		{"unknown op", msg(`{"version":1,"op":"dance"}`), CodeDecoding},
-		{"add without a container", msg(`{"version":1,"op":"add"}`), CodeInvalidEnvironment},
-		{"long interface name", msg(`{"version":1,"op":"del","attachment":{"containerId":"c","ifName":"0123456789abcdef"}}`), CodeInvalidEnvironment},
-		{"long container ID", msg(`{"version":1,"op":"del","attachment":{"containerId":"` + strings.Repeat("c", 129) + `","ifName":"e"}}`), CodeInvalidEnvironment},
+		{"a call of another version", append(binary.BigEndian.AppendUint32(nil, 3), 0, 9, 0), CodeIncompatibleVersion},
+		{"a call without an end", append(binary.BigEndian.AppendUint32(nil, 3), 0, 1, 'A'), CodeIncompatibleVersion},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			c, err := net.Dial("unix", socket)
@@ -215,7 +211,7 @@ func TestGarbageIsAnsweredAndClosed(t *testing.T) {
 			}
 		})
 	}
-	if err := (&Client{Socket: socket}).Status(t.Context()); err != nil {
+	if _, err := (&Client{Socket: socket}).Version(t.Context()); err != nil {
 		t.Errorf("after all that: %v", err)
 	}
 }
@@ -238,7 +234,7 @@ func TestASecondFileIsRefused(t *testing.T) {
 }
 
 func FuzzRequest(f *testing.F) {
-	for _, s := range []string{`{"version":1,"op":"add","attachment":{"containerId":"c","ifName":"eth0","addr":"10.0.0.1"}}`, `{"version":1,"op":"gc","valid":[{"containerId":"c","ifName":"eth0"}],"timeout":-5}`, `{`, ``} {
+	for _, s := range []string{`{"version":1,"op":"status"}`, `{"version":7}`, "\x00\x01CNI_COMMAND=ADD\x00\x00{}", "\x00\x01", `{`, ``} {
 		b, _ := frame([]byte(s))
 		f.Add(b)
 	}
@@ -251,18 +247,15 @@ func FuzzRequest(f *testing.F) {
 		if len(msg) > MaxMessage {
 			t.Fatalf("%d bytes accepted", len(msg))
 		}
-		r, err := decodeRequest(msg)
-		if err != nil {
-			if e := asError(err); e.Code == CodeInternal {
-				t.Errorf("bad input is answered as our own fault: %v", err)
+		if pipe.IsCall(msg) {
+			c, err := pipe.Decode(msg)
+			if err == nil && !bytes.Equal(pipe.AppendCall(nil, c), msg) {
+				t.Errorf("%q was read as %q", msg, c)
 			}
 			return
 		}
-		if r.Timeout < 0 {
-			t.Error("a negative time-out was accepted")
-		}
-		if (r.Op == OpAdd || r.Op == OpDel || r.Op == OpCheck) && (r.Attachment == nil || r.Attachment.ContainerID == "") {
-			t.Errorf("%s without a container was accepted", r.Op)
+		if _, err := decodeRequest(msg); err != nil && asError(err).Code == CodeInternal {
+			t.Errorf("bad input is answered as our own fault: %v", err)
 		}
 	})
 }

@@ -1,36 +1,34 @@
-package main
+package cni
 
 import (
 	"encoding/json"
 	"fmt"
-	"path/filepath"
 	"strings"
 
 	"github.com/containernetworking/cni/pkg/types"
+	"github.com/containernetworking/cni/pkg/utils"
 
 	"github.com/underlay-cni/underlay/internal/agentapi"
 )
 
-// defaultSocket is where the agent listens when the configuration does not say.
-const defaultSocket = "/run/underlay/agent.sock"
-
-// config is the plugin's part of a network configuration.
+// config is a network configuration. Of Underlay's own keys there is "socket",
+// which the plugin has read already.
 type config struct {
 	types.PluginConf
-	Socket string `json:"socket"`
 }
 
-// parseConfig reads the configuration that the runtime wrote to stdin.
+// parseConfig reads the configuration that the runtime wrote to the plugin's
+// stdin.
 func parseConfig(stdin []byte) (*config, error) {
 	var c config
 	if err := json.Unmarshal(stdin, &c); err != nil {
 		return nil, types.NewError(types.ErrDecodingFailure, fmt.Sprintf("decode the network configuration: %v; correct the file in the runtime's CNI directory", err), "")
 	}
-	if c.Socket == "" {
-		c.Socket = defaultSocket
+	if c.CNIVersion == "" {
+		c.CNIVersion = "0.1.0" // what the specification takes an absent one for
 	}
-	if !filepath.IsAbs(c.Socket) {
-		return nil, types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf("socket %q is no absolute path; set \"socket\" to where underlay-agent listens", c.Socket), "")
+	if err := utils.ValidateNetworkName(c.Name); err != nil {
+		return nil, err
 	}
 	return &c, nil
 }
