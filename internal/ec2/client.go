@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"strings"
@@ -41,12 +42,17 @@ const (
 	// seconds on a good day, a minute and more on a bad one.
 	detachTimeout = 2 * time.Minute
 	detachPoll    = time.Second
+	// again is the first delay before a throttled second half of a read is
+	// tried again, doubled each time: a minute or so in all.
+	again      = time.Second
+	againTries = 6
 )
 
 // Client makes the node's calls.
 type Client struct {
-	api  api
-	poll time.Duration // between looks at a detaching interface
+	api   api
+	poll  time.Duration // between looks at a detaching interface
+	again time.Duration
 }
 
 // New returns a client for the region, configured as the SDK documents it:
@@ -57,7 +63,7 @@ func New(ctx context.Context, region string) (*Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("load the AWS configuration: %w; check AWS_PROFILE and the shared files", err)
 	}
-	return &Client{api: awsec2.NewFromConfig(cfg), poll: detachPoll}, nil
+	return &Client{api: awsec2.NewFromConfig(cfg), poll: detachPoll, again: again}, nil
 }
 
 // Interfaces returns every interface that is attached to the instance, and
@@ -67,9 +73,24 @@ func (c *Client) Interfaces(ctx context.Context, instance vpc.InstanceID, tag st
 	if err != nil {
 		return nil, fmt.Errorf("describe the interfaces of %s: %w", instance, err)
 	}
-	loose, err := c.interfaces(ctx, filter("tag:"+tag, string(instance)), filter("status", "available"))
-	if err != nil {
-		return nil, fmt.Errorf("describe the detached interfaces of %s: %w", instance, err)
+	// The first half was let through: while the account is short of requests it
+	// would be a waste to begin anew for the second, as every other node does.
+	var loose []vpc.ENI
+	for delay := c.again; ; delay *= 2 {
+		loose, err = c.interfaces(ctx, filter("tag:"+tag, string(instance)), filter("status", "available"))
+		if err == nil {
+			break
+		}
+		if !isThrottled(err) || delay >= c.again<<againTries {
+			return nil, fmt.Errorf("describe the detached interfaces of %s: %w", instance, err)
+		}
+		t := time.NewTimer(delay/2 + rand.N(delay))
+		select {
+		case <-ctx.Done():
+			t.Stop()
+			return nil, fmt.Errorf("describe the detached interfaces of %s: %w", instance, context.Cause(ctx))
+		case <-t.C:
+		}
 	}
 	for _, e := range loose {
 		// One that was attached between the two reads is in both.

@@ -59,7 +59,7 @@ func scripted(t *testing.T, answers map[string][]answer) (*Client, func() []url.
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.poll = time.Millisecond
+	c.poll, c.again = time.Millisecond, time.Millisecond
 	return c, func() []url.Values { mu.Lock(); defer mu.Unlock(); return got }
 }
 
@@ -103,6 +103,31 @@ func TestInterfacesArePagedFilteredAndMerged(t *testing.T) {
 	qs := got()
 	if qs[0].Get("Filter.1.Name") != "attachment.instance-id" || qs[0].Get("MaxResults") == "" || qs[1].Get("NextToken") != "more" || qs[2].Get("Filter.1.Name") != "tag:tag/instance" {
 		t.Errorf("requests: %v", qs)
+	}
+}
+
+func TestThrottledHalfOfAReadIsRepeatedAlone(t *testing.T) {
+	none := answer{200, `<DescribeNetworkInterfacesResponse><networkInterfaceSet></networkInterfaceSet></DescribeNetworkInterfacesResponse>`}
+	wait := answer{503, fault("RequestLimitExceeded", "wait")}
+	c, got := scripted(t, map[string][]answer{"DescribeNetworkInterfaces": {none, wait, wait, none}})
+	if _, err := c.Interfaces(t.Context(), "i-1", "tag"); err != nil {
+		t.Fatal(err)
+	}
+	first := 0
+	for _, q := range got() {
+		if q.Get("Filter.1.Name") == "attachment.instance-id" {
+			first++
+		}
+	}
+	if first != 1 || len(got()) != 4 {
+		t.Errorf("%d requests, %d of them for what is attached; want 4 and 1", len(got()), first)
+	}
+	// A throttled first half is the plan's to pace, and so is one that lasts.
+	for _, list := range [][]answer{{wait}, {none, wait}} {
+		c, _ := scripted(t, map[string][]answer{"DescribeNetworkInterfaces": list})
+		if _, err := c.Interfaces(t.Context(), "i-1", "tag"); !isThrottled(err) {
+			t.Errorf("%v, want throttled", err)
+		}
 	}
 }
 

@@ -52,8 +52,14 @@ func (p *step) newENI(v *vpc.ENI) *ENI {
 // believed at the second time only; what a pod uses is never taken away.
 func (p *step) observedEC2(ev ObservedEC2) {
 	s := p.s
+	// Nodes that started together do not read together ever after; and while
+	// the account is short of requests, all read less often.
+	pause := s.Config.Reconcile << min(s.Reads[EC2].retry.steps, 3)
+	if !s.Known || pause > s.Config.Reconcile {
+		pause = spread(pause*3/4, s.Config.Seed, uint64(s.Reads[EC2].retry.steps))
+	}
 	p.readDone(EC2)
-	p.want(EC2, p.now.Add(s.Config.Reconcile))
+	p.want(EC2, p.now.Add(pause))
 	p.want(Links, p.now) // what is new here may be in use on the host
 	first := !s.Known
 	s.Known = true

@@ -203,7 +203,11 @@ func (p *step) readDone(src Source) {
 func (p *step) readFailed(ev ReadFailed) {
 	r := &p.s.Reads[ev.Source]
 	r.inFlight = false
-	r.retry.fail(p.now, time.Second, 30*time.Second, p.s.Config.Seed)
+	limit := 30 * time.Second
+	if ev.Class == ClassThrottled && p.s.Known {
+		limit = 2 * time.Minute // those that know nothing yet go first
+	}
+	r.retry.fail(p.now, time.Second, limit, p.s.Config.Seed)
 	r.wanted = r.retry.until
 	if ev.Source == EC2 && !p.s.Known {
 		p.trouble("", &Error{Kind: kindOf(ev.Class), Cause: ev.Err})
