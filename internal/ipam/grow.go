@@ -2,21 +2,31 @@ package ipam
 
 import (
 	"fmt"
+	"time"
 
 	"github.com/underlay-cni/underlay/internal/vpc"
 )
+
+// gather is the pause between two calls for addresses on one interface. Pods
+// that start together come some 20 ms apart: they are to cost a few calls and
+// not one each, and none can have its address before IMDS lists it anyway.
+const gather = 250 * time.Millisecond
 
 // grow asks for what a pool lacks.
 func (p *step) grow(pool vpc.GroupSet) {
 	s := p.s
 	free, coming, suspect := s.count(pool)
-	need := s.waiting(pool) + s.floor(pool) - free - coming - suspect
+	waiting := s.waiting(pool)
+	need := waiting + s.floor(pool) - free - coming - suspect
 	if need <= 0 {
 		delete(s.overflow, pool)
 		if free > 0 || coming == 0 {
 			delete(s.Trouble, pool) // it got over it
 		}
 		return
+	}
+	if waiting == 0 && p.pressed() {
+		return // nobody waits for the floor; on other nodes somebody does
 	}
 	if !p.due(s.Mutate.until) {
 		return
@@ -29,7 +39,7 @@ func (p *step) grow(pool vpc.GroupSet) {
 			continue
 		}
 		t := s.subnet(e.Subnet)
-		if p.busy(e) || e.Phase == Detached || e.Keep || !p.due(t.full.until) || !p.may(CallAssign) {
+		if p.busy(e) || e.Phase == Detached || e.Keep || !p.due(e.Touched.Add(gather)) || !p.due(t.full.until) || !p.may(CallAssign) {
 			later += room
 			continue
 		}

@@ -1,0 +1,110 @@
+package ipam
+
+import (
+	"testing"
+	"time"
+)
+
+// reads lets time pass and returns when EC2 was read, since the start.
+func reads(w *world, until time.Duration) []time.Duration {
+	var at []time.Duration
+	for {
+		n, ok := w.next()
+		if !ok || n.Sub(epoch) > until {
+			return at
+		}
+		before := w.s.Reads[EC2].began
+		w.step(n)
+		if b := w.s.Reads[EC2].began; b.After(before) {
+			at = append(at, b.Sub(epoch))
+		}
+	}
+}
+
+// Nodes that start at one moment do not read EC2 at one moment ever after.
+func TestNodesReadApart(t *testing.T) {
+	seen := map[time.Duration]int{}
+	const nodes = 200
+	for seed := range uint64(nodes) {
+		w := newWorld(t, "m5.large", seed)
+		w.s.Config.Seed = seed
+		w.start()
+		at := reads(w, 61*time.Minute)
+		if len(at) < 6 || len(at) > 8 {
+			t.Fatalf("EC2 was read at %v: want once per %s", at, w.s.Config.Reconcile)
+		}
+		if gap := at[3] - at[2]; gap < w.s.Config.Reconcile || gap > w.s.Config.Reconcile+time.Second {
+			t.Fatalf("EC2 was read at %v: want once per %s", at, w.s.Config.Reconcile)
+		}
+		seen[at[2].Truncate(10*time.Second)]++
+	}
+	for at, n := range seen {
+		if n > nodes/10 {
+			t.Errorf("%d of %d nodes read within the ten seconds from %s on", n, nodes, at)
+		}
+	}
+}
+
+// While the account is short of requests, a node that knows what it has reads
+// less often.
+func TestThrottledReadsGrowRare(t *testing.T) {
+	w := newWorld(t, "m5.large", 1)
+	w.start()
+	w.pass(time.Minute)
+	w.s.Reads[EC2].wanted = time.Time{} // as when a read is under way
+	w.s.Reads[EC2].retry.steps = 2 // refused twice, then let through
+	w.send(ObservedEC2{At: w.now, Read: w.now, ENIs: w.view()})
+	if next := w.s.Reads[EC2].wanted.Sub(w.now); next < 2*w.s.Config.Reconcile || next > 4*w.s.Config.Reconcile {
+		t.Errorf("the next read comes after %s", next)
+	}
+	for range 12 {
+		w.send(ReadFailed{At: w.now, Source: EC2, Class: ClassThrottled})
+	}
+	if next := w.s.Reads[EC2].wanted.Sub(w.now); next < time.Minute || next > 3*time.Minute {
+		t.Errorf("after twelve refusals it tries again after %s", next)
+	}
+}
+
+// Pods that start together, 20 ms apart, cost a few calls and not one each.
+func TestPodsThatComeOneByOneShareCalls(t *testing.T) {
+	w := newWorld(t, "m6i.4xlarge", 1)
+	w.start()
+	w.pass(10 * time.Second)
+	before := w.calls
+	const pods = 28
+	for i := range RequestID(pods) {
+		w.add(i+1, "")
+		w.pass(20 * time.Millisecond)
+	}
+	w.pass(5 * time.Second)
+	for i := range RequestID(pods) {
+		w.got(i + 1)
+	}
+	if n := w.calls - before; n > 4 {
+		t.Errorf("%d calls for %d pods within %s", n, pods, pods*20*time.Millisecond)
+	}
+}
+
+// While calls are throttled, none is made for the floor alone: on other nodes
+// pods wait.
+func TestFloorWaitsWhileCallsAreScarce(t *testing.T) {
+	w := newWorld(t, "m5.large", 1)
+	w.fail = func(a Action) (Outcome, Class) {
+		if w.now.Sub(epoch) < time.Second {
+			return Refused, ClassThrottled
+		}
+		return Done, ClassOther
+	}
+	w.start()
+	w.pass(pressure - time.Second)
+	if n := w.held(); n != 1 {
+		t.Errorf("%d addresses are held while calls are scarce and nobody waits", n)
+	}
+	w.add(1, "") // now somebody does
+	w.pass(5 * time.Second)
+	w.got(1)
+	w.pass(2 * pressure)
+	if n := w.held(); n != 3 {
+		t.Errorf("%d addresses are held at the end, want the node's, the pod's and the floor's", n)
+	}
+}
