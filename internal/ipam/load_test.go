@@ -52,7 +52,7 @@ func TestThrottledReadsGrowRare(t *testing.T) {
 	w.start()
 	w.pass(time.Minute)
 	w.s.Reads[EC2].wanted = time.Time{} // as when a read is under way
-	w.s.Reads[EC2].retry.steps = 2 // refused twice, then let through
+	w.s.Reads[EC2].retry.steps = 2      // refused twice, then let through
 	w.send(ObservedEC2{At: w.now, Read: w.now, ENIs: w.view()})
 	if next := w.s.Reads[EC2].wanted.Sub(w.now); next < 2*w.s.Config.Reconcile || next > 4*w.s.Config.Reconcile {
 		t.Errorf("the next read comes after %s", next)

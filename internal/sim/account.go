@@ -11,8 +11,7 @@ import (
 type action uint8
 
 const (
-	describeInstanceTypes action = iota
-	describeInstances
+	describeInstances action = iota
 	describeInterfaces
 	describeSubnets
 	attachInterface
@@ -22,11 +21,11 @@ const (
 	createInterface
 	deleteInterface
 	modifyInterface
-	actions = 11
+	actions = 10
 )
 
 func (a action) String() string {
-	return [...]string{"DescribeInstanceTypes", "DescribeInstances", "DescribeNetworkInterfaces", "DescribeSubnets", "AttachNetworkInterface",
+	return [...]string{"DescribeInstances", "DescribeNetworkInterfaces", "DescribeSubnets", "AttachNetworkInterface",
 		"DetachNetworkInterface", "AssignPrivateIpAddresses", "UnassignPrivateIpAddresses", "CreateNetworkInterface", "DeleteNetworkInterface",
 		"ModifyNetworkInterfaceAttribute"}[a]
 }

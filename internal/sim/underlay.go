@@ -22,11 +22,17 @@ var epoch = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 // local is how long the node itself takes to read IMDS or its links.
 const local = 2 * time.Millisecond
 
+// How the second half of a read is repeated, as in internal/ec2.
+const (
+	again      = time.Second
+	againTries = 6
+)
+
 // agent is Underlay on one node: the real ipam.Step, and around it what the
 // agent does, call by call (internal/agent, internal/ec2): no retries by the
-// SDK; DescribeInstanceTypes at the start; two DescribeNetworkInterfaces per
-// read; DetachNetworkInterface, a read per second and DeleteNetworkInterface
-// to delete.
+// SDK; two DescribeNetworkInterfaces per read, the second repeated alone when
+// it is throttled; DetachNetworkInterface, a read per second and
+// DeleteNetworkInterface to delete.
 type agent struct {
 	w        *world
 	h        *host
@@ -41,22 +47,13 @@ func newAgent(h *host) cni { return &agent{w: h.w, h: h, requests: map[ipam.Requ
 
 func (g *agent) now() time.Time { return epoch.Add(g.w.clk.now) }
 
-func (g *agent) boot() { g.identify(250 * time.Millisecond) }
-
-// identify asks for the type's limits as often as it takes.
-func (g *agent) identify(delay time.Duration) {
-	g.call(describeInstanceTypes, func() code { return ok }, func(res code) {
-		if res != ok {
-			g.w.clk.after(delay, func() { g.identify(min(2*delay, 15*time.Second)) })
-			return
-		}
-		cfg := ipam.Default()
-		h := fnv.New64a()
-		h.Write([]byte(g.h.id))
-		cfg.Instance, cfg.Cluster, cfg.Seed, cfg.Limits = g.h.id, clusterName, h.Sum64(), g.w.cfg.limits
-		cfg.Prefixes, cfg.Floor = g.w.cfg.Prefixes, g.w.cfg.Floor
-		g.step(ipam.Started{At: g.now(), Config: cfg})
-	})
+func (g *agent) boot() {
+	cfg := ipam.Default()
+	h := fnv.New64a()
+	h.Write([]byte(g.h.id))
+	cfg.Instance, cfg.Cluster, cfg.Seed, cfg.Limits = g.h.id, clusterName, h.Sum64(), g.w.cfg.limits
+	cfg.Prefixes, cfg.Floor = g.w.cfg.Prefixes, g.w.cfg.Floor
+	g.step(ipam.Started{At: g.now(), Config: cfg})
 }
 
 // call makes a call; done runs if the node is still there then.
@@ -303,19 +300,26 @@ func (g *agent) read(src ipam.Source) {
 		refused := func(res code) {
 			g.step(ipam.ReadFailed{At: g.now(), Source: ipam.EC2, Class: class(res), Err: res.String()})
 		}
+		var second func(delay time.Duration)
+		second = func(delay time.Duration) {
+			g.call(describeInterfaces, func() code { ev.ENIs = c.describe(g.h); return ok }, func(res code) {
+				switch {
+				case res == ok:
+					ev.At = g.now()
+					g.step(ev)
+				case delay >= again<<againTries:
+					refused(res)
+				default:
+					g.after(delay/2+time.Duration(c.rng.Int64N(int64(delay))), func() { second(2 * delay) })
+				}
+			})
+		}
 		g.call(describeInterfaces, func() code { return ok }, func(res code) {
 			if res != ok {
 				refused(res)
 				return
 			}
-			g.call(describeInterfaces, func() code { ev.ENIs = c.describe(g.h); return ok }, func(res code) {
-				if res != ok {
-					refused(res)
-					return
-				}
-				ev.At = g.now()
-				g.step(ev)
-			})
+			second(again)
 		})
 	case ipam.IMDS:
 		g.after(local, func() {
