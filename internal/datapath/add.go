@@ -46,6 +46,10 @@ func (d *Datapath) Add(ctx context.Context, e Endpoint, netns *os.File) (Endpoin
 		return Endpoint{}, &ExistsError{Endpoint: old}
 	}
 
+	// A device of this name that was deleted a moment ago, with its pins.
+	if _, err := d.awaitReaped(ctx, e.HostIfName); err != nil {
+		return Endpoint{}, fmt.Errorf("add %s: %w", e.String(), err)
+	}
 	pod, err := nl.DialIn(netns)
 	if err != nil {
 		return Endpoint{}, fmt.Errorf("add %s: open a socket in the pod's network namespace %s: %w", e.String(), e.Netns, err)
@@ -143,7 +147,7 @@ func (d *Datapath) make(ctx context.Context, e *Endpoint, pod *nl.Conn, netns *o
 	}{
 		{"maps", func() error { return d.putIface(e, 0) }},
 		{"veth", func() error {
-			err := d.makeVeth(e, netns)
+			err := d.makeVeth(ctx, e, netns)
 			madeLink = err == nil
 			return err
 		}},
@@ -223,13 +227,23 @@ func (d *Datapath) putIface(e *Endpoint, flags uint32) error {
 
 // makeVeth makes the pair in place. A device that bears our name and group
 // but that no record owns is a leftover and gives way.
-func (d *Datapath) makeVeth(e *Endpoint, netns *os.File) error {
+func (d *Datapath) makeVeth(ctx context.Context, e *Endpoint, netns *os.File) error {
 	var b nl.Batch
 	b.VethAdd(nl.Veth{
 		Name: e.HostIfName, Index: e.HostIfIndex, MAC: hostMAC, MTU: e.MTU, Group: LinkGroup, NoARP: true,
 		PeerNetns: netns, PeerName: e.IfName, PeerIndex: e.PeerIfIndex, PeerMAC: e.MAC, PeerMTU: e.MTU,
 	})
 	err := d.conn.Exec(&b)
+	if errors.Is(err, unix.EEXIST) {
+		// The pod's namespace may have the device of a container that was
+		// deleted a moment ago.
+		if n, late := d.awaitReaped(ctx, ""); n > 0 {
+			if late != nil {
+				return late
+			}
+			err = d.conn.Exec(&b)
+		}
+	}
 	if !errors.Is(err, unix.EEXIST) {
 		return err
 	}

@@ -65,7 +65,7 @@ func runRole(text string) int {
 		}
 		armed = true
 		_, err = d.Delete(context.Background(), e.ContainerID, e.IfName)
-		return err
+		return errors.Join(err, d.Close()) // the last of it goes in the background
 	}()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -94,6 +94,9 @@ func (w *world) dies(r role) {
 // assertNothingLeft checks that nothing but live endpoints' things bear our signs.
 func assertNothingLeft(t *testing.T, w *world, d *Datapath, live int) {
 	t.Helper()
+	if _, err := d.awaitReaped(ctx, ""); err != nil {
+		t.Fatal(err)
+	}
 	all, err := d.Endpoints()
 	if err != nil {
 		t.Fatal(err)

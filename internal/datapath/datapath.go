@@ -60,8 +60,10 @@ type Datapath struct {
 	// same lock there, and fifty that contend are slower than two.
 	work chan struct{}
 
-	// deleting is held while links are deleted; those that wait are in doomed.
-	deleting sync.Mutex
+	// The reaper removes what is in doomed; see reap.go. wake and urgent are of
+	// size 1.
+	wake, urgent chan struct{}
+	stopReaper   func() // waits until it has ended; nil: it was not started
 
 	// eniMu is held while the ENIs are set.
 	eniMu sync.Mutex
@@ -74,7 +76,7 @@ type Datapath struct {
 	tombs   map[key]netip.Addr    // the latest tombstone
 	indexes map[int]key           // host ifindexes in use
 	next    int                   // the ifindex to try next
-	doomed  []deletion            // links that the next turn of deleting takes
+	doomed  []*remains            // until they are removed
 }
 
 // Ifindexes of host veths are ours to choose, so that the maps can be filled
@@ -107,6 +109,8 @@ func Open(opts Options) (*Datapath, error) {
 		log:     opts.Logger,
 		clock:   newClock(),
 		work:    make(chan struct{}, 2),
+		wake:    make(chan struct{}, 1),
+		urgent:  make(chan struct{}, 1),
 		claimed: map[key]chan struct{}{},
 		byKey:   map[key]netip.Addr{},
 		tombs:   map[key]netip.Addr{},
@@ -145,6 +149,7 @@ func (d *Datapath) open() (err error) {
 	if err := installGuard(d.netns); err != nil {
 		return err
 	}
+	d.startReaper()
 	if err := d.recover(); err != nil {
 		return err
 	}
@@ -194,9 +199,12 @@ func (d *Datapath) load() error {
 	return nil
 }
 
-// Close gives the directory and all file descriptors back. Everything stays in
-// the kernel and goes on working.
+// Close gives the directory and all file descriptors back, once what was deleted
+// is gone. All else stays in the kernel and goes on working.
 func (d *Datapath) Close() error {
+	if d.stopReaper != nil {
+		d.stopReaper()
+	}
 	errs := []error{d.objs.FromPod.Close(), d.objs.ToPod.Close()}
 	for _, m := range []*ebpf.Map{d.objs.Meta, d.objs.Endpoints, d.objs.Ifaces, d.objs.IfaceStats, d.objs.Drops} {
 		errs = append(errs, m.Close())

@@ -14,7 +14,10 @@ import (
 )
 
 // Delete turns an endpoint into a tombstone, with the time of its release, and
-// removes everything else of it. The tombstone keeps the address from being
+// sees to it that everything else of it goes. When it returns, nothing passes
+// the endpoint and no route leads to it; its device, of which the kernel takes
+// its time to let go, follows within some 150 ms (see reapDelay), or at the
+// next Open. The tombstone keeps the address from being
 // used until Forget. It returns the tombstone, also if it was one before, and
 // also with an error: then the address is released but something is left,
 // which Delete again, or Open, removes. ErrNotFound: nothing is known of that
@@ -55,7 +58,26 @@ func (d *Datapath) Delete(ctx context.Context, containerID, ifName string) (Endp
 	if err := d.reach(context.WithoutCancel(ctx), "tombstone"); err != nil {
 		return e, fmt.Errorf("delete %s: %w", e.String(), err)
 	}
-	if err := d.dismantle(&e, true); err != nil {
+	if !live && d.isDoomed(e.HostIfName) {
+		return e, nil // said twice
+	}
+	owns, err := d.shut(&e)
+	err = errors.Join(err, d.unroute(&e))
+	// The device of that name is the endpoint's when it was live; a tombstone's
+	// is a leftover of whatever number.
+	r := &remains{name: e.HostIfName}
+	if live {
+		r.index = e.HostIfIndex
+	}
+	if owns {
+		r.counters = e.HostIfIndex
+	}
+	d.doom(r)
+	if !live {
+		_, late := d.awaitReaped(context.WithoutCancel(ctx), e.HostIfName)
+		err = errors.Join(err, late, r.err)
+	}
+	if err != nil {
 		return e, fmt.Errorf("delete %s: %w", e.String(), err)
 	}
 	if live {
@@ -96,41 +118,17 @@ func (d *Datapath) erase(e *Endpoint) error {
 	return nil
 }
 
-// dismantle removes all of an endpoint but its record; what is not there is no
-// error. withLink says whether the device of its name is the endpoint's.
-//
-// The gate shuts first: from then on nothing passes in either direction, the
-// program is still there to say so, and it goes after the device.
+// dismantle removes all of an endpoint but its record, and waits until it is
+// gone; what is not there is no error. withLink says whether the device of its
+// name is the endpoint's.
 func (d *Datapath) dismantle(e *Endpoint, withLink bool) error {
-	var errs []error
-	index := uint32(e.HostIfIndex)
-	// A tombstone's ifindex may be another endpoint's by now.
-	var v bpfgen.NodeIface
-	err := d.objs.Ifaces.Lookup(&index, &v)
-	owns := err == nil && v.Addr == addrKey(e.Addr)
-	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-		errs = append(errs, fmt.Errorf("look up interface %d: %w", index, err))
-	}
-	if owns {
-		if err := d.objs.Ifaces.Delete(&index); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			errs = append(errs, fmt.Errorf("remove %s from the map of interfaces: %w", e.HostIfName, err))
-		}
-	}
-	errs = append(errs, d.reach(context.Background(), "gone from maps"))
+	owns, err := d.shut(e)
+	errs := []error{err}
 	if withLink {
-		var route nl.Batch
-		route.RouteDelete(podRoute(e))
-		route.Tolerate(unix.ESRCH, unix.ENODEV)
-		errs = append(errs, d.conn.Exec(&route))
-		errs = append(errs, d.reach(context.Background(), "gone from routes"))
-		errs = append(errs, d.deleteLink(e.HostIfName))
-		errs = append(errs, d.reach(context.Background(), "gone from links"))
-		errs = append(errs, d.unpin(e.HostIfName))
+		errs = append(errs, d.unroute(e), d.deleteLink(e.HostIfName))
 	}
 	if owns {
-		if err := d.objs.IfaceStats.Delete(&index); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			errs = append(errs, fmt.Errorf("remove the counters of %s: %w", e.HostIfName, err))
-		}
+		errs = append(errs, d.deleteCounters(e.HostIfIndex))
 	}
 	d.mu.Lock()
 	if d.indexes[e.HostIfIndex] == e.key() {
@@ -140,55 +138,39 @@ func (d *Datapath) dismantle(e *Endpoint, withLink bool) error {
 	return errors.Join(errs...)
 }
 
-// deletion is one link that waits to be deleted.
-type deletion struct {
-	name string
-	done chan error // of size 1
-}
-
-// deleteLink deletes a host veth; if there is none, that is no error. The
-// kernel takes some 18 ms for one, and hardly more for fifty: those that come
-// while others are being deleted go together, by whoever's turn is next.
-func (d *Datapath) deleteLink(name string) error {
-	own := deletion{name: name, done: make(chan error, 1)}
-	d.mu.Lock()
-	d.doomed = append(d.doomed, own)
-	d.mu.Unlock()
-
-	d.deleting.Lock()
-	defer d.deleting.Unlock()
-	d.mu.Lock()
-	batch := d.doomed
-	d.doomed = nil
-	d.mu.Unlock()
-	if len(batch) > 0 { // own may have gone with an earlier turn
-		names := make([]string, len(batch))
-		for i, b := range batch {
-			names[i] = b.name
-		}
-		err := d.deleteLinks(names)
-		for _, b := range batch {
-			b.done <- err
-		}
+// shut takes the endpoint out of the map of interfaces: from then on nothing
+// passes in either direction, the program is still there to say so, and it goes
+// after the device. It reports whether the entry was the endpoint's: a
+// tombstone's ifindex may be another endpoint's by now.
+func (d *Datapath) shut(e *Endpoint) (owns bool, err error) {
+	index := uint32(e.HostIfIndex)
+	var v bpfgen.NodeIface
+	err = d.objs.Ifaces.Lookup(&index, &v)
+	if owns = err == nil && v.Addr == addrKey(e.Addr); owns {
+		err = d.objs.Ifaces.Delete(&index)
 	}
-	return <-own.done
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		err = nil
+	}
+	if err != nil {
+		err = fmt.Errorf("remove %s from the map of interfaces: %w", e.HostIfName, err)
+	}
+	return owns, errors.Join(err, d.reach(context.Background(), "gone from maps"))
 }
 
-// deleteLinks deletes host veths, several in one group.
-func (d *Datapath) deleteLinks(names []string) error {
+// unroute removes the route to the endpoint.
+func (d *Datapath) unroute(e *Endpoint) error {
 	var b nl.Batch
-	if len(names) == 1 {
-		b.LinkDelete(names[0])
-		b.Tolerate(unix.ENODEV)
-		return d.slow.Exec(&b)
+	b.RouteDelete(podRoute(e))
+	b.Tolerate(unix.ESRCH, unix.ENODEV)
+	return errors.Join(d.conn.Exec(&b), d.reach(context.Background(), "gone from routes"))
+}
+
+// deleteCounters removes the counters of a host interface.
+func (d *Datapath) deleteCounters(hostIfIndex int) error {
+	index := uint32(hostIfIndex)
+	if err := d.objs.IfaceStats.Delete(&index); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("remove the counters of interface %d: %w", index, err)
 	}
-	for _, name := range names {
-		b.LinkGroup(name, dyingGroup)
-		b.Tolerate(unix.ENODEV)
-	}
-	if len(names) > 0 {
-		b.LinkDeleteGroup(dyingGroup)
-		b.Tolerate(unix.ENODEV)
-	}
-	return d.slow.Exec(&b)
+	return nil
 }

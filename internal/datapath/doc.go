@@ -44,7 +44,8 @@
 //
 //  1. the record, Tombstone with its time of release: the answer can be given.
 //  2. the entry in `ifaces`: nothing passes any more.
-//  3. the route, the device, the pins, the counters.
+//  3. the route. Here Delete returns.
+//  4. the device, the pins, the counters: by the reaper, with others' (reap.go).
 //
 // After a crash anywhere Open finds a tombstone and sweeps all that no live
 // endpoint stands behind. It looks at what is there, not at what was done:
@@ -55,5 +56,6 @@
 // All methods are safe for concurrent use. Operations on one container and
 // interface wait for each other; at most two Adds are in the kernel at once,
 // which takes one lock for all of it. One process at a time has the directory
-// of pins (flock). No method starts a goroutine that outlives it.
+// of pins (flock). One goroutine, the reaper, runs from Open to Close; no other
+// outlives the method that starts it.
 package datapath

@@ -186,6 +186,21 @@ func (b *Batch) LinkDelete(name string) {
 	})
 }
 
+// LinkDeleteIndex deletes the link of that ifindex. ENODEV: there is none.
+func (b *Batch) LinkDeleteIndex(index int) {
+	b.add(fmt.Sprintf("delete link %d", index), unix.RTM_DELLINK, ackOnly, func() {
+		b.ifinfo(index, 0, 0)
+	})
+}
+
+// LinkGroupIndex moves the link of that ifindex into a group.
+func (b *Batch) LinkGroupIndex(index int, group uint32) {
+	b.add(fmt.Sprintf("set link %d: group %d", index, group), unix.RTM_NEWLINK, ackOnly, func() {
+		b.ifinfo(index, 0, 0)
+		b.attrU32(unix.IFLA_GROUP, group)
+	})
+}
+
 // LinkGroup moves the link of that name into a group.
 func (b *Batch) LinkGroup(name string, group uint32) {
 	b.add(fmt.Sprintf("set link %s: group %d", name, group), unix.RTM_NEWLINK, ackOnly, func() {

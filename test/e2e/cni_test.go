@@ -93,9 +93,12 @@ func TestCNIVerbs(t *testing.T) {
 			t.Errorf("still live: %+v", e)
 		}
 	}
-	if out, err := exec.Command("nsenter", "--net="+netns["two"], "ip", "-o", "link").Output(); err != nil || strings.Contains(string(out), "eth0") {
-		t.Errorf("after DEL, in the namespace: %s %v", out, err)
-	}
+	lab.Eventually(t, 5*time.Second, "the interface is gone", func() error {
+		if out, err := exec.Command("nsenter", "--net="+netns["two"], "ip", "-o", "link").Output(); err != nil || strings.Contains(string(out), "eth0") {
+			return fmt.Errorf("after DEL, in the namespace: %s %v", out, err)
+		}
+		return nil
+	})
 }
 
 // The plugin killed at any moment of an ADD: what it leaves is whole or not
