@@ -108,3 +108,70 @@ func TestFloorWaitsWhileCallsAreScarce(t *testing.T) {
 		t.Errorf("%d addresses are held at the end, want the node's, the pod's and the floor's", n)
 	}
 }
+
+// Five minutes after everything is deleted a node is back at its floor, in
+// calls of the order of its interfaces, and then silent; in the defaults.
+func TestBackAtTheFloorWithinFiveMinutes(t *testing.T) {
+	for _, mode := range []struct {
+		name     string
+		prefixes bool
+		held     int // the node's own address, and the floor
+	}{{"single addresses", false, 2}, {"prefixes", true, 17}} {
+		t.Run(mode.name, func(t *testing.T) {
+			w := newWorld(t, "m6i.4xlarge", 1)
+			w.s.Config.Prefixes = mode.prefixes
+			w.start()
+			const pods = 230
+			for i := range RequestID(pods) {
+				w.add(i+1, "")
+			}
+			w.pass(20 * time.Second)
+			for i := range RequestID(pods) {
+				w.send(Released{At: w.now, Addr: w.got(i + 1)})
+			}
+			before := w.calls
+			w.pass(5 * time.Minute)
+			if n := w.held(); n != mode.held || len(w.enis) != 1 {
+				t.Errorf("%d addresses on %d interfaces are held, want %d on one", n, len(w.enis), mode.held)
+			}
+			// Per interface a deletion or a return in chunks; and EC2 read.
+			if n := w.calls - before; n > 4*w.s.MaxENIs() {
+				t.Errorf("%d calls to return what %d pods had", n, pods)
+			}
+			before = w.calls
+			w.pass(9 * time.Minute) // one read of EC2 may fall into it
+			if n := w.calls - before; n > 1 {
+				t.Errorf("%d calls at the floor, where nothing is to be done", n)
+			}
+		})
+	}
+}
+
+// A hundred pods that come and go one after the other live on few addresses,
+// and EC2 hears little of them.
+func TestChurnCostsFewCalls(t *testing.T) {
+	for _, gap := range []time.Duration{100 * time.Millisecond, time.Second, 10 * time.Second} {
+		t.Run(gap.String(), func(t *testing.T) {
+			w := newWorld(t, "m5.large", 1)
+			w.start()
+			w.pass(10 * time.Second)
+			before := w.calls
+			for i := range RequestID(100) {
+				w.add(i+1, "")
+				w.pass(gap)
+				for {
+					if _, ok := w.replies[i+1]; ok {
+						break
+					}
+					w.pass(100 * time.Millisecond)
+				}
+				w.send(Released{At: w.now, Addr: w.got(i + 1)})
+			}
+			n := w.calls - before - int(w.now.Sub(epoch)/w.s.Config.Reconcile) // the reads that come anyway
+			t.Logf("%d calls, %d addresses held", n, w.held())
+			if n > 20 {
+				t.Errorf("a hundred pods %s apart cost %d calls", gap, n)
+			}
+		})
+	}
+}

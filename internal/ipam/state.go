@@ -36,7 +36,7 @@ func Default() Config {
 		Floor:      1,
 		Cooldown:   30 * time.Second, // as long as kube-proxy's and others' stale views may last
 		UsableWait: 10 * time.Second,
-		Linger:     5 * time.Minute,
+		Linger:     4 * time.Minute,       // with the cooldown before it, all is back within five
 		Settle:     50 * time.Millisecond, // an attachment takes seconds
 		Reconcile:  10 * time.Minute,      // 2,000 nodes: 3.3 reads/s of the account's 20
 		Confirm:    5 * time.Second,

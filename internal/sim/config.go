@@ -92,7 +92,7 @@ func Default() Config {
 		AddTimeout: 50 * time.Second, // agent.DefaultAddTimeout
 		Retry:      10 * time.Second, // backOffPeriod in pkg/kubelet/kubelet.go
 		Apart:      20 * time.Millisecond, BootOver: time.Minute, ReadyAfter: 10 * time.Second, Share: 0.25, Over: 30 * time.Minute, Terminated: 30 * time.Second,
-		Settle: 7 * time.Minute, // Underlay returns surplus after five
+		Settle: 7 * time.Minute, // what is surplus comes back within five
 		Limit:  2 * time.Hour,
 		Floor:  ipam.Default().Floor, Compare: true, AWS: AWSKnobs{WarmENI: 1, WarmPrefix: 1, LinkWait: 3 * time.Second},
 	}
