@@ -198,7 +198,7 @@ func (a *Agent) release(addr netip.Addr, when time.Time, unused bool) {
 }
 
 func result(ep datapath.Endpoint) *agentapi.Result {
-	return &agentapi.Result{Addr: ep.Addr, Gateway: gateway, MAC: ep.MAC.String(), HostIfName: ep.HostIfName, MTU: ep.MTU, ENI: string(ep.ENI)}
+	return &agentapi.Result{Addr: ep.Addr, Gateway: gateway, MAC: ep.MAC.String(), HostIfName: ep.HostIfName, HostMAC: datapath.HostMAC().String(), MTU: ep.MTU, ENI: string(ep.ENI)}
 }
 
 func (a *Agent) endpoint(k key) (datapath.Endpoint, bool) {

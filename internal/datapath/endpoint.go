@@ -1,6 +1,7 @@
 package datapath
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -119,6 +120,9 @@ func hostIfName(k key) string {
 // entry whatever happens to the host's end. It is locally administered, and
 // no pod's: their second byte is 0x75.
 var hostMAC = net.HardwareAddr{0x02, 0x6c, 0x75, 0x00, 0x00, 0x01}
+
+// HostMAC returns the MAC of every host veth.
+func HostMAC() net.HardwareAddr { return bytes.Clone(hostMAC) }
 
 // podMAC derives the pod's MAC from its address: locally administered, the
 // same whenever the address is used, different for different addresses.

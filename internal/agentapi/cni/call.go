@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
+	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/cni/pkg/utils"
 	"github.com/containernetworking/cni/pkg/version"
 
@@ -76,10 +77,18 @@ func Run(ctx context.Context, b Backend, call *pipe.Call, netns *os.File) (exit 
 }
 
 // print writes a result in the form of a version.
-func print(out *bytes.Buffer, res types.Result, version string) error {
-	res, err := res.GetAsVersion(version)
+func print(out *bytes.Buffer, res types.Result, configured string) error {
+	res, err := res.GetAsVersion(configured)
 	if err != nil {
 		return err
+	}
+	// The library has one type for all of 1.x and leaves in what 1.1 added.
+	if old, err := version.GreaterThan("1.1.0", configured); err != nil {
+		return err
+	} else if r, is := res.(*current.Result); old && is {
+		for _, i := range r.Interfaces {
+			i.Mtu = 0
+		}
 	}
 	return res.PrintTo(out)
 }

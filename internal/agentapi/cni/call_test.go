@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -30,7 +31,7 @@ func (b *backend) note(what string) error {
 }
 
 func (b *backend) Add(_ context.Context, a *agentapi.Attachment, _ time.Duration, f *os.File) (*agentapi.Result, error) {
-	return &agentapi.Result{Addr: netip.MustParseAddr("10.0.0.9"), Gateway: netip.MustParseAddr("169.254.1.1"), MAC: "02:75:0a:00:00:09", HostIfName: "ul1", MTU: 9001},
+	return &agentapi.Result{Addr: netip.MustParseAddr("10.0.0.9"), Gateway: netip.MustParseAddr("169.254.1.1"), MAC: "02:75:0a:00:00:09", HostIfName: "ul1", HostMAC: "02:00:00:00:00:01", MTU: 9001},
 		b.note(fmt.Sprintf("add %s/%s %s %s %v", a.ContainerID, a.IfName, a.Netns, a.Pod, f != nil))
 }
 func (b *backend) Del(_ context.Context, a *agentapi.Attachment) error {
@@ -110,25 +111,78 @@ func TestVerbs(t *testing.T) {
 	}
 }
 
+// What ADD answers in each version, whole: what a version does not have is not
+// said in it.
 func TestResultInEachVersion(t *testing.T) {
-	for version, ip := range map[string]string{
-		"0.3.1": `{"address":"10.0.0.9/32","gateway":"169.254.1.1","interface":1,"version":"4"}`,
-		"0.4.0": `{"address":"10.0.0.9/32","gateway":"169.254.1.1","interface":1,"version":"4"}`,
-		"1.0.0": `{"address":"10.0.0.9/32","gateway":"169.254.1.1","interface":1}`,
-		"1.1.0": `{"address":"10.0.0.9/32","gateway":"169.254.1.1","interface":1}`,
+	const (
+		ips0 = `"ips":[{"version":"4","interface":1,"address":"10.0.0.9/32","gateway":"169.254.1.1"}],`
+		ips1 = `"ips":[{"interface":1,"address":"10.0.0.9/32","gateway":"169.254.1.1"}],`
+		ifs  = `"interfaces":[{"name":"ul1","mac":"02:00:00:00:00:01"},{"name":"eth0","mac":"02:75:0a:00:00:09","sandbox":"/proc/self/ns/net"}],`
+		mtus = `"interfaces":[{"name":"ul1","mac":"02:00:00:00:00:01","mtu":9001},{"name":"eth0","mac":"02:75:0a:00:00:09","mtu":9001,"sandbox":"/proc/self/ns/net"}],`
+		rest = `"routes":[{"dst":"0.0.0.0/0","gw":"169.254.1.1"}]`
+		dns  = `,"dns":{"nameservers":["10.0.0.2"],"search":["shop.internal"]}`
+	)
+	for _, tc := range []struct{ version, more, want string }{
+		{"0.3.1", "", ifs + ips0 + rest + `,"dns":{}`},
+		{"0.4.0", "", ifs + ips0 + rest + `,"dns":{}`},
+		{"1.0.0", "", ifs + ips1 + rest},
+		{"1.1.0", "", mtus + ips1 + rest},
+		{"0.3.1", dns, ifs + ips0 + rest + dns},
+		{"0.4.0", dns, ifs + ips0 + rest + dns},
+		{"1.0.0", dns, ifs + ips1 + rest + dns},
+		{"1.1.0", dns, mtus + ips1 + rest + dns},
 	} {
-		exit, out := Run(t.Context(), &backend{}, call("ADD", configOf(version, "")), nil)
-		var res struct {
-			CNIVersion string
-			IPs        []map[string]any
-			Routes     []map[string]any
+		exit, out := Run(t.Context(), &backend{}, call("ADD", configOf(tc.version, tc.more)), nil)
+		var got, want any
+		if err := json.Unmarshal(out, &got); err != nil || exit != pipe.ExitOK {
+			t.Fatalf("%s: %d, %s, %v", tc.version, exit, out, err)
 		}
-		if err := json.Unmarshal(out, &res); err != nil || exit != pipe.ExitOK {
-			t.Fatalf("%s: %s, %v", version, out, err)
+		if err := json.Unmarshal([]byte(`{"cniVersion":"`+tc.version+`",`+tc.want+`}`), &want); err != nil {
+			t.Fatal(err)
 		}
-		got, _ := json.Marshal(res.IPs[0])
-		if res.CNIVersion != version || string(got) != ip || len(res.IPs) != 1 || len(res.Routes) != 1 || res.Routes[0]["dst"] != "0.0.0.0/0" {
-			t.Errorf("%s: %s", version, out)
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("%s%s: -want +got:\n%s", tc.version, tc.more, diff)
+		}
+		// CHECK takes the same back, from the version that has it.
+		b := &backend{}
+		exit, out = Run(t.Context(), b, call("CHECK", configOf(tc.version, `,"prevResult":`+string(out))), nil)
+		if tc.version == "0.3.1" {
+			if exit != pipe.ExitFailed || !strings.Contains(string(out), `"code": 1,`) || b.asked != nil {
+				t.Errorf("CHECK in %s: %d, %s", tc.version, exit, out)
+			}
+		} else if exit != pipe.ExitOK || len(out) != 0 || len(b.asked) != 1 || b.asked[0] != "check 10.0.0.9" {
+			t.Errorf("CHECK in %s: %d, %s, asked %q", tc.version, exit, out, b.asked)
+		}
+	}
+}
+
+// Which version has which command.
+func TestVersionOfEachVerb(t *testing.T) {
+	prev := `,"cni.dev/valid-attachments":[],"prevResult":{"cniVersion":"0.4.0","interfaces":[{"name":"eth0","sandbox":"/n"}],"ips":[{"version":"4","address":"10.0.0.9/32","interface":0}]}`
+	for version, has := range map[string]string{
+		"":      "",
+		"0.1.0": "",
+		"0.2.0": "",
+		"0.3.0": "",
+		"0.3.1": "ADD DEL",
+		"0.4.0": "ADD DEL CHECK",
+		"1.0.0": "ADD DEL CHECK",
+		"1.1.0": "ADD DEL CHECK GC STATUS",
+		"1.2.0": "",
+		"2.0.0": "",
+		"one":   "",
+	} {
+		for _, command := range []string{"ADD", "DEL", "CHECK", "GC", "STATUS"} {
+			b := &backend{}
+			exit, out := Run(t.Context(), b, call(command, configOf(version, strings.ReplaceAll(prev, "0.4.0", version))), nil)
+			switch {
+			case slices.Contains(strings.Fields(has), command):
+				if exit != pipe.ExitOK || len(b.asked) != 1 {
+					t.Errorf("%s in %q: %d, %s", command, version, exit, out)
+				}
+			case exit != pipe.ExitFailed || !strings.Contains(string(out), `"code": 1,`) || b.asked != nil:
+				t.Errorf("%s in %q: %d, %s, want code 1", command, version, exit, out)
+			}
 		}
 	}
 }

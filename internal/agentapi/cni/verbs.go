@@ -25,11 +25,13 @@ func add(r *request) (types.Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	return result(res, a), nil
+	return result(res, a, r.config), nil
 }
 
-// result puts the agent's answer in CNI's form.
-func result(res *agentapi.Result, a *agentapi.Attachment) *current.Result {
+// result puts the agent's answer in CNI's form. Name servers are those that the
+// configuration names, if any: the VPC's own come by DHCP to the node, and it is
+// the runtime that writes a container's resolv.conf.
+func result(res *agentapi.Result, a *agentapi.Attachment, c *config) *current.Result {
 	container := 1 // index in interfaces
 	return &current.Result{
 		CNIVersion: current.ImplementedSpecVersion,
@@ -43,6 +45,7 @@ func result(res *agentapi.Result, a *agentapi.Attachment) *current.Result {
 			Gateway:   res.Gateway.AsSlice(),
 		}},
 		Routes: []*types.Route{{Dst: net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}, GW: res.Gateway.AsSlice()}},
+		DNS:    c.DNS,
 	}
 }
 
