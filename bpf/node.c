@@ -115,7 +115,8 @@ struct endpoint {
 	__u8 eni[32];
 	__u8 pod_namespace[64];
 	__u8 pod_name[256];
-	__u8 groups[384];	/* canonical: sorted, joined by commas */
+	__u8 groups[344];	/* canonical: sorted, joined by commas; 16 take 335 */
+	__u8 pod_uid[40];	/* a UUID's text is 36 */
 };
 
 struct layout_meta {

@@ -82,7 +82,7 @@ func (a *Agent) add(ctx context.Context, at *agentapi.Attachment, timeout time.D
 		}
 		ep, err := a.opts.Datapath.Add(ctx, datapath.Endpoint{
 			ContainerID: at.ContainerID, IfName: at.IfName, Netns: at.Netns, Addr: ans.addr.reply.Addr, ENI: ans.addr.reply.ENI, ENIIndex: ans.addr.index,
-			PodNamespace: at.Pod.Namespace, PodName: at.Pod.Name, Groups: ans.groups}, netns)
+			PodNamespace: at.Pod.Namespace, PodName: at.Pod.Name, PodUID: at.Pod.UID, Groups: ans.groups}, netns)
 		if err == nil {
 			a.remember(k, ep)
 			a.log.Info("endpoint added", "pod", at.Pod.String(), "ip", ep.Addr, "eni", ep.ENI, "if", ep.HostIfName, "container", at.ContainerID)

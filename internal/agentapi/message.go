@@ -247,6 +247,11 @@ func decodeRequest(b []byte) (*Request, error) {
 	return &r, nil
 }
 
-// MaxContainerID is the length of a container ID, in bytes, that the commit
-// record holds.
-const MaxContainerID = 128
+// What the commit record holds, in bytes of UTF-8. A container is known by its
+// ID, so that a longer one is refused; a Pod's fields are cut to fit.
+const (
+	MaxContainerID  = 128
+	MaxPodNamespace = 64
+	MaxPodName      = 256
+	MaxPodUID       = 40
+)

@@ -45,10 +45,10 @@ type Endpoint struct {
 	Addr        netip.Addr // IPv4
 	ENI         vpc.ENIID
 	ENIIndex    int // 1..31, as given to SetENIs
-	// For people; empty where there is no Kubernetes.
-	PodNamespace, PodName string
-	Groups                vpc.GroupSet
-	MTU                   int // 0: Options.MTU
+	// The workload as its orchestrator names it; empty where there is none.
+	PodNamespace, PodName, PodUID string
+	Groups                        vpc.GroupSet
+	MTU                           int // 0: Options.MTU
 
 	// What Add fills in.
 	NetnsCookie uint64

@@ -77,6 +77,7 @@ func (c clock) encode(e *Endpoint) (*bpfgen.NodeEndpoint, error) {
 		{"pod namespace", r.PodNamespace[:], e.PodNamespace},
 		{"pod name", r.PodName[:], e.PodName},
 		{"security group set", r.Groups[:], string(e.Groups)},
+		{"pod UID", r.PodUid[:], e.PodUID},
 	} {
 		if len(f.from) > len(f.to) {
 			return nil, fmt.Errorf("%s is %d bytes long, at most %d can be recorded", f.name, len(f.from), len(f.to))
@@ -106,6 +107,7 @@ func (c clock) decode(k bpfgen.NodeAddr, r *bpfgen.NodeEndpoint) (Endpoint, erro
 		PeerIfIndex:  int(r.PeerIfindex),
 		PodNamespace: text(r.PodNamespace[:]),
 		PodName:      text(r.PodName[:]),
+		PodUID:       text(r.PodUid[:]),
 		Groups:       vpc.GroupSet(text(r.Groups[:])),
 		MTU:          int(r.Mtu),
 		State:        State(r.State),

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"unicode/utf8"
 
 	"github.com/containernetworking/cni/pkg/types"
 
@@ -34,16 +35,37 @@ func TestParseConfig(t *testing.T) {
 }
 
 func TestPodOf(t *testing.T) {
+	const uid = "7f7b8c9e-1d2a-4c53-9f6e-0a1b2c3d4e5f"
 	for in, want := range map[string]agentapi.Pod{
 		"": {},
-		"IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web-0;K8S_POD_UID=u":  {Namespace: "shop", Name: "web-0", UID: "u"},
-		"NOMAD_JOB_ID=api;NOMAD_GROUP_NAME=web;NOMAD_ALLOC_ID=a;NOMAD_NAMESPACE=d": {Namespace: "d", Name: "api/web", UID: "a"},
-		"NOMAD_GROUP_NAME=web;NOMAD_JOB_ID=api":                                    {Name: "api/web"},
-		"K8S_POD_NAME;=;;x":                                                        {},
+		"IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web-0;K8S_POD_INFRA_CONTAINER_ID=c;K8S_POD_UID=" + uid:                                       {Namespace: "shop", Name: "web-0", UID: uid},
+		"IgnoreUnknown=true;NOMAD_REGION=global;NOMAD_JOB_ID=api;NOMAD_GROUP_NAME=web;NOMAD_ALLOC_ID=" + uid + ";NOMAD_NAMESPACE=default;K8S_POD_NAME=db": {Namespace: "default", Name: "api/web", UID: uid},
+		"NOMAD_GROUP_NAME=web;NOMAD_JOB_ID=api":      {Name: "api/web"},
+		"NOMAD_JOB_ID=batch/dispatch-17-a=b":         {Name: "batch/dispatch-17-a=b"},
+		"NOMAD_GROUP_NAME=web;NOMAD_ALLOC_ID=" + uid: {Name: "web", UID: uid}, // the job's ID had a semicolon
+		"NOMAD_REGION=global;K8S_POD_NAME=web":       {Name: "web"},
+		"SomebodyElses=1;K8S_POD_NAME=web;more":      {Name: "web"},
+		"K8S_POD_NAME;=;;x":                          {},
+		"K8S_POD_NAME=a\x1b[2J\nb\xff":               {Name: "a\ufffd[2J\ufffdb\ufffd"},
 	} {
 		if got := podOf(in); got != want {
 			t.Errorf("podOf(%q) = %+v, want %+v", in, got, want)
 		}
+	}
+}
+
+func TestNamesFitTheRecord(t *testing.T) {
+	for _, tc := range []struct{ in, want string }{
+		{strings.Repeat("n", 64), strings.Repeat("n", 64)},
+		{strings.Repeat("n", 65), strings.Repeat("n", 55) + "~1e3fb6d5"},
+		{strings.Repeat("n", 54) + "éxxxxxxxxx", strings.Repeat("n", 54) + "~5b759f15"}, // not within a rune
+	} {
+		if got := fit(tc.in, 64); got != tc.want {
+			t.Errorf("fit(%q) = %q, want %q", tc.in, got, tc.want)
+		}
+	}
+	if a, b := fit(strings.Repeat("n", 100)+"a", 64), fit(strings.Repeat("n", 100)+"b", 64); a == b {
+		t.Errorf("two became %s", a)
 	}
 }
 
@@ -70,6 +92,8 @@ func FuzzParseConfig(f *testing.F) {
 			return
 		}
 		_, _ = previousAddr(c, "eth0")
-		_ = podOf(args)
+		if p := podOf(args); len(p.Namespace) > agentapi.MaxPodNamespace || len(p.Name) > agentapi.MaxPodName || len(p.UID) > agentapi.MaxPodUID || !utf8.ValidString(p.Namespace+p.Name+p.UID) {
+			t.Errorf("podOf(%q) = %+v", args, p)
+		}
 	})
 }

@@ -56,7 +56,8 @@ type NodeEndpoint struct {
 	Eni          [32]uint8
 	PodNamespace [64]uint8
 	PodName      [256]uint8
-	Groups       [384]uint8
+	Groups       [344]uint8
+	PodUid       [40]uint8
 }
 
 type NodeIface struct {
