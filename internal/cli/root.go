@@ -136,6 +136,7 @@ func (a *App) command() *cobra.Command {
 	add("lab", a.upCommand(), a.downCommand(), a.demoCommand())
 	add("pods", a.runCommand(), a.rmCommand(), a.execCommand(), a.nodeCommand(), a.vpcdCommand())
 	add("look", a.statusCommand(), a.podsCommand(), a.logsCommand(), a.envCommand())
+	add(GroupAhead, a.planCommand())
 	root.AddCommand(a.versionCommand(), a.serveTCPCommand())
 	for _, make := range a.more {
 		root.AddCommand(make(a))
