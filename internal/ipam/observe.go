@@ -149,7 +149,7 @@ func (p *step) mergeAddrs(e *ENI, v *vpc.ENI, read time.Time) {
 			p.setForeign(a, slices.Contains(v.Elastic, a.Addr), a.Host)
 			a.Missing, a.Reported = time.Time{}, false
 			if a.State == Returning {
-				a.State, a.Since = Free, p.now // the call to give it back did not happen
+				p.returned(e, a, read)
 			}
 			continue
 		}
@@ -158,6 +158,28 @@ func (p *step) mergeAddrs(e *ENI, v *vpc.ENI, read time.Time) {
 	e.Prefixes = slices.DeleteFunc(e.Prefixes, func(pfx netip.Prefix) bool {
 		return !slices.Contains(v.Prefixes, pfx) && !slices.ContainsFunc(e.Addrs, func(a *Address) bool { return a.Prefix == pfx })
 	})
+}
+
+// returned handles an address that a read lists although we gave it back by a
+// call whose end is unknown. That call may take effect a while after its answer
+// was lost, and a read may be older than the effect.
+func (p *step) returned(e *ENI, a *Address, read time.Time) {
+	if sure := e.Touched.Add(2 * p.s.Config.ReadLag); read.Before(sure) {
+		p.want(EC2, sure)
+		return
+	}
+	a.State, a.Since = Free, p.now // the call did not happen
+}
+
+// forgetReturned drops what EC2 just gave and we think we are giving back: the
+// call to give it back, whose end is unknown, has happened in between.
+func (p *step) forgetReturned(e *ENI, ev CallDone) {
+	for _, a := range slices.Clone(e.Addrs) {
+		given := slices.Contains(ev.Addrs, a.Addr) || slices.ContainsFunc(ev.Prefixes, func(x netip.Prefix) bool { return x.Contains(a.Addr) })
+		if given && a.State != Bound && a.State != Cooling {
+			e.remove(a)
+		}
+	}
 }
 
 func (p *step) recentlyGone(addr netip.Addr, read time.Time) bool {

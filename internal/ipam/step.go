@@ -14,7 +14,7 @@ func Step(s State, ev Event) (State, []Action) {
 	if at := ev.at(); at.After(s.Now) {
 		s.Now = at
 	}
-	if s.Calls == nil {
+	if s.GoneENI == nil {
 		s.Calls = map[CallID]*Call{}
 		s.Subnets = map[vpc.SubnetID]*subnetState{}
 		s.Trouble = map[vpc.GroupSet]*Error{}
@@ -268,6 +268,7 @@ func (p *step) callSucceeded(c *Call, e *ENI, ev CallDone) {
 		}
 		e.Retry.reset()
 		p.grew(c)
+		p.forgetReturned(e, ev)
 		for _, a := range ev.Addrs {
 			p.adopt(e, a, netip.Prefix{})
 		}
