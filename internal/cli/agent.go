@@ -91,8 +91,11 @@ func startAgent(ctx context.Context, h home, f *labFile, n Node, agent string) e
 		client := agentapi.Client{Socket: n.AgentSocket}
 		var last error
 		err := poll(ctx, 10*time.Millisecond, func() (bool, error) {
-			last = client.Status(ctx)
-			return last == nil, nil
+			err := client.Status(ctx)
+			if ctx.Err() == nil { // else it tells of our deadline alone
+				last = err
+			}
+			return err == nil, nil
 		})
 		if errors.Is(err, errAgentSlow) && last != nil {
 			return fmt.Errorf("%w (last answer: %w)", err, last)

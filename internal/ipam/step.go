@@ -204,8 +204,11 @@ func (p *step) readFailed(ev ReadFailed) {
 	r := &p.s.Reads[ev.Source]
 	r.inFlight = false
 	limit := 30 * time.Second
-	if ev.Class == ClassThrottled && p.s.Known {
+	switch {
+	case ev.Class == ClassThrottled && p.s.Known:
 		limit = 2 * time.Minute // those that know nothing yet go first
+	case ev.Class != ClassThrottled && !p.s.Known:
+		limit = 8 * time.Second // the node serves nothing until then, and an ADD waits ten
 	}
 	r.retry.fail(p.now, time.Second, limit, p.s.Config.Seed)
 	r.wanted = r.retry.until

@@ -160,3 +160,23 @@ func (l *Lab) FillSubnet(subnet string) {
 		}
 	}
 }
+
+// Held returns the interfaces that EC2 says a node has, and how many addresses
+// of the VPC they take.
+func (l *Lab) Held(n Node) (enis, addresses int) {
+	l.t.Helper()
+	var out struct {
+		Items []struct {
+			Addresses []struct{} `xml:"privateIpAddressesSet>item"`
+			Prefixes  []struct{} `xml:"ipv4PrefixSet>item"`
+		} `xml:"networkInterfaceSet>item"`
+	}
+	err := l.Call("DescribeNetworkInterfaces", map[string]string{"Filter.1.Name": "attachment.instance-id", "Filter.1.Value.1": n.InstanceID}, &out)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	for _, e := range out.Items {
+		addresses += len(e.Addresses) + 16*len(e.Prefixes)
+	}
+	return len(out.Items), addresses
+}
