@@ -12,10 +12,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// PluginDir is where Debian puts the CNI project's own plugins.
+const PluginDir = "/usr/lib/cni"
+
 // Require skips the test unless the machine has each of needs: "root" (uid 0
-// with CAP_NET_ADMIN), "bpf" (BPF programs may be loaded), "aws" (the AWS CLI)
-// or "boto3" (Python 3 with the AWS SDK). A need that the
-// environment variable TEST_REQUIRE names (comma-separated) is no reason to
+// with CAP_NET_ADMIN), "bpf" (BPF programs may be loaded), "aws" (the AWS CLI),
+// "boto3" (Python 3 with the AWS SDK) or "portmap" (the CNI project's plugin,
+// in PluginDir, and iptables, with which it works). A need that the environment variable TEST_REQUIRE names (comma-separated) is no reason to
 // skip: the test fails instead, so that nothing goes unseen where everything
 // is meant to run.
 func Require(t testing.TB, needs ...string) {
@@ -64,6 +67,10 @@ func lacking(need string) string {
 	case "boto3":
 		if out, err := exec.Command(Tool("python3"), "-c", "import boto3").CombinedOutput(); err != nil {
 			return "python3 cannot import boto3; apt-get install python3-boto3: " + string(out)
+		}
+	case "portmap":
+		if _, err := exec.LookPath(PluginDir + "/portmap"); err != nil || Tool("iptables") == "" {
+			return "portmap or iptables is not there; apt-get install containernetworking-plugins iptables"
 		}
 	default:
 		return "no test environment provides " + need

@@ -1,0 +1,90 @@
+package e2e
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containernetworking/cni/libcni"
+
+	"github.com/underlay-cni/underlay/internal/nl"
+	"github.com/underlay-cni/underlay/internal/testenv"
+	"github.com/underlay-cni/underlay/test/lab"
+)
+
+// A port of the node leads to a pod, as portmap arranges behind us.
+func TestPortmapChained(t *testing.T) {
+	testenv.Require(t, "portmap")
+	l := lab.Up(t, "--nodes", "2")
+	n, far := l.Nodes[0], l.Nodes[1]
+	near, remote := l.Run("near", "--node", n.Name), l.Run("remote", "--node", far.Name)
+	for _, version := range []string{"0.4.0", "1.0.0"} {
+		r := l.Runtime(n, version, []string{`{"type":"portmap","capabilities":{"portMappings":true}}`}, testenv.PluginDir)
+		before := natRules(t, n)
+		netns := "ul-" + l.Name + "-mapped"
+		if err := nl.NewNamed(netns); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = nl.DeleteNamed(netns) })
+		conf := &libcni.RuntimeConf{ContainerID: "mapped-" + version, NetNS: nl.Path(netns), IfName: "eth0",
+			CapabilityArgs: map[string]any{"portMappings": []map[string]any{{"hostPort": 18080, "containerPort": 80, "protocol": "tcp"}}}}
+		res, err := r.Add(t.Context(), conf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pod, port := addrOf(t, res), netip.AddrPortFrom(n.IP, 18080)
+		lab.ServeTCP(t, nl.Path(netns), netip.AddrPortFrom(pod, 80))
+		// Ours comes first. portmap 1.1, Debian's, then misses chains for IPv6
+		// that its ADD had no address to make for.
+		if err := r.Check(t.Context(), conf); err != nil && !strings.Contains(err.Error(), "could not check ipv6 dnat") {
+			t.Errorf("%s: CHECK: %v", version, err)
+		}
+		for _, from := range []struct {
+			who, netns string
+			seen       netip.Addr
+		}{
+			{"another node", far.Netns, far.IP},
+			{"a pod of another node", remote.Netns, remote.IP},
+			{"a pod of the same node", near.Netns, near.IP},
+			{"the node itself", n.Netns, n.IP},
+		} {
+			if got := lab.AskTCP(t, from.netns, port); got != from.seen.String() {
+				t.Errorf("%s: the pod behind %s sees %s come as %q, want %s", version, port, from.who, got, from.seen)
+			}
+		}
+		for range 2 {
+			if err := r.Del(t.Context(), conf); err != nil {
+				t.Errorf("%s: DEL: %v", version, err)
+			}
+		}
+		if rules := natRules(t, n); strings.Contains(rules, pod.String()) || strings.Contains(rules, "18080") || strings.Contains(rules, "CNI-DN") {
+			t.Errorf("%s: rules are left; before:\n%safter:\n%s", version, before, rules)
+		}
+		err = nl.Do(far.Netns, func() error {
+			c, err := net.DialTimeout("tcp4", port.String(), time.Second)
+			if err == nil {
+				c.Close()
+				return fmt.Errorf("%s still answers", port)
+			}
+			return nil
+		})
+		if err != nil {
+			t.Errorf("%s: after DEL: %v", version, err)
+		}
+		if err := nl.DeleteNamed(netns); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func natRules(t *testing.T, n lab.Node) string {
+	t.Helper()
+	out, stderr, code := lab.Execute(t, "nsenter", "--net="+n.Netns, "iptables", "-t", "nat", "-S")
+	if code != 0 {
+		t.Fatalf("iptables -t nat -S: %s", stderr)
+	}
+	return out
+}
