@@ -21,13 +21,14 @@ func (a *App) planCommand() *cobra.Command {
 		Short: "Work out how many pods and addresses fit",
 		Long: `Works out how many pods an instance type takes, and whether nodes and pods find
 room in subnets: under Underlay, and beside it under the AWS VPC CNI as it is
-installed. It needs no lab and no root.`,
+installed. It needs no lab and no root. It reads an account only where that is
+asked for, and changes nothing there.`,
 		Example: `  underlay plan type m5.large p5.48xlarge
   underlay plan fit --nodes 20 --pods 300 --type m5.large --subnet 10.0.0.0/24,10.0.1.0/24`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	c.AddCommand(a.planTypeCommand(), a.planFitCommand())
+	c.AddCommand(a.planTypeCommand(), a.planFitCommand(), a.planAccountCommand())
 	return c
 }
 
@@ -117,21 +118,31 @@ free addresses as one ENI has (WARM_ENI_TARGET=1; with prefixes a free /28).`
 
 func (a *App) planFitCommand() *cobra.Command {
 	r := plan.Request{Floor: ipam.Default().Floor}
-	var instanceType string
+	var instanceType, vpcID string
 	var subnets []string
+	var fromAWS bool
 	c := &cobra.Command{
 		Use:   "fit --nodes N --pods P --subnet CIDR[=USED]...",
 		Short: "Work out whether nodes and pods fit into subnets",
 		Long:  planFitHelp,
 		Example: `  underlay plan fit --nodes 20 --pods 300 --type m5.large --subnet 10.0.0.0/24,10.0.1.0/24
-  underlay plan fit --nodes 60 --pods 3000 --type m6i.4xlarge --subnet 10.0.0.0/20=900 --prefixes`,
+  underlay plan fit --nodes 60 --pods 3000 --type m6i.4xlarge --subnet 10.0.0.0/20=900 --prefixes
+  underlay plan fit --nodes 60 --pods 3000 --type m6i.4xlarge --from-aws --vpc-id vpc-0123456789abcdef0`,
 		Args: cobra.NoArgs,
-		RunE: func(*cobra.Command, []string) error {
+		RunE: func(cmd *cobra.Command, _ []string) error {
 			var err error
 			if r.Limits, err = limitsOf(instanceType); err != nil {
 				return err
 			}
-			if r.Subnets, err = parseSubnets(subnets); err != nil {
+			switch {
+			case fromAWS:
+				r.Subnets, err = accountSubnets(cmd.Context(), vpcID, subnets)
+			case vpcID != "":
+				err = fmt.Errorf("--vpc-id names a VPC of an account; add --from-aws")
+			default:
+				r.Subnets, err = parseSubnets(subnets)
+			}
+			if err != nil {
 				return err
 			}
 			return a.fit(r)
@@ -143,12 +154,14 @@ func (a *App) planFitCommand() *cobra.Command {
 	f.IntVar(&r.Pods, "pods", 0, "pods with an address of their own, on all nodes together")
 	f.StringVar(&instanceType, "type", "m5.large", "instance type of the nodes")
 	f.StringSliceVar(&subnets, "subnet", nil, "CIDR or CIDR=USED; repeat it, or separate by commas")
+	f.BoolVar(&fromAWS, "from-aws", false, "read the subnets from the account, with what is in use; --subnet then names IDs (default: all)")
+	f.StringVar(&vpcID, "vpc-id", "", "with --from-aws: the VPC")
 	f.BoolVar(&r.Prefixes, "prefixes", false, "with delegated /28 prefixes")
 	f.IntVar(&r.Reserve, "reserve", 0, "addresses to leave free in each subnet, for load balancers and others")
 	f.IntVar(&r.Floor, "floor", r.Floor, "Underlay: free addresses that each node keeps ready")
 	f.IntVar(&r.MaxPods, "max-pods", 0, "what a kubelet is told, pods of the node's own network included (0: as EKS tells it)")
 	_ = c.RegisterFlagCompletionFunc("type", cobra.FixedCompletions(vpc.InstanceTypes(), noFiles))
-	for _, name := range []string{"nodes", "pods", "subnet"} {
+	for _, name := range []string{"nodes", "pods", "subnet", "vpc-id"} {
 		_ = c.RegisterFlagCompletionFunc(name, cobra.NoFileCompletions)
 	}
 	return c
