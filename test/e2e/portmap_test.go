@@ -21,8 +21,9 @@ func TestPortmapChained(t *testing.T) {
 	l := lab.Up(t, "--nodes", "2")
 	n, far := l.Nodes[0], l.Nodes[1]
 	near, remote := l.Run("near", "--node", n.Name), l.Run("remote", "--node", far.Name)
-	for _, version := range []string{"0.4.0", "1.0.0"} {
-		r := l.Runtime(n, version, []string{`{"type":"portmap","capabilities":{"portMappings":true}}`}, testenv.PluginDir)
+	for _, tc := range []struct{ version, bit string }{{"0.4.0", ""}, {"1.0.0", `,"markMasqBit":16`}} {
+		version := tc.version
+		r := l.Runtime(n, version, []string{`{"type":"portmap","capabilities":{"portMappings":true}` + tc.bit + `}`}, testenv.PluginDir)
 		before := natRules(t, n)
 		netns := "ul-" + l.Name + "-mapped"
 		if err := nl.NewNamed(netns); err != nil {
@@ -50,6 +51,7 @@ func TestPortmapChained(t *testing.T) {
 			{"a pod of another node", remote.Netns, remote.IP},
 			{"a pod of the same node", near.Netns, near.IP},
 			{"the node itself", n.Netns, n.IP},
+			{"the pod itself", nl.Path(netns), n.IP}, // masqueraded: a mark of portmap's
 		} {
 			if got := lab.AskTCP(t, from.netns, port); got != from.seen.String() {
 				t.Errorf("%s: the pod behind %s sees %s come as %q, want %s", version, port, from.who, got, from.seen)
