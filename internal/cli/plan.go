@@ -225,6 +225,9 @@ func writeFit(w io.Writer, f *plan.Fit, color bool) {
 		t.row(row...)
 	}
 	t.write(w, "", color)
+	if f.Prefixes {
+		fmt.Fprintln(w, "(the AWS VPC CNI at best: it scatters pods over its prefixes)")
+	}
 	fmt.Fprintln(w)
 
 	t = table{head: []string{"SUBNET", "ZONE", "NODES", "PODS", "FREE", "UNDERLAY", "LEFT", "AWS VPC CNI", "LEFT"}}
