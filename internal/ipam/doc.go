@@ -32,4 +32,7 @@
 // was read again, except for the creation of an ENI, which carries a token
 // that makes it safe. After a throttled call the calls of its kind go on one by
 // one (see pace): the account's buckets belong to all nodes.
+//
+// A model checker (model_test.go, explore_test.go) tries what can happen around
+// the plan; package planted holds faults that it must find.
 package ipam

@@ -326,24 +326,6 @@ func starts(t testing.TB, b budget) map[string]func() *model {
 	}
 }
 
-// TestModelExhaustive tries everything that can happen to a node of two
-// interfaces, two addresses and two pods, for so many moves. MODEL_DEPTH goes
-// deeper.
-func TestModelExhaustive(t *testing.T) {
-	depth := envInt("MODEL_DEPTH", 6)
-	for name, start := range starts(t, budget{faults: 1, lags: 1, crashes: 1}) {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			x := &explorer{seen: map[[16]byte]uint8{}, every: envInt("MODEL_SETTLE", 50)}
-			if err := x.visit(start(), depth); err != nil {
-				replay(t, start(), x.path)
-				t.Fatalf("model: %v", err)
-			}
-			t.Logf("depth %d: %d states, %d steps, %d settled", depth, len(x.seen), x.steps, x.calms)
-		})
-	}
-}
-
 // TestModelRandom walks far, on larger nodes. MODEL_SEED repeats one walk,
 // MODEL_WALKS makes more.
 func TestModelRandom(t *testing.T) {
@@ -361,6 +343,24 @@ func TestModelRandom(t *testing.T) {
 		}
 	}
 	t.Logf("%d walks, %d moves", n, steps)
+}
+
+// TestModelExhaustive tries everything that can happen to a node of two
+// interfaces, two addresses and two pods, for so many moves. MODEL_DEPTH goes
+// deeper.
+func TestModelExhaustive(t *testing.T) {
+	depth := envInt("MODEL_DEPTH", 6)
+	for name, start := range starts(t, budget{faults: 1, lags: 1, crashes: 1}) {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			x := &explorer{seen: map[[16]byte]uint8{}, every: envInt("MODEL_SETTLE", 50)}
+			if err := x.visit(start(), depth); err != nil {
+				replay(t, start(), x.path)
+				t.Fatalf("model: %v", err)
+			}
+			t.Logf("depth %d: %d states, %d steps, %d settled", depth, len(x.seen), x.steps, x.calms)
+		})
+	}
 }
 
 // walk makes a random walk and lets it settle.

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/underlay-cni/underlay/internal/ipam/planted"
 	"github.com/underlay-cni/underlay/internal/vpc"
 )
 
@@ -164,7 +165,7 @@ func (p *step) mergeAddrs(e *ENI, v *vpc.ENI, read time.Time) {
 // call whose end is unknown. That call may take effect a while after its answer
 // was lost, and a read may be older than the effect.
 func (p *step) returned(e *ENI, a *Address, read time.Time) {
-	if sure := e.Touched.Add(2 * p.s.Config.ReadLag); read.Before(sure) {
+	if sure := e.Touched.Add(2 * p.s.Config.ReadLag); read.Before(sure) && planted.Bug != planted.StaleReturn {
 		p.want(EC2, sure)
 		return
 	}

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/underlay-cni/underlay/internal/ipam/planted"
 	"github.com/underlay-cni/underlay/internal/vpc"
 )
 
@@ -73,7 +74,7 @@ func (p *step) age() {
 					p.do(Forget{Addr: a.Addr})
 				}
 			case Assigned:
-				if e.ready() && (a.Live || p.due(a.Assigned.Add(s.Config.UsableWait))) {
+				if e.ready() && (a.Live || planted.Bug == planted.NotLive || p.due(a.Assigned.Add(s.Config.UsableWait))) {
 					a.State, a.Since = Free, p.now
 				}
 			}
@@ -179,7 +180,7 @@ func (s *State) pick(pool vpc.GroupSet) (*Address, *ENI) {
 func (p *step) expire() {
 	s := p.s
 	s.Waiting = slices.DeleteFunc(s.Waiting, func(r Request) bool {
-		if !p.due(r.Deadline) {
+		if !p.due(r.Deadline) || planted.Bug == planted.NoDeadline {
 			return false
 		}
 		e := Error{Kind: KindSlow}
@@ -207,7 +208,7 @@ func (p *step) call(e *ENI, c Call) CallID {
 
 // busy reports whether no mutation may start on e now.
 func (p *step) busy(e *ENI) bool {
-	return e.Call != 0 || e.Unsure || !e.Missing.IsZero() || !p.due(e.Retry.until)
+	return e.Call != 0 && planted.Bug != planted.TwoMutations || e.Unsure || !e.Missing.IsZero() || !p.due(e.Retry.until)
 }
 
 // repair finishes what was begun: repeats creations whose end is unknown,
@@ -221,6 +222,9 @@ func (p *step) repair() {
 	for _, id := range s.callIDs() {
 		if c := s.Calls[id]; c.Retry && p.may(CallCreate) {
 			c.Retry = false
+			if planted.Bug == planted.NewToken {
+				c.Token += "-2"
+			}
 			p.create(c)
 		}
 	}
@@ -239,7 +243,7 @@ func (p *step) repair() {
 				continue
 			}
 			p.do(AttachENI{Call: p.call(e, Call{Kind: CallAttach}), ENI: e.ID, Device: e.Device})
-		case e.Phase == Detached && e.count(Bound) == 0 && p.due(e.Since.Add(orphanGrace)):
+		case planted.Bug != planted.OrphanLeaked && e.Phase == Detached && e.count(Bound) == 0 && p.due(e.Since.Add(orphanGrace)):
 			if p.may(CallDelete) {
 				p.retire(e)
 			}
@@ -304,7 +308,7 @@ func (s *State) waiting(pool vpc.GroupSet) int {
 
 // floor returns how many free addresses a pool keeps ready.
 func (s *State) floor(pool vpc.GroupSet) int {
-	if pool != "" {
+	if pool != "" || planted.Bug == planted.FloorForgotten {
 		return 0
 	}
 	if s.Config.Minimum == 0 {
@@ -341,7 +345,7 @@ func (s *State) nextDevice(extra ...*ENI) int {
 		}
 	}
 	for _, c := range s.Calls {
-		if c.Kind == CallCreate && c.Device >= 0 {
+		if c.Kind == CallCreate && c.Device >= 0 && planted.Bug != planted.SharedDevice {
 			used[c.Device] = true
 			n++
 		}

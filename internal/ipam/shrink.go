@@ -3,6 +3,7 @@ package ipam
 import (
 	"slices"
 
+	"github.com/underlay-cni/underlay/internal/ipam/planted"
 	"github.com/underlay-cni/underlay/internal/vpc"
 )
 
@@ -11,13 +12,13 @@ func (p *step) shrink(pool vpc.GroupSet) {
 	s := p.s
 	free, coming, _ := s.count(pool)
 	surplus := free - s.floor(pool)
-	if s.waiting(pool) > 0 || coming > 0 || surplus < 0 || s.Mutate.active(p.now) || p.pressed() {
+	if s.waiting(pool) > 0 || coming > 0 || surplus < 0 || planted.Bug == planted.NothingReturned || s.Mutate.active(p.now) || p.pressed() {
 		return
 	}
 	// Whole interfaces first, those at the highest index first. One that holds
 	// nothing but the floor goes too, if the floor has room elsewhere.
 	for _, e := range slices.Backward(s.ENIs) {
-		if e.Pool != pool || e.Device == 0 || !e.ready() || e.NoNeed.IsZero() || p.busy(e) {
+		if e.Pool != pool || e.Device == 0 || !e.ready() || e.NoNeed.IsZero() && planted.Bug != planted.DeleteUsed || p.busy(e) {
 			continue
 		}
 		if len(e.Addrs) > surplus+s.roomBeside(e, p.per(e.Subnet)) {
@@ -73,7 +74,7 @@ func (p *step) unassign(e *ENI, n int) int {
 		}
 	}
 	for _, a := range slices.Backward(e.Addrs) {
-		if gone < n && !a.Prefix.IsValid() && usable(e, a) && p.due(a.Since.Add(linger)) {
+		if gone < n && !a.Prefix.IsValid() && (usable(e, a) && p.due(a.Since.Add(linger)) || planted.Bug == planted.ReturnCooling && a.State == Cooling) {
 			act.Addrs = append(act.Addrs, a.Addr)
 			gone++
 		}

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/underlay-cni/underlay/internal/ipam/planted"
 	"github.com/underlay-cni/underlay/internal/vpc"
 )
 
@@ -130,7 +131,9 @@ type ENI struct {
 }
 
 // ready reports whether traffic can use the ENI.
-func (e *ENI) ready() bool { return e.Managed && e.Phase == Attached && e.Link && !e.Keep }
+func (e *ENI) ready() bool {
+	return e.Managed && e.Phase == Attached && (e.Link || planted.Bug == planted.LinkIgnored) && (!e.Keep || planted.Bug == planted.KeepIgnored)
+}
 
 // slots returns how many of the type's addresses per ENI are taken.
 func (e *ENI) slots() int {

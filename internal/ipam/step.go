@@ -5,6 +5,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/underlay-cni/underlay/internal/ipam/planted"
 	"github.com/underlay-cni/underlay/internal/vpc"
 )
 
@@ -78,7 +79,7 @@ func (p *step) started(ev Started) {
 	s := p.s
 	s.Config, s.Started = ev.Config, true
 	for _, ep := range ev.Endpoints {
-		if a, _ := s.Lookup(ep.Addr); a != nil {
+		if a, _ := s.Lookup(ep.Addr); a != nil || planted.Bug == planted.NoTombstones && !ep.Live || planted.Bug == planted.NoRecords && ep.Live {
 			continue
 		}
 		a := &Address{Addr: ep.Addr, State: Bound, Owner: ep.Owner, Since: p.now}
@@ -96,6 +97,9 @@ func (p *step) started(ev Started) {
 func (p *step) cooledDown(t time.Time) time.Time {
 	if t.After(p.now) {
 		t = p.now
+	}
+	if planted.Bug == planted.ShortCooldown {
+		return t.Add(p.s.Config.Cooldown / 2)
 	}
 	return t.Add(p.s.Config.Cooldown)
 }
@@ -152,6 +156,9 @@ func (p *step) released(ev Released) {
 		return
 	}
 	a.State, a.Until = Cooling, p.cooledDown(ev.When)
+	if planted.Bug == planted.ForgetEarly {
+		p.do(Forget{Addr: a.Addr})
+	}
 }
 
 func (p *step) observedIMDS(ev ObservedIMDS) {
@@ -255,7 +262,7 @@ func (p *step) callDone(ev CallDone) {
 			s.Calls[ev.Call] = c
 			return
 		}
-		e.Unsure = true
+		e.Unsure = planted.Bug != planted.BlindRepeat
 	}
 }
 
@@ -274,6 +281,9 @@ func (p *step) callSucceeded(c *Call, e *ENI, ev CallDone) {
 		p.forgetReturned(e, ev)
 		for _, a := range ev.Addrs {
 			p.adopt(e, a, netip.Prefix{})
+		}
+		if planted.Bug == planted.PartialWhole && len(ev.Addrs) > 0 && len(ev.Addrs) < c.N {
+			p.adopt(e, ev.Addrs[len(ev.Addrs)-1].Next(), netip.Prefix{})
 		}
 		for _, pfx := range ev.Prefixes {
 			p.adoptPrefix(e, pfx)

@@ -1,0 +1,6 @@
+//go:build planted_new_token
+
+package planted
+
+// Bug is the fault that is planted.
+const Bug = NewToken

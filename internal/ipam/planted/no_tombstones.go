@@ -1,0 +1,6 @@
+//go:build planted_no_tombstones
+
+package planted
+
+// Bug is the fault that is planted.
+const Bug = NoTombstones

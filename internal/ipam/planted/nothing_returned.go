@@ -1,0 +1,6 @@
+//go:build planted_nothing_returned
+
+package planted
+
+// Bug is the fault that is planted.
+const Bug = NothingReturned

@@ -1,0 +1,6 @@
+//go:build planted_two_mutations
+
+package planted
+
+// Bug is the fault that is planted.
+const Bug = TwoMutations
