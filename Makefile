@@ -19,7 +19,7 @@ GENERATE_PACKAGES := clang-14 llvm-14 libbpf-dev linux-libc-dev clang-format-14
 
 GOLANGCI := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
-.PHONY: help build demo test bench generate lint verify packages-test packages-demo packages-generate clean
+.PHONY: help build demo test bench sim-tables generate lint verify packages-test packages-demo packages-generate clean
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ test: packages-test ## all tests; root lets those run that need namespaces and B
 
 bench: packages-test ## ratios, each measured interleaved in one run
 	@$(GO) test -count=1 -timeout 30m -run '^$$' -bench . -benchtime 1x ./test/bench/...
+
+sim-tables: build ## the simulation of 2,000 and 10,000 nodes, into docs/bench/sim
+	@hack/sim-tables.sh
 
 generate: packages-generate ## regenerate BPF objects and the EC2 codec
 	@$(GO) generate ./...
