@@ -329,7 +329,7 @@ func starts(t testing.TB, b budget) map[string]func() *model {
 // TestModelRandom walks far, on larger nodes. MODEL_SEED repeats one walk,
 // MODEL_WALKS makes more.
 func TestModelRandom(t *testing.T) {
-	first, n := 1, envInt("MODEL_WALKS", 40)
+	first, n := 1, envInt("MODEL_WALKS", 100)
 	if s := envInt("MODEL_SEED", 0); s > 0 {
 		first, n = s, 1
 	}

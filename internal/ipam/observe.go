@@ -141,12 +141,16 @@ func (p *step) mergeAddrs(e *ENI, v *vpc.ENI, read time.Time) {
 		p.adoptPrefixSeen(e, pfx, read)
 	}
 	for _, addr := range v.Secondary {
-		if !p.recentlyGone(addr, read) {
+		if e.find(addr) == nil && !p.recentlyGone(addr, read) {
 			p.adopt(e, addr, netip.Prefix{})
+			p.hearsay(e, addr)
 		}
 	}
 	for _, a := range slices.Clone(e.Addrs) {
 		if v.Holds(a.Addr) {
+			if a.Hearsay {
+				p.believe(a, read)
+			}
 			p.setForeign(a, slices.Contains(v.Elastic, a.Addr), a.Host)
 			a.Missing, a.Reported = time.Time{}, false
 			if a.State == Returning {
@@ -270,6 +274,29 @@ func (p *step) adoptPrefixSeen(e *ENI, pfx netip.Prefix, read time.Time) {
 		return
 	}
 	p.adoptPrefix(e, pfx)
+	for a := pfx.Masked().Addr(); pfx.Contains(a); a = a.Next() {
+		p.hearsay(e, a)
+	}
+}
+
+// hearsay marks an address that nothing but a read tells of.
+func (p *step) hearsay(e *ENI, addr netip.Addr) {
+	if a := e.find(addr); a != nil && a.State == Assigned {
+		a.Hearsay = true
+	}
+}
+
+// believe ends the doubt about an address when a read lists it that is too
+// young to be older than a return by an agent before us: that may have been
+// under way when we began, and take effect a while later.
+func (p *step) believe(a *Address, read time.Time) {
+	if sure := a.Assigned.Add(2 * p.s.Config.ReadLag); read.Before(sure) {
+		if a.State == Assigned {
+			p.want(EC2, sure)
+		}
+		return
+	}
+	a.Hearsay = false
 }
 
 func (e *ENI) remove(a *Address) {
@@ -342,10 +369,14 @@ func (p *step) missingENI(e *ENI, read time.Time) {
 	}
 }
 
+// returns reports whether c gives a back. Others on the ENI may be Returning by
+// an earlier call whose end is unknown.
+func (c *Call) returns(a *Address) bool { return a.State == Returning && a.Since.Equal(c.Began) }
+
 // dropReturning removes what a call gave back.
-func (p *step) dropReturning(e *ENI) {
+func (p *step) dropReturning(e *ENI, c *Call) {
 	for _, a := range slices.Clone(e.Addrs) {
-		if a.State == Returning {
+		if c.returns(a) {
 			e.remove(a)
 			p.s.Gone[a.Addr] = p.now
 		}

@@ -74,7 +74,7 @@ func (p *step) age() {
 					p.do(Forget{Addr: a.Addr})
 				}
 			case Assigned:
-				if e.ready() && (a.Live || planted.Bug == planted.NotLive || p.due(a.Assigned.Add(s.Config.UsableWait))) {
+				if e.ready() && (a.Live || planted.Bug == planted.NotLive || !a.Hearsay && p.due(a.Assigned.Add(s.Config.UsableWait))) {
 					a.State, a.Since = Free, p.now
 				}
 			}
@@ -283,6 +283,8 @@ func (s *State) count(pool vpc.GroupSet) (free, coming, suspect int) {
 				suspect++
 			case usable(e, a):
 				free++
+			case a.Hearsay && s.Now.After(a.Assigned.Add(s.Config.UsableWait)):
+				// IMDS does not list it: nobody should wait for it.
 			default:
 				coming++
 			}

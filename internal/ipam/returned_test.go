@@ -1,6 +1,7 @@
 package ipam
 
 import (
+	"net/netip"
 	"testing"
 	"time"
 )
@@ -68,6 +69,54 @@ func TestLostUnassignAndNewAssignment(t *testing.T) {
 	a, _ := m.s.Lookup(u.Addrs[0])
 	if a == nil || a.State != Assigned || a.Live {
 		t.Fatalf("%s, assigned just now: %+v", u.Addrs[0], a)
+	}
+}
+
+// A refused call to give something back says nothing about an earlier one whose
+// end is unknown.
+func TestLostUnassignAndRefusedOne(t *testing.T) {
+	m, u := lingered(t)
+	mustApply(t, m, move{kind: moveEnd, how: endLost}, move{kind: moveTick}, move{kind: moveRead, how: readLags})
+	for _, outcome := range []Outcome{Refused, Done} {
+		s := m.s.Clone()
+		s.ENIs[0].Call = 99
+		s.Calls[99] = &Call{ID: 99, Kind: CallUnassign, ENI: s.ENIs[0].ID, Began: m.now}
+		s, _ = Step(s, CallDone{At: m.now, Call: 99, Outcome: outcome, Class: ClassThrottled})
+		if a, _ := s.Lookup(u.Addrs[0]); a == nil || a.State != Returning {
+			t.Errorf("%s after another call ended %v: %+v", u.Addrs[0], outcome, a)
+		}
+	}
+}
+
+// The agent before us gave an address back while our first read was under way.
+// Nothing but that read tells of it: it is not handed out, and soon forgotten.
+func TestAddressThatAnEarlierAgentReturned(t *testing.T) {
+	w := newWorld(t, "m5.large", 1)
+	old := w.take()
+	for _, e := range w.enis {
+		e.Secondary = append(e.Secondary, old)
+	}
+	w.start()
+	for _, e := range w.enis {
+		w.unassign(Unassign{ENI: e.ID, Addrs: []netip.Addr{old}})
+	}
+	w.used[old] = true // somebody else has it now
+	w.pass(2 * w.s.Config.UsableWait)
+	if a, _ := w.s.Lookup(old); a == nil || a.State != Assigned {
+		t.Fatalf("%s, which one read listed and IMDS does not: %+v", old, a)
+	}
+	for id := range RequestID(3) {
+		w.add(id+1, "")
+	}
+	w.pass(5 * time.Second)
+	for id := range RequestID(3) {
+		if got := w.got(id + 1); got == old {
+			t.Errorf("%s was handed out", old)
+		}
+	}
+	w.pass(3 * w.s.Config.ReadLag)
+	if a, _ := w.s.Lookup(old); a != nil {
+		t.Errorf("%s is still believed in: %+v", old, a)
 	}
 }
 

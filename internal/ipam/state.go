@@ -78,6 +78,7 @@ type Address struct {
 	Until    time.Time // end of the cooldown, when Cooling
 	Assigned time.Time // when EC2 said so; for the read lag
 	Live     bool      // IMDS listed it
+	Hearsay  bool      // a read alone tells of it, perhaps an old one: only IMDS makes it usable
 
 	Missing  time.Time // start of the first EC2 read that did not list it; zero: listed
 	Reported bool      // its loss was confirmed and reported

@@ -290,7 +290,7 @@ func (p *step) callSucceeded(c *Call, e *ENI, ev CallDone) {
 		}
 	case CallUnassign:
 		e.Retry.reset()
-		p.dropReturning(e)
+		p.dropReturning(e, c)
 	case CallCreate:
 		if ev.ENI == nil || s.ENI(ev.ENI.ID) != nil {
 			p.want(EC2, p.now)
@@ -345,7 +345,7 @@ func (p *step) callRefused(c *Call, e *ENI, ev CallDone) {
 	trouble := &Error{Kind: kindOf(ev.Class), Subnet: c.Subnet, Cause: ev.Err}
 	if c.Kind == CallUnassign {
 		for _, a := range e.Addrs {
-			if a.State == Returning {
+			if c.returns(a) {
 				a.State, a.Since = Free, p.now
 			}
 		}

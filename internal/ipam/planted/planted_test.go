@@ -16,7 +16,7 @@ var caught = map[string]string{
 	"shared_device":    `device index`,
 	"new_token":        `is repeated with another token`,
 	"no_tombstones":    `after its release, with its tombstone`,
-	"no_records":       `in two hands|with its tombstone`,
+	"no_records":       `in two hands|with its tombstone|unassign of .*, which pod`,
 	"return_cooling":   `unassign of .* before its cooldown is over`,
 	"partial_whole":    `handed out, which EC2 does not have`,
 	"no_deadline":      `waits past its deadline|nothing wakes the plan`,
@@ -59,7 +59,7 @@ func TestPlantedBugsAreCaught(t *testing.T) {
 			t.Parallel()
 			// Coverage and the race detector have nothing to add here.
 			cmd := exec.Command("go", "test", "-count=1", "-vet=off", "-failfast", "-tags", "planted_"+tag, "-run", "^TestModel", "..")
-			cmd.Env = append(os.Environ(), "MODEL_DEPTH=5", "MODEL_WALKS=40", "CGO_ENABLED=0", "GOFLAGS=")
+			cmd.Env = append(os.Environ(), "MODEL_DEPTH=5", "MODEL_WALKS=400", "CGO_ENABLED=0", "GOFLAGS=")
 			out, err := cmd.CombinedOutput()
 			if err == nil {
 				t.Fatalf("the model finds nothing:\n%s", out)
