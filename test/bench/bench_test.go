@@ -1,6 +1,7 @@
 package bench
 
 import (
+	"bytes"
 	"flag"
 	"fmt"
 	"io"
@@ -11,6 +12,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -31,9 +33,10 @@ func TestMain(m *testing.M) {
 
 // BenchmarkUnderlay measures everything in one lab and writes the rows.
 func BenchmarkUnderlay(b *testing.B) {
-	// A type that holds the addresses of all ADDs at once: an address that was
-	// released cools down, so each ADD takes another.
-	l := lab.Up(b, "--nodes", "2", "--instance-type", "m5.4xlarge")
+	// A type that holds the addresses of all ADDs at once, and a short cooldown:
+	// what is measured is the node, not the wait for EC2. Without any, an ADD
+	// would take the address whose device is just being deleted.
+	l := lab.Up(b, "--nodes", "2", "--instance-type", "m5.4xlarge", "--agent-env", "IP_COOLDOWN_PERIOD=1")
 	podA, podB := l.Run("a", "--node", "node-1"), l.Run("b", "--node", "node-2")
 	podPair := pair{from: podA.Netns, to: podB.Netns, addr: podB.IP}
 	nodePair := pair{from: l.Nodes[0].Netns, to: l.Nodes[1].Netns, addr: l.Nodes[1].IP}
@@ -59,18 +62,41 @@ func BenchmarkUnderlay(b *testing.B) {
 	if out, err := build.CombinedOutput(); err != nil {
 		b.Fatalf("build the empty program: %v\n%s", err, out)
 	}
-	warm(b, l, (rounds+1)*addsPerRound+5)
-	rows = append(rows, compare(b, "add/empty-go", "starting an empty Go program; lower is better",
-		func() float64 { return addSeconds(b, l) },
-		func() float64 {
-			start := time.Now()
-			for range addsPerRound {
-				if err := exec.Command(empty).Run(); err != nil {
-					b.Fatal(err)
-				}
+	start := func() float64 {
+		start := time.Now()
+		for range addsPerRound {
+			if err := exec.Command(empty).Run(); err != nil {
+				b.Fatal(err)
 			}
-			return time.Since(start).Seconds()
-		}))
+		}
+		return time.Since(start).Seconds()
+	}
+	ours := cniPlugin{
+		lab: l, binary: filepath.Join(lab.Bin, "underlay-cni"), path: lab.Bin,
+		config: fmt.Sprintf(`{"cniVersion":"1.1.0","name":"underlay","type":"underlay-cni","socket":%q}`, l.Nodes[0].AgentSocket),
+	}
+	ptp := cniPlugin{
+		lab: l, binary: "/usr/lib/cni/ptp", path: "/usr/lib/cni",
+		config: fmt.Sprintf(`{"cniVersion":"1.0.0","name":"bench","type":"ptp","ipam":{"type":"host-local","subnet":"198.18.0.0/22","routes":[{"dst":"0.0.0.0/0"}],"dataDir":%q}}`, b.TempDir()),
+	}
+	const lower = "; lower is better"
+	warm(b, l, atOnce+5)
+	rows = append(rows, compare(b, "add/empty-go", "starting an empty Go program"+lower,
+		func() float64 { add, _ := ours.cycle(b, addsPerRound); return add }, start))
+	warm(b, l, atOnce+5)
+	rows = append(rows, compare(b, "del/empty-go", "starting an empty Go program"+lower,
+		func() float64 { _, del := ours.cycle(b, addsPerRound); return del }, start))
+	if _, err := os.Stat(ptp.binary); err != nil {
+		b.Fatalf("%v: install containernetworking-plugins", err)
+	}
+	warm(b, l, atOnce+5)
+	rows = append(rows, compare(b, "add/ptp-host-local", "ADD by the CNI project's ptp and host-local"+lower,
+		func() float64 { add, _ := ours.cycle(b, addsPerRound); return add },
+		func() float64 { add, _ := ptp.cycle(b, addsPerRound); return add }))
+	warm(b, l, atOnce+5)
+	rows = append(rows, compare(b, "add-50-at-once/ptp-host-local", "50 ADDs at once by ptp and host-local"+lower,
+		func() float64 { free(b, l, atOnce); return ours.together(b, atOnce) },
+		func() float64 { return ptp.together(b, atOnce) }))
 	if err := write("../../docs/bench/latest.json", rows); err != nil {
 		b.Fatal(err)
 	}
@@ -209,17 +235,26 @@ func connectionsPerSecond(b testing.TB, p pair) float64 {
 	return float64(n) / took.Seconds()
 }
 
-// addsPerRound pods are added one after the other.
-const addsPerRound = 5
+// addsPerRound pods are added one after the other, or atOnce of them together.
+const (
+	addsPerRound = 5
+	atOnce       = 50
+)
 
 // warm fills the pool of node-1 with n free addresses, so that no call to EC2
-// is measured: as many pods are made and removed, and their cooldown awaited.
+// is measured: as many pods are made and removed.
 func warm(b *testing.B, l *lab.Lab, n int) {
 	b.Helper()
 	l.Underlay("run", "warm", "--node", "node-1", "--count", strconv.Itoa(n))
 	for i := range n {
 		l.Underlay("rm", fmt.Sprintf("warm-%d", i+1))
 	}
+	free(b, l, n)
+}
+
+// free waits until node-1 has n free addresses.
+func free(b testing.TB, l *lab.Lab, n int) {
+	b.Helper()
 	lab.Eventually(b, 2*time.Minute, "the pool is warm", func() error {
 		free := 0
 		for _, eni := range l.Inspect(l.Nodes[0]).ENIs {
@@ -232,35 +267,83 @@ func warm(b *testing.B, l *lab.Lab, n int) {
 	})
 }
 
-// addSeconds returns what ADD takes, plugin process included, for addsPerRound
-// pods. The namespaces are made before and removed after.
-func addSeconds(b testing.TB, l *lab.Lab) float64 {
-	config := fmt.Sprintf(`{"cniVersion":"1.1.0","name":"underlay","type":"underlay-cni","socket":%q}`, l.Nodes[0].AgentSocket)
-	cni := func(command, name string) {
-		cmd := exec.Command(filepath.Join(lab.Bin, "underlay-cni"))
-		cmd.Env = []string{"CNI_COMMAND=" + command, "CNI_CONTAINERID=" + name, "CNI_IFNAME=eth0", "CNI_PATH=" + lab.Bin, "CNI_NETNS=" + nl.Path(name)}
-		cmd.Stdin = strings.NewReader(config)
-		if out, err := cmd.Output(); err != nil {
-			b.Fatalf("%s: %v\n%s", command, err, out)
-		}
+// cniPlugin is a plugin with its config, run as a runtime would in the network
+// namespace of node-1.
+type cniPlugin struct {
+	lab                  *lab.Lab
+	binary, path, config string
+}
+
+func (p cniPlugin) run(b testing.TB, command, name string) {
+	cmd := exec.Command(p.binary)
+	cmd.Env = []string{"CNI_COMMAND=" + command, "CNI_CONTAINERID=" + name, "CNI_IFNAME=eth0", "CNI_PATH=" + p.path, "CNI_NETNS=" + nl.Path(name)}
+	cmd.Stdin = strings.NewReader(p.config)
+	var out bytes.Buffer
+	cmd.Stdout = &out
+	if err := nl.Do(p.lab.Nodes[0].Netns, cmd.Start); err != nil {
+		b.Fatal(err)
 	}
-	names := make([]string, addsPerRound)
-	for i := range names {
-		names[i] = fmt.Sprintf("ul-%s-pod-bench-%d", l.Name, i)
-		if err := nl.NewNamed(names[i]); err != nil {
+	if err := cmd.Wait(); err != nil {
+		b.Errorf("%s %s: %v\n%s", p.binary, command, err, out.String())
+	}
+}
+
+// namespaces makes n network namespaces for pods.
+func (p cniPlugin) namespaces(b testing.TB, n int) (names []string) {
+	for i := range n {
+		name := fmt.Sprintf("ul-%s-pod-bench-%d", p.lab.Name, i)
+		if err := nl.NewNamed(name); err != nil {
 			b.Fatal(err)
 		}
+		names = append(names, name)
 	}
+	return names
+}
+
+// quiet lets the kernel finish what it deletes in the background, devices and
+// namespaces, with the lock held that every ADD needs.
+func quiet() { <-time.After(time.Second) }
+
+// cycle adds n pods one after the other, then deletes them, and returns the
+// seconds of all ADDs and of all DELs, the plugin's process included.
+func (p cniPlugin) cycle(b testing.TB, n int) (add, del float64) {
+	names := p.namespaces(b, n)
+	quiet()
 	start := time.Now()
 	for _, name := range names {
-		cni("ADD", name)
+		p.run(b, "ADD", name)
 	}
-	took := time.Since(start)
+	add = time.Since(start).Seconds()
+	start = time.Now()
 	for _, name := range names {
-		cni("DEL", name)
+		p.run(b, "DEL", name)
+	}
+	del = time.Since(start).Seconds()
+	for _, name := range names {
 		if err := nl.DeleteNamed(name); err != nil {
 			b.Fatal(err)
 		}
 	}
-	return took.Seconds()
+	return add, del
+}
+
+// together adds n pods at once and returns the seconds until all are up.
+func (p cniPlugin) together(b testing.TB, n int) float64 {
+	names := p.namespaces(b, n)
+	quiet()
+	var wg sync.WaitGroup
+	start := time.Now()
+	for _, name := range names {
+		wg.Go(func() { p.run(b, "ADD", name) })
+	}
+	wg.Wait()
+	took := time.Since(start).Seconds()
+	b.Logf("%s: %d ADDs at once, %.0f per second", filepath.Base(p.binary), n, float64(n)/took)
+	for _, name := range names {
+		p.run(b, "DEL", name)
+		if err := nl.DeleteNamed(name); err != nil {
+			b.Fatal(err)
+		}
+	}
+	return took
 }
