@@ -175,3 +175,26 @@ func TestChurnCostsFewCalls(t *testing.T) {
 		})
 	}
 }
+
+// EC2 says that the device index is taken, by an interface that no read shows
+// yet: the node must not make one interface after the other meanwhile.
+func TestTakenDeviceIndexMakesNoStorm(t *testing.T) {
+	w := newWorld(t, "m5.large", 1)
+	w.start()
+	w.fail = func(a Action) (Outcome, Class) {
+		if _, ok := a.(AttachENI); ok {
+			return Refused, ClassInUse
+		}
+		return Done, ClassOther
+	}
+	for i := range RequestID(12) { // more than the first interface holds
+		w.add(i+1, "")
+	}
+	w.pass(time.Minute)
+	if n := len(w.enis); n > 13 {
+		t.Errorf("%d interfaces were made in a minute", n-1)
+	}
+	if w.calls > 150 {
+		t.Errorf("%d calls in a minute", w.calls)
+	}
+}

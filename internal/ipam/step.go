@@ -339,6 +339,10 @@ func (p *step) grew(c *Call) {
 	s.Reads[IMDS].polls = 0
 }
 
+// indexTaken is how long a pool gets no further ENI when EC2 says that the
+// device index is taken: the read that follows takes a second and the lag.
+const indexTaken = 5 * time.Second
+
 func (p *step) callRefused(c *Call, e *ENI, ev CallDone) {
 	s, seed := p.s, p.s.Config.Seed
 	grows := c.Kind == CallAssign || c.Kind == CallCreate || c.Kind == CallAttach
@@ -394,7 +398,10 @@ func (p *step) callRefused(c *Call, e *ENI, ev CallDone) {
 		p.want(EC2, p.now.Add(time.Second))
 	case ClassInUse:
 		if c.Kind == CallAttach {
-			e.Device = -1 // the index may be taken by somebody else
+			// The index may be taken by an interface that we do not know of. Until a
+			// read shows it, nothing further is made for this index.
+			e.Device = -1
+			s.overflow[e.Pool] = p.now.Add(indexTaken)
 		}
 		p.want(EC2, p.now.Add(time.Second))
 	}
