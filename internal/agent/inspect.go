@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"cmp"
 	"context"
 	"maps"
 	"net"
@@ -37,7 +36,7 @@ func (a *Agent) Inspect(ctx context.Context) (*agentapi.Inspection, error) {
 	in.Reason, in.LastErrors = a.waitsFor, append([]agentapi.Incident{}, a.incidents...)
 	in.Limits = agentapi.Limits{ENIs: a.limits.ENIs, IPv4PerENI: a.limits.IPv4PerENI}
 	if a.limits.ENIs > 0 {
-		in.Limits.MaxPods = cmp.Or(a.limits.ENIsDefaultCard, a.limits.ENIs)*(a.limits.IPv4PerENI-1) + 2
+		in.Limits.MaxPods = a.limits.MaxPods(1)
 	}
 	a.mu.Unlock()
 	in.Node = agentapi.Node{InstanceID: string(id.Instance), InstanceType: id.Type, AvailabilityZone: id.AvailabilityZone, Region: id.Region,

@@ -351,10 +351,7 @@ func (s *State) Held() int {
 
 // MaxENIs returns how many interfaces the node may have on network card 0.
 func (s *State) MaxENIs() int {
-	n := s.Config.Limits.ENIsDefaultCard
-	if n == 0 {
-		n = s.Config.Limits.ENIs
-	}
+	n := s.Config.Limits.PodENIs()
 	if m := s.Config.MaxENIs; m > 0 && m < n {
 		n = m
 	}

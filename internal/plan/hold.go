@@ -40,10 +40,7 @@ func Underlay(l vpc.InstanceLimits, pods, floor int, prefixes bool) Holding {
 // further once it holds maxPods addresses. With prefixes this is its best case:
 // it packs pods in no order, and scattered ones keep more prefixes in use.
 func AWSDefault(l vpc.InstanceLimits, pods, maxPods int, prefixes bool) Holding {
-	enis := l.ENIsDefaultCard
-	if enis == 0 {
-		enis = l.ENIs
-	}
+	enis := l.PodENIs()
 	slots := l.IPv4PerENI - 1
 	if prefixes {
 		const per = ipam.PrefixAddresses

@@ -45,7 +45,7 @@ func PodsOf(l vpc.InstanceLimits, prefixes bool) (Pods, error) {
 	if prefixes && !l.Nitro() {
 		return Pods{}, fmt.Errorf("%s takes no delegated prefixes: they need a Nitro type; leave out --prefixes or choose one such as m5.large", l.Type)
 	}
-	card := cmp.Or(l.ENIsDefaultCard, l.ENIs)
+	card := l.PodENIs()
 	// What the allocator would take is asked of the allocator.
 	most := (&ipam.State{Config: ipam.Config{Limits: l}}).MaxENIs()
 	p := Pods{Type: l.Type, ENIs: card, ENIsTotal: cmp.Or(l.ENIs, card), NetworkCards: l.NetworkCards, IPv4PerENI: l.IPv4PerENI, VCPUs: l.VCPUs, Prefixes: prefixes}
@@ -53,7 +53,7 @@ func PodsOf(l vpc.InstanceLimits, prefixes bool) (Pods, error) {
 	if prefixes {
 		per, times = ipam.PrefixAddresses, fmt.Sprintf(" × %d", ipam.PrefixAddresses)
 	}
-	p.Formula = card*(l.IPv4PerENI-1)*per + hostPods
+	p.Formula = l.MaxPods(per)
 	p.Underlay = most * (l.IPv4PerENI - 1) * per
 	switch {
 	case l.VCPUs == 0:

@@ -1,7 +1,6 @@
 package sim
 
 import (
-	"cmp"
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
@@ -152,7 +151,7 @@ func (c *Config) Check() error {
 		return fmt.Errorf("%d nodes are fewer than the %d zones; use more nodes or fewer zones", c.Nodes, c.Zones)
 	}
 	if c.MaxPods == 0 {
-		c.MaxPods = cmp.Or(limits.ENIsDefaultCard, limits.ENIs)*(limits.IPv4PerENI-1) + 2 // the EKS formula
+		c.MaxPods = limits.MaxPods(1)
 	}
 	most := min(c.MaxPods, c.capacity())
 	need, why := c.PodsPerNode, ""

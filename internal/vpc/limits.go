@@ -1,6 +1,7 @@
 package vpc
 
 import (
+	"cmp"
 	_ "embed"
 	"fmt"
 	"maps"
@@ -31,6 +32,17 @@ type InstanceLimits struct {
 
 // Nitro reports whether the type can hold delegated prefixes.
 func (l InstanceLimits) Nitro() bool { return l.Hypervisor == "nitro" || l.BareMetal }
+
+// PodENIs returns how many ENIs can carry pods: those of network card 0.
+func (l InstanceLimits) PodENIs() int { return cmp.Or(l.ENIsDefaultCard, l.ENIs) }
+
+// hostPods are the pods in the node's own network that MaxPods counts: on EKS,
+// kube-proxy and the network's agent.
+const hostPods = 2
+
+// MaxPods returns the well-known figure of pods that the type takes, with per
+// addresses in each slot of an ENI: 1, or 16 with prefixes.
+func (l InstanceLimits) MaxPods(per int) int { return l.PodENIs()*(l.IPv4PerENI-1)*per + hostPods }
 
 //go:embed instance_limits.csv
 var limitsCSV string

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/underlay-cni/underlay/internal/nl"
+	"github.com/underlay-cni/underlay/internal/testenv"
 	"github.com/underlay-cni/underlay/test/lab"
 )
 
@@ -76,7 +77,7 @@ func BenchmarkUnderlay(b *testing.B) {
 		config: fmt.Sprintf(`{"cniVersion":"1.1.0","name":"underlay","type":"underlay-cni","socket":%q}`, l.Nodes[0].AgentSocket),
 	}
 	ptp := cniPlugin{
-		lab: l, binary: "/usr/lib/cni/ptp", path: "/usr/lib/cni",
+		lab: l, binary: filepath.Join(testenv.PluginDir, "ptp"), path: testenv.PluginDir,
 		config: fmt.Sprintf(`{"cniVersion":"1.0.0","name":"bench","type":"ptp","ipam":{"type":"host-local","subnet":"198.18.0.0/22","routes":[{"dst":"0.0.0.0/0"}],"dataDir":%q}}`, b.TempDir()),
 	}
 	const lower = "; lower is better"
@@ -95,7 +96,7 @@ func BenchmarkUnderlay(b *testing.B) {
 		func() float64 { add, _ := ptp.cycle(b, addsPerRound); return add }))
 	warm(b, l, atOnce+5)
 	rows = append(rows, compare(b, "add-50-at-once/ptp-host-local", "50 ADDs at once by ptp and host-local"+lower,
-		func() float64 { free(b, l, atOnce); return ours.together(b, atOnce) },
+		func() float64 { l.AwaitFree(l.Nodes[0], atOnce, 2*time.Minute); return ours.together(b, atOnce) },
 		func() float64 { return ptp.together(b, atOnce) }))
 	if err := write("../../docs/bench/latest.json", rows); err != nil {
 		b.Fatal(err)
@@ -249,22 +250,7 @@ func warm(b *testing.B, l *lab.Lab, n int) {
 	for i := range n {
 		l.Underlay("rm", fmt.Sprintf("warm-%d", i+1))
 	}
-	free(b, l, n)
-}
-
-// free waits until node-1 has n free addresses.
-func free(b testing.TB, l *lab.Lab, n int) {
-	b.Helper()
-	lab.Eventually(b, 2*time.Minute, "the pool is warm", func() error {
-		free := 0
-		for _, eni := range l.Inspect(l.Nodes[0]).ENIs {
-			free += eni.Addresses.Free
-		}
-		if free < n {
-			return fmt.Errorf("%d of %d addresses are free", free, n)
-		}
-		return nil
-	})
+	l.AwaitFree(l.Nodes[0], n, 2*time.Minute)
 }
 
 // cniPlugin is a plugin with its config, run as a runtime would in the network

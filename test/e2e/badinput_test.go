@@ -1,14 +1,12 @@
 package e2e
 
 import (
-	"bytes"
 	"encoding/binary"
-	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -18,29 +16,14 @@ import (
 	"github.com/underlay-cni/underlay/test/lab"
 )
 
-// cniError is what a plugin prints when it refuses.
-type cniError struct {
-	Code uint
-	Msg  string
-}
-
-// plugin runs underlay-cni as a runtime would.
-func plugin(t *testing.T, command, netns, config string, env ...string) (string, *cniError) {
+// plugin runs underlay-cni as a runtime would, and returns the error that it
+// printed, nil when it refused nothing.
+func plugin(t *testing.T, command, netns, config string, env ...string) (string, *lab.CNIError) {
 	t.Helper()
-	cmd := exec.Command(filepath.Join(lab.Bin, "underlay-cni"))
-	cmd.Env = append(os.Environ(), "CNI_COMMAND="+command, "CNI_CONTAINERID=bad-input", "CNI_IFNAME=eth0", "CNI_PATH="+lab.Bin, "CNI_NETNS="+netns)
-	cmd.Env = append(cmd.Env, env...)
-	cmd.Stdin = strings.NewReader(config)
-	var out bytes.Buffer
-	cmd.Stdout = &out
-	if err := cmd.Run(); err == nil {
-		return out.String(), nil
-	}
-	var e cniError
-	if err := json.Unmarshal(out.Bytes(), &e); err != nil {
-		t.Fatalf("%s: no CNI error on stdout: %v\n%s", command, err, out.String())
-	}
-	return out.String(), &e
+	out, err := lab.Plugin(t, config, append([]string{"CNI_COMMAND=" + command, "CNI_CONTAINERID=bad-input", "CNI_NETNS=" + netns}, env...)...)
+	var e *lab.CNIError
+	errors.As(err, &e)
+	return out, e
 }
 
 // Bad input gets the CNI error code and a message with the next step, and the

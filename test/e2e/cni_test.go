@@ -31,7 +31,7 @@ func TestCNIVerbs(t *testing.T) {
 		t.Cleanup(func() { _ = nl.DeleteNamed(name) })
 		netns[id] = nl.Path(name)
 	}
-	call := func(command, id, config string) (string, *cniError) {
+	call := func(command, id, config string) (string, *lab.CNIError) {
 		return plugin(t, command, netns[id], config, "CNI_CONTAINERID="+id)
 	}
 	must := func(command, id, config string) string {

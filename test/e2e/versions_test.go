@@ -31,7 +31,7 @@ func TestCNIVersions(t *testing.T) {
 		config := func(more string) string {
 			return fmt.Sprintf(`{"cniVersion":%q,"name":"underlay","type":"underlay-cni","socket":%q%s}`, tc.version, l.Nodes[0].AgentSocket, more)
 		}
-		call := func(command, config string) (string, *cniError) {
+		call := func(command, config string) (string, *lab.CNIError) {
 			return plugin(t, command, nl.Path(name), config, "CNI_CONTAINERID="+id)
 		}
 		added, e := call("ADD", config(""))

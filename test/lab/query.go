@@ -161,6 +161,21 @@ func (l *Lab) FillSubnet(subnet string) {
 	}
 }
 
+// AwaitFree waits until a node has count addresses to spare, at most limit.
+func (l *Lab) AwaitFree(n Node, count int, limit time.Duration) {
+	l.t.Helper()
+	Eventually(l.t, limit, fmt.Sprintf("%s has %d addresses to spare", n.Name, count), func() error {
+		free := 0
+		for _, eni := range l.Inspect(n).ENIs {
+			free += eni.Addresses.Free
+		}
+		if free < count {
+			return fmt.Errorf("%d are free", free)
+		}
+		return nil
+	})
+}
+
 // Held returns the interfaces that EC2 says a node has, and how many addresses
 // of the VPC they take.
 func (l *Lab) Held(n Node) (enis, addresses int) {

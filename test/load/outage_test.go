@@ -15,6 +15,9 @@ import (
 	"github.com/underlay-cni/underlay/test/lab"
 )
 
+// freeSoon bounds the wait for a free address: a cooldown, and a call.
+const freeSoon = 40 * time.Second
+
 // While EC2 does not answer, for longer than an ADD waits: pods that run are
 // not touched, what is free is handed out, then ADDs fail with a reason, and
 // when EC2 is back they are served. That also holds for an agent which is
@@ -24,7 +27,7 @@ func TestEC2Away(t *testing.T) {
 	a := l.Run("a", "--node", "node-1")
 	b := l.Run("b", "--node", "node-2")
 	before := l.Pods()
-	free(t, l, l.Nodes[0])
+	l.AwaitFree(l.Nodes[0], 1, freeSoon)
 	s := lab.StartStream(t, a.Netns, b.Netns, b.IP)
 	l.Chaos("--fail", "*=Unavailable:1.0")
 
@@ -72,19 +75,6 @@ func TestEC2Away(t *testing.T) {
 	}
 }
 
-// free waits until a node has an address to spare.
-func free(t *testing.T, l *lab.Lab, n lab.Node) {
-	t.Helper()
-	lab.Eventually(t, 40*time.Second, n.Name+" has an address to spare", func() error {
-		for _, address := range l.Inspect(n).Addresses {
-			if address.State == "free" {
-				return nil
-			}
-		}
-		return errors.New("none is free")
-	})
-}
-
 // The agent is killed at moments spread over ADD and DEL. Its successor and the
 // runtime's second try set all right: no address twice, none of a live pod
 // given away, nothing left of what is gone.
@@ -130,7 +120,7 @@ func TestKilledAgain(t *testing.T) {
 	for i := range *kills {
 		command := "ADD"
 		if i%4 != 0 {
-			free(t, l, n)
+			l.AwaitFree(n, 1, freeSoon)
 		}
 		if i%2 == 1 {
 			command = "DEL"
