@@ -12,7 +12,7 @@ PROGRESS := hack/with-progress.sh
 export CGO_ENABLED := 0
 
 # What the tests and the demo drive or look with.
-TEST_PACKAGES := iproute2 iputils-ping nftables tcpdump bpftool awscli python3-boto3 procps iptables containernetworking-plugins
+TEST_PACKAGES := iproute2 iputils-ping nftables tcpdump bpftool awscli python3-boto3 procps iptables containernetworking-plugins containerd runc podman
 DEMO_PACKAGES := iproute2 iputils-ping tcpdump awscli
 # What regenerates the BPF objects; a build needs Go alone.
 GENERATE_PACKAGES := clang-14 llvm-14 libbpf-dev linux-libc-dev clang-format-14

@@ -164,8 +164,12 @@ func (a *App) collect(ctx context.Context, h home, f *labFile) *status {
 			if e.State == tombstone {
 				continue
 			}
+			name := e.Pod.Name
+			if name == "" { // not every runtime tells one
+				name = e.ContainerID
+			}
 			s.Pods = append(s.Pods, podStatus{
-				Name: e.Pod.Name, Node: n.Name, IP: e.IP.String(), ENI: e.ENI, MAC: e.MAC, State: e.State, Since: e.Since, Problem: e.Problem,
+				Name: name, Node: n.Name, IP: e.IP.String(), ENI: e.ENI, MAC: e.MAC, State: e.State, Since: e.Since, Problem: e.Problem,
 			})
 		}
 	}

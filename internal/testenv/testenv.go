@@ -17,10 +17,11 @@ const PluginDir = "/usr/lib/cni"
 
 // Require skips the test unless the machine has each of needs: "root" (uid 0
 // with CAP_NET_ADMIN), "bpf" (BPF programs may be loaded), "aws" (the AWS CLI),
-// "boto3" (Python 3 with the AWS SDK) or "portmap" (the CNI project's plugin,
-// in PluginDir, and iptables, with which it works). A need that the environment variable TEST_REQUIRE names (comma-separated) is no reason to
-// skip: the test fails instead, so that nothing goes unseen where everything
-// is meant to run.
+// "boto3" (Python 3 with the AWS SDK), "portmap" (the CNI project's plugin, in
+// PluginDir, and iptables, with which it works), "containerd" (with ctr and runc)
+// or "podman". A need that the environment variable TEST_REQUIRE names
+// (comma-separated) is no reason to skip: the test fails instead, so that nothing
+// goes unseen where everything is meant to run.
 func Require(t testing.TB, needs ...string) {
 	t.Helper()
 	for _, need := range needs {
@@ -71,6 +72,16 @@ func lacking(need string) string {
 	case "portmap":
 		if _, err := exec.LookPath(PluginDir + "/portmap"); err != nil || Tool("iptables") == "" {
 			return "portmap or iptables is not there; apt-get install containernetworking-plugins iptables"
+		}
+	case "containerd":
+		for _, program := range []string{"containerd", "ctr", "runc"} {
+			if _, err := exec.LookPath(program); err != nil {
+				return program + " is not there; apt-get install containerd runc"
+			}
+		}
+	case "podman":
+		if Tool("podman") == "" {
+			return "podman is not there; apt-get install podman"
 		}
 	default:
 		return "no test environment provides " + need
