@@ -16,7 +16,7 @@ const containerdList = `{"cniVersion":"1.0.0","name":"underlay","plugins":[{"typ
 
 // Debian's containerd, its containers made by ctr.
 func TestContainerd(t *testing.T) {
-	w := newWorld(t, "containerd", containerdList)
+	w := newWorld(t, containerdList, "containerd")
 	h := w.h
 	daemon := startContainerd(h)
 	h.run("ctr", "images", "import", "/run/bin/peer.tar")
@@ -28,7 +28,7 @@ func TestContainerd(t *testing.T) {
 	seen := func(name string) container {
 		t.Helper()
 		w.up("default-" + name)
-		return container{id: "default-" + name, pid: pidOf(t, h, name), exec: func(args ...string) string {
+		return container{id: "default-" + name, netns: "/proc/" + pidOf(t, h, name) + "/ns/net", exec: func(args ...string) string {
 			return h.run(append([]string{"ctr", "task", "exec", "--exec-id", "e" + fmt.Sprint(time.Now().UnixNano()), name}, args...)...)
 		}}
 	}
@@ -51,7 +51,7 @@ func TestContainerd(t *testing.T) {
 		t.Errorf("left without an agent: %s", left)
 	}
 	// Nor does one start without it.
-	if _, stderr, err := h.try(ctrRun("--rm", imageName, "none")...); err == nil || !strings.Contains(stderr, "underlay-agent") {
+	if _, stderr, err := h.try(ctrRun("--rm", imageName, "none")...); err == nil || !strings.Contains(stderr, "no agent answers") {
 		t.Errorf("without an agent, ctr run: %v\n%s", err, stderr)
 	}
 	w.restartAgent()

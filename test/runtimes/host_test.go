@@ -149,7 +149,7 @@ func (h *host) start(args ...string) *process {
 		close(p.done)
 	}()
 	h.t.Cleanup(func() {
-		if b, _ := os.ReadFile(p.log); h.t.Failed() {
+		if b, _ := os.ReadFile(p.log); h.t.Failed() && len(b) > 0 {
 			h.t.Logf("%s:\n%s", p.what, b[max(0, len(b)-4000):])
 		}
 	})

@@ -34,7 +34,7 @@ events_logger = "file"
 
 // Debian's podman, with a port of the node that leads to the container.
 func TestPodman(t *testing.T) {
-	w := newWorld(t, "podman", podmanList)
+	w := newWorld(t, podmanList, "podman")
 	h := w.h
 	h.write("/etc/containers/containers.conf", podmanConf+podmanHere)
 	h.run("podman", "load", "--quiet", "--input", "/run/bin/peer.tar")
@@ -49,7 +49,7 @@ func TestPodman(t *testing.T) {
 		if err := json.Unmarshal([]byte(out), &c); err != nil || len(c) != 1 {
 			t.Fatalf("inspect %s: %v\n%s", name, err, out)
 		}
-		return container{id: c[0].ID, name: name, pid: fmt.Sprint(c[0].State.Pid), exec: func(args ...string) string {
+		return container{id: c[0].ID, name: name, netns: fmt.Sprintf("/proc/%d/ns/net", c[0].State.Pid), exec: func(args ...string) string {
 			return h.run(append([]string{"podman", "exec", name}, args...)...)
 		}}
 	}
@@ -119,7 +119,7 @@ func TestPodman(t *testing.T) {
 	}
 	closed()
 	// Nor does one start without it, which leaves nothing either.
-	if _, stderr, err := h.try("podman", "run", "--detach", "--publish", "18080:80", "--name", "none", imageName); err == nil || !strings.Contains(stderr, "underlay-agent") {
+	if _, stderr, err := h.try("podman", "run", "--detach", "--publish", "18080:80", "--name", "none", imageName); err == nil || !strings.Contains(stderr, "no agent answers") {
 		t.Errorf("without an agent, podman run: %v\n%s", err, stderr)
 	}
 	w.restartAgent()

@@ -28,9 +28,9 @@ type world struct {
 	far  lab.Node
 }
 
-func newWorld(t *testing.T, runtime, list string) *world {
+func newWorld(t *testing.T, list string, needs ...string) *world {
 	t.Helper()
-	testenv.Require(t, "root", "bpf", "portmap", runtime)
+	testenv.Require(t, append([]string{"root", "bpf", "portmap"}, needs...)...)
 	if err := buildImage(); err != nil {
 		t.Fatal(err)
 	}
@@ -88,7 +88,7 @@ func (w *world) returned(id string, addr netip.Addr) {
 // container is one as its runtime sees it.
 type container struct {
 	id, name string // as CNI was told
-	pid      string // of its first process, on the machine
+	netns    string // a path on the machine
 	exec     func(args ...string) string
 }
 
@@ -124,7 +124,7 @@ func (w *world) holds(c container) agentapi.Endpoint {
 	// What is in the container.
 	inside := func(v any, args ...string) {
 		t.Helper()
-		out := w.h.run(append([]string{"nsenter", "--target", c.pid, "--net", "ip", "-j", "-4"}, args...)...)
+		out := w.h.run(append([]string{"nsenter", "--net=" + c.netns, "ip", "-j", "-4"}, args...)...)
 		if err := json.Unmarshal([]byte(out), v); err != nil {
 			t.Fatalf("ip %v: %v\n%s", args, err, out)
 		}
