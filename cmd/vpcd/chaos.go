@@ -67,6 +67,7 @@ those given replace those there were, and --fail none removes them.`,
 				"mapping-lag":    func(s *chaos.Settings) { s.MappingLag = given.MappingLag },
 				"read-lag":       func(s *chaos.Settings) { s.ReadLag = given.ReadLag },
 				"throttle":       func(s *chaos.Settings) { s.Throttle = given.Throttle },
+				"addresses":      func(s *chaos.Settings) { s.Addresses = given.Addresses },
 				"fail":           func(s *chaos.Settings) { s.Fail = given.Fail },
 			} {
 				if changed(name) {
@@ -109,6 +110,7 @@ those given replace those there were, and --fail none removes them.`,
 	f.DurationVar(&given.MappingLag, "mapping-lag", 0, "an address reaches its ENI on the wire so much later")
 	f.DurationVar(&given.ReadLag, "read-lag", 0, "Describe calls tell what was true so long ago")
 	f.StringVar(&given.Throttle, "throttle", chaos.ThrottleOff, "aws (the token buckets of the real API) or off")
+	f.StringVar(&given.Addresses, "addresses", chaos.AddressesLowest, "which free addresses and prefixes EC2 gives: lowest or scattered")
 	f.StringArrayVar(&fail, "fail", nil, "ACTION=CODE:COUNT or ACTION=CODE:PROBABILITY, repeatable; none")
 	outputFlag(c, &output)
 	return c
@@ -155,8 +157,8 @@ func chaosResetCommand(endpoint *string) *cobra.Command {
 func printChaos(cmd *cobra.Command, output string, s *chaos.Settings) error {
 	return printData(cmd.OutOrStdout(), output, s, func(w io.Writer) {
 		t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
-		fmt.Fprintf(t, "latency\t%v\nattach-latency\t%v\nimds-lag\t%v\nmapping-lag\t%v\nread-lag\t%v\nthrottle\t%s\n",
-			s.Latency, s.AttachLatency, s.IMDSLag, s.MappingLag, s.ReadLag, s.Throttle)
+		fmt.Fprintf(t, "latency\t%v\nattach-latency\t%v\nimds-lag\t%v\nmapping-lag\t%v\nread-lag\t%v\nthrottle\t%s\naddresses\t%s\n",
+			s.Latency, s.AttachLatency, s.IMDSLag, s.MappingLag, s.ReadLag, s.Throttle, s.Addresses)
 		for _, f := range s.Fail {
 			fmt.Fprintf(t, "fail\t%s\n", f)
 		}

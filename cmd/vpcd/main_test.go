@@ -59,18 +59,18 @@ func TestChaos(t *testing.T) {
 		args []string
 		want string // JSON of the settings thereafter
 	}{
-		{[]string{"set", "--latency", "50ms", "--attach-latency", "1s", "--imds-lag", "500ms", "--throttle", "aws"},
-			`{"latency":"50ms","attachLatency":"1s","imdsLag":"500ms","mappingLag":"0s","readLag":"0s","throttle":"aws","fail":[]}`},
+		{[]string{"set", "--latency", "50ms", "--attach-latency", "1s", "--imds-lag", "500ms", "--throttle", "aws", "--addresses", "scattered"},
+			`{"latency":"50ms","attachLatency":"1s","imdsLag":"500ms","mappingLag":"0s","readLag":"0s","throttle":"aws","addresses":"scattered","fail":[]}`},
 		{[]string{"set", "--fail", "AssignPrivateIpAddresses=InternalError:3", "--fail", "*=RequestLimitExceeded:0.1"},
-			`{"latency":"50ms","attachLatency":"1s","imdsLag":"500ms","mappingLag":"0s","readLag":"0s","throttle":"aws","fail":[{"action":"AssignPrivateIpAddresses","code":"InternalError","count":3},{"action":"*","code":"RequestLimitExceeded","probability":0.1}]}`},
+			`{"latency":"50ms","attachLatency":"1s","imdsLag":"500ms","mappingLag":"0s","readLag":"0s","throttle":"aws","addresses":"scattered","fail":[{"action":"AssignPrivateIpAddresses","code":"InternalError","count":3},{"action":"*","code":"RequestLimitExceeded","probability":0.1}]}`},
 		{[]string{"set", "--latency", "0", "--mapping-lag", "1s", "--read-lag", "2s"},
-			`{"latency":"0s","attachLatency":"1s","imdsLag":"500ms","mappingLag":"1s","readLag":"2s","throttle":"aws","fail":[{"action":"AssignPrivateIpAddresses","code":"InternalError","count":3},{"action":"*","code":"RequestLimitExceeded","probability":0.1}]}`},
+			`{"latency":"0s","attachLatency":"1s","imdsLag":"500ms","mappingLag":"1s","readLag":"2s","throttle":"aws","addresses":"scattered","fail":[{"action":"AssignPrivateIpAddresses","code":"InternalError","count":3},{"action":"*","code":"RequestLimitExceeded","probability":0.1}]}`},
 		{[]string{"set", "--fail", "none"},
-			`{"latency":"0s","attachLatency":"1s","imdsLag":"500ms","mappingLag":"1s","readLag":"2s","throttle":"aws","fail":[]}`},
+			`{"latency":"0s","attachLatency":"1s","imdsLag":"500ms","mappingLag":"1s","readLag":"2s","throttle":"aws","addresses":"scattered","fail":[]}`},
 		{[]string{"show"},
-			`{"latency":"0s","attachLatency":"1s","imdsLag":"500ms","mappingLag":"1s","readLag":"2s","throttle":"aws","fail":[]}`},
+			`{"latency":"0s","attachLatency":"1s","imdsLag":"500ms","mappingLag":"1s","readLag":"2s","throttle":"aws","addresses":"scattered","fail":[]}`},
 		{[]string{"reset"},
-			`{"latency":"0s","attachLatency":"0s","imdsLag":"0s","mappingLag":"0s","readLag":"0s","throttle":"off","fail":[]}`},
+			`{"latency":"0s","attachLatency":"0s","imdsLag":"0s","mappingLag":"0s","readLag":"0s","throttle":"off","addresses":"lowest","fail":[]}`},
 	}
 	for _, s := range steps {
 		out, err := run(t, append([]string{"chaos", "--endpoint", url, "-o", "json"}, s.args...)...)

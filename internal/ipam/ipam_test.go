@@ -197,9 +197,12 @@ func TestShortSubnetGivesWhatItHas(t *testing.T) {
 func TestFragmentedSubnetFallsBackToSingles(t *testing.T) {
 	w := newWorld(t, "m5.large", 1)
 	w.s.Config.Prefixes = true
+	tried, whole := 0, false
 	w.fail = func(a Action) (Outcome, Class) {
 		if _, ok := a.(AssignPrefixes); ok {
-			return Refused, ClassNoPrefix
+			if tried++; !whole {
+				return Refused, ClassNoPrefix
+			}
 		}
 		return Done, 0
 	}
@@ -207,6 +210,18 @@ func TestFragmentedSubnetFallsBackToSingles(t *testing.T) {
 	w.add(1, "")
 	w.pass(10 * time.Second)
 	w.got(1)
+	if tried != 1 || w.held() > 3 {
+		t.Errorf("%d tries for a prefix, %d addresses held", tried, w.held())
+	}
+	whole = true
+	w.pass(20 * time.Minute) // the longest it waits
+	for id := range RequestID(4) {
+		w.add(2+id, "")
+	}
+	w.pass(10 * time.Second)
+	if tried < 2 || w.held() < 1+16 {
+		t.Errorf("healed: %d tries for a prefix, %d addresses held", tried, w.held())
+	}
 }
 
 func TestUnknownEndIsReadBeforeItIsRepeated(t *testing.T) {

@@ -227,6 +227,10 @@ func cliNetworks(c cli) {
 	c.must("wait subnet-available --subnet-ids "+subnet, "")
 	c.must("modify-subnet-attribute --no-map-public-ip-on-launch --subnet-id "+subnet, "")
 	c.want("251", "describe-subnets --subnet-ids "+subnet, "Subnets[].AvailableIpAddressCount")
+	kept := c.must("create-subnet-cidr-reservation --reservation-type prefix --cidr 10.0.0.64/26 --subnet-id "+subnet, "SubnetCidrReservation.SubnetCidrReservationId")
+	c.want("10.0.0.64/26 prefix", "get-subnet-cidr-reservations --subnet-id "+subnet, "SubnetIpv4CidrReservations[].[Cidr,ReservationType][]")
+	c.want("187", "describe-subnets --subnet-ids "+subnet, "Subnets[].AvailableIpAddressCount")
+	c.want(kept, "delete-subnet-cidr-reservation --subnet-cidr-reservation-id "+kept, "DeletedSubnetCidrReservation.SubnetCidrReservationId")
 
 	sg := c.must("create-security-group --group-name web --description web --vpc-id "+vpc, "GroupId")
 	c.must("wait security-group-exists --group-ids "+sg, "")
@@ -364,6 +368,12 @@ func TestGoSDKDrivesEveryHandler(t *testing.T) {
 	}
 	equal(t, fmt.Sprint(pages, seen), "2 7")
 	ok[*ec2.ModifySubnetAttributeOutput](t)(c.ModifySubnetAttribute(ctx, &ec2.ModifySubnetAttributeInput{SubnetId: &subnets[0], PrivateDnsHostnameTypeOnLaunch: types.HostnameTypeIpName}))
+
+	kept := ok[*ec2.CreateSubnetCidrReservationOutput](t)(c.CreateSubnetCidrReservation(ctx, &ec2.CreateSubnetCidrReservationInput{
+		SubnetId: &subnets[0], Cidr: s("10.0.0.192/26"), ReservationType: types.SubnetCidrReservationTypePrefix})).SubnetCidrReservation
+	reserved := ok[*ec2.GetSubnetCidrReservationsOutput](t)(c.GetSubnetCidrReservations(ctx, &ec2.GetSubnetCidrReservationsInput{SubnetId: &subnets[0], MaxResults: aws.Int32(5)}))
+	equal(t, *reserved.SubnetIpv4CidrReservations[0].Cidr, "10.0.0.192/26")
+	ok[*ec2.DeleteSubnetCidrReservationOutput](t)(c.DeleteSubnetCidrReservation(ctx, &ec2.DeleteSubnetCidrReservationInput{SubnetCidrReservationId: kept.SubnetCidrReservationId}))
 
 	sg := ok[*ec2.CreateSecurityGroupOutput](t)(c.CreateSecurityGroup(ctx, &ec2.CreateSecurityGroupInput{GroupName: s("app"), Description: s("app"), VpcId: vpc})).GroupId
 	tcp := []types.IpPermission{{IpProtocol: s("tcp"), FromPort: aws.Int32(80), ToPort: aws.Int32(80), IpRanges: []types.IpRange{{CidrIp: s("10.0.0.0/16")}}}}

@@ -160,11 +160,11 @@ func (l *Lab) OutsideIP(name string) netip.Addr {
 
 func (l *Lab) Dir() string { return filepath.Join("/run/underlay", l.Name) }
 
-// AWS runs Debian's AWS CLI against the lab and decodes its JSON into v.
+// AWS runs the AWS CLI against the lab and decodes its JSON into v.
 func (l *Lab) AWS(v any, args ...string) {
 	l.t.Helper()
 	testenv.Require(l.t, "aws")
-	cmd := exec.Command("/usr/bin/aws", append([]string{"--endpoint-url", l.Endpoint, "--region", "us-east-1", "--output", "json"}, args...)...)
+	cmd := exec.Command(testenv.Tool("aws"), append([]string{"--endpoint-url", l.Endpoint, "--region", "us-east-1", "--output", "json"}, args...)...)
 	cmd.Env = append(os.Environ(), "AWS_ACCESS_KEY_ID=test", "AWS_SECRET_ACCESS_KEY=test", "AWS_PAGER=")
 	out, err := cmd.Output()
 	if err != nil {

@@ -2,10 +2,14 @@ package api
 
 import (
 	"context"
+	"iter"
+	"math"
+	"math/rand/v2"
 	"net/netip"
 	"slices"
 
 	"github.com/underlay-cni/underlay/internal/vpc"
+	"github.com/underlay-cni/underlay/internal/vpcd/chaos"
 	"github.com/underlay-cni/underlay/internal/vpcd/query"
 	"github.com/underlay-cni/underlay/internal/vpcd/store"
 )
@@ -154,10 +158,50 @@ func taken(what any) error {
 	return query.Errorf("InvalidIPAddress.InUse", "Address %v is in use.", what)
 }
 
+// pick returns how addresses of a subnet are chosen: lowest first, so that a run
+// can be repeated, or scattered.
+func (a *API) pick(sp *store.Space) picker {
+	if a.chaos.Get().Addresses == chaos.AddressesScattered {
+		return picker{start: func() int { return rand.IntN(sp.Size()) }, run: 1}
+	}
+	return picker{start: func() int { return 0 }, run: math.MaxInt}
+}
+
+// picker chooses among what is free: runs of so many, from so many starts.
+type picker struct {
+	start func() int
+	run   int
+}
+
+// picked returns n of what is free, or as many as there are. None of except is
+// among them.
+func picked[T comparable](p picker, n int, free func(start int) iter.Seq[T], except func(T) bool) []T {
+	var out []T
+	for len(out) < n {
+		before := len(out)
+		for x := range free(p.start()) {
+			if len(out) == n || len(out)-before == p.run {
+				break
+			}
+			if !except(x) && !slices.Contains(out, x) {
+				out = append(out, x)
+			}
+		}
+		if len(out) == before {
+			break
+		}
+	}
+	return out
+}
+
 // allocate finds what is wanted in the subnet, as the transaction sees it:
-// what is named if it is free, the rest lowest first, prefixes aligned. What it
-// returns is all of w by name. It changes nothing.
-func allocate(tx *store.Tx, n *store.Subnet, w wanted, withPrimary bool) (wanted, error) {
+// what is named if it is free, the rest by the setting Addresses, prefixes
+// aligned. What it returns is all of w by name. It changes nothing.
+//
+// What a reservation sets aside is had by name alone; but prefixes by number
+// come first of all from the reservations made for them, and from elsewhere
+// when these are full (amazon-vpc-cni-k8s issue 2749, comment of 2024-01-11).
+func (a *API) allocate(tx *store.Tx, n *store.Subnet, w wanted, withPrimary bool) (wanted, error) {
 	sp := tx.Space(n.ID)
 	var singles []netip.Addr
 	if w.primary.IsValid() {
@@ -184,19 +228,20 @@ func allocate(tx *store.Tx, n *store.Subnet, w wanted, withPrimary bool) (wanted
 	if withPrimary && !w.primary.IsValid() {
 		need++
 	}
-	free := sp.FreeAddrs(need, func(a netip.Addr) bool {
+	choice := a.pick(sp)
+	free := picked(choice, need, sp.FreeAddrs, func(a netip.Addr) bool {
 		return slices.Contains(singles, a) || slices.ContainsFunc(w.prefixes, func(p netip.Prefix) bool { return p.Contains(a) })
 	})
 	if len(free) < need {
 		return w, query.Errorf("InsufficientFreeAddressesInSubnet", "The specified subnet does not have enough free addresses to satisfy the request.")
 	}
-	blocks := sp.FreeBlocks(w.prefixCount, func(p netip.Prefix) bool {
+	blocks := picked(choice, w.prefixCount, sp.FreeBlocks, func(p netip.Prefix) bool {
 		return slices.ContainsFunc(singles, p.Contains) || slices.ContainsFunc(free, p.Contains) || slices.Contains(w.prefixes, p)
 	})
 	if len(blocks) < w.prefixCount {
 		// A subnet without even the number of addresses says so; one that has
 		// them in pieces speaks of blocks. Clients must know both.
-		if sp.Free() < w.prefixCount<<(32-vpc.PrefixBits) {
+		if sp.FreeForPrefixes() < w.prefixCount<<(32-vpc.PrefixBits) {
 			return w, query.Errorf("InvalidParameterValue", "There aren't sufficient free Ipv4 addresses or prefixes")
 		}
 		return w, query.Errorf("InsufficientCidrBlocks", "The specified subnet does not have enough free cidr blocks to satisfy the request.")
@@ -292,7 +337,7 @@ func (a *API) assignPrivateIPAddresses(_ context.Context, req *query.AssignPriva
 		}
 		rest := w
 		rest.secondary = slices.DeleteFunc(slices.Clone(w.secondary), func(x netip.Addr) bool { return slices.Contains(here, x) })
-		all, err := allocate(tx, tx.Subnet(old.Subnet), rest, false)
+		all, err := a.allocate(tx, tx.Subnet(old.Subnet), rest, false)
 		if err != nil {
 			return err
 		}

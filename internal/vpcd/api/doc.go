@@ -22,7 +22,9 @@
 //
 // Addresses and /28 prefixes are allocated lowest first, so that a run can be
 // repeated and a freed address comes back at once: what is wrong with a reuse
-// shows. EC2 promises no order. Which are free is asked of the store.
+// shows. EC2 promises no order, and in the field its single addresses lie all
+// over a subnet, until no /28 is whole: the setting Addresses scatters them.
+// Which are free, and what CIDR reservations set aside, is asked of the store.
 //
 // # Quotas
 //

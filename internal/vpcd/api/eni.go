@@ -105,7 +105,7 @@ func (a *API) makeENI(tx *store.Tx, n *store.Subnet, s spec) (*store.ENI, error)
 	if err != nil {
 		return nil, err
 	}
-	w, err := allocate(tx, n, s.addrs, true)
+	w, err := a.allocate(tx, n, s.addrs, true)
 	if err != nil {
 		return nil, err
 	}

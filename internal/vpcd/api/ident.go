@@ -14,6 +14,7 @@ var malformed = map[string]string{
 	"vpc":            "InvalidVpcId.Malformed",
 	"vpc-cidr-assoc": "InvalidVpcCidrBlockAssociationId.Malformed",
 	"subnet":         "InvalidSubnetId.Malformed",
+	"scr":            "InvalidSubnetCidrReservationID.Malformed",
 	"i":              "InvalidInstanceID.Malformed",
 	"eni":            "InvalidNetworkInterfaceId.Malformed",
 	"eni-attach":     "InvalidNetworkInterfaceAttachmentId.Malformed",
@@ -70,6 +71,16 @@ func findSubnet(s *store.State, id string) (*store.Subnet, error) {
 		return n, nil
 	}
 	return nil, noSubnet(id)
+}
+
+func findReservation(s *store.State, id string) (*store.Reservation, error) {
+	if err := checkID("scr", id); err != nil {
+		return nil, err
+	}
+	if r, ok := s.Reservations.Get(id); ok {
+		return r, nil
+	}
+	return nil, query.Errorf("InvalidSubnetCidrReservationID.NotFound", "The subnet CIDR reservation ID '%s' does not exist", id)
 }
 
 func findENI(s *store.State, id string) (*store.ENI, error) {

@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"github.com/underlay-cni/underlay/internal/vpc"
+	"github.com/underlay-cni/underlay/internal/vpcd/chaos"
+	"github.com/underlay-cni/underlay/internal/vpcd/store"
 )
 
 // TestRandomCallsKeepTheBooks makes random calls and checks after each that no
@@ -24,6 +26,11 @@ func TestRandomCallsKeepTheBooks(t *testing.T) {
 
 func randomCalls(t *testing.T, r *rand.Rand, steps int) {
 	w := newWorld(t)
+	if r.IntN(2) == 0 {
+		if err := w.chaos.Set(chaos.Settings{Throttle: "off", Addresses: chaos.AddressesScattered}); err != nil {
+			t.Fatal(err)
+		}
+	}
 	vpcID, _ := w.vpc("10.0.0.0/16", "10.0.255.0/28")
 	subnets := map[string]netip.Prefix{}
 	for i, size := range []int{25, 26, 28} {
@@ -62,7 +69,7 @@ func randomCalls(t *testing.T, r *rand.Rand, steps int) {
 		e := pick(enis)
 		var action string
 		var params []string
-		switch r.IntN(14) {
+		switch r.IntN(15) {
 		case 0, 1:
 			action, params = "CreateNetworkInterface", []string{"SubnetId=" + pick(ids), fmt.Sprintf("SecondaryPrivateIpAddressCount=%d", r.IntN(4))}
 		case 2:
@@ -90,6 +97,13 @@ func randomCalls(t *testing.T, r *rand.Rand, steps int) {
 			if r.IntN(3) == 0 && len(attachments) > 0 {
 				action, params = "DetachNetworkInterface", []string{"AttachmentId=" + pick(attachments)}
 			}
+		case 14:
+			n := pick(ids)
+			c := netip.PrefixFrom(netip.MustParseAddr(addr(e)), 26+r.IntN(5)).Masked()
+			action, params = "CreateSubnetCidrReservation", []string{"SubnetId=" + n, "Cidr=" + c.String(), "ReservationType=" + pick([]string{"prefix", "explicit"})}
+			if reserved := slices.Collect(maps.Keys(maps.Collect(w.store.View().Reservations.All()))); r.IntN(2) == 0 && len(reserved) > 0 {
+				action, params = "DeleteSubnetCidrReservation", []string{"SubnetCidrReservationId=" + pick(slices.Sorted(slices.Values(reserved)))}
+			}
 		case 13:
 			action, params = "TerminateInstances", []string{"InstanceId.1=" + pick(instances)}
 		}
@@ -109,6 +123,9 @@ func randomCalls(t *testing.T, r *rand.Rand, steps int) {
 		case w.store.View() != before:
 			t.Fatalf("step %d: %s %v was refused and changed something", step, action, params)
 		}
+		if named := strings.Contains(strings.Join(params, " "), "PrivateIpAddress.1="); !named {
+			checkReserved(t, before, w.store.View())
+		}
 		checkBooks(t, w, subnets)
 		if r.IntN(50) == 0 {
 			was := dump(w)
@@ -123,6 +140,33 @@ func randomCalls(t *testing.T, r *rand.Rand, steps int) {
 	}
 	if accepted < steps/4 {
 		t.Errorf("only %d of %d calls were accepted: the test tests little", accepted, steps)
+	}
+}
+
+// checkReserved reports addresses that came by number out of a range that is
+// set aside.
+func checkReserved(t *testing.T, before, after *store.State) {
+	t.Helper()
+	for id, e := range after.ENIs.All() {
+		old := before.ENI(id)
+		if old == nil {
+			old = new(store.ENI)
+		}
+		for _, r := range before.Reservations.All() {
+			if r.Subnet != e.Subnet {
+				continue
+			}
+			for _, a := range append(slices.Clone(e.Secondary), e.Primary) {
+				if r.CIDR.Contains(a) && a != old.Primary && !slices.Contains(old.Secondary, a) {
+					t.Errorf("%s of %s is set aside by %s", a, id, r.CIDR)
+				}
+			}
+			for _, p := range e.Prefixes {
+				if r.CIDR.Overlaps(p) && !slices.Contains(old.Prefixes, p) && (!r.Prefixes || r.CIDR.Bits() > p.Bits()) {
+					t.Errorf("%s of %s is set aside by %s", p, id, r.CIDR)
+				}
+			}
+		}
 	}
 }
 
@@ -171,7 +215,15 @@ func checkBooks(t *testing.T, w *world, subnets map[string]netip.Prefix) {
 		}
 	}
 	for id, c := range subnets {
-		if want := 1<<(32-c.Bits()) - 5 - used[vpc.SubnetID(id)]; s.Space(vpc.SubnetID(id)).Free() != want {
+		want := 1<<(32-c.Bits()) - 5 - used[vpc.SubnetID(id)]
+		for _, r := range s.Reservations.All() {
+			for a := r.CIDR.Addr(); string(r.Subnet) == id && r.CIDR.Contains(a); a = a.Next() {
+				if _, taken := owner[a]; !taken && !s.Space(r.Subnet).Reserved(a) {
+					want--
+				}
+			}
+		}
+		if s.Space(vpc.SubnetID(id)).Free() != want {
 			t.Errorf("%s: %d free, want %d", c, s.Space(vpc.SubnetID(id)).Free(), want)
 		}
 	}

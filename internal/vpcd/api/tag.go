@@ -24,6 +24,7 @@ const (
 var resourceTypes = map[string]string{
 	"vpc":    "vpc",
 	"subnet": "subnet",
+	"scr":    "subnet-cidr-reservation",
 	"i":      "instance",
 	"eni":    "network-interface",
 	"sg":     "security-group",
@@ -44,6 +45,8 @@ func resource(s *store.State, id string) error {
 		_, err = findVPC(s, id)
 	case "subnet":
 		_, err = findSubnet(s, id)
+	case "scr":
+		_, err = findReservation(s, id)
 	case "i":
 		_, err = findInstance(s, id)
 	case "eni":

@@ -22,8 +22,14 @@ const (
 	ThrottleOff = "off"
 )
 
-// Settings say how badly vpcd behaves. The zero value, with Throttle "off", is
-// good behaviour.
+// The values of Settings.Addresses.
+const (
+	AddressesLowest    = "lowest"
+	AddressesScattered = "scattered"
+)
+
+// Settings say how badly vpcd behaves. The zero value, with Throttle "off" and
+// Addresses "lowest", is good behaviour.
 type Settings struct {
 	Latency       time.Duration // added to each API call
 	AttachLatency time.Duration // from AttachNetworkInterface to the link in the instance
@@ -31,6 +37,7 @@ type Settings struct {
 	MappingLag    time.Duration // an address reaches its ENI on the wire so much later
 	ReadLag       time.Duration // Describe calls tell what was true so long ago
 	Throttle      string        // "aws" or "off"
+	Addresses     string        // which free addresses and prefixes are given: "lowest" or "scattered"; "" is lowest
 	Fail          []Failure     // the first that applies to a call fails it
 }
 
@@ -51,7 +58,7 @@ const maxLag = 10 * time.Minute
 const maxFailures = 1000
 
 // Defaults are the settings of a vpcd that nobody has touched.
-func Defaults() Settings { return Settings{Throttle: ThrottleOff} }
+func Defaults() Settings { return Settings{Throttle: ThrottleOff, Addresses: AddressesLowest} }
 
 // durations lists the durations by their JSON names.
 func (s *Settings) durations() map[string]*time.Duration {
@@ -72,6 +79,9 @@ func (s *Settings) Validate() error {
 	}
 	if s.Throttle != ThrottleAWS && s.Throttle != ThrottleOff {
 		errs = append(errs, fmt.Errorf("throttle is %q: give %q or %q", s.Throttle, ThrottleAWS, ThrottleOff))
+	}
+	if s.Addresses != "" && s.Addresses != AddressesLowest && s.Addresses != AddressesScattered {
+		errs = append(errs, fmt.Errorf("addresses is %q: give %q or %q", s.Addresses, AddressesLowest, AddressesScattered))
 	}
 	if len(s.Fail) > maxFailures {
 		errs = append(errs, fmt.Errorf("there are %d failures: give at most %d", len(s.Fail), maxFailures))
@@ -136,6 +146,7 @@ type settingsJSON struct {
 	MappingLag    string    `json:"mappingLag"`
 	ReadLag       string    `json:"readLag"`
 	Throttle      string    `json:"throttle"`
+	Addresses     string    `json:"addresses"`
 	Fail          []Failure `json:"fail"`
 }
 
@@ -144,7 +155,7 @@ func (s Settings) MarshalJSON() ([]byte, error) {
 	return json.Marshal(settingsJSON{
 		Latency: s.Latency.String(), AttachLatency: s.AttachLatency.String(), IMDSLag: s.IMDSLag.String(),
 		MappingLag: s.MappingLag.String(), ReadLag: s.ReadLag.String(),
-		Throttle: s.Throttle, Fail: append([]Failure{}, s.Fail...),
+		Throttle: s.Throttle, Addresses: cmp.Or(s.Addresses, AddressesLowest), Fail: append([]Failure{}, s.Fail...),
 	})
 }
 
@@ -160,7 +171,7 @@ func (s *Settings) UnmarshalJSON(b []byte) error {
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
 		return errors.New("decode chaos settings: there is more than one JSON value")
 	}
-	out := Settings{Throttle: cmp.Or(j.Throttle, ThrottleOff), Fail: j.Fail}
+	out := Settings{Throttle: cmp.Or(j.Throttle, ThrottleOff), Addresses: cmp.Or(j.Addresses, AddressesLowest), Fail: j.Fail}
 	ds := out.durations()
 	for name, v := range map[string]string{
 		"latency": j.Latency, "attachLatency": j.AttachLatency, "imdsLag": j.IMDSLag,

@@ -38,6 +38,17 @@ type Subnet struct {
 	Created  time.Time
 }
 
+// Reservation sets addresses of a subnet aside: none of them is given to an
+// interface that asks for any address.
+type Reservation struct {
+	ID          string // scr-…
+	Subnet      vpc.SubnetID
+	CIDR        netip.Prefix
+	Prefixes    bool // type prefix: delegated prefixes come from it; else explicit
+	Description string
+	Created     time.Time
+}
+
 // InstanceState is the state of an instance, spelled as EC2 does.
 type InstanceState string
 

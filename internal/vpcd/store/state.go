@@ -15,15 +15,16 @@ type State struct {
 	Seq  uint64    // number of the update that made it; 0 is the state on Open
 	Time time.Time // when it was published
 
-	VPCs      Table[vpc.VPCID, *VPC]
-	Subnets   Table[vpc.SubnetID, *Subnet]
-	Instances Table[vpc.InstanceID, *Instance]
-	ENIs      Table[vpc.ENIID, *ENI]
-	Groups    Table[vpc.SecurityGroupID, *Group]
-	Services  Table[string, *Service]
-	Tags      Table[string, map[string]string] // by resource id; no empty maps
-	tokens    Table[string, *Token]
-	lastVNI   uint32
+	VPCs         Table[vpc.VPCID, *VPC]
+	Subnets      Table[vpc.SubnetID, *Subnet]
+	Reservations Table[string, *Reservation]
+	Instances    Table[vpc.InstanceID, *Instance]
+	ENIs         Table[vpc.ENIID, *ENI]
+	Groups       Table[vpc.SecurityGroupID, *Group]
+	Services     Table[string, *Service]
+	Tags         Table[string, map[string]string] // by resource id; no empty maps
+	tokens       Table[string, *Token]
+	lastVNI      uint32
 
 	// Derived from the above.
 	space       Table[vpc.SubnetID, *Space]
@@ -57,15 +58,16 @@ type (
 
 func emptyState(now time.Time) *State {
 	return &State{
-		Time:      now,
-		VPCs:      Table[vpc.VPCID, *VPC]{cmp: cmp.Compare[vpc.VPCID]},
-		Subnets:   Table[vpc.SubnetID, *Subnet]{cmp: cmp.Compare[vpc.SubnetID]},
-		Instances: Table[vpc.InstanceID, *Instance]{cmp: cmp.Compare[vpc.InstanceID]},
-		ENIs:      Table[vpc.ENIID, *ENI]{cmp: cmp.Compare[vpc.ENIID]},
-		Groups:    Table[vpc.SecurityGroupID, *Group]{cmp: cmp.Compare[vpc.SecurityGroupID]},
-		Services:  Table[string, *Service]{cmp: strings.Compare},
-		Tags:      Table[string, map[string]string]{cmp: strings.Compare},
-		tokens:    Table[string, *Token]{cmp: strings.Compare},
+		Time:         now,
+		VPCs:         Table[vpc.VPCID, *VPC]{cmp: cmp.Compare[vpc.VPCID]},
+		Subnets:      Table[vpc.SubnetID, *Subnet]{cmp: cmp.Compare[vpc.SubnetID]},
+		Reservations: Table[string, *Reservation]{cmp: strings.Compare},
+		Instances:    Table[vpc.InstanceID, *Instance]{cmp: cmp.Compare[vpc.InstanceID]},
+		ENIs:         Table[vpc.ENIID, *ENI]{cmp: cmp.Compare[vpc.ENIID]},
+		Groups:       Table[vpc.SecurityGroupID, *Group]{cmp: cmp.Compare[vpc.SecurityGroupID]},
+		Services:     Table[string, *Service]{cmp: strings.Compare},
+		Tags:         Table[string, map[string]string]{cmp: strings.Compare},
+		tokens:       Table[string, *Token]{cmp: strings.Compare},
 
 		space: Table[vpc.SubnetID, *Space]{cmp: cmp.Compare[vpc.SubnetID]},
 		owners: Table[addrKey, vpc.ENIID]{cmp: func(a, b addrKey) int {

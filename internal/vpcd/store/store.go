@@ -18,21 +18,22 @@ import (
 const format = 1
 
 const (
-	bucketMeta     = "meta"
-	bucketVPC      = "vpc"
-	bucketSubnet   = "subnet"
-	bucketInstance = "instance"
-	bucketENI      = "eni"
-	bucketGroup    = "group"
-	bucketService  = "service"
-	bucketTags     = "tags"
-	bucketToken    = "token"
+	bucketMeta        = "meta"
+	bucketVPC         = "vpc"
+	bucketSubnet      = "subnet"
+	bucketReservation = "reservation"
+	bucketInstance    = "instance"
+	bucketENI         = "eni"
+	bucketGroup       = "group"
+	bucketService     = "service"
+	bucketTags        = "tags"
+	bucketToken       = "token"
 
 	keyFormat  = "format"
 	keyLastVNI = "lastVNI"
 )
 
-var buckets = []string{bucketMeta, bucketVPC, bucketSubnet, bucketInstance, bucketENI, bucketGroup, bucketService, bucketTags, bucketToken}
+var buckets = []string{bucketMeta, bucketVPC, bucketSubnet, bucketReservation, bucketInstance, bucketENI, bucketGroup, bucketService, bucketTags, bucketToken}
 
 // Store is the store.
 type Store struct {
@@ -250,10 +251,11 @@ func (s *Store) load() (*State, error) {
 }
 
 func (t *Tx) loadTables(b *bbolt.Tx) error {
-	// Subnets stand before interfaces: their address space must be there.
+	// Subnets stand before what is in their address space.
 	return errors.Join(
 		each(b, bucketVPC, func(_ string, v *VPC) { t.VPCs = t.VPCs.with(v.ID, v) }),
 		each(b, bucketSubnet, func(_ string, v *Subnet) { t.addSubnet(v) }),
+		each(b, bucketReservation, func(_ string, v *Reservation) { t.addReservation(v) }),
 		each(b, bucketInstance, func(_ string, v *Instance) { t.addInstance(v) }),
 		each(b, bucketENI, func(_ string, v *ENI) { t.addENI(v) }),
 		each(b, bucketGroup, func(_ string, v *Group) { t.Groups = t.Groups.with(v.ID, v) }),

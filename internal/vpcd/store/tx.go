@@ -90,8 +90,41 @@ func (t *Tx) addSubnet(s *Subnet) {
 	t.Subnets = t.Subnets.with(s.ID, s)
 }
 
-// DeleteSubnet removes a subnet and its tags.
+// PutReservation adds or replaces a reservation. Its subnet and range never
+// change; one that overlaps another fails the transaction with ErrConflict.
+func (t *Tx) PutReservation(r *Reservation) {
+	t.addReservation(r)
+	t.put(bucketReservation, r.ID, r)
+}
+
+func (t *Tx) addReservation(r *Reservation) {
+	if _, ok := t.Reservations.Get(r.ID); !ok {
+		if s := t.ownSpace(r.Subnet); s == nil || !s.setAside(r.CIDR, r.Prefixes) {
+			t.conflict("range %s of %s", r.CIDR, r.ID)
+		}
+	}
+	t.Reservations = t.Reservations.with(r.ID, r)
+}
+
+// DeleteReservation removes a reservation and its tags.
+func (t *Tx) DeleteReservation(id string) {
+	if r, ok := t.Reservations.Get(id); ok {
+		if s := t.ownSpace(r.Subnet); s != nil {
+			s.bringBack(r.CIDR)
+		}
+	}
+	t.Reservations = t.Reservations.without(id)
+	t.put(bucketReservation, id, nil)
+	t.SetTags(id, nil)
+}
+
+// DeleteSubnet removes a subnet with its reservations and the tags of all.
 func (t *Tx) DeleteSubnet(id vpc.SubnetID) {
+	for _, r := range t.Reservations.All() {
+		if r.Subnet == id {
+			t.DeleteReservation(r.ID)
+		}
+	}
 	t.Subnets = t.Subnets.without(id)
 	t.space = t.space.without(id)
 	delete(t.own, id)

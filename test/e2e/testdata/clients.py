@@ -97,6 +97,15 @@ assert len(types) > 1000, len(types)
 offered = ec2.describe_instance_type_offerings(LocationType="availability-zone", Filters=[{"Name": "instance-type", "Values": ["m5.large"]}])
 equal([o["Location"] for o in offered["InstanceTypeOfferings"]], zones)
 
+# Reservations
+kept = ec2.create_subnet_cidr_reservation(SubnetId=subnets[0], Cidr="10.0.0.240/28", ReservationType="explicit", Description="fixed",
+                                          TagSpecifications=tagged("subnet-cidr-reservation", Name="kept"))["SubnetCidrReservation"]
+equal(ec2.get_subnet_cidr_reservations(SubnetId=subnets[0])["SubnetIpv4CidrReservations"], [kept])
+equal(ec2.describe_subnets(SubnetIds=[subnets[0]])["Subnets"][0]["AvailableIpAddressCount"], 236)
+refused("InvalidParameterValue", ec2.create_subnet_cidr_reservation, SubnetId=subnets[0], Cidr="10.0.0.128/25", ReservationType="prefix")
+equal(ec2.delete_subnet_cidr_reservation(SubnetCidrReservationId=kept["SubnetCidrReservationId"])["DeletedSubnetCidrReservation"], kept)
+refused("InvalidSubnetCidrReservationID.NotFound", ec2.delete_subnet_cidr_reservation, SubnetCidrReservationId=kept["SubnetCidrReservationId"])
+
 # An instance
 launch = dict(
     ImageId="ami-0123456789abcdef0", InstanceType="m5.large", MinCount=1, MaxCount=1, ClientToken="token-1",
