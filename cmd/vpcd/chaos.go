@@ -8,9 +8,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/url"
 	"os"
+	"slices"
+	"strings"
 	"syscall"
 	"text/tabwriter"
 	"time"
@@ -37,7 +40,7 @@ one may be. The settings are in force at once, and until vpcd ends.`,
 
 func chaosSetCommand(endpoint *string) *cobra.Command {
 	var given chaos.Settings
-	var fail []string
+	var fail, quota []string
 	var output string
 	c := &cobra.Command{
 		Use:   "set",
@@ -47,12 +50,19 @@ func chaosSetCommand(endpoint *string) *cobra.Command {
 --fail ACTION=CODE:COUNT fails the next COUNT calls of an action with an error code;
 --fail ACTION=CODE:PROBABILITY (with a point, as in 0.1 or 1.0) fails each call with
 that probability. * is every action. Of several, the first that applies decides;
-those given replace those there were, and --fail none removes them.`,
+those given replace those there were, and --fail none removes them.
+
+--quota NAME=N sets a quota of the account; those given replace those there were,
+and --quota none returns to what AWS gives an account to begin with. There are
+` + strings.Join(chaos.QuotaNames(), ", ") + `.`,
 		Example: `  # the pace of a real region
   vpcd chaos set --latency 50ms --attach-latency 1s --imds-lag 500ms --throttle aws
 
   # three internal errors, then all is well
   vpcd chaos set --fail AssignPrivateIpAddresses=InternalError:3
+
+  # an account that may have no more than eight network interfaces in a zone
+  vpcd chaos set --quota interfaces-per-zone=8
 
   # a tenth of all calls throttled, and no ENI to be had
   vpcd chaos set --fail CreateNetworkInterface=NetworkInterfaceLimitExceeded:1.0 --fail '*=RequestLimitExceeded:0.1'`,
@@ -68,6 +78,7 @@ those given replace those there were, and --fail none removes them.`,
 				"read-lag":       func(s *chaos.Settings) { s.ReadLag = given.ReadLag },
 				"throttle":       func(s *chaos.Settings) { s.Throttle = given.Throttle },
 				"addresses":      func(s *chaos.Settings) { s.Addresses = given.Addresses },
+				"quota":          func(s *chaos.Settings) { s.Quotas = given.Quotas },
 				"fail":           func(s *chaos.Settings) { s.Fail = given.Fail },
 			} {
 				if changed(name) {
@@ -86,6 +97,19 @@ those given replace those there were, and --fail none removes them.`,
 					return err
 				}
 				given.Fail = append(given.Fail, one)
+			}
+			for _, q := range quota {
+				if q == "none" && len(quota) == 1 {
+					break
+				}
+				name, n, err := chaos.ParseQuota(q)
+				if err != nil {
+					return err
+				}
+				if given.Quotas == nil {
+					given.Quotas = map[chaos.Quota]int{}
+				}
+				given.Quotas[name] = n
 			}
 			settings, err := callChaos(cmd.Context(), *endpoint, http.MethodGet, nil)
 			if err != nil {
@@ -111,6 +135,7 @@ those given replace those there were, and --fail none removes them.`,
 	f.DurationVar(&given.ReadLag, "read-lag", 0, "Describe calls tell what was true so long ago")
 	f.StringVar(&given.Throttle, "throttle", chaos.ThrottleOff, "aws (the token buckets of the real API) or off")
 	f.StringVar(&given.Addresses, "addresses", chaos.AddressesLowest, "which free addresses and prefixes EC2 gives: lowest or scattered")
+	f.StringArrayVar(&quota, "quota", nil, "NAME=N, repeatable; none")
 	f.StringArrayVar(&fail, "fail", nil, "ACTION=CODE:COUNT or ACTION=CODE:PROBABILITY, repeatable; none")
 	outputFlag(c, &output)
 	return c
@@ -159,6 +184,12 @@ func printChaos(cmd *cobra.Command, output string, s *chaos.Settings) error {
 		t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
 		fmt.Fprintf(t, "latency\t%v\nattach-latency\t%v\nimds-lag\t%v\nmapping-lag\t%v\nread-lag\t%v\nthrottle\t%s\naddresses\t%s\n",
 			s.Latency, s.AttachLatency, s.IMDSLag, s.MappingLag, s.ReadLag, s.Throttle, s.Addresses)
+		for _, q := range slices.Sorted(maps.Keys(s.Quotas)) {
+			fmt.Fprintf(t, "quota\t%s=%d\n", q, s.Quotas[q])
+		}
+		if len(s.Quotas) == 0 {
+			fmt.Fprintln(t, "quota\tnone")
+		}
 		for _, f := range s.Fail {
 			fmt.Fprintf(t, "fail\t%s\n", f)
 		}

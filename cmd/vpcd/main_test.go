@@ -60,17 +60,19 @@ func TestChaos(t *testing.T) {
 		want string // JSON of the settings thereafter
 	}{
 		{[]string{"set", "--latency", "50ms", "--attach-latency", "1s", "--imds-lag", "500ms", "--throttle", "aws", "--addresses", "scattered"},
-			`{"latency":"50ms","attachLatency":"1s","imdsLag":"500ms","mappingLag":"0s","readLag":"0s","throttle":"aws","addresses":"scattered","fail":[]}`},
+			`{"latency":"50ms","attachLatency":"1s","imdsLag":"500ms","mappingLag":"0s","readLag":"0s","throttle":"aws","addresses":"scattered","quotas":{},"fail":[]}`},
 		{[]string{"set", "--fail", "AssignPrivateIpAddresses=InternalError:3", "--fail", "*=RequestLimitExceeded:0.1"},
-			`{"latency":"50ms","attachLatency":"1s","imdsLag":"500ms","mappingLag":"0s","readLag":"0s","throttle":"aws","addresses":"scattered","fail":[{"action":"AssignPrivateIpAddresses","code":"InternalError","count":3},{"action":"*","code":"RequestLimitExceeded","probability":0.1}]}`},
+			`{"latency":"50ms","attachLatency":"1s","imdsLag":"500ms","mappingLag":"0s","readLag":"0s","throttle":"aws","addresses":"scattered","quotas":{},"fail":[{"action":"AssignPrivateIpAddresses","code":"InternalError","count":3},{"action":"*","code":"RequestLimitExceeded","probability":0.1}]}`},
 		{[]string{"set", "--latency", "0", "--mapping-lag", "1s", "--read-lag", "2s"},
-			`{"latency":"0s","attachLatency":"1s","imdsLag":"500ms","mappingLag":"1s","readLag":"2s","throttle":"aws","addresses":"scattered","fail":[{"action":"AssignPrivateIpAddresses","code":"InternalError","count":3},{"action":"*","code":"RequestLimitExceeded","probability":0.1}]}`},
-		{[]string{"set", "--fail", "none"},
-			`{"latency":"0s","attachLatency":"1s","imdsLag":"500ms","mappingLag":"1s","readLag":"2s","throttle":"aws","addresses":"scattered","fail":[]}`},
+			`{"latency":"0s","attachLatency":"1s","imdsLag":"500ms","mappingLag":"1s","readLag":"2s","throttle":"aws","addresses":"scattered","quotas":{},"fail":[{"action":"AssignPrivateIpAddresses","code":"InternalError","count":3},{"action":"*","code":"RequestLimitExceeded","probability":0.1}]}`},
+		{[]string{"set", "--quota", "vpcs=2", "--quota", "interfaces-per-zone=0"},
+			`{"latency":"0s","attachLatency":"1s","imdsLag":"500ms","mappingLag":"1s","readLag":"2s","throttle":"aws","addresses":"scattered","quotas":{"interfaces-per-zone":0,"vpcs":2},"fail":[{"action":"AssignPrivateIpAddresses","code":"InternalError","count":3},{"action":"*","code":"RequestLimitExceeded","probability":0.1}]}`},
+		{[]string{"set", "--fail", "none", "--quota", "none"},
+			`{"latency":"0s","attachLatency":"1s","imdsLag":"500ms","mappingLag":"1s","readLag":"2s","throttle":"aws","addresses":"scattered","quotas":{},"fail":[]}`},
 		{[]string{"show"},
-			`{"latency":"0s","attachLatency":"1s","imdsLag":"500ms","mappingLag":"1s","readLag":"2s","throttle":"aws","addresses":"scattered","fail":[]}`},
+			`{"latency":"0s","attachLatency":"1s","imdsLag":"500ms","mappingLag":"1s","readLag":"2s","throttle":"aws","addresses":"scattered","quotas":{},"fail":[]}`},
 		{[]string{"reset"},
-			`{"latency":"0s","attachLatency":"0s","imdsLag":"0s","mappingLag":"0s","readLag":"0s","throttle":"off","addresses":"lowest","fail":[]}`},
+			`{"latency":"0s","attachLatency":"0s","imdsLag":"0s","mappingLag":"0s","readLag":"0s","throttle":"off","addresses":"lowest","quotas":{},"fail":[]}`},
 	}
 	for _, s := range steps {
 		out, err := run(t, append([]string{"chaos", "--endpoint", url, "-o", "json"}, s.args...)...)
@@ -108,6 +110,10 @@ func TestRefusals(t *testing.T) {
 		{"chaos set --endpoint " + url + " --latency soon", "invalid argument"},
 		{"chaos set --endpoint " + url + " --fail MakeCoffee=X:1", "no such action"},
 		{"chaos set --endpoint " + url + " --fail none --fail *=X:1", "write ACTION=CODE:COUNT"},
+		{"chaos set --endpoint " + url + " --quota interfaces=3", "there are cidrs-per-vpc"},
+		{"chaos set --endpoint " + url + " --quota vpcs=some", "write NAME=N"},
+		{"chaos set --endpoint " + url + " --quota groups-per-interface=17", "no more than 16"},
+		{"chaos set --endpoint " + url + " --quota groups-per-interface=16 --quota rules-per-group=100", "product of 1000"},
 		{"chaos show --endpoint " + url + " -o yaml", "give text or json"},
 		{"chaos show --endpoint 127.0.0.1:7424", "give a URL"},
 		{"chaos show --endpoint http://127.0.0.1:1", "start one with vpcd serve"},

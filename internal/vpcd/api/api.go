@@ -138,6 +138,15 @@ func (a *API) Run(ctx context.Context) error {
 	}
 }
 
+// quota returns a limit of the account.
+func (a *API) quota(q chaos.Quota) int { s := a.chaos.Get(); return s.Quota(q) }
+
+// quotaReached is the answer to who wants more than the account may have. The
+// codes are EC2's, the words are not.
+func quotaReached(code, what string, max int) error {
+	return query.Errorf(code, "The maximum number of %s has been reached: %d.", what, max)
+}
+
 func deref[T any](p *T) T {
 	if p == nil {
 		var zero T

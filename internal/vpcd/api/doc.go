@@ -28,10 +28,10 @@
 //
 // # Quotas
 //
-// Limits of instance types, of addresses, of groups per interface (5), rules
-// per group (60), CIDR blocks per VPC (5) and tags (50) are kept. Quotas of an
-// account (VPCs, subnets, groups, interfaces per Region) are not: a lab may be
-// as large as its machine.
+// Limits of instance types, of addresses and of tags (50) are kept, and the
+// quotas of an account, which are settings (package chaos): interfaces per zone,
+// VPCs, subnets, CIDR blocks, groups and their rules. Of what an account has and
+// vpcd lacks (gateways, addresses in use in all of a VPC) there is no quota.
 //
 // # Life cycles
 //

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/underlay-cni/underlay/internal/vpc"
+	"github.com/underlay-cni/underlay/internal/vpcd/chaos"
 	"github.com/underlay-cni/underlay/internal/vpcd/query"
 	"github.com/underlay-cni/underlay/internal/vpcd/store"
 )
@@ -101,7 +102,10 @@ func parseConntrack(ct *query.ConnectionTrackingConfiguration) (store.Conntrack,
 
 // makeENI makes an interface in a subnet, not attached.
 func (a *API) makeENI(tx *store.Tx, n *store.Subnet, s spec) (*store.ENI, error) {
-	groups, err := groupsFor(&tx.State, tx.VPC(n.VPC), s.groups)
+	if most := a.quota(chaos.QuotaInterfaces); tx.InterfacesIn(n.Zone) >= most {
+		return nil, quotaReached("NetworkInterfaceLimitExceeded", "network interfaces", most)
+	}
+	groups, err := a.groupsFor(&tx.State, tx.VPC(n.VPC), s.groups)
 	if err != nil {
 		return nil, err
 	}
@@ -427,7 +431,7 @@ func (a *API) modifyNetworkInterfaceAttribute(_ context.Context, req *query.Modi
 			}
 			e.SourceDestCheck = *req.SourceDestCheck.Value
 		case len(req.SecurityGroupId) > 0:
-			if e.Groups, err = groupsFor(&tx.State, tx.VPC(e.VPC), req.SecurityGroupId); err != nil {
+			if e.Groups, err = a.groupsFor(&tx.State, tx.VPC(e.VPC), req.SecurityGroupId); err != nil {
 				return err
 			}
 		case req.ConnectionTrackingSpecification != nil:

@@ -6,6 +6,7 @@ import (
 	"strings"
 
 	"github.com/underlay-cni/underlay/internal/vpc"
+	"github.com/underlay-cni/underlay/internal/vpcd/chaos"
 	"github.com/underlay-cni/underlay/internal/vpcd/query"
 	"github.com/underlay-cni/underlay/internal/vpcd/store"
 )
@@ -55,6 +56,9 @@ func (a *API) createSecurityGroup(_ context.Context, req *query.CreateSecurityGr
 		v, err := findVPC(&tx.State, *req.VpcId)
 		if err != nil {
 			return err
+		}
+		if most := a.quota(chaos.QuotaGroups); tx.Groups.Len() >= most {
+			return quotaReached("SecurityGroupLimitExceeded", "security groups", most)
 		}
 		for _, o := range tx.Groups.All() {
 			if o.VPC == v.ID && o.Name == name {
@@ -236,7 +240,7 @@ func addPeer(p *query.IpPermission, r store.Rule) {
 
 // groupsFor looks up the groups that an interface in a VPC is to have: those
 // named, or the default group of the VPC.
-func groupsFor(s *store.State, v *store.VPC, ids []string) ([]vpc.SecurityGroupID, error) {
+func (a *API) groupsFor(s *store.State, v *store.VPC, ids []string) ([]vpc.SecurityGroupID, error) {
 	if len(ids) == 0 {
 		return []vpc.SecurityGroupID{v.DefaultGroup}, nil
 	}
@@ -253,8 +257,8 @@ func groupsFor(s *store.State, v *store.VPC, ids []string) ([]vpc.SecurityGroupI
 			out = append(out, g.ID)
 		}
 	}
-	if len(out) > maxGroupsPerENI {
-		return nil, query.Errorf("SecurityGroupsPerInterfaceLimitExceeded", "You have exceeded the maximum number of security groups allowed per network interface: %d", maxGroupsPerENI)
+	if most := a.quota(chaos.QuotaGroupsPerInterface); len(out) > most {
+		return nil, query.Errorf("SecurityGroupsPerInterfaceLimitExceeded", "You have exceeded the maximum number of security groups allowed per network interface: %d", most)
 	}
 	return out, nil
 }

@@ -107,7 +107,7 @@ func TestGroupErrors(t *testing.T) {
 		w.fails(c.code, c.action, c.params...)
 	}
 	var many []string
-	for i := range maxRules {
+	for i := range 60 {
 		many = append(many, fmt.Sprintf("IpRanges.%d.CidrIp=10.%d.0.0/16", i+1, i))
 	}
 	w.must("AuthorizeSecurityGroupIngress", perm(append(many, "IpProtocol=-1")...)...)

@@ -552,7 +552,7 @@ func (a *API) modifyInstanceAttribute(_ context.Context, req *query.ModifyInstan
 		e := *p
 		if req.SourceDestCheck != nil {
 			e.SourceDestCheck = deref(req.SourceDestCheck.Value)
-		} else if e.Groups, err = groupsFor(&tx.State, tx.VPC(e.VPC), req.GroupId); err != nil {
+		} else if e.Groups, err = a.groupsFor(&tx.State, tx.VPC(e.VPC), req.GroupId); err != nil {
 			return err
 		}
 		tx.PutENI(&e)

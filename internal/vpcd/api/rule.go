@@ -11,13 +11,10 @@ import (
 	"strings"
 
 	"github.com/underlay-cni/underlay/internal/vpc"
+	"github.com/underlay-cni/underlay/internal/vpcd/chaos"
 	"github.com/underlay-cni/underlay/internal/vpcd/query"
 	"github.com/underlay-cni/underlay/internal/vpcd/store"
 )
-
-// maxRules is how many rules a group may have per direction and address family
-// (Amazon VPC quotas); a rule whose peer is a group counts in both families.
-const maxRules = 60
 
 var anywhere = netip.MustParsePrefix("0.0.0.0/0")
 
@@ -211,7 +208,7 @@ func (a *API) authorize(group *string, egress bool, list []query.IpPermission, f
 			g.Rules = append(g.Rules, made[i])
 			tx.SetTags(made[i].ID, tags["security-group-rule"])
 		}
-		if countRules(g.Rules, egress, true) > maxRules || countRules(g.Rules, egress, false) > maxRules {
+		if most := a.quota(chaos.QuotaRules); countRules(g.Rules, egress, true) > most || countRules(g.Rules, egress, false) > most {
 			return query.Errorf("RulesPerSecurityGroupLimitExceeded", "The maximum number of rules per security group has been reached.")
 		}
 		tx.PutGroup(&g)
@@ -223,7 +220,8 @@ func (a *API) authorize(group *string, egress bool, list []query.IpPermission, f
 	return collect(made, func(r store.Rule) query.SecurityGroupRule { return after.rule(*group, r) }), nil
 }
 
-// countRules counts the rules of one direction and address family.
+// countRules counts the rules of one direction and address family; one whose
+// peer is a group counts in both families.
 func countRules(rules []store.Rule, egress, v4 bool) int {
 	n := 0
 	for _, r := range rules {

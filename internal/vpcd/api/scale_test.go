@@ -5,12 +5,16 @@ import (
 	"testing"
 
 	"github.com/underlay-cni/underlay/internal/vpc"
+	"github.com/underlay-cni/underlay/internal/vpcd/chaos"
 	"github.com/underlay-cni/underlay/internal/vpcd/store"
 )
 
 // fleet fills a world with instances of four interfaces each.
 func fleet(b *testing.B, instances int) (w *world, enis []string) {
 	w = newWorld(b)
+	if err := w.chaos.Set(chaos.Settings{Throttle: "off", Quotas: map[chaos.Quota]int{chaos.QuotaInterfaces: 4 * instances}}); err != nil {
+		b.Fatal(err)
+	}
 	vpcID := w.must("CreateVpc", "CidrBlock=10.0.0.0/16").get("vpc.vpcId")
 	subnet := w.must("CreateSubnet", "VpcId="+vpcID, "CidrBlock=10.0.0.0/16").get("subnet.subnetId")
 	params := []string{image, "InstanceType=m5.xlarge", fmt.Sprintf("MinCount=%d", instances), fmt.Sprintf("MaxCount=%d", instances)}

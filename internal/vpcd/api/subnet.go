@@ -7,6 +7,7 @@ import (
 	"strconv"
 
 	"github.com/underlay-cni/underlay/internal/vpc"
+	"github.com/underlay-cni/underlay/internal/vpcd/chaos"
 	"github.com/underlay-cni/underlay/internal/vpcd/query"
 	"github.com/underlay-cni/underlay/internal/vpcd/store"
 )
@@ -76,10 +77,17 @@ func (a *API) createSubnet(_ context.Context, req *query.CreateSubnetRequest) (*
 		}) {
 			return query.Errorf("InvalidSubnet.Range", "The CIDR '%s' is invalid: it is not within a CIDR block of %s.", cidr, v.ID)
 		}
+		beside := 0
 		for _, o := range tx.Subnets.All() {
-			if o.VPC == v.ID && o.CIDR.Overlaps(cidr) {
+			if o.VPC != v.ID {
+				continue
+			}
+			if beside++; o.CIDR.Overlaps(cidr) {
 				return query.Errorf("InvalidSubnet.Conflict", "The CIDR '%s' conflicts with another subnet", cidr)
 			}
+		}
+		if most := a.quota(chaos.QuotaSubnets); beside >= most {
+			return quotaReached("SubnetLimitExceeded", "subnets of the VPC", most)
 		}
 		n.VPC = v.ID
 		tx.PutSubnet(n)

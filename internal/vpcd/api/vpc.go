@@ -5,15 +5,12 @@ import (
 	"context"
 	"net/netip"
 	"slices"
-	"strconv"
 
 	"github.com/underlay-cni/underlay/internal/vpc"
+	"github.com/underlay-cni/underlay/internal/vpcd/chaos"
 	"github.com/underlay-cni/underlay/internal/vpcd/query"
 	"github.com/underlay-cni/underlay/internal/vpcd/store"
 )
-
-// maxCIDRs is how many IPv4 blocks a VPC may have (Amazon VPC quotas).
-const maxCIDRs = 5
 
 func (a *API) vpcHandlers(h map[string]query.Handler) {
 	h["CreateVpc"] = handle("CreateVpc", "CidrBlock InstanceTenancy TagSpecification", a.createVpc)
@@ -65,6 +62,12 @@ func (a *API) createVpc(_ context.Context, req *query.CreateVpcRequest) (*query.
 		Created:    a.now(),
 	}
 	after, err := a.update(func(tx *store.Tx) error {
+		if most := a.quota(chaos.QuotaVPCs); tx.VPCs.Len() >= most {
+			return quotaReached("VpcLimitExceeded", "VPCs", most)
+		}
+		if most := a.quota(chaos.QuotaGroups); tx.Groups.Len() >= most { // it comes with one
+			return quotaReached("SecurityGroupLimitExceeded", "security groups", most)
+		}
 		v.VNI = tx.NewVNI()
 		// One set of DHCP options serves the region: the first VPC names it.
 		for _, o := range tx.VPCs.All() {
@@ -255,8 +258,8 @@ func (a *API) associateVpcCidrBlock(_ context.Context, req *query.AssociateVpcCi
 		if err != nil {
 			return err
 		}
-		if len(old.CIDRs) >= maxCIDRs {
-			return query.Errorf("CidrLimitExceeded", "This network '%s' has met its maximum number of allowed CIDRs: %s", old.ID, strconv.Itoa(maxCIDRs))
+		if most := a.quota(chaos.QuotaCIDRs); len(old.CIDRs) >= most {
+			return query.Errorf("CidrLimitExceeded", "This network '%s' has met its maximum number of allowed CIDRs: %d", old.ID, most)
 		}
 		for _, have := range old.CIDRs {
 			if have.CIDR.Overlaps(cidr) {

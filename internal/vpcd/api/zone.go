@@ -6,6 +6,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/underlay-cni/underlay/internal/vpcd/chaos"
 	"github.com/underlay-cni/underlay/internal/vpcd/query"
 )
 
@@ -117,15 +118,11 @@ func (a *API) describeAvailabilityZones(_ context.Context, req *query.DescribeAv
 	return resp, nil
 }
 
-// maxGroupsPerENI is the account's quota of security groups per interface
-// (Amazon VPC quotas: 5, adjustable to 16).
-const maxGroupsPerENI = 5
-
 func (a *API) describeAccountAttributes(_ context.Context, req *query.DescribeAccountAttributesRequest) (*query.DescribeAccountAttributesResponse, error) {
 	all := []struct{ name, value string }{
 		{"supported-platforms", "VPC"},
 		{"default-vpc", "none"},
-		{"vpc-max-security-groups-per-interface", strconv.Itoa(maxGroupsPerENI)},
+		{"vpc-max-security-groups-per-interface", strconv.Itoa(a.quota(chaos.QuotaGroupsPerInterface))},
 		{"max-instances", "20000"},
 		{"max-elastic-ips", "0"},
 		{"vpc-max-elastic-ips", "0"},

@@ -54,7 +54,7 @@ func TestParseFailure(t *testing.T) {
 func TestSettingsJSON(t *testing.T) {
 	want := Settings{
 		Latency: 50 * time.Millisecond, AttachLatency: time.Second, IMDSLag: 500 * time.Millisecond, MappingLag: 1, ReadLag: 2,
-		Throttle: ThrottleAWS, Addresses: AddressesScattered, Fail: []Failure{{Action: "*", Code: "InternalError", Count: 2}},
+		Throttle: ThrottleAWS, Addresses: AddressesScattered, Quotas: map[Quota]int{QuotaVPCs: 7}, Fail: []Failure{{Action: "*", Code: "InternalError", Count: 2}},
 	}
 	b, err := json.Marshal(want)
 	if err != nil {

@@ -2,6 +2,7 @@ package chaos
 
 import (
 	"context"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -35,7 +36,7 @@ func (c *Control) Get() Settings {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	s := c.settings
-	s.Fail = slices.Clone(s.Fail)
+	s.Fail, s.Quotas = slices.Clone(s.Fail), maps.Clone(s.Quotas)
 	return s
 }
 
@@ -45,7 +46,7 @@ func (c *Control) Set(s Settings) error {
 	if err := s.Validate(); err != nil {
 		return err
 	}
-	s.Fail = slices.Clone(s.Fail)
+	s.Fail, s.Quotas = slices.Clone(s.Fail), maps.Clone(s.Quotas)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.settings.Throttle != ThrottleAWS {

@@ -38,6 +38,7 @@ type Settings struct {
 	ReadLag       time.Duration // Describe calls tell what was true so long ago
 	Throttle      string        // "aws" or "off"
 	Addresses     string        // which free addresses and prefixes are given: "lowest" or "scattered"; "" is lowest
+	Quotas        map[Quota]int // of the account, where they are not those that AWS gives to begin with
 	Fail          []Failure     // the first that applies to a call fails it
 }
 
@@ -83,6 +84,7 @@ func (s *Settings) Validate() error {
 	if s.Addresses != "" && s.Addresses != AddressesLowest && s.Addresses != AddressesScattered {
 		errs = append(errs, fmt.Errorf("addresses is %q: give %q or %q", s.Addresses, AddressesLowest, AddressesScattered))
 	}
+	errs = append(errs, s.validateQuotas()...)
 	if len(s.Fail) > maxFailures {
 		errs = append(errs, fmt.Errorf("there are %d failures: give at most %d", len(s.Fail), maxFailures))
 	}
@@ -140,14 +142,15 @@ func ParseFailure(s string) (Failure, error) {
 
 // settingsJSON is the JSON form: durations are written as in "50ms".
 type settingsJSON struct {
-	Latency       string    `json:"latency"`
-	AttachLatency string    `json:"attachLatency"`
-	IMDSLag       string    `json:"imdsLag"`
-	MappingLag    string    `json:"mappingLag"`
-	ReadLag       string    `json:"readLag"`
-	Throttle      string    `json:"throttle"`
-	Addresses     string    `json:"addresses"`
-	Fail          []Failure `json:"fail"`
+	Latency       string        `json:"latency"`
+	AttachLatency string        `json:"attachLatency"`
+	IMDSLag       string        `json:"imdsLag"`
+	MappingLag    string        `json:"mappingLag"`
+	ReadLag       string        `json:"readLag"`
+	Throttle      string        `json:"throttle"`
+	Addresses     string        `json:"addresses"`
+	Quotas        map[Quota]int `json:"quotas"`
+	Fail          []Failure     `json:"fail"`
 }
 
 // MarshalJSON writes durations as time.Duration prints them.
@@ -155,8 +158,15 @@ func (s Settings) MarshalJSON() ([]byte, error) {
 	return json.Marshal(settingsJSON{
 		Latency: s.Latency.String(), AttachLatency: s.AttachLatency.String(), IMDSLag: s.IMDSLag.String(),
 		MappingLag: s.MappingLag.String(), ReadLag: s.ReadLag.String(),
-		Throttle: s.Throttle, Addresses: cmp.Or(s.Addresses, AddressesLowest), Fail: append([]Failure{}, s.Fail...),
+		Throttle: s.Throttle, Addresses: cmp.Or(s.Addresses, AddressesLowest), Quotas: quotasJSON(s.Quotas), Fail: append([]Failure{}, s.Fail...),
 	})
+}
+
+func quotasJSON(q map[Quota]int) map[Quota]int {
+	if q == nil {
+		return map[Quota]int{}
+	}
+	return q
 }
 
 // UnmarshalJSON reads what MarshalJSON writes. What is absent has its default;
@@ -171,7 +181,10 @@ func (s *Settings) UnmarshalJSON(b []byte) error {
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
 		return errors.New("decode chaos settings: there is more than one JSON value")
 	}
-	out := Settings{Throttle: cmp.Or(j.Throttle, ThrottleOff), Addresses: cmp.Or(j.Addresses, AddressesLowest), Fail: j.Fail}
+	out := Settings{Throttle: cmp.Or(j.Throttle, ThrottleOff), Addresses: cmp.Or(j.Addresses, AddressesLowest), Quotas: j.Quotas, Fail: j.Fail}
+	if len(out.Quotas) == 0 {
+		out.Quotas = nil
+	}
 	ds := out.durations()
 	for name, v := range map[string]string{
 		"latency": j.Latency, "attachLatency": j.AttachLatency, "imdsLag": j.IMDSLag,

@@ -32,6 +32,7 @@ type State struct {
 	macs        Table[macKey, vpc.ENIID]
 	attachments Table[vpc.AttachmentID, vpc.ENIID]
 	held        Table[heldKey, *ENI]
+	interfaces  Table[string, int] // by zone
 	due         Table[dueKey, struct{}]
 }
 
@@ -81,6 +82,7 @@ func emptyState(now time.Time) *State {
 			return cmp.Or(cmp.Compare(a.instance, b.instance), cmp.Compare(a.card, b.card),
 				cmp.Compare(a.device, b.device), cmp.Compare(a.eni, b.eni))
 		}},
+		interfaces: Table[string, int]{cmp: strings.Compare},
 		due: Table[dueKey, struct{}]{cmp: func(a, b dueKey) int {
 			return cmp.Or(cmp.Compare(a.at, b.at), cmp.Compare(a.id, b.id))
 		}},
@@ -110,6 +112,9 @@ func (s *State) InterfacesOf(id vpc.InstanceID) iter.Seq[*ENI] {
 		}
 	}
 }
+
+// InterfacesIn returns how many interfaces there are in a zone.
+func (s *State) InterfacesIn(zone string) int { n, _ := s.interfaces.Get(zone); return n }
 
 // ByAttachment returns the interface with this attachment, or nil.
 func (s *State) ByAttachment(id vpc.AttachmentID) *ENI {

@@ -231,6 +231,7 @@ func (t *Tx) PutENI(e *ENI) {
 // DeleteENI removes an interface and its tags.
 func (t *Tx) DeleteENI(id vpc.ENIID) {
 	if old := t.ENI(id); old != nil {
+		t.interfaces = t.interfaces.with(old.Zone, t.InterfacesIn(old.Zone)-1)
 		t.releaseAddrs(old, nil)
 		t.unindexENI(old)
 	}
@@ -244,6 +245,9 @@ func (t *Tx) addENI(e *ENI) {
 	if old != nil {
 		t.releaseAddrs(old, e)
 		t.unindexENI(old)
+	}
+	if old == nil {
+		t.interfaces = t.interfaces.with(e.Zone, t.InterfacesIn(e.Zone)+1)
 	}
 	t.claimAddrs(e, old)
 	mac := macKey{e.VPC, e.MAC}
