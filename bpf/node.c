@@ -2,16 +2,18 @@
 /*
  * The node's datapath: what stands between a pod and the node's network stack.
  *
- *	from_pod	TCX ingress of the host veth: what the pod sends
- *	to_pod		TCX egress of the host veth: what the pod is sent
+ *	from_pod	ingress of the host veth: what the pod sends
+ *	to_pod		egress of the host veth: what the pod is sent
+ *
+ * They stand on a clsact qdisc or on TCX links.
  *
  * Both fail closed: an interface that is not in the map `ifaces`, or whose
  * gate is shut, passes nothing in either direction.
  *
- * What passes returns TCX_NEXT, not TC_ACT_OK: TC_ACT_OK would end the chain
- * and with it every program that somebody else attached behind ours (an
- * observer, a classic tc filter). If nobody else decides, TCX_NEXT lets the
- * packet go on to the stack as well. Drops return TC_ACT_SHOT and end it.
+ * What passes returns TC_ACT_UNSPEC (TCX calls it TCX_NEXT), not TC_ACT_OK:
+ * that would end the chain and with it every program that somebody else
+ * attached behind ours. If nobody else decides, the packet goes on to the
+ * stack as well. Drops return TC_ACT_SHOT and end it.
  *
  * Only the headers of the kernel's user API and libbpf's helper declarations
  * are used: no kernel type is relocated, so the object needs no BTF of the
@@ -26,9 +28,6 @@
 
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
-
-/* linux/bpf.h has it as an enum member from Linux 6.6 on only. */
-#define TCX_NEXT_PROGRAM (-1)
 
 /* 15 ENIs of 50 addresses, 16 to each with prefixes, would be 11,760 pods; the
  * largest node in use runs 737. Tombstones of a whole node fit beside them. */
@@ -279,7 +278,7 @@ static __always_inline int arp(struct __sk_buff *skb, __u32 ifindex, const struc
 	return bpf_redirect(ifindex, 0);
 }
 
-SEC("tcx/ingress")
+SEC("tc")
 int from_pod(struct __sk_buff *skb)
 {
 	const __u32 need = sizeof(struct ethhdr) + sizeof(struct iphdr);
@@ -336,10 +335,10 @@ int from_pod(struct __sk_buff *skb)
 		stats->from_packets++;
 		stats->from_bytes += skb->len;
 	}
-	return TCX_NEXT_PROGRAM;
+	return TC_ACT_UNSPEC;
 }
 
-SEC("tcx/egress")
+SEC("tc")
 int to_pod(struct __sk_buff *skb)
 {
 	__u32 ifindex = skb->ifindex;
@@ -361,7 +360,7 @@ int to_pod(struct __sk_buff *skb)
 		stats->to_packets++;
 		stats->to_bytes += skb->len;
 	}
-	return TCX_NEXT_PROGRAM;
+	return TC_ACT_UNSPEC;
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

@@ -66,7 +66,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	defer socket.Close()
-	dp, err := datapath.Open(datapath.Options{BPFFS: o.bpffs, AllowIMDS: o.imds == "allow", Logger: log})
+	dp, err := datapath.Open(datapath.Options{BPFFS: o.bpffs, AllowIMDS: o.imds == "allow", Hook: o.hook, Logger: log})
 	if err != nil {
 		return fmt.Errorf("open the datapath: %w; docs/datapath.md says what it needs of the kernel", err)
 	}
@@ -75,7 +75,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 		Version: version(), Cluster: o.cluster, Socket: o.socket, Datapath: dp, Metadata: imds.New(""), Logger: log, Tune: tune, Sweep: o.sweep, Rival: agent.AWSNode,
 		ConnectEC2: func(ctx context.Context, region string) (agent.EC2, error) { return ec2.New(ctx, region) },
 	})
-	log.Info("serving", "socket", o.socket, "version", version())
+	log.Info("serving", "socket", o.socket, "version", version(), "hook", o.hook)
 
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return agentapi.Serve(ctx, socket, a, log) })

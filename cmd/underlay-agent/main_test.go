@@ -9,12 +9,15 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/underlay-cni/underlay/internal/datapath"
+
 	"github.com/underlay-cni/underlay/internal/testenv"
 )
 
 func TestFlags(t *testing.T) {
 	for _, tc := range []struct{ args, says string }{
 		{"--imds maybe", "want allow or deny"},
+		{"--hook xdp", "want one of [clsact tcx]"},
 		{"--socket agent.sock", "absolute path"},
 		{"--bpffs x", "absolute path"},
 		{"--cluster=", "1 to 256"},
@@ -31,8 +34,8 @@ func TestFlags(t *testing.T) {
 	if _, err := parseFlags([]string{"--help"}, &out); !errors.Is(err, flag.ErrHelp) || !strings.Contains(out.String(), "Example") {
 		t.Errorf("--help: %v, printed %q", err, out.String())
 	}
-	o, err := parseFlags([]string{"--imds", "allow", "--log-level", "debug", "--cluster", "c"}, &out)
-	if err != nil || o.imds != "allow" || o.cluster != "c" || o.level >= 0 {
+	o, err := parseFlags([]string{"--imds", "allow", "--hook", "tcx", "--log-level", "debug", "--cluster", "c"}, &out)
+	if err != nil || o.imds != "allow" || o.hook != datapath.TCX || o.cluster != "c" || o.level >= 0 {
 		t.Errorf("%+v, %v", o, err)
 	}
 }

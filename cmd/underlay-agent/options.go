@@ -9,9 +9,12 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/underlay-cni/underlay/internal/datapath"
 )
 
 // maxSocketPath is what fits into sockaddr_un.sun_path with its zero, unix(7).
@@ -19,6 +22,7 @@ const maxSocketPath = 107
 
 type options struct {
 	socket, bpffs, imds, cluster, metrics string
+	hook                                  datapath.Hook
 	level                                 slog.Level
 	prefixes                              bool
 	sweep                                 time.Duration
@@ -34,6 +38,7 @@ func parseFlags(args []string, stderr io.Writer) (options, error) {
 	f.StringVar(&o.socket, "socket", "/run/underlay/agent.sock", "`path` of the unix socket for the CNI plugin")
 	f.StringVar(&o.bpffs, "bpffs", "/sys/fs/bpf/underlay", "`directory` in a mounted BPF file system that outlives the agent")
 	f.StringVar(&o.imds, "imds", "deny", "may pods reach the instance metadata: allow or deny")
+	f.StringVar((*string)(&o.hook), "hook", string(datapath.Hooks[0]), "where the BPF programs stand on pods' devices: clsact, in place at once; or tcx, which leaves the ingress qdisc to others, such as the CNI project's bandwidth plugin, and takes the kernel 10 to 50 ms for each pod")
 	f.StringVar(&o.cluster, "cluster", "default", "`name` of the cluster, in the tags of the interfaces that the agent makes")
 	f.BoolVar(&o.prefixes, "prefixes", false, "take addresses as /28 prefixes, sixteen at a time, where instance type and subnet allow it")
 	f.DurationVar(&o.sweep, "sweep", 0, "`time` between deletions of the interfaces that dead nodes of the cluster left, e.g. 10m; set it on one agent of a cluster; 0: never")
@@ -68,6 +73,8 @@ Flags:
 		err = fmt.Errorf("unexpected argument %q", f.Arg(0))
 	case o.imds != "allow" && o.imds != "deny":
 		err = fmt.Errorf("--imds is %q, want allow or deny", o.imds)
+	case !slices.Contains(datapath.Hooks, o.hook):
+		err = fmt.Errorf("--hook is %q, want one of %v", o.hook, datapath.Hooks)
 	case o.cluster == "" || len(o.cluster) > 256: // EC2's limit for a tag's value
 		err = errors.New("--cluster wants a name of 1 to 256 characters")
 	case !filepath.IsAbs(o.socket) || len(o.socket) > maxSocketPath:

@@ -151,7 +151,7 @@ func (d *Datapath) make(ctx context.Context, e *Endpoint, pod *nl.Conn, netns *o
 			madeLink = err == nil
 			return err
 		}},
-		{"programs", func() error { return d.attach(e) }},
+		{"programs", func() error { return d.hooks.attach(e) }},
 		{"pod", func() error { return configurePod(pod, e) }},
 		{"host", func() error { return d.configureHost(e) }},
 		{"carrier", func() error { return settle(ctx, pod, e) }},

@@ -61,14 +61,7 @@ func (d *Datapath) checkHost(e *Endpoint) error {
 	case v.Flags&uint32(bpfgen.NodeIfaceFlagsIFACE_READY) == 0:
 		errs = append(errs, fmt.Errorf("the gate of %s is shut", e.HostIfName))
 	}
-	for _, h := range hooks {
-		l, err := d.attached(e, h)
-		if err != nil {
-			errs = append(errs, err)
-			continue
-		}
-		_ = l.Close()
-	}
+	errs = append(errs, d.hooks.check(e))
 
 	l, err := d.conn.LinkByName(e.HostIfName)
 	if err != nil {

@@ -36,6 +36,10 @@ type Options struct {
 	// error undoes the endpoint. It may be called for several endpoints at
 	// once.
 	BeforeReady func(context.Context, Endpoint) error
+	// Hook is where the programs stand on host veths; "": Clsact. Open exchanges
+	// the kind that an agent before used; towards Clsact, a pod loses what it is
+	// sent within some 0.2 ms.
+	Hook Hook
 	// Logger; nil: slog.Default().
 	Logger *slog.Logger
 
@@ -55,6 +59,8 @@ type Datapath struct {
 	conn, slow  *nl.Conn
 	netnsCookie uint64
 	objs        bpfgen.NodeObjects
+	hooks       hooks
+	oldHooks    []hooks // of the kinds that are not wanted
 
 	// work bounds the Adds that are in the kernel at once: they queue for the
 	// same lock there, and fifty that contend are slower than two.
@@ -90,11 +96,11 @@ const (
 
 // Open takes the node's datapath over in the calling thread's network
 // namespace: it loads the programs, makes the maps or adopts those that are
-// pinned, puts the new programs into every pinned link without a packet lost,
+// pinned, puts the new programs in the place of the old without a packet lost,
 // undoes or finishes what a crash left half-done, installs the guard table in
 // nftables, turns forwarding on and adds the rule of the pods' table.
 //
-// It needs Linux 6.6 (TCX links), which it probes, and refuses a directory
+// It refuses a kernel that lacks the hooks, which it probes, and a directory
 // whose maps are of a later layout than it knows, or that another process has
 // open.
 func Open(opts Options) (*Datapath, error) {
@@ -141,7 +147,10 @@ func (d *Datapath) open() (err error) {
 	if err := d.load(); err != nil {
 		return err
 	}
-	if err := d.in(func() error { return probeTCX(d.objs.FromPod) }); err != nil {
+	if d.hooks, d.oldHooks, err = d.newHooks(); err != nil {
+		return err
+	}
+	if err := d.hooks.probe(); err != nil {
 		return err
 	}
 	// The guard first: from here on, nothing passes that a program of ours

@@ -29,7 +29,7 @@
 //  3. the veth, in place with one RTM_NEWLINK, both ends down. No program
 //     stands on it yet, but nothing can pass a device that is down, and what
 //     passed would meet the guard in nftables.
-//  4. the programs, first on the hooks, their links pinned.
+//  4. the programs, first on their hooks (hook.go).
 //  5. the pod's end: address, up, gateway, routes.
 //  6. the host's end: label, up, neighbour, the /32 route.
 //  7. a look whether the pod's end has its carrier: its first packet is not lost.
@@ -45,7 +45,7 @@
 //  1. the record, Tombstone with its time of release: the answer can be given.
 //  2. the entry in `ifaces`: nothing passes any more.
 //  3. the route. Here Delete returns.
-//  4. the device, the pins, the counters: by the reaper, with others' (reap.go).
+//  4. the device, pins if there are any, the counters: by the reaper, with others' (reap.go).
 //
 // After a crash anywhere Open finds a tombstone and sweeps all that no live
 // endpoint stands behind. It looks at what is there, not at what was done:

@@ -43,8 +43,9 @@ func (e *LinkMissingError) Unwrap() error { return ErrLinkMissing }
 // what bears our protocol number, and devices that enis names.
 //
 // It may be repeated at any time, and then changes nothing but what others
-// damaged: routes, rules, and the guard table in nftables too. If an ENI has
-// no device yet, the rest is applied and the error is a *LinkMissingError.
+// damaged: routes, rules, the guard table in nftables, and the programs on the
+// pods' devices too. If an ENI has no device yet, the rest is applied and the
+// error is a *LinkMissingError.
 func (d *Datapath) SetENIs(ctx context.Context, enis []ENI) error {
 	if err := checkENIs(enis); err != nil {
 		return err
@@ -77,7 +78,7 @@ func (d *Datapath) SetENIs(ctx context.Context, enis []ENI) error {
 		}
 	}
 	missingGuard, err := repairGuard(d.netns)
-	errs = append(errs, d.setRules(present), d.setPodRule(), err)
+	errs = append(errs, d.setRules(present), d.setPodRule(), err, d.repairPrograms(ctx))
 	if missingGuard {
 		d.log.Warn("guard table was removed from nftables, installed again", "table", "inet "+guardTable.Name)
 	}
@@ -244,10 +245,10 @@ func (d *Datapath) Foreign() ([]netip.Addr, error) {
 func ourTable(table uint32) bool { return table >= PodTable && table <= ENITable+MaxENIIndex }
 
 // Watch calls changed, from one goroutine, whenever in the node's namespace an
-// IPv4 rule or a route of an ENI's table is deleted, an address comes or goes,
-// or a host route does in a table that is not ours, until ctx ends: then SetENIs
-// and Foreign have something to look at. Its own changes count too. What happens
-// to nftables and sysctls is not heard.
+// IPv4 rule, a route of an ENI's table or a filter on a pod's device is deleted,
+// an address comes or goes, or a host route does in a table that is not ours,
+// until ctx ends: then SetENIs and Foreign have something to look at. Its own
+// changes count too. What happens to nftables and sysctls is not heard.
 func (d *Datapath) Watch(ctx context.Context, changed func()) error {
 	w, err := nl.WatchIn(d.netns)
 	if err != nil {
@@ -259,7 +260,8 @@ func (d *Datapath) Watch(ctx context.Context, changed func()) error {
 		}
 		return r.Dst.Bits() == 32
 	}
-	if err := w.Run(ctx, route, changed); err != nil {
+	pods := func(index int) bool { return index >= firstIndex && index <= lastIndex }
+	if err := w.Run(ctx, route, pods, changed); err != nil {
 		return fmt.Errorf("watch the node's routing: %w", err)
 	}
 	return nil

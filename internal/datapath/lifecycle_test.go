@@ -283,10 +283,8 @@ func TestDeleteTolerates(t *testing.T) {
 	a, b := w.addPod(d, 1), w.addPod(d, 2)
 	w.ip(w.node, "link del "+a.HostIfName)
 	w.ip(b.ns, "link del eth0")
-	for _, h := range hooks {
-		if err := os.Remove(d.pinPath(b.HostIfName, h)); err != nil {
-			t.Fatal(err)
-		}
+	if err := d.hooks.detach(&b.Endpoint); err != nil {
+		t.Fatal(err)
 	}
 	for _, p := range []pod{a, b} {
 		if _, err := d.Delete(ctx, p.ContainerID, p.IfName); err != nil {
@@ -311,7 +309,7 @@ func TestCheckSays(t *testing.T) {
 		{"in the pod: get link eth0", func(p pod) { w.ip(p.ns, "link set eth0 down"); w.ip(p.ns, "link set eth0 name eth7") }},
 		{"is down", func(p pod) { w.ip(w.node, "link set "+p.HostIfName+" down") }},
 		{"the node lacks route", func(p pod) { w.ip(w.node, "route flush table 30060") }},
-		{"from_pod", func(p pod) { _ = os.Remove(d.pinPath(p.HostIfName, hooks[0])) }},
+		{"from_pod", func(p pod) { _ = d.hooks.detach(&p.Endpoint) }},
 		{"the gate", func(p pod) { _ = d.putIface(&p.Endpoint, 0) }},
 		{"get link ul", func(p pod) { w.ip(w.node, "link del "+p.HostIfName) }},
 	} {
@@ -411,7 +409,7 @@ func TestMarkBits(t *testing.T) {
 		}
 		return verdict, out.Mark
 	}
-	const next = ^uint32(0) // TCX_NEXT
+	const next = ^uint32(0) // TC_ACT_UNSPEC
 	if verdict, mark := run(d.objs.FromPod, 0xffffffff); verdict != next || mark != ^MarkMask|Mark(2) {
 		t.Errorf("from_pod: verdict %d, mark %#x, want %#x", int32(verdict), mark, ^MarkMask|Mark(2))
 	}

@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
 	"github.com/underlay-cni/underlay/internal/datapath/bpfgen"
@@ -134,95 +133,6 @@ func pinNames(dir string) ([]string, error) {
 		names = append(names, e.Name())
 	}
 	return names, nil
-}
-
-// hook is one place where a program of ours stands on a host veth.
-type hook struct {
-	name   string
-	attach ebpf.AttachType
-	prog   func(*Datapath) *ebpf.Program
-}
-
-var hooks = []hook{
-	{"from_pod", ebpf.AttachTCXIngress, func(d *Datapath) *ebpf.Program { return d.objs.FromPod }},
-	{"to_pod", ebpf.AttachTCXEgress, func(d *Datapath) *ebpf.Program { return d.objs.ToPod }},
-}
-
-func (d *Datapath) pinPath(hostIfName string, h hook) string {
-	return filepath.Join(linkDir(d.opts.BPFFS), hostIfName+"_"+h.name)
-}
-
-// attach puts both programs on the device and pins their links. They come
-// first on their hooks: nobody's program sees what ours drops.
-func (d *Datapath) attach(e *Endpoint) error {
-	return d.in(func() error {
-		for _, h := range hooks {
-			l, err := link.AttachTCX(link.TCXOptions{
-				Interface: e.HostIfIndex,
-				Program:   h.prog(d),
-				Attach:    h.attach,
-				Anchor:    link.Head(),
-			})
-			if err != nil {
-				return fmt.Errorf("attach %s to %s: %w", h.name, e.HostIfName, err)
-			}
-			err = l.Pin(d.pinPath(e.HostIfName, h))
-			_ = l.Close() // the pin holds it now, or it is to go
-			if err != nil {
-				return fmt.Errorf("pin %s of %s: %w", h.name, e.HostIfName, err)
-			}
-		}
-		return nil
-	})
-}
-
-// attached opens the pinned link of a hook if it stands on the endpoint's
-// device; the caller closes it.
-func (d *Datapath) attached(e *Endpoint, h hook) (link.Link, error) {
-	path := d.pinPath(e.HostIfName, h)
-	l, err := link.LoadPinnedLink(path, nil)
-	if err != nil {
-		return nil, fmt.Errorf("open pinned link %s: %w", path, err)
-	}
-	info, err := l.Info()
-	if err != nil {
-		l.Close()
-		return nil, fmt.Errorf("read pinned link %s: %w", path, err)
-	}
-	tcx := info.TCX()
-	if tcx == nil || int(tcx.Ifindex) != e.HostIfIndex || ebpf.AttachType(tcx.AttachType) != h.attach {
-		l.Close()
-		return nil, fmt.Errorf("pinned link %s is detached from %s", path, e.HostIfName)
-	}
-	return l, nil
-}
-
-// unpin removes both links of a host interface; those that are not there are
-// no error. A link without a pin detaches its program.
-func (d *Datapath) unpin(hostIfName string) error {
-	var errs []error
-	for _, h := range hooks {
-		if err := os.Remove(d.pinPath(hostIfName, h)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			errs = append(errs, fmt.Errorf("remove pin: %w", err))
-		}
-	}
-	return errors.Join(errs...)
-}
-
-// probeTCX finds out whether the kernel has TCX links, by attaching to a
-// device that does not exist.
-func probeTCX(prog *ebpf.Program) error {
-	const noDevice = 1<<31 - 1
-	l, err := link.AttachTCX(link.TCXOptions{Interface: noDevice, Program: prog, Attach: ebpf.AttachTCXIngress})
-	switch {
-	case err == nil:
-		return errors.Join(errors.New("attach a program to a device that does not exist: the kernel agreed"), l.Close())
-	case errors.Is(err, unix.ENODEV):
-		return nil
-	case errors.Is(err, ebpf.ErrNotSupported):
-		return fmt.Errorf("attach programs by TCX links, on which the datapath stands: Linux %s has none: run Linux 6.6 or later, built with CONFIG_NET_XGRESS: %w", kernelRelease(), err)
-	}
-	return fmt.Errorf("probe for TCX links (Linux 6.6; this is %s): %w", kernelRelease(), err)
 }
 
 func kernelRelease() string {

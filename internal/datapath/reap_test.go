@@ -1,7 +1,7 @@
 package datapath
 
 import (
-	"os"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -86,9 +86,10 @@ func TestCloseWaitsForTheReaper(t *testing.T) {
 	if err := d.Close(); err != nil {
 		t.Fatal(err)
 	}
-	for _, h := range hooks {
-		if _, err := os.Stat(d.pinPath(e.HostIfName, h)); err == nil {
-			t.Errorf("%s is pinned still", h.name)
-		}
+	if out := w.ip(w.node, "-o link"); strings.Contains(out, e.HostIfName) {
+		t.Errorf("the device is there still:\n%s", out)
+	}
+	if pins, err := pinNames(linkDir(w.bpffs)); err != nil || len(pins) > 0 {
+		t.Errorf("pinned still: %v, %v", pins, err)
 	}
 }

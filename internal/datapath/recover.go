@@ -93,8 +93,9 @@ func liveOf[K comparable](records map[K]Endpoint, k key) (addr K, ok bool) {
 	return addr, false
 }
 
-// restore makes a live endpoint whole. What is as it should be is not touched;
-// a program is replaced in its link, so that no packet misses it.
+// restore makes a live endpoint whole. This process's programs take the place
+// of an earlier one's, so that no packet misses them; of another kind of hook,
+// they are taken off last.
 func (d *Datapath) restore(e *Endpoint, l nl.Link) error {
 	var v bpfgen.NodeIface
 	index := uint32(e.HostIfIndex)
@@ -108,25 +109,11 @@ func (d *Datapath) restore(e *Endpoint, l nl.Link) error {
 			return err
 		}
 	}
-	lost := false
-	for _, h := range hooks {
-		l, err := d.attached(e, h)
-		if err != nil {
-			d.log.Warn("program was not attached, attached again", "link", e.HostIfName, "err", err)
-			lost = true
-			continue
-		}
-		err = l.Update(h.prog(d))
-		_ = l.Close()
-		if err != nil {
-			return fmt.Errorf("replace %s of %s: %w", h.name, e.HostIfName, err)
-		}
+	if err := d.hooks.attach(e); err != nil {
+		return err
 	}
-	if lost {
-		if err := d.unpin(e.HostIfName); err != nil {
-			return err
-		}
-		if err := d.attach(e); err != nil {
+	for _, h := range d.oldHooks {
+		if err := h.detach(e); err != nil {
 			return err
 		}
 	}

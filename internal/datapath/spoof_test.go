@@ -11,9 +11,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/asm"
-	"github.com/cilium/ebpf/link"
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
@@ -377,7 +374,7 @@ func TestLostProgramsCloseTheNode(t *testing.T) {
 	}
 
 	for _, e := range []Endpoint{a.Endpoint, b.Endpoint} {
-		if err := d.unpin(e.HostIfName); err != nil {
+		if err := d.hooks.detach(&e); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -428,44 +425,6 @@ func TestUnknownInterface(t *testing.T) {
 		t.Error("answered")
 	}
 	eventually(t, "all four are counted", func() bool { return counters(t, d)["unknown_interface"] == 4 })
-}
-
-// What we let pass goes on to the programs that others attached behind ours;
-// what we drop they never see.
-func TestOthersProgramsRun(t *testing.T) {
-	w := newWorld(t)
-	d := w.open(Options{})
-	a := w.addPod(d, 1)
-	w.echo(w.wire, farIP)
-	dropAll, err := ebpf.NewProgram(&ebpf.ProgramSpec{
-		Type: ebpf.SchedCLS, License: "GPL",
-		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 2 /* TC_ACT_SHOT */), asm.Return()},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer dropAll.Close()
-	var l link.Link
-	err = d.in(func() (err error) {
-		l, err = link.AttachTCX(link.TCXOptions{Interface: a.HostIfIndex, Program: dropAll, Attach: ebpf.AttachTCXIngress})
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if w.ask(a.ns, a.Addr, farIP, 2) != "" {
-		t.Error("a program behind ours was passed over")
-	}
-	traffic, err := d.Traffic()
-	if err != nil || traffic[a.Addr].FromPackets != 2 {
-		t.Errorf("%+v, %v", traffic, err)
-	}
-	if err := l.Close(); err != nil {
-		t.Fatal(err)
-	}
-	if w.ask(a.ns, a.Addr, farIP, 20) == "" {
-		t.Error("not answered after the other program went")
-	}
 }
 
 // A frame from a packet ring has its Ethernet header alone in the linear part

@@ -40,6 +40,17 @@ func Do(nsPath string, fn func() error) error {
 	})
 }
 
+// DoNew is Do in a network namespace made for it, which goes with what fn
+// leaves open there.
+func DoNew(fn func() error) error {
+	return onThread(func() error {
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("make a network namespace: %w", err)
+		}
+		return fn()
+	})
+}
+
 // onThread runs fn on a locked thread whose network namespace fn may change,
 // and puts the thread back afterwards.
 func onThread(fn func() error) error {

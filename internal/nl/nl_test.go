@@ -357,6 +357,7 @@ func FuzzMessages(f *testing.F) {
 			_, _, _ = parseRule(m.body)
 			_, _, _ = parseAddr(m.body)
 			_, _, _ = parseNeigh(m.body)
+			_, _, _ = parseFilter(m.body)
 			return nil
 		})
 	})

@@ -2,6 +2,7 @@ package nl
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -23,7 +24,7 @@ func WatchIn(netns *os.File) (*Watcher, error) {
 		if err != nil {
 			return fmt.Errorf("open rtnetlink socket: %w", err)
 		}
-		const groups = 1<<(unix.RTNLGRP_IPV4_IFADDR-1) | 1<<(unix.RTNLGRP_IPV4_ROUTE-1) | 1<<(unix.RTNLGRP_IPV4_RULE-1)
+		const groups = 1<<(unix.RTNLGRP_IPV4_IFADDR-1) | 1<<(unix.RTNLGRP_IPV4_ROUTE-1) | 1<<(unix.RTNLGRP_IPV4_RULE-1) | 1<<(unix.RTNLGRP_TC-1)
 		if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: groups}); err != nil {
 			unix.Close(fd)
 			return fmt.Errorf("join rtnetlink's groups: %w", err)
@@ -37,10 +38,12 @@ func WatchIn(netns *os.File) (*Watcher, error) {
 }
 
 // Run calls changed for each IPv4 rule that is deleted, each address that comes
-// or goes, and each unicast route that comes or goes and for which route returns
-// true; and once when the kernel had to drop messages. It closes the watcher
-// and returns nil when ctx ends.
-func (w *Watcher) Run(ctx context.Context, route func(r Route, gone bool) bool, changed func()) error {
+// or goes, each unicast route that comes or goes and for which route returns
+// true, and each clsact qdisc or filter that is deleted from a link for which
+// link returns true (not those that go with their link); and once when the
+// kernel had to drop messages. It closes the watcher and returns nil when ctx
+// ends.
+func (w *Watcher) Run(ctx context.Context, route func(r Route, gone bool) bool, link func(index int) bool, changed func()) error {
 	defer w.file.Close()
 	stop := context.AfterFunc(ctx, func() { w.file.Close() })
 	defer stop()
@@ -57,7 +60,7 @@ func (w *Watcher) Run(ctx context.Context, route func(r Route, gone bool) bool, 
 			return fmt.Errorf("read rtnetlink's messages: %w", err)
 		}
 		err = eachMessage(buf[:n], func(m message) error {
-			if matters(m, route) {
+			if matters(m, route, link) {
 				changed()
 			}
 			return nil
@@ -68,13 +71,15 @@ func (w *Watcher) Run(ctx context.Context, route func(r Route, gone bool) bool, 
 	}
 }
 
-func matters(m message, route func(Route, bool) bool) bool {
+func matters(m message, route func(Route, bool) bool, link func(int) bool) bool {
 	switch m.typ {
 	case unix.RTM_DELRULE, unix.RTM_DELADDR, unix.RTM_NEWADDR:
 		return true
 	case unix.RTM_DELROUTE, unix.RTM_NEWROUTE:
 		r, unicast, err := parseRoute(m.body)
 		return err == nil && unicast && route(r, m.typ == unix.RTM_DELROUTE)
+	case unix.RTM_DELQDISC, unix.RTM_DELTFILTER:
+		return len(m.body) >= sizeofTcmsg && link(int(int32(binary.NativeEndian.Uint32(m.body[4:]))))
 	}
 	return false
 }

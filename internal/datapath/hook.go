@@ -1,0 +1,227 @@
+package datapath
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/underlay-cni/underlay/internal/nl"
+)
+
+// Hook is the kind of place where the programs stand on a host veth.
+type Hook string
+
+const (
+	// Clsact is the classic qdisc of tc: a program is in place in some 50 µs.
+	Clsact Hook = "clsact"
+	// TCX is the BPF link of Linux 6.6. The kernel waits for an RCU grace
+	// period at each, 5 to 30 ms under the lock that all network configuration
+	// takes; it leaves the place of an ingress qdisc to others (the CNI
+	// project's bandwidth plugin wants it).
+	TCX Hook = "tcx"
+)
+
+// Hooks are the kinds, the default first.
+var Hooks = []Hook{Clsact, TCX}
+
+// hooks puts the programs on host veths, in one of the kernel's ways.
+type hooks interface {
+	// probe finds out whether the kernel can do it.
+	probe() error
+	// attach puts both programs on the endpoint's device, or in the place of
+	// an earlier agent's: then no packet misses them.
+	attach(*Endpoint) error
+	// check returns an error that names what attach would have to do.
+	check(*Endpoint) error
+	// detach takes both off a device that stays; what is not there is no error.
+	detach(*Endpoint) error
+	// forget removes what outlives a device that is gone.
+	forget(hostIfName string) error
+}
+
+// newHooks returns the wanted kind, and the others: an agent that ran before
+// may have used them.
+func (d *Datapath) newHooks() (wanted hooks, others []hooks, err error) {
+	kinds := map[Hook]hooks{Clsact: (*clsact)(d), TCX: (*tcx)(d)}
+	if d.opts.Hook == "" {
+		d.opts.Hook = Hooks[0]
+	}
+	wanted, ok := kinds[d.opts.Hook]
+	if !ok {
+		return nil, nil, fmt.Errorf("unknown kind of hook %q: want one of %v", d.opts.Hook, Hooks)
+	}
+	for _, k := range Hooks {
+		if k != d.opts.Hook {
+			others = append(others, kinds[k])
+		}
+	}
+	return wanted, others, nil
+}
+
+// repairPrograms puts back the programs that somebody took off the devices of
+// live endpoints.
+func (d *Datapath) repairPrograms(ctx context.Context) error {
+	all, err := d.Endpoints()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, e := range all {
+		if e.State == Live && d.hooks.check(&e) != nil {
+			errs = append(errs, d.repairProgram(ctx, e.key()))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// repairProgram is repairPrograms for one, which may have been deleted
+// meanwhile, or have lost its device with its network namespace.
+func (d *Datapath) repairProgram(ctx context.Context, k key) error {
+	release, err := d.claim(ctx, k)
+	if err != nil {
+		return err
+	}
+	defer release()
+	d.mu.Lock()
+	addr, ok := d.byKey[k]
+	d.mu.Unlock()
+	if !ok {
+		return nil
+	}
+	e, err := d.record(addr)
+	if err != nil || e.State != Live {
+		return err
+	}
+	if l, err := d.conn.LinkByIndex(e.HostIfIndex); errors.Is(err, unix.ENODEV) || err == nil && l.Name != e.HostIfName {
+		return nil
+	}
+	damage := d.hooks.check(&e)
+	if damage == nil {
+		return nil
+	}
+	d.log.Warn("programs were taken off a pod's device, put back", "link", e.HostIfName, "err", damage)
+	return d.hooks.attach(&e)
+}
+
+// program is one that stands on a host veth.
+type program struct {
+	name      string
+	direction nl.Direction
+	tcx       ebpf.AttachType
+	of        func(*Datapath) *ebpf.Program
+}
+
+var programs = []program{
+	{"from_pod", nl.Ingress, ebpf.AttachTCXIngress, func(d *Datapath) *ebpf.Program { return d.objs.FromPod }},
+	{"to_pod", nl.Egress, ebpf.AttachTCXEgress, func(d *Datapath) *ebpf.Program { return d.objs.ToPod }},
+}
+
+// clsact puts the programs on the qdisc of that name, before all other filters
+// there. They need no pin: a filter holds its program.
+type clsact Datapath
+
+// filterPriority is the first; filterHandle is ours (0x756c is "ul"), so that
+// whoever puts a filter of the same priority there does not take our place.
+const (
+	filterPriority = 1
+	filterHandle   = 0x756c
+)
+
+func (p program) filter(e *Endpoint) nl.Filter {
+	return nl.Filter{Index: e.HostIfIndex, Direction: p.direction, Priority: filterPriority, Handle: filterHandle, Name: "underlay_" + p.name}
+}
+
+func (c *clsact) probe() error {
+	d := (*Datapath)(c)
+	const loopback = 1
+	err := nl.DoNew(func() error {
+		conn, err := nl.Dial()
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		return d.setFilters(conn, &Endpoint{HostIfIndex: loopback})
+	})
+	if err != nil {
+		return fmt.Errorf("put the programs on a clsact qdisc in a network namespace made for it: %w (Linux needs CONFIG_NET_SCH_INGRESS and CONFIG_NET_CLS_BPF, or --hook tcx)", err)
+	}
+	return nil
+}
+
+func (c *clsact) attach(e *Endpoint) error {
+	d := (*Datapath)(c)
+	if err := d.setFilters(d.conn, e); err != nil {
+		return fmt.Errorf("attach the programs to %s: %w", e.HostIfName, err)
+	}
+	return nil
+}
+
+func (d *Datapath) setFilters(conn *nl.Conn, e *Endpoint) error {
+	var qdisc, filters nl.Batch
+	qdisc.ClsactSet(e.HostIfIndex)
+	if err := conn.Exec(&qdisc); errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("%w: somebody's ingress qdisc is in its place (tc qdisc show dev %s): with that goes --hook tcx alone", err, e.HostIfName)
+	} else if err != nil {
+		return err
+	}
+	for _, p := range programs {
+		f := p.filter(e)
+		f.FD = p.of(d).FD()
+		filters.FilterSet(f)
+	}
+	return conn.Exec(&filters)
+}
+
+func (c *clsact) check(e *Endpoint) error {
+	d := (*Datapath)(c)
+	var errs []error
+	for _, p := range programs {
+		id, err := programID(p.of(d))
+		if err != nil {
+			return err
+		}
+		want := p.filter(e)
+		want.ProgID = id
+		have, err := d.conn.Filters(e.HostIfIndex, p.direction)
+		errs = append(errs, err)
+		if !slices.Contains(have, want) {
+			errs = append(errs, fmt.Errorf("%s is not attached to %s", p.name, e.HostIfName))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// detach leaves the qdisc: to remove it would cost packets, and it is in the
+// way of an ingress qdisc at most, which is asked for in a pod's first second.
+func (c *clsact) detach(e *Endpoint) error {
+	d := (*Datapath)(c)
+	var b nl.Batch
+	for _, p := range programs {
+		have, err := d.conn.Filters(e.HostIfIndex, p.direction)
+		if err != nil {
+			return err
+		}
+		for _, f := range have {
+			if f.Handle == filterHandle && f.Priority == filterPriority {
+				b.FilterDelete(p.filter(e))
+				b.Tolerate(unix.ENOENT)
+			}
+		}
+	}
+	return d.conn.Exec(&b)
+}
+
+func (c *clsact) forget(string) error { return nil }
+
+func programID(p *ebpf.Program) (uint32, error) {
+	info, err := p.Info()
+	if err != nil {
+		return 0, fmt.Errorf("read the program's ID: %w", err)
+	}
+	id, _ := info.ID()
+	return uint32(id), nil
+}

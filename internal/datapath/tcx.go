@@ -1,0 +1,127 @@
+package datapath
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+)
+
+// tcx attaches the programs by TCX links, pinned as
+// links/<host interface>_from_pod and …_to_pod.
+type tcx Datapath
+
+func (t *tcx) pin(hostIfName string, p program) string {
+	return filepath.Join(linkDir(t.opts.BPFFS), hostIfName+"_"+p.name)
+}
+
+// probe attaches to a device that does not exist.
+func (t *tcx) probe() error {
+	d := (*Datapath)(t)
+	const noDevice = 1<<31 - 1
+	return d.in(func() error {
+		l, err := link.AttachTCX(link.TCXOptions{Interface: noDevice, Program: d.objs.FromPod, Attach: ebpf.AttachTCXIngress})
+		switch {
+		case err == nil:
+			return errors.Join(errors.New("attach a program to a device that does not exist: the kernel agreed"), l.Close())
+		case errors.Is(err, unix.ENODEV):
+			return nil
+		case errors.Is(err, ebpf.ErrNotSupported):
+			return fmt.Errorf("attach programs by TCX links: Linux %s has none: run Linux 6.6 or later, built with CONFIG_NET_XGRESS, or --hook clsact: %w", kernelRelease(), err)
+		}
+		return fmt.Errorf("probe for TCX links (Linux 6.6; this is %s): %w", kernelRelease(), err)
+	})
+}
+
+// attach puts the programs first on their hooks, so that nobody's program
+// sees what ours drop.
+func (t *tcx) attach(e *Endpoint) error {
+	d := (*Datapath)(t)
+	for _, p := range programs {
+		l, err := t.attached(e, p)
+		if err == nil {
+			err = l.Update(p.of(d))
+			_ = l.Close()
+			if err != nil {
+				return fmt.Errorf("replace %s of %s: %w", p.name, e.HostIfName, err)
+			}
+			continue
+		}
+		if err := t.unpin(e.HostIfName, p); err != nil {
+			return err
+		}
+		err = d.in(func() error {
+			l, err := link.AttachTCX(link.TCXOptions{Interface: e.HostIfIndex, Program: p.of(d), Attach: p.tcx, Anchor: link.Head()})
+			if err != nil {
+				return fmt.Errorf("attach %s to %s: %w", p.name, e.HostIfName, err)
+			}
+			err = l.Pin(t.pin(e.HostIfName, p))
+			_ = l.Close() // the pin holds it now, or it is to go
+			if err != nil {
+				return fmt.Errorf("pin %s of %s: %w", p.name, e.HostIfName, err)
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (t *tcx) check(e *Endpoint) error {
+	var errs []error
+	for _, p := range programs {
+		l, err := t.attached(e, p)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		_ = l.Close()
+	}
+	return errors.Join(errs...)
+}
+
+// attached opens the pinned link of a program if it stands on the endpoint's
+// device; the caller closes it.
+func (t *tcx) attached(e *Endpoint, p program) (link.Link, error) {
+	path := t.pin(e.HostIfName, p)
+	l, err := link.LoadPinnedLink(path, nil)
+	if err != nil {
+		return nil, fmt.Errorf("open pinned link %s: %w", path, err)
+	}
+	info, err := l.Info()
+	if err != nil {
+		l.Close()
+		return nil, fmt.Errorf("read pinned link %s: %w", path, err)
+	}
+	x := info.TCX()
+	if x == nil || int(x.Ifindex) != e.HostIfIndex || ebpf.AttachType(x.AttachType) != p.tcx {
+		l.Close()
+		return nil, fmt.Errorf("pinned link %s is detached from %s", path, e.HostIfName)
+	}
+	return l, nil
+}
+
+// A link without a pin detaches its program.
+func (t *tcx) detach(e *Endpoint) error { return t.forget(e.HostIfName) }
+
+func (t *tcx) forget(hostIfName string) error {
+	var errs []error
+	for _, p := range programs {
+		errs = append(errs, t.unpin(hostIfName, p))
+	}
+	return errors.Join(errs...)
+}
+
+func (t *tcx) unpin(hostIfName string, p program) error {
+	if err := os.Remove(t.pin(hostIfName, p)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove pin: %w", err)
+	}
+	return nil
+}
