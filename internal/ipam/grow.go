@@ -32,6 +32,7 @@ func (p *step) grow(pool vpc.GroupSet) {
 		return
 	}
 	later := 0 // room that is there, but not now
+	wait, soon := p.gathering(pool)
 	for _, e := range s.ENIs {
 		per := p.per(e.Subnet)
 		room := s.room(e, per)
@@ -39,7 +40,7 @@ func (p *step) grow(pool vpc.GroupSet) {
 			continue
 		}
 		t := s.subnet(e.Subnet)
-		if p.busy(e) || e.Phase == Detached || e.Keep || !p.due(e.Touched.Add(gather)) || !p.due(t.full.until) || !p.may(CallAssign) {
+		if p.busy(e) || e.Phase == Detached || e.Keep || !p.due(e.Touched.Add(gather)) || !p.due(t.full.until) || wait || !p.may(CallAssign) {
 			later += room
 			continue
 		}
@@ -47,7 +48,7 @@ func (p *step) grow(pool vpc.GroupSet) {
 		if n <= 0 {
 			break
 		}
-		need -= p.assign(e, p.atLeast(n, room), per, t)
+		need -= p.assign(e, p.atLeast(min(n+soon, room), room), per, t)
 		later += s.room(e, per)
 	}
 	if need -= later; need <= 0 {

@@ -1,6 +1,10 @@
 package ipam
 
-import "time"
+import (
+	"time"
+
+	"github.com/underlay-cni/underlay/internal/vpc"
+)
 
 // pressure is how long after a throttled call the account still counts as
 // short of requests: nothing is returned meanwhile, and calls ask for more.
@@ -52,7 +56,7 @@ func (p *step) may(k CallKind) bool {
 	if !p.due(c.until) {
 		return false
 	}
-	if c.window == 0 || p.now.Sub(c.last) > pressure {
+	if c.window == 0 || !p.scarce(k) {
 		return true
 	}
 	n := 0
@@ -74,12 +78,70 @@ func (p *step) pressed() bool {
 	return false
 }
 
+// While calls are scarce, one for addresses waits until no request has come for
+// a moment, or until the first has waited for holdBack: a token that is not
+// taken stays in the account's bucket, and one that is taken for the first few
+// of many pods costs a second one. If they still come then, the call asks for
+// those of the time ahead too. (Five tokens a second give each of twenty nodes
+// its next one some four seconds later.)
+const (
+	quiet    = 100 * time.Millisecond
+	holdBack = 500 * time.Millisecond
+	ahead    = 5 * time.Second
+)
+
+// scarce reports whether EC2 throttled calls of the kind not long ago.
+func (p *step) scarce(k CallKind) bool {
+	last := p.s.Pace[k].last
+	return !last.IsZero() && p.now.Sub(last) <= pressure
+}
+
+// gathering reports whether it is better to wait for further requests than to
+// ask for what waits now, and if not, how many are to come soon.
+func (p *step) gathering(pool vpc.GroupSet) (wait bool, soon int) {
+	if !p.scarce(CallAssign) {
+		return false, 0
+	}
+	var first, last time.Time
+	n := 0
+	for _, r := range p.s.Waiting { // in order of arrival
+		if r.Pool != pool {
+			continue
+		}
+		if n++; n == 1 {
+			first = r.Since
+		}
+		last = r.Since
+	}
+	switch {
+	case n == 0 || p.now.Sub(last) >= quiet:
+		return false, 0
+	case p.now.Sub(first) < holdBack:
+		p.at(earlier(last.Add(quiet), first.Add(holdBack)))
+		return true, 0
+	}
+	// No more than the pods that the type takes, whatever it can hold: prefixes
+	// could make a subnet's worth of it.
+	limit := p.s.Config.Limits.MaxPods(1)
+	for _, e := range p.s.ENIs {
+		limit -= len(e.Addrs)
+	}
+	came := int64(n) * int64(ahead) / int64(last.Sub(first)+quiet)
+	return false, max(0, min(int(came), limit-n))
+}
+
 // atLeast returns n, or as many as are worth a call while calls are scarce,
 // within room.
 func (p *step) atLeast(n, room int) int {
-	c := &p.s.Pace[CallAssign]
-	if c.last.IsZero() || p.now.Sub(c.last) > pressure {
+	if !p.scarce(CallAssign) {
 		return n
 	}
-	return min(max(n, c.least), room)
+	return min(max(n, p.s.Pace[CallAssign].least), room)
+}
+
+func earlier(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return a
+	}
+	return b
 }

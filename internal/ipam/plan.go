@@ -477,7 +477,8 @@ func (p *step) reads() {
 }
 
 // poll asks for a local source again and again while something is awaited
-// there: at once, then at 50, 100, 200, 400 ms, then every 500 ms.
+// there: at once, then after 50 and 100 ms, every 200 ms for as long as it takes
+// as a rule, and every 500 ms from then on.
 func (p *step) poll(src Source, needed bool) {
 	r := &p.s.Reads[src]
 	if !needed {
@@ -489,7 +490,10 @@ func (p *step) poll(src Source, needed bool) {
 	}
 	d := time.Duration(0)
 	if r.polls > 0 {
-		d = min(25*time.Millisecond<<min(r.polls, 5), 500*time.Millisecond)
+		d = min(25*time.Millisecond<<min(r.polls, 3), 200*time.Millisecond)
+	}
+	if r.polls > 12 {
+		d = 500 * time.Millisecond
 	}
 	r.polls++
 	p.want(src, p.now.Add(d))
