@@ -109,7 +109,7 @@ func (p *step) extend(pool vpc.GroupSet, need int) {
 				return
 			}
 			e.Device = d
-			p.do(AttachENI{Call: p.call(e, Call{Kind: CallAttach}), ENI: e.ID, Device: d})
+			p.do(AttachENI{Call: p.call(e, Call{Kind: CallAttach, Device: d}), ENI: e.ID, Device: d})
 			need -= capacity
 			continue
 		}

@@ -401,17 +401,21 @@ func (m *model) start(die int) {
 func (m *model) crash(given bool) {
 	m.budget.crashes--
 	m.up, m.s, m.timer, m.reads = false, State{}, time.Time{}, nil
+	open := m.ghosts
 	for _, c := range m.calls {
-		if c.ended != nil {
-			continue
+		if c.ended == nil {
+			c.until = m.now.Add(m.cfg.ReadLag)
+			open = append(open, c)
 		}
+	}
+	m.ghosts = nil
+	for _, c := range open {
 		switch c.act.(type) {
 		case Unassign, DeleteENI:
 			if given {
 				m.effect(c.act)
 			}
 		default:
-			c.until = m.now.Add(m.cfg.ReadLag)
 			m.ghosts = append(m.ghosts, c)
 		}
 	}

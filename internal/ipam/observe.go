@@ -113,7 +113,10 @@ func (p *step) mergeENI(v *vpc.ENI, read time.Time) {
 	}
 	e.Missing, e.Unsure, e.Full = time.Time{}, false, false
 	e.Groups = vpc.NewGroupSet(v.Groups)
-	e.MAC, e.Primary = v.MAC, v.Primary
+	e.MAC = v.MAC
+	if !e.Primary.IsValid() && !p.elsewhere(e, v.Primary, read) {
+		e.Primary = v.Primary // it never changes
+	}
 	if e.Phase != Retiring {
 		e.Managed = s.managed(v)
 	}
@@ -125,6 +128,11 @@ func (p *step) mergeENI(v *vpc.ENI, read time.Time) {
 		e.Attachment = v.Attachment
 	case !ours && e.Phase == Attached && read.Sub(e.Touched) >= s.Config.ReadLag && e.count(Bound) == 0:
 		e.Phase, e.Attachment, e.Device, e.Link = Detached, "", -1, false
+	case ours && e.Phase == Retiring:
+		// Attached by an agent before us, as it turns out: it has to come off first,
+		// and holds its index until then.
+		e.Attachment, e.Device = v.Attachment, v.DeviceIndex
+		p.claim(e)
 	case !ours && e.Phase == Retiring:
 		e.Attachment = ""
 	}
@@ -141,7 +149,7 @@ func (p *step) mergeAddrs(e *ENI, v *vpc.ENI, read time.Time) {
 		p.adoptPrefixSeen(e, pfx, read)
 	}
 	for _, addr := range v.Secondary {
-		if e.find(addr) == nil && !p.recentlyGone(addr, read) {
+		if e.find(addr) == nil && !p.recentlyGone(addr, read) && !p.elsewhere(e, addr, read) {
 			p.adopt(e, addr, netip.Prefix{})
 			p.hearsay(e, addr)
 		}
@@ -165,11 +173,15 @@ func (p *step) mergeAddrs(e *ENI, v *vpc.ENI, read time.Time) {
 	})
 }
 
+// sure returns from when on a read tells how a call of unknown end, no later
+// than t, ended: it may take effect a while after its answer was lost, and a
+// read may be older than the effect by as much.
+func (p *step) sure(t time.Time) time.Time { return t.Add(2 * p.s.Config.ReadLag) }
+
 // returned handles an address that a read lists although we gave it back by a
-// call whose end is unknown. That call may take effect a while after its answer
-// was lost, and a read may be older than the effect.
+// call whose end is unknown.
 func (p *step) returned(e *ENI, a *Address, read time.Time) {
-	if sure := e.Touched.Add(2 * p.s.Config.ReadLag); read.Before(sure) && planted.Bug != planted.StaleReturn {
+	if sure := p.sure(e.Touched); read.Before(sure) && planted.Bug != planted.StaleReturn {
 		p.want(EC2, sure)
 		return
 	}
@@ -190,6 +202,21 @@ func (p *step) forgetReturned(e *ENI, ev CallDone) {
 func (p *step) recentlyGone(addr netip.Addr, read time.Time) bool {
 	t, ok := p.s.Gone[addr]
 	return ok && read.Sub(t) < p.s.Config.ReadLag
+}
+
+// elsewhere reports whether EC2 gave addr to another interface so recently that
+// a read which lists it on e may be older: e had it before, and lost it by a
+// call whose end is unknown.
+func (p *step) elsewhere(e *ENI, addr netip.Addr, read time.Time) bool {
+	for _, o := range p.s.ENIs {
+		if a := o.find(addr); o != e && a != nil {
+			if sure := a.Assigned.Add(p.s.Config.ReadLag); read.Before(sure) {
+				p.want(EC2, sure)
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // creating reports whether an ENI is being made.
@@ -270,7 +297,7 @@ func (p *step) adoptPrefix(e *ENI, pfx netip.Prefix) {
 }
 
 func (p *step) adoptPrefixSeen(e *ENI, pfx netip.Prefix, read time.Time) {
-	if slices.Contains(e.Prefixes, pfx.Masked()) || p.recentlyGone(pfx.Masked().Addr(), read) {
+	if first := pfx.Masked().Addr(); slices.Contains(e.Prefixes, pfx.Masked()) || p.recentlyGone(first, read) || p.elsewhere(e, first, read) {
 		return
 	}
 	p.adoptPrefix(e, pfx)
@@ -290,13 +317,14 @@ func (p *step) hearsay(e *ENI, addr netip.Addr) {
 // young to be older than a return by an agent before us: that may have been
 // under way when we began, and take effect a while later.
 func (p *step) believe(a *Address, read time.Time) {
-	if sure := a.Assigned.Add(2 * p.s.Config.ReadLag); read.Before(sure) {
+	if sure := p.sure(a.Assigned); read.Before(sure) {
 		if a.State == Assigned {
 			p.want(EC2, sure)
 		}
 		return
 	}
-	a.Hearsay = false
+	// It may have gone and come again meanwhile: IMDS may be late from now on.
+	a.Hearsay, a.Assigned = false, p.now
 }
 
 func (e *ENI) remove(a *Address) {

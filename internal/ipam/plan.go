@@ -242,7 +242,7 @@ func (p *step) repair() {
 			if !p.may(CallAttach) {
 				continue
 			}
-			p.do(AttachENI{Call: p.call(e, Call{Kind: CallAttach}), ENI: e.ID, Device: e.Device})
+			p.do(AttachENI{Call: p.call(e, Call{Kind: CallAttach, Device: e.Device}), ENI: e.ID, Device: e.Device})
 		case planted.Bug != planted.OrphanLeaked && e.Phase == Detached && e.count(Bound) == 0 && p.due(e.Since.Add(orphanGrace)):
 			if p.may(CallDelete) {
 				p.retire(e)
@@ -348,6 +348,10 @@ func (s *State) nextDevice(extra ...*ENI) int {
 	}
 	for _, c := range s.Calls {
 		if c.Kind == CallCreate && c.Device >= 0 && planted.Bug != planted.SharedDevice {
+			used[c.Device] = true
+			n++
+		}
+		if c.Kind == CallAttach && !used[c.Device] { // claimed by another since
 			used[c.Device] = true
 			n++
 		}

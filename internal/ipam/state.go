@@ -147,6 +147,23 @@ func (e *ENI) slots() int {
 	return n
 }
 
+// doubted returns how many of its slots e has by an older read alone: the last
+// one did not list what is in them.
+func (e *ENI) doubted() int {
+	n := 0
+	prefixes := map[netip.Prefix]bool{}
+	for _, a := range e.Addrs {
+		switch {
+		case a.Missing.IsZero():
+		case a.Prefix.IsValid():
+			prefixes[a.Prefix] = true
+		default:
+			n++
+		}
+	}
+	return n + len(prefixes)
+}
+
 func (e *ENI) count(s AddressState) int {
 	n := 0
 	for _, a := range e.Addrs {
@@ -409,7 +426,7 @@ func (s *State) Verify() error {
 				return fmt.Errorf("%s says call %d is in flight, which is not its own", e.ID, e.Call)
 			}
 		}
-		if limit := s.Config.Limits.IPv4PerENI; e.Managed && limit > 0 && e.slots()+s.asked(e) > limit {
+		if limit := s.Config.Limits.IPv4PerENI; e.Managed && limit > 0 && e.slots()-e.doubted()+s.asked(e) > limit {
 			return fmt.Errorf("%s takes %d addresses with %d asked for, the type holds %d", e.ID, e.slots(), s.asked(e), limit)
 		}
 	}

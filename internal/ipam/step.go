@@ -309,7 +309,8 @@ func (p *step) callSucceeded(c *Call, e *ENI, ev CallDone) {
 		s.sortENIs()
 	case CallAttach:
 		e.Retry.reset()
-		e.Phase, e.Since, e.Keep = Attached, p.now, true
+		e.Phase, e.Since, e.Keep, e.Device = Attached, p.now, true, c.Device
+		p.claim(e)
 		if ev.ENI != nil {
 			e.Attachment, e.Keep = ev.ENI.Attachment, !ev.ENI.DeleteOnTermination
 		}
