@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"slices"
 	"strings"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/underlay-cni/underlay/internal/nl"
@@ -44,7 +46,8 @@ func (e *LinkMissingError) Unwrap() error { return ErrLinkMissing }
 //
 // It may be repeated at any time, and then changes nothing but what others
 // damaged: routes, rules, the guard table in nftables, and the programs on the
-// pods' devices too. If an ENI has no device yet, the rest is applied and the
+// pods' devices too; and what others' address translation needs (see setReplies),
+// if it came or went. If an ENI has no device yet, the rest is applied and the
 // error is a *LinkMissingError.
 func (d *Datapath) SetENIs(ctx context.Context, enis []ENI) error {
 	if err := checkENIs(enis); err != nil {
@@ -79,6 +82,10 @@ func (d *Datapath) SetENIs(ctx context.Context, enis []ENI) error {
 	}
 	missingGuard, err := repairGuard(d.netns)
 	errs = append(errs, d.setRules(present), d.setPodRule(), err, d.repairPrograms(ctx))
+	if err := d.setReplies(slices.Collect(maps.Values(present))); err != nil {
+		// What nobody translates goes on without.
+		d.log.Warn("pods on secondary ENIs may not answer through ports of the node", "err", err)
+	}
 	if missingGuard {
 		d.log.Warn("guard table was removed from nftables, installed again", "table", "inet "+guardTable.Name)
 	}
@@ -244,11 +251,12 @@ func (d *Datapath) Foreign() ([]netip.Addr, error) {
 // ourTable reports whether the datapath alone writes to the routing table.
 func ourTable(table uint32) bool { return table >= PodTable && table <= ENITable+MaxENIIndex }
 
-// Watch calls changed, from one goroutine, whenever in the node's namespace an
+// Watch calls changed, from two goroutines, whenever in the node's namespace an
 // IPv4 rule, a route of an ENI's table or a filter on a pod's device is deleted,
 // an address comes or goes, or a host route does in a table that is not ours,
-// until ctx ends: then SetENIs and Foreign have something to look at. Its own
-// changes count too. What happens to nftables and sysctls is not heard.
+// until ctx ends: then SetENIs and Foreign have something to look at; and when
+// somebody begins to translate addresses. Its own changes count too. What else
+// happens to nftables, and to sysctls, is not heard.
 func (d *Datapath) Watch(ctx context.Context, changed func()) error {
 	w, err := nl.WatchIn(d.netns)
 	if err != nil {
@@ -261,8 +269,13 @@ func (d *Datapath) Watch(ctx context.Context, changed func()) error {
 		return r.Dst.Bits() == 32
 	}
 	pods := func(index int) bool { return index >= firstIndex && index <= lastIndex }
-	if err := w.Run(ctx, route, pods, changed); err != nil {
-		return fmt.Errorf("watch the node's routing: %w", err)
-	}
-	return nil
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return watchNAT(ctx, d.netns, changed) })
+	g.Go(func() error {
+		if err := w.Run(ctx, route, pods, changed); err != nil {
+			return fmt.Errorf("watch the node's routing: %w", err)
+		}
+		return nil
+	})
+	return g.Wait()
 }
