@@ -90,6 +90,9 @@ GET http://LISTEN/_vpcd/health answers 200 once everything stands.`,
   vpcd serve --no-fabric --dir /tmp/vpcd
   AWS_ENDPOINT_URL=http://127.0.0.1:7424 AWS_ACCESS_KEY_ID=x AWS_SECRET_ACCESS_KEY=x AWS_REGION=us-east-1 aws ec2 describe-vpcs
 
+  # who may do what: others answer UnauthorizedOperation
+  vpcd serve --no-fabric --dir /tmp/vpcd --iam-policy AKIAIOSFODNN7EXAMPLE=docs/reference/iam-policy.json
+
   # with packets
   mkdir -p /run/underlay/demo/bpf && mount -t bpf bpf /run/underlay/demo/bpf
   vpcd serve --name demo`,
@@ -124,6 +127,7 @@ GET http://LISTEN/_vpcd/health answers 200 once everything stands.`,
 	f.StringVar(&o.Region, "region", "us-east-1", "the region that this VPC is in")
 	f.IntVar(&o.Zones, "zones", 3, "number of its availability zones")
 	f.StringVar(&o.Account, "account", "123456789012", "the account that owns everything")
+	f.StringArrayVar(&o.Policies, "iam-policy", nil, "FILE with an IAM policy that calls must be allowed by, or ACCESSKEY=FILE for who signs with that key; repeatable")
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error; debug logs each request")
 	return c
 }

@@ -56,6 +56,10 @@ func writeCNI(n Node, plugin string) error {
 	return writeFile(dst, b, 0o755)
 }
 
+// nodeKey is the access key that the agents sign with, in place of their
+// instance's role.
+const nodeKey = "AKIAUNDERLAYNODE0000"
+
 var errAgentSlow = errors.New("it did not serve within 90 s")
 
 // startAgent starts the agent of a node and waits until it serves.
@@ -73,7 +77,7 @@ func startAgent(ctx context.Context, h home, f *labFile, n Node, agent string) e
 		// address that the fabric answers.
 		"AWS_ENDPOINT_URL_EC2=http://169.254.171.24:7424",
 		"AWS_REGION="+region,
-		"AWS_ACCESS_KEY_ID=AKIAUNDERLAYNODE0000",
+		"AWS_ACCESS_KEY_ID="+nodeKey,
 		"AWS_SECRET_ACCESS_KEY=underlay",
 		"AWS_CONFIG_FILE=/dev/null",
 		"AWS_SHARED_CREDENTIALS_FILE=/dev/null",

@@ -38,6 +38,7 @@ type upOptions struct {
 	prefixes       bool
 	agentArgs      []string
 	agentEnv       []string
+	iamPolicy      string
 	listen         string
 	listenExplicit bool
 }
@@ -55,6 +56,7 @@ A failed or interrupted up takes down again what it has made.`,
 		Example: `  underlay up
   underlay up --nodes 3 --instance-type m5.4xlarge
   underlay up --prefixes        # an m5.large then holds 432 pod addresses
+  underlay up --iam-policy docs/reference/iam-policy.json   # agents may do this much
   underlay up --name other -o json`,
 		Args:        cobra.NoArgs,
 		Annotations: rootBecause("makes network namespaces and loads BPF programs"),
@@ -72,6 +74,7 @@ A failed or interrupted up takes down again what it has made.`,
 	c.Flags().BoolVar(&o.prefixes, "prefixes", false, "the agents take addresses as /28 prefixes, sixteen at a time (Nitro types)")
 	c.Flags().StringArrayVar(&o.agentArgs, "agent-arg", nil, "a further `flag` for the agents, e.g. --agent-arg=--imds=allow; may be repeated, see underlay-agent --help")
 	c.Flags().StringArrayVar(&o.agentEnv, "agent-env", nil, "a `NAME=VALUE` for the agents, e.g. WARM_IP_TARGET=5; may be repeated")
+	c.Flags().StringVar(&o.iamPolicy, "iam-policy", "", "a `file` with the IAM policy of the nodes: what it does not allow the agents, EC2 refuses them; without one they may do everything")
 	c.Flags().StringVar(&o.listen, "listen", defaultListen, "where vpcd listens; another port when this one is taken, unless the flag is given")
 	_ = c.RegisterFlagCompletionFunc("instance-type", func(_ *cobra.Command, _ []string, prefix string) ([]string, cobra.ShellCompDirective) {
 		var types []string
@@ -93,6 +96,13 @@ func (a *App) up(ctx context.Context, o upOptions) (*labFile, error) {
 	if _, ok := vpc.LimitsOf(o.instanceType); !ok {
 		return nil, fmt.Errorf("--instance-type %s: EC2 has no such type; m5.large is one", o.instanceType)
 	}
+	var policy []byte
+	if o.iamPolicy != "" {
+		var err error
+		if policy, err = os.ReadFile(o.iamPolicy); err != nil {
+			return nil, fmt.Errorf("--iam-policy: %w; docs/reference/iam-policy.json is what the agents need", err)
+		}
+	}
 	if err := checkListen(o.listen); err != nil {
 		return nil, err
 	}
@@ -101,7 +111,7 @@ func (a *App) up(ctx context.Context, o upOptions) (*labFile, error) {
 			return nil, fmt.Errorf("--agent-env %s: give NAME=VALUE", e)
 		}
 	}
-	b := &builder{home: a.home(), o: o, p: newProgress(a.Err, a.now), now: a.now}
+	b := &builder{home: a.home(), o: o, policy: policy, p: newProgress(a.Err, a.now), now: a.now}
 	var err error
 	for name, dst := range map[string]*string{"vpcd": &b.vpcd, "underlay-agent": &b.agent, "underlay-cni": &b.cni} {
 		if *dst, err = program(name); err != nil {
@@ -168,10 +178,11 @@ func exists(path string) bool {
 
 // builder makes one lab.
 type builder struct {
-	home home
-	o    upOptions
-	p    *progress
-	now  func() time.Time
+	home   home
+	o      upOptions
+	policy []byte // of the nodes; nil: none
+	p      *progress
+	now    func() time.Time
 
 	vpcd, agent, cni, self string // paths of programs
 
@@ -201,6 +212,12 @@ func (b *builder) build(ctx context.Context) error {
 	}
 	if err := h.save(&b.f); err != nil {
 		return err
+	}
+	if b.policy != nil {
+		// A copy: what is changed later does not change a lab that runs.
+		if err := writeFile(h.iamPolicy(), b.policy, 0o644); err != nil {
+			return err
+		}
 	}
 	if err := unix.Mount("bpffs", h.bpf(), "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700"); err != nil {
 		return fmt.Errorf("mount a bpffs on %s: %w; the kernel must have BPF, and a container must be privileged", h.bpf(), err)

@@ -127,6 +127,9 @@ func (a *admin) createManagedService(ctx context.Context, name, subnet string, g
 // startVPCD starts vpcd and waits until it serves.
 func startVPCD(ctx context.Context, h home, vpcd, listen string) error {
 	cmd := newCommand(vpcd, "serve", "--name", h.name, "--dir", h.vpcd(), "--bpffs", h.bpf("vpcd"), "--listen", listen, "--region", region)
+	if exists(h.iamPolicy()) {
+		cmd.Args = append(cmd.Args, "--iam-policy", nodeKey+"="+h.iamPolicy())
+	}
 	cmd.Env = cleanEnv()
 	p, exited, err := background(cmd, "", h.vpcdLog())
 	if err != nil {

@@ -19,7 +19,7 @@ import (
 )
 
 // api lists the calls that are made, and no others: the node's IAM policy
-// needs exactly these.
+// needs exactly these, and docs/reference/iam-policy.json is made of them.
 type api interface {
 	DescribeNetworkInterfaces(context.Context, *awsec2.DescribeNetworkInterfacesInput, ...func(*awsec2.Options)) (*awsec2.DescribeNetworkInterfacesOutput, error)
 	DescribeSubnets(context.Context, *awsec2.DescribeSubnetsInput, ...func(*awsec2.Options)) (*awsec2.DescribeSubnetsOutput, error)

@@ -10,3 +10,5 @@
 // Clients are safe for concurrent use. Each call is bounded by a time-out of
 // its own.
 package ec2
+
+//go:generate go run ./policygen

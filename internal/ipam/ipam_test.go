@@ -175,6 +175,39 @@ func TestTroubleReachesWhoWaits(t *testing.T) {
 	}
 }
 
+// A step of growth that EC2 denies is told to who waits, whichever it is: an
+// interface that was made and attached is of no use until it is ours to keep.
+func TestDeniedStepOfGrowthReachesWhoWaits(t *testing.T) {
+	for _, denied := range []Action{CreateENI{}, AttachENI{}, SetDeleteOnTermination{}} {
+		t.Run(fmt.Sprintf("%T", denied), func(t *testing.T) {
+			w := newWorld(t, "m5.large", 1)
+			w.fail = func(a Action) (Outcome, Class) {
+				if fmt.Sprintf("%T", a) == fmt.Sprintf("%T", denied) {
+					return Refused, ClassDenied
+				}
+				return Done, 0
+			}
+			w.start()
+			for i := range 12 { // three more than the first interface has room for
+				w.add(RequestID(i+1), "")
+			}
+			w.pass(51 * time.Second)
+			told := 0
+			for _, r := range w.replies {
+				if r.Err == nil {
+					continue
+				}
+				if told++; r.Err.Kind != KindDenied {
+					t.Errorf("answer: %v", r.Err)
+				}
+			}
+			if len(w.replies) != 12 || told < 3 || w.s.Trouble[""] == nil {
+				t.Errorf("%d answers, %d errors, trouble %v", len(w.replies), told, w.s.Trouble[""])
+			}
+		})
+	}
+}
+
 func TestShortSubnetGivesWhatItHas(t *testing.T) {
 	w := newWorld(t, "m6i.4xlarge", 1)
 	w.free = 11

@@ -346,7 +346,7 @@ const indexTaken = 5 * time.Second
 
 func (p *step) callRefused(c *Call, e *ENI, ev CallDone) {
 	s, seed := p.s, p.s.Config.Seed
-	grows := c.Kind == CallAssign || c.Kind == CallCreate || c.Kind == CallAttach
+	grows := c.Kind == CallAssign || c.Kind == CallCreate || c.Kind == CallAttach || c.Kind == CallKeep
 	trouble := &Error{Kind: kindOf(ev.Class), Subnet: c.Subnet, Cause: ev.Err}
 	if c.Kind == CallUnassign {
 		for _, a := range e.Addrs {

@@ -19,6 +19,7 @@ import (
 	"github.com/underlay-cni/underlay/internal/vpcd/api"
 	"github.com/underlay-cni/underlay/internal/vpcd/chaos"
 	"github.com/underlay-cni/underlay/internal/vpcd/fabric"
+	"github.com/underlay-cni/underlay/internal/vpcd/iam"
 	"github.com/underlay-cni/underlay/internal/vpcd/imds"
 	"github.com/underlay-cni/underlay/internal/vpcd/query"
 	"github.com/underlay-cni/underlay/internal/vpcd/store"
@@ -32,14 +33,15 @@ const (
 
 // Options of Run.
 type Options struct {
-	Name     string // of the lab: its namespaces are ul-NAME-…
-	Dir      string // for the state; made if it is not there
-	BPFFS    string // a directory in a mounted bpffs, for the fabric's pins
-	Listen   string // address of the EC2 API and of /_vpcd/
-	NoFabric bool   // the API alone: no namespaces, no packets, no IMDS
-	Region   string // "" is us-east-1
-	Zones    int    // 0 is 3
-	Account  string // "" is 123456789012
+	Name     string   // of the lab: its namespaces are ul-NAME-…
+	Dir      string   // for the state; made if it is not there
+	BPFFS    string   // a directory in a mounted bpffs, for the fabric's pins
+	Listen   string   // address of the EC2 API and of /_vpcd/
+	NoFabric bool     // the API alone: no namespaces, no packets, no IMDS
+	Region   string   // "" is us-east-1
+	Zones    int      // 0 is 3
+	Account  string   // "" is 123456789012
+	Policies []string // files with IAM policies, FILE or ACCESSKEY=FILE: see package iam
 	Logger   *slog.Logger
 	Ready    func(listen net.Addr) // called once the EC2 API answers; may be nil
 }
@@ -71,8 +73,12 @@ func Run(ctx context.Context, o Options) (err error) {
 	ec2 := api.New(api.Options{Store: state, Chaos: control, Region: o.Region, Account: o.Account, Zones: o.Zones, Logger: o.Logger})
 	state.KeepHistory(func() time.Duration { s := control.Get(); return s.LongestLag() })
 	handlers := ec2.Handlers()
+	guard, err := iam.Load(o.Policies, ec2.Needs)
+	if err != nil {
+		return err
+	}
 	calls := &callCounter{counts: map[string]uint64{}}
-	ec2Handler := query.NewServer(query.Options{Handlers: handlers, Gate: calls.gate(control.Gate), Account: o.Account, Region: o.Region, Logger: o.Logger})
+	ec2Handler := query.NewServer(query.Options{Handlers: handlers, Gate: calls.gate(guard.Gate(control.Gate)), Account: o.Account, Region: o.Region, Logger: o.Logger})
 	ids, err := zoneIDs(ctx, handlers)
 	if err != nil {
 		return err

@@ -155,8 +155,14 @@ type cli struct {
 // run runs `aws ec2` with the words of line, and returns its exit code.
 func (c cli) run(line string) (stdout, stderr string, code int) {
 	c.t.Helper()
+	return c.runAs("AKIDTEST", line)
+}
+
+// runAs is run with an access key.
+func (c cli) runAs(key, line string) (stdout, stderr string, code int) {
+	c.t.Helper()
 	cmd := exec.Command(testenv.Tool("aws"), append([]string{"--endpoint-url", c.url, "ec2"}, strings.Fields(line)...)...)
-	cmd.Env = append(os.Environ(), "AWS_ACCESS_KEY_ID=AKIDTEST", "AWS_SECRET_ACCESS_KEY=secret", "AWS_DEFAULT_REGION=us-east-1",
+	cmd.Env = append(os.Environ(), "AWS_ACCESS_KEY_ID="+key, "AWS_SECRET_ACCESS_KEY=secret", "AWS_DEFAULT_REGION=us-east-1",
 		"AWS_EC2_METADATA_DISABLED=true", "AWS_PAGER=", "AWS_MAX_ATTEMPTS=1", "AWS_CONFIG_FILE=/dev/null", "AWS_SHARED_CREDENTIALS_FILE=/dev/null")
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs

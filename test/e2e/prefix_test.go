@@ -64,7 +64,9 @@ func TestPrefixesInAFragmentedSubnet(t *testing.T) {
 	var reserved []string
 	reserve := func(cidr string) {
 		t.Helper()
-		var made struct{ SubnetCidrReservation struct{ SubnetCidrReservationID string } }
+		var made struct {
+			SubnetCidrReservation struct{ SubnetCidrReservationID string }
+		}
 		l.AWS(&made, "ec2", "create-subnet-cidr-reservation", "--subnet-id", subnet, "--reservation-type", "explicit", "--cidr", cidr)
 		reserved = append(reserved, made.SubnetCidrReservation.SubnetCidrReservationID)
 	}
