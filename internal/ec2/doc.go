@@ -11,4 +11,4 @@
 // its own.
 package ec2
 
-//go:generate go run ./policygen
+//go:generate go run ./gen

@@ -1,4 +1,4 @@
-// Policygen writes the IAM policy of a node: what the client of package ec2
+// Gen writes the IAM policy of a node: what the client of package ec2
 // calls, and nothing else. It is run by go generate.
 package main
 
@@ -13,7 +13,7 @@ func main() {
 		err = os.WriteFile("../../docs/reference/iam-policy.json", b, 0o644)
 	}
 	if err != nil {
-		fmt.Fprintln(os.Stderr, "policygen:", err)
+		fmt.Fprintln(os.Stderr, "gen:", err)
 		os.Exit(1)
 	}
 }
