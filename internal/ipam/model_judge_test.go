@@ -382,6 +382,7 @@ func (m *model) drop(e *vpc.ENI, addrs []netip.Addr, prefixes []netip.Prefix) {
 	for _, a := range addrs {
 		delete(m.used, a)
 		delete(m.live, a)
+		m.left = append(m.left, left{a, e.ID, m.now})
 	}
 	for _, p := range prefixes {
 		for a := p.Addr(); p.Contains(a); a = a.Next() {

@@ -21,7 +21,8 @@ import (
 // never. One that gives back or deletes, and whose agent died, takes effect
 // before the next agent starts or never: that one could not tell. A read of EC2
 // shows a state that EC2 had within ReadLag before the read began. IMDS lists
-// late, and nothing that EC2 does not have. Nobody else touches the ENIs.
+// late, and for ReadLag what was given back and nobody has yet, but not to an
+// agent that began after. Nobody else touches the ENIs.
 type model struct {
 	cfg   Config
 	s     State
@@ -36,6 +37,7 @@ type model struct {
 	live   map[netip.Addr]bool // IMDS lists it
 	link   map[vpc.ENIID]bool
 	past   []past
+	left   []left // given back, and perhaps still listed by IMDS
 	seq    int
 
 	calls  []flight
@@ -58,6 +60,12 @@ type budget struct{ faults, lags, crashes int8 }
 type past struct {
 	until time.Time
 	enis  []vpc.ENI
+}
+
+type left struct {
+	addr netip.Addr
+	eni  vpc.ENIID
+	at   time.Time
 }
 
 type flight struct {
@@ -184,7 +192,7 @@ func (m *model) clone() *model {
 	}
 	c.tokens, c.params, c.used, c.live = maps.Clone(m.tokens), maps.Clone(m.params), maps.Clone(m.used), maps.Clone(m.live)
 	c.link, c.unsure, c.tokOf, c.tombs = maps.Clone(m.link), maps.Clone(m.unsure), maps.Clone(m.tokOf), maps.Clone(m.tombs)
-	c.past, c.calls, c.ghosts = slices.Clone(m.past), slices.Clone(m.calls), slices.Clone(m.ghosts)
+	c.past, c.calls, c.ghosts, c.left = slices.Clone(m.past), slices.Clone(m.calls), slices.Clone(m.ghosts), slices.Clone(m.left)
 	c.reads, c.pods = slices.Clone(m.reads), slices.Clone(m.pods)
 	return &c
 }
@@ -378,6 +386,7 @@ func (m *model) pass(d time.Duration) {
 	if d > 0 {
 		m.now = m.now.Add(d)
 	}
+	m.left = slices.DeleteFunc(m.left, func(l left) bool { return m.now.Sub(l.at) > m.cfg.ReadLag })
 	m.past = slices.DeleteFunc(m.past, func(p past) bool { return m.now.Sub(p.until) > 2*m.cfg.ReadLag })
 	m.ghosts = slices.DeleteFunc(m.ghosts, func(g flight) bool { return m.now.After(g.until) })
 }
@@ -393,7 +402,7 @@ func (m *model) start(die int) {
 		ev.Endpoints = append(ev.Endpoints, Endpoint{Addr: a, Released: t})
 	}
 	slices.SortFunc(ev.Endpoints, func(a, b Endpoint) int { return a.Addr.Compare(b.Addr) })
-	m.up = true
+	m.up, m.left = true, nil
 	m.step(ev, die)
 }
 
@@ -541,6 +550,11 @@ func (m *model) answer(v move) {
 				}
 				if m.live[p.Addr()] {
 					l.Prefixes = append(l.Prefixes, p)
+				}
+			}
+			for _, x := range m.left {
+				if v.how != readFresh && x.eni == e.ID && m.used[x.addr].IsZero() {
+					l.Addrs = append(l.Addrs, x.addr)
 				}
 			}
 			ev.ENIs = append(ev.ENIs, l)

@@ -335,6 +335,10 @@ func (e *ENI) remove(a *Address) {
 // for one that no ENI lists.
 func (p *step) missingAddr(a *Address, e *ENI, read time.Time) {
 	s := p.s
+	if planted.Bug == planted.StaleEvicts && a.State == Bound && e != nil {
+		e.remove(a)
+		return
+	}
 	if !a.Assigned.IsZero() && read.Sub(a.Assigned) < s.Config.ReadLag {
 		return // EC2 gave it so recently that a read may not show it yet
 	}

@@ -169,6 +169,11 @@ func (p *step) observedIMDS(ev ObservedIMDS) {
 		if e == nil {
 			continue
 		}
+		if planted.Bug == planted.IMDSBelieved {
+			for _, x := range m.Addrs {
+				p.adopt(e, x, netip.Prefix{})
+			}
+		}
 		for _, a := range e.Addrs {
 			if !a.Live && m.holds(a.Addr) {
 				a.Live = true

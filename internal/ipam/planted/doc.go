@@ -28,4 +28,6 @@ const (
 	NothingReturned      // surplus stays for ever
 	StaleReturn          // a stale read revives what was given back
 	DeleteUsed           // an interface in use is deleted
+	StaleEvicts          // a read that lacks a bound address ends its use
+	IMDSBelieved         // what IMDS lists is ours, whatever EC2 says
 )

@@ -28,7 +28,9 @@ var caught = map[string]string{
 	"two_mutations":    `in flight`,
 	"floor_forgotten":  `the floor is`,
 	"nothing_returned": `the floor is`,
-	"stale_return":     `handed out, which EC2 does not have`,
+	"stale_return":     `handed out, which EC2 does not have|handed out as on`,
+	"stale_evicts":     `in two hands|with its tombstone|tombstones are left`,
+	"imds_believed":    `handed out, which EC2 does not have|the type holds`,
 	"delete_used":      `delete of .*, which pod\d+ uses|delete of .* before its cooldown is over`,
 }
 
