@@ -84,7 +84,7 @@ func (k *sketch) backoff(b backoff) { k.t(b.until); k.n(b.steps) }
 func (k *sketch) truth(e *vpc.ENI) {
 	k.id(e.ID)
 	k.n(len(e.Secondary), len(e.Prefixes), e.DeviceIndex)
-	k.bit(e.Instance != "", e.DeleteOnTermination)
+	k.bit(e.Instance != "", e.DeleteOnTermination, e.Tags[TagPool] != "")
 	k.addr(e.Primary)
 	for _, a := range e.Secondary {
 		k.addr(a)
@@ -113,7 +113,7 @@ func (k *sketch) flight(c *flight) {
 	case AssignPrefixes:
 		k.n(a.N)
 	case CreateENI:
-		k.n(a.N, a.Device)
+		k.n(a.N, a.Device, len(a.Pool))
 	case AttachENI:
 		k.n(a.Device)
 	case Unassign:
@@ -203,14 +203,14 @@ func (k *sketch) state(s *State) {
 		k.address(a)
 	}
 	for _, r := range s.Waiting {
-		k.b = append(k.b, r.Owner...)
+		k.b = append(k.b, r.Owner...) // whose pool does not change
 		k.t(r.Deadline)
 	}
 	for _, id := range s.callIDs() {
 		c := s.Calls[id]
 		k.id(c.ENI)
 		k.n(int(c.Kind), c.N, c.Device)
-		k.bit(c.Prefix, c.Retry)
+		k.bit(c.Prefix, c.Retry, c.Pool != "")
 	}
 	for _, r := range s.Reads {
 		k.t(r.wanted)
@@ -229,10 +229,13 @@ func (k *sketch) state(s *State) {
 		k.backoff(t.noPrefix)
 		k.n(t.chunk)
 	}
-	if t := s.Trouble[""]; t != nil {
-		k.n(int(t.Kind))
+	for _, pool := range []vpc.GroupSet{"", otherPool} {
+		if t := s.Trouble[pool]; t != nil {
+			k.n(int(t.Kind))
+		}
+		k.t(s.overflow[pool])
 	}
-	k.t(s.overflow[""], s.slotsOut)
+	k.t(s.slotsOut)
 	gone := make([]netip.Addr, 0, len(s.Gone))
 	for a := range s.Gone {
 		gone = append(gone, a)
@@ -308,8 +311,7 @@ func envInt(name string, or int) int {
 
 // starts are the states from which everything is tried.
 func starts(t testing.TB, b budget) map[string]func() *model {
-	calm := func(pods int, bind ...int) *model {
-		m := newModel(modelConfig(2, 3), pods, budget{})
+	calm := func(m *model, bind ...int) *model {
 		if err := m.calmFor(time.Minute); err != nil {
 			t.Fatal(err)
 		}
@@ -324,11 +326,15 @@ func starts(t testing.TB, b budget) map[string]func() *model {
 		m.budget = b
 		return m
 	}
+	small := func() *model { return newModel(modelConfig(2, 3), 2, budget{}) }
 	return map[string]func() *model{
 		"cold":     func() *model { return newModel(modelConfig(2, 3), 2, b) },
-		"idle":     func() *model { return calm(2) },
-		"one pod":  func() *model { return calm(2, 0) },
-		"two pods": func() *model { return calm(2, 0, 1) },
+		"idle":     func() *model { return calm(small()) },
+		"one pod":  func() *model { return calm(small(), 0) },
+		"two pods": func() *model { return calm(small(), 0, 1) },
+
+		"idle, two pools":     func() *model { return calm(small().mixed()) },
+		"two pods, two pools": func() *model { return calm(small().mixed(), 0, 1) },
 	}
 }
 
@@ -379,7 +385,13 @@ func walk(seed uint64, length int) (path []move, start func() *model, err error)
 	}
 	cfg.Prefixes = seed%4 == 0
 	cfg.Seed = seed
-	start = func() *model { return newModel(cfg, pods, budget{faults: 40, lags: 60, crashes: 6}) }
+	start = func() *model {
+		m := newModel(cfg, pods, budget{faults: 40, lags: 60, crashes: 6})
+		if seed%3 == 0 {
+			m.mixed()
+		}
+		return m
+	}
 	m := start()
 	for range length {
 		v := choose(m, rng)

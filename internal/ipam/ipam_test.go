@@ -527,6 +527,33 @@ func TestPoolsBySecurityGroups(t *testing.T) {
 	if on(1) != "sg-app,sg-db" || on(3) != "sg-app,sg-db" || on(2) != "sg-node" || w.replies[1].ENI != w.replies[3].ENI {
 		t.Errorf("pods ended on %s, %s, %s", on(1), on(2), on(3))
 	}
+	// The pool has no floor: its interface goes when it was unused for a while.
+	w.send(Released{At: w.now, Addr: w.got(1), When: w.now})
+	w.send(Released{At: w.now, Addr: w.got(3), When: w.now})
+	w.pass(w.s.Config.Cooldown + w.s.Config.Linger + 10*time.Second)
+	if n := len(w.enis); n != 1 {
+		t.Errorf("%d interfaces are left, want the node's own", n)
+	}
+}
+
+// A pool gets no interface when the others have all: its pods fail at once with
+// what to do, and the default pool's go on.
+func TestPoolWithoutAnInterface(t *testing.T) {
+	w := newWorld(t, "m5.large", 1)
+	w.start()
+	w.pass(time.Second)
+	w.add(1, "sg-a")
+	w.add(2, "sg-b")
+	w.pass(10 * time.Second)
+	w.got(1)
+	w.got(2)
+	w.add(3, "sg-c")
+	w.add(4, "")
+	w.pass(time.Second)
+	if r := w.replies[3]; r.Err == nil || r.Err.Kind != KindNodeFull {
+		t.Errorf("a third set on a type of three interfaces: %+v", r)
+	}
+	w.got(4)
 }
 
 func TestCanceledAndUnused(t *testing.T) {

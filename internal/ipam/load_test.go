@@ -85,6 +85,57 @@ func TestPodsThatComeOneByOneShareCalls(t *testing.T) {
 	}
 }
 
+// While calls are scarce, pods that come and come cost two: one that was
+// refused, and one for all of them. Nor are more addresses taken than the type
+// takes pods.
+func TestScarceCallsAskAhead(t *testing.T) {
+	w := newWorld(t, "m6i.4xlarge", 1)
+	w.s.Config.Prefixes = true
+	w.start()
+	w.pass(10 * time.Second)
+	asked := 0
+	w.fail = func(a Action) (Outcome, Class) {
+		if asked++; asked == 1 {
+			return Refused, ClassThrottled
+		}
+		return Done, ClassOther
+	}
+	const pods = 200
+	for i := range RequestID(pods) {
+		w.add(i+1, "")
+		w.pass(20 * time.Millisecond)
+	}
+	w.pass(time.Second)
+	for i := range RequestID(pods) {
+		w.got(i + 1)
+	}
+	if asked > 2 {
+		t.Errorf("%d calls for %d pods", asked, pods)
+	}
+	if n, most := w.held(), w.s.Config.Limits.MaxPods(1)+PrefixAddresses; n > most {
+		t.Errorf("%d addresses are held, want at most %d", n, most)
+	}
+}
+
+// Once no further pods come, nothing is taken ahead.
+func TestScarceCallsAskForWhatWaits(t *testing.T) {
+	w := newWorld(t, "m6i.4xlarge", 1)
+	w.start()
+	w.pass(10 * time.Second)
+	w.fail = func(Action) (Outcome, Class) { return Refused, ClassThrottled }
+	const pods = 20
+	for i := range RequestID(pods) {
+		w.add(i+1, "")
+		w.pass(20 * time.Millisecond)
+	}
+	w.pass(time.Second)
+	w.fail = nil
+	w.pass(5 * time.Second)
+	if n := w.held(); n > 1+pods+w.s.Config.Floor {
+		t.Errorf("%d addresses are held for %d pods", n, pods)
+	}
+}
+
 // While calls are throttled, none is made for the floor alone: on other nodes
 // pods wait.
 func TestFloorWaitsWhileCallsAreScarce(t *testing.T) {

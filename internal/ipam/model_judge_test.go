@@ -1,6 +1,7 @@
 package ipam
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -57,12 +58,12 @@ func (m *model) reply(a Reply) {
 		p.state = podIdle
 		return
 	}
-	m.judgeReply(a)
+	m.judgeReply(a, p.pool)
 	p.state, p.addr = podHanded, a.Addr
 }
 
 // judgeReply checks that an address may be handed out now.
-func (m *model) judgeReply(a Reply) {
+func (m *model) judgeReply(a Reply, pool vpc.GroupSet) {
 	for _, p := range m.pods {
 		if p.has(a.Addr) {
 			m.fail("%s in two hands: %s has it", a.Addr, p.owner)
@@ -81,6 +82,8 @@ func (m *model) judgeReply(a Reply) {
 		m.fail("%s handed out on %s, which is not attached", a.Addr, e.ID)
 	case e.DeviceIndex != 0 && !e.DeleteOnTermination:
 		m.fail("%s handed out on %s before delete-on-termination", a.Addr, e.ID)
+	case vpc.NewGroupSet(e.Groups) != cmp.Or(pool, nodeGroups):
+		m.fail("%s handed out on %s, which carries %s, to a pod of %s", a.Addr, e.ID, e.Groups, cmp.Or(pool, nodeGroups))
 	case !m.link[e.ID]:
 		m.fail("%s handed out on %s, whose link is not ready", a.Addr, e.ID)
 	case !m.listed(e, a.Addr) && m.now.Sub(m.used[a.Addr]) < m.cfg.UsableWait:
@@ -148,7 +151,7 @@ func (m *model) judgeCall(a Action) {
 			m.fail("creation %d is repeated with another token", a.Call)
 		}
 		m.tokOf[a.Call] = a.Token
-		if old, ok := m.params[a.Token]; ok && (old.N != a.N || old.Subnet != a.Subnet || old.Prefixes != a.Prefixes || !old.Created.Equal(a.Created) || !slices.Equal(old.Groups, a.Groups)) {
+		if old, ok := m.params[a.Token]; ok && (old.N != a.N || old.Subnet != a.Subnet || old.Prefixes != a.Prefixes || old.Pool != a.Pool || !old.Created.Equal(a.Created) || !slices.Equal(old.Groups, a.Groups)) {
 			m.fail("token %s is used for %+v and %+v", a.Token, old, a)
 		}
 		m.params[a.Token] = a
@@ -282,6 +285,9 @@ func (m *model) change(a Action) CallDone {
 		}
 		e := m.newENI()
 		m.tokens[a.Token], e.Groups = e.ID, a.Groups
+		if a.Pool != "" {
+			e.Tags[TagPool] = string(a.Pool)
+		}
 		if a.Prefixes {
 			m.assignPrefixes(e, a.N)
 		} else {
@@ -332,6 +338,9 @@ func (m *model) newENI() *vpc.ENI {
 	m.enis = append(m.enis, e)
 	return e
 }
+
+// nodeGroups are what the node's own interface carries.
+const nodeGroups = vpc.GroupSet("sg-node")
 
 var (
 	firstAddr   = netip.MustParseAddr("10.0.0.16")
@@ -409,13 +418,14 @@ func (m *model) settle() error {
 	if m.calm > 0 {
 		return fmt.Errorf("%d further calls after it settled", m.calm)
 	}
-	bound, held, capacity := 0, 0, 0
+	bound, held := map[vpc.GroupSet]int{}, map[vpc.GroupSet]int{}
+	enis := m.cfg.Limits.ENIs // for the default pool
 	for _, p := range m.pods {
 		switch p.state {
 		case podWaiting:
 			return fmt.Errorf("%s waits for ever", p.owner)
 		case podBound:
-			bound++
+			bound[p.pool]++
 			if m.holder(p.addr) == nil {
 				return fmt.Errorf("%s has %s, which is lost", p.owner, p.addr)
 			}
@@ -425,15 +435,21 @@ func (m *model) settle() error {
 		if e.Instance == "" {
 			return fmt.Errorf("%s is an orphan", e.ID)
 		}
-		held += len(e.Secondary) + 16*len(e.Prefixes)
+		pool := vpc.GroupSet(e.Tags[TagPool])
+		if pool != "" {
+			enis--
+		}
+		held[pool] += len(e.Secondary) + 16*len(e.Prefixes)
 	}
 	if len(m.tombs) > 0 {
 		return fmt.Errorf("%d tombstones are left", len(m.tombs))
 	}
-	capacity = m.cfg.Limits.ENIs * (m.cfg.Limits.IPv4PerENI - 1)
-	want := min(bound+m.cfg.Floor, capacity)
-	if !m.cfg.Prefixes && held != want || held < want {
-		return fmt.Errorf("%d addresses held, %d bound: the floor is %d", held, bound, m.cfg.Floor)
+	want := min(bound[""]+m.cfg.Floor, enis*(m.cfg.Limits.IPv4PerENI-1))
+	if n := held[""]; !m.cfg.Prefixes && n != want || n < want {
+		return fmt.Errorf("%d addresses held, %d bound: the floor is %d", n, bound[""], m.cfg.Floor)
+	}
+	if n := held[otherPool]; !m.cfg.Prefixes && n != bound[otherPool] || bound[otherPool] == 0 && n > 0 {
+		return fmt.Errorf("%d addresses held in pool %s, %d bound: it has no floor", n, otherPool, bound[otherPool])
 	}
 	return nil
 }

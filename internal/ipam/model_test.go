@@ -92,6 +92,7 @@ const (
 type pod struct {
 	state    podState
 	owner    string
+	pool     vpc.GroupSet
 	req      RequestID
 	deadline time.Time
 	addr     netip.Addr
@@ -178,6 +179,17 @@ func newModel(cfg Config, pods int, b budget) *model {
 	e.Tags = nil
 	for i := range pods {
 		m.pods = append(m.pods, pod{owner: fmt.Sprintf("pod%d", i)})
+	}
+	return m
+}
+
+// otherPool is a pool beside the node's own.
+const otherPool = vpc.GroupSet("sg-app,sg-db")
+
+// mixed has every third pod from the second on ask for otherPool.
+func (m *model) mixed() *model {
+	for i := 1; i < len(m.pods); i += 3 {
+		m.pods[i].pool = otherPool
 	}
 	return m
 }
@@ -332,7 +344,7 @@ func (m *model) apply(v move) error {
 		p := &m.pods[v.i]
 		m.seq++
 		p.state, p.req, p.deadline = podWaiting, RequestID(m.seq), m.now.Add(modelDeadline)
-		m.step(AddRequested{At: m.now, ID: p.req, Owner: p.owner, Deadline: p.deadline}, v.die)
+		m.step(AddRequested{At: m.now, ID: p.req, Owner: p.owner, Pool: p.pool, Deadline: p.deadline}, v.die)
 	case moveCancel:
 		p := &m.pods[v.i]
 		p.state = podIdle

@@ -147,7 +147,7 @@ func (s *State) pick(pool vpc.GroupSet) (*Address, *ENI) {
 		bestRank [2]int
 	)
 	for _, e := range s.ENIs {
-		if e.Pool != pool || !e.ready() {
+		if e.Pool != pool && planted.Bug != planted.PoolIgnored || !e.ready() {
 			continue
 		}
 		bound := e.count(Bound)

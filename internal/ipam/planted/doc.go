@@ -29,5 +29,6 @@ const (
 	StaleReturn          // a stale read revives what was given back
 	DeleteUsed           // an interface in use is deleted
 	StaleEvicts          // a read that lacks a bound address ends its use
+	PoolIgnored          // a pod gets an address of other security groups
 	IMDSBelieved         // what IMDS lists is ours, whatever EC2 says
 )

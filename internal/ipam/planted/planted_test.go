@@ -31,6 +31,7 @@ var caught = map[string]string{
 	"stale_return":     `handed out, which EC2 does not have|handed out as on`,
 	"stale_evicts":     `in two hands|with its tombstone|tombstones are left`,
 	"imds_believed":    `handed out, which EC2 does not have|the type holds`,
+	"pool_ignored":     `which carries .* to a pod of`,
 	"delete_used":      `delete of .*, which pod\d+ uses|delete of .* before its cooldown is over`,
 }
 
