@@ -104,7 +104,7 @@ func startContainerd(h *host) *process {
 // pidOf returns the process ID of a task once it runs.
 func pidOf(t *testing.T, h *host, name string) (pid string) {
 	t.Helper()
-	lab.Eventually(t, 10*time.Second, name+" runs", func() error {
+	lab.Eventually(t, 30*time.Second, name+" runs", func() error {
 		tasks := h.run("ctr", "task", "ls")
 		for line := range strings.Lines(tasks) {
 			if f := strings.Fields(line); len(f) == 3 && f[0] == name && f[2] == "RUNNING" {

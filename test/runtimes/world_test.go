@@ -57,7 +57,7 @@ func (w *world) live(id string) (live []agentapi.Endpoint) {
 func (w *world) up(id string) agentapi.Endpoint {
 	w.t.Helper()
 	var live []agentapi.Endpoint
-	lab.Eventually(w.t, 10*time.Second, "container "+id+" is up", func() error {
+	lab.Eventually(w.t, 30*time.Second, "container "+id+" is up", func() error {
 		if live = w.live(id); len(live) != 1 || live[0].State != "live" {
 			return fmt.Errorf("its endpoints are %+v", live)
 		}
@@ -70,7 +70,7 @@ func (w *world) up(id string) agentapi.Endpoint {
 // after the cooldown, if it is not given back to EC2 altogether.
 func (w *world) returned(id string, addr netip.Addr) {
 	w.t.Helper()
-	lab.Eventually(w.t, 10*time.Second, addr.String()+" is free", func() error {
+	lab.Eventually(w.t, 30*time.Second, addr.String()+" is free", func() error {
 		for _, e := range w.live(id) {
 			if e.IP == addr {
 				return fmt.Errorf("it is that of %+v", e)
@@ -158,7 +158,7 @@ func (w *world) holds(c container) agentapi.Endpoint {
 func (w *world) talks(c container, addr netip.Addr) {
 	w.t.Helper()
 	serves := netip.AddrPortFrom(addr, 80)
-	lab.Eventually(w.t, 10*time.Second, "the container serves", func() error {
+	lab.Eventually(w.t, 30*time.Second, "the container serves", func() error {
 		return nl.Do(w.node.Netns, func() error {
 			conn, err := net.DialTimeout("tcp4", serves.String(), time.Second)
 			if err == nil {
