@@ -96,7 +96,7 @@ type Agent struct {
 	waitsFor  string // what the start waits for, and the next step; "" when ready
 	refuses   bool   // what it waits for does not pass by itself: nobody need wait with us
 	identity  imds.Identity
-	limits    vpc.InstanceLimits
+	config    ipam.Config         // the zero value before the node is identified
 	incidents []agentapi.Incident // the latest first
 	endpoints map[key]datapath.Endpoint
 	nextReq   ipam.RequestID
@@ -218,7 +218,7 @@ func (a *Agent) identify(ctx context.Context, o *owner) (ipam.Config, error) {
 		a.opts.Tune(&cfg)
 	}
 	a.mu.Lock()
-	a.identity, a.limits = id, cfg.Limits
+	a.identity, a.config = id, cfg
 	a.subnets[id.Subnet] = id.SubnetCIDR
 	a.waitsFor = "waiting for EC2 to list the node's interfaces; ask again in a second"
 	a.mu.Unlock()

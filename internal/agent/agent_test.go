@@ -32,6 +32,7 @@ type rig struct {
 	stop   func()
 	netns  *os.File
 	sweep  time.Duration
+	tune   func(*ipam.Config)
 	rival  string // where another agent is; guarded by cloud.mu
 }
 
@@ -55,7 +56,7 @@ func run(t *testing.T, typ string, fn func(*rig)) {
 func (r *rig) start() {
 	r.stop()
 	r.a = New(Options{Version: "test", Cluster: "test", Socket: r.socket, Datapath: r.kernel, Metadata: fakeIMDS{r.cloud},
-		ConnectEC2: func(context.Context, string) (EC2, error) { return r.cloud, nil }, Logger: slog.New(slog.DiscardHandler), Sweep: r.sweep, Rival: r.theRival})
+		ConnectEC2: func(context.Context, string) (EC2, error) { return r.cloud, nil }, Logger: slog.New(slog.DiscardHandler), Sweep: r.sweep, Tune: r.tune, Rival: r.theRival})
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error)
 	go func() { ended <- r.a.Run(ctx) }()
@@ -127,6 +128,39 @@ func (r *rig) addresses(state string) (out []netip.Addr) {
 	return out
 }
 
+func (r *rig) metrics() string {
+	w := httptest.NewRecorder()
+	r.a.Metrics().ServeHTTP(w, httptest.NewRequest("GET", "/metrics", nil))
+	return w.Body.String()
+}
+
+// The limits that the agent tells of are those of its mode: with prefixes or
+// without, by the default network card's interfaces, by what it was told.
+func TestLimitsInTheNodesMode(t *testing.T) {
+	for _, tc := range []struct {
+		name, typ string
+		tune      func(*ipam.Config)
+		want      agentapi.Limits
+	}{
+		{"single addresses", "m5.large", nil, agentapi.Limits{ENIs: 3, IPv4PerENI: 10, Addresses: 27, MaxPods: 29}},
+		{"prefixes", "m5.large", func(c *ipam.Config) { c.Prefixes = true }, agentapi.Limits{ENIs: 3, IPv4PerENI: 10, Addresses: 432, MaxPods: 434}},
+		{"no prefixes before Nitro", "m4.large", func(c *ipam.Config) { c.Prefixes = true }, agentapi.Limits{ENIs: 2, IPv4PerENI: 10, Addresses: 18, MaxPods: 20}},
+		{"two interfaces at the most", "m5.large", func(c *ipam.Config) { c.MaxENIs = 2 }, agentapi.Limits{ENIs: 2, IPv4PerENI: 10, Addresses: 18, MaxPods: 29}},
+		{"four network cards", "p4d.24xlarge", nil, agentapi.Limits{ENIs: 15, IPv4PerENI: 50, Addresses: 735, MaxPods: 737}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			run(t, tc.typ, func(r *rig) {
+				r.tune = tc.tune
+				r.start()
+				r.mustAdd("c1")
+				if got := r.inspect().Limits; got != tc.want {
+					t.Errorf("limits %+v, want %+v", got, tc.want)
+				}
+			})
+		})
+	}
+}
+
 func TestLifeOfAnEndpoint(t *testing.T) {
 	run(t, "m5.large", func(r *rig) {
 		r.start()
@@ -162,11 +196,10 @@ func TestLifeOfAnEndpoint(t *testing.T) {
 		if eps, _ := r.kernel.Endpoints(); len(eps) != 0 {
 			t.Errorf("tombstones left after the cooldown: %v", eps)
 		}
-		w := httptest.NewRecorder()
-		r.a.Metrics().ServeHTTP(w, httptest.NewRequest("GET", "/metrics", nil))
+		got := r.metrics()
 		for _, want := range []string{`underlay_ready 1`, `underlay_addresses{state="bound"} 0`, `underlay_dropped_packets_total{reason="source"} 3`, `underlay_ec2_calls_total{call="assign",outcome="done"}`} {
-			if !strings.Contains(w.Body.String(), want) {
-				t.Errorf("metrics lack %s:\n%s", want, w.Body)
+			if !strings.Contains(got, want) {
+				t.Errorf("metrics lack %s:\n%s", want, got)
 			}
 		}
 	})
@@ -300,12 +333,19 @@ func TestEC2SaysNo(t *testing.T) {
 					t.Errorf("answered after %s", d)
 				}
 				wantCode(t, r.a.Status(r.t.Context()), agentapi.CodeNotAvailable, tc.says)
+				full := `underlay_subnet_exhausted{lacks="address",subnet="` + string(testSubnet) + `"} `
+				if want := tc.code == agentapi.CodeSubnetFull; strings.Contains(r.metrics(), full+"1") != want {
+					t.Errorf("the subnet counts as exhausted: %t, want %t:\n%s", !want, want, r.metrics())
+				}
 				if n := r.cloud.written(); n > 60 {
 					t.Errorf("%d calls", n)
 				}
 				r.cloud.setFail(nil)
 				time.Sleep(90 * time.Second)
 				r.mustAdd("c2")
+				if !strings.Contains(r.metrics(), full+"0") {
+					t.Errorf("the subnet has room again, and the metrics do not say so:\n%s", r.metrics())
+				}
 			})
 		})
 	}

@@ -34,9 +34,8 @@ func (a *Agent) Inspect(ctx context.Context) (*agentapi.Inspection, error) {
 	a.mu.Lock()
 	id := a.identity
 	in.Reason, in.LastErrors = a.waitsFor, append([]agentapi.Incident{}, a.incidents...)
-	in.Limits = agentapi.Limits{ENIs: a.limits.ENIs, IPv4PerENI: a.limits.IPv4PerENI}
-	if a.limits.ENIs > 0 {
-		in.Limits.MaxPods = a.limits.MaxPods(1)
+	if c := &a.config; c.Limits.ENIs > 0 {
+		in.Limits = agentapi.Limits{ENIs: c.ENIs(), IPv4PerENI: c.Limits.IPv4PerENI, Addresses: c.Capacity(), MaxPods: c.Limits.MaxPods(c.PerSlot())}
 	}
 	a.mu.Unlock()
 	in.Node = agentapi.Node{InstanceID: string(id.Instance), InstanceType: id.Type, AvailabilityZone: id.AvailabilityZone, Region: id.Region,

@@ -12,10 +12,12 @@ import (
 
 	"github.com/underlay-cni/underlay/internal/agentapi"
 	"github.com/underlay-cni/underlay/internal/ipam"
+	"github.com/underlay-cni/underlay/internal/vpc"
 )
 
 // metrics are the agent's numbers. Labels are bounded: states, names of calls,
-// outcomes, error codes, drop reasons; never a pod or an address.
+// outcomes, error codes, drop reasons, the node's subnets; never a pod or an
+// address.
 type metrics struct {
 	registry *prometheus.Registry
 	adds     *prometheus.HistogramVec
@@ -78,12 +80,13 @@ var (
 	descENIs      = prometheus.NewDesc("underlay_enis", "Network interfaces of the node, by state.", []string{"state"}, nil)
 	descAddresses = prometheus.NewDesc("underlay_addresses", "Addresses of the pool, by state; primaries are not of it.", []string{"state"}, nil)
 	descWaiting   = prometheus.NewDesc("underlay_adds_waiting", "ADDs that wait for an address.", nil, nil)
+	descExhausted = prometheus.NewDesc("underlay_subnet_exhausted", "1 for a subnet of the node where EC2 found no free address, or no free prefix, when last asked.", []string{"subnet", "lacks"}, nil)
 	descDrops     = prometheus.NewDesc("underlay_dropped_packets_total", "Packets that the node's programs dropped, by reason.", []string{"reason"}, nil)
 )
 
 // Describe implements prometheus.Collector.
 func (v *view) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descReady, descENIs, descAddresses, descWaiting, descDrops} {
+	for _, d := range []*prometheus.Desc{descReady, descENIs, descAddresses, descWaiting, descExhausted, descDrops} {
 		ch <- d
 	}
 }
@@ -103,10 +106,22 @@ func (v *view) Collect(ch chan<- prometheus.Metric) {
 	var n agentapi.Counts
 	enis := map[string]int{}
 	waiting := 0
+	exhausted := map[vpc.SubnetID][2]int{} // of addresses, of prefixes
 	if v.a.ask(ctx, func(o *owner) {
 		n, waiting = countAll(&o.state), len(o.state.Waiting)
 		for _, e := range o.state.ENIs {
 			enis[state(e)]++
+			if e.Managed {
+				exhausted[e.Subnet] = [2]int{}
+			}
+		}
+		addresses, prefixes := o.state.Exhausted(time.Now())
+		for i, ids := range [][]vpc.SubnetID{addresses, prefixes} {
+			for _, id := range ids {
+				n := exhausted[id]
+				n[i] = 1
+				exhausted[id] = n
+			}
 		}
 	}) == nil {
 		gauge(descAddresses, n.Assigned, "assigned")
@@ -117,6 +132,10 @@ func (v *view) Collect(ch chan<- prometheus.Metric) {
 		gauge(descWaiting, waiting)
 		for s, c := range enis {
 			gauge(descENIs, c, s)
+		}
+		for id, n := range exhausted {
+			gauge(descExhausted, n[0], string(id), "address")
+			gauge(descExhausted, n[1], string(id), "prefix")
 		}
 	}
 	drops, err := v.a.opts.Datapath.Counters()

@@ -223,11 +223,12 @@ type Counters struct {
 	Drops map[string]uint64 `json:"drops"` // packets by reason
 }
 
-// Limits is what the instance type allows.
+// Limits is what the instance type allows, as the agent is set up.
 type Limits struct {
-	ENIs       int `json:"enis"`
+	ENIs       int `json:"enis"` // for pods: on the default network card
 	IPv4PerENI int `json:"ipv4PerEni"`
-	MaxPods    int `json:"maxPods"`
+	Addresses  int `json:"addresses"` // for pods, on all of them
+	MaxPods    int `json:"maxPods"`   // the type's well-known figure: with pods in the node's own network
 }
 
 // decodeRequest parses and checks one request.

@@ -290,7 +290,7 @@ func (s *status) nodeTable(w io.Writer, color bool) {
 			if n.Addresses.Waiting > 0 {
 				waiting = cell{text: fmt.Sprint(n.Addresses.Waiting), tone: bad, right: true}
 			}
-			c = append(c, number(pods), number(s.room(in)), number(n.Addresses.InUse), number(n.Addresses.Free), number(n.Addresses.Cooling), waiting,
+			c = append(c, number(pods), number(in.Limits.Addresses), number(n.Addresses.InUse), number(n.Addresses.Free), number(n.Addresses.Cooling), waiting,
 				textf("%d of %d", len(in.ENIs), in.Limits.ENIs))
 		}
 		t.row(c...)
@@ -380,13 +380,4 @@ func few(list []string, n int) string {
 		return strings.Join(list, " ")
 	}
 	return fmt.Sprintf("%s +%d", strings.Join(list[:n], " "), len(list)-n)
-}
-
-// room returns how many pod addresses a node can hold.
-func (s *status) room(in *agentapi.Inspection) int {
-	n := in.Limits.ENIs * (in.Limits.IPv4PerENI - 1)
-	if s.Prefixes {
-		n *= 1 << (32 - vpc.PrefixBits)
-	}
-	return n
 }

@@ -17,7 +17,7 @@ func aStatus(t *testing.T) *status {
 		NodeStatus: []nodeStatus{{
 			Name: "node-1", Zone: "us-east-1a", Agent: serviceStatus{Healthy: true, PID: 200}, Addresses: addressCounts{InUse: 2, Free: 1, Cooling: 1},
 			Inspect: &agentapi.Inspection{
-				Limits:     agentapi.Limits{ENIs: 3, IPv4PerENI: 10, MaxPods: 29},
+				Limits:     agentapi.Limits{ENIs: 3, IPv4PerENI: 10, Addresses: 27, MaxPods: 29},
 				ENIs:       []agentapi.ENI{{ID: "eni-00000000000000001", IfName: "eth0"}},
 				Endpoints:  []agentapi.Endpoint{{State: "live"}, {State: "live"}, {State: tombstone}},
 				Counters:   agentapi.Counters{Drops: map[string]uint64{"spoofed_source": 3, "no_mark": 0}},

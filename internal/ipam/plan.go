@@ -370,7 +370,7 @@ func (s *State) nextDevice(extra ...*ENI) int {
 // per returns how the subnet gives addresses now: 16 at a time, or one.
 func (p *step) per(subnet vpc.SubnetID) int {
 	s := p.s
-	if s.perSlot() == 1 {
+	if s.Config.PerSlot() == 1 {
 		return 1
 	}
 	if t := s.Subnets[subnet]; t != nil && !p.due(t.noPrefix.until) {

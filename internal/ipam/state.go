@@ -45,6 +45,28 @@ func Default() Config {
 	}
 }
 
+// ENIs returns how many interfaces the node may have for pods, its own included:
+// on network card 0, where the datapath has marks for them.
+func (c *Config) ENIs() int {
+	n := c.Limits.PodENIs()
+	if m := c.MaxENIs; m > 0 && m < n {
+		n = m
+	}
+	return min(n, maxDevice+1)
+}
+
+// PerSlot returns the addresses that one of an ENI's slots can hold: a whole
+// prefix's where they are delegated, or one.
+func (c *Config) PerSlot() int {
+	if c.Prefixes && c.Limits.Nitro() {
+		return PrefixAddresses
+	}
+	return 1
+}
+
+// Capacity returns how many addresses for pods the node can hold.
+func (c *Config) Capacity() int { return c.ENIs() * max(0, c.Limits.IPv4PerENI-1) * c.PerSlot() }
+
 // maxDevice is the highest device index in use: the datapath has marks 1..31
 // and gives device d the mark d+1.
 const maxDevice = 30
@@ -366,14 +388,28 @@ func (s *State) Held() int {
 	return n
 }
 
-// MaxENIs returns how many interfaces the node may have on network card 0.
-func (s *State) MaxENIs() int {
-	n := s.Config.Limits.PodENIs()
-	if m := s.Config.MaxENIs; m > 0 && m < n {
-		n = m
+// MaxENIs returns Config.ENIs.
+func (s *State) MaxENIs() int { return s.Config.ENIs() }
+
+// Exhausted returns the subnets that lack a free address, and those that lack
+// a free prefix, as far as EC2 said so lately: what nobody asks for any more is
+// not known.
+func (s *State) Exhausted(now time.Time) (addresses, prefixes []vpc.SubnetID) {
+	lately := func(b *backoff) bool { return b.steps > 0 && now.Sub(b.until) < retryTakes }
+	for _, id := range slices.Sorted(maps.Keys(s.Subnets)) {
+		if lately(&s.Subnets[id].full) {
+			addresses = append(addresses, id)
+		}
+		if lately(&s.Subnets[id].noPrefix) {
+			prefixes = append(prefixes, id)
+		}
 	}
-	return min(n, maxDevice+1)
+	return addresses, prefixes
 }
+
+// retryTakes is how long after the end of a back-off the call that it held back
+// may take, where somebody needs it.
+const retryTakes = 15 * time.Second
 
 // Verify returns an error when the state contradicts itself. It holds after
 // every Step.

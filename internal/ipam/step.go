@@ -423,23 +423,14 @@ func (p *step) callRefused(c *Call, e *ENI, ev CallDone) {
 }
 
 func (p *step) nodeFull(cause string) *Error {
-	s := p.s
-	managed := 0
-	for _, e := range s.ENIs {
+	c := &p.s.Config
+	most := c.Capacity()
+	for _, e := range p.s.ENIs {
 		if !e.Managed && e.Device >= 0 {
-			managed--
+			most -= (c.Limits.IPv4PerENI - 1) * c.PerSlot()
 		}
 	}
-	managed += s.MaxENIs()
-	return &Error{Kind: KindNodeFull, Type: s.Config.Limits.Type, Cause: cause, Max: managed * (s.Config.Limits.IPv4PerENI - 1) * s.perSlot()}
-}
-
-// perSlot returns the addresses that one of an ENI's slots can hold.
-func (s *State) perSlot() int {
-	if s.Config.Prefixes && s.Config.Limits.Nitro() {
-		return PrefixAddresses
-	}
-	return 1
+	return &Error{Kind: KindNodeFull, Type: c.Limits.Type, Cause: cause, Max: max(0, most)}
 }
 
 func (s *State) sortENIs() {
