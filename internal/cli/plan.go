@@ -117,7 +117,7 @@ each further ENI that these need. The AWS VPC CNI as it is installed keeps as ma
 free addresses as one ENI has (WARM_ENI_TARGET=1; with prefixes a free /28).`
 
 func (a *App) planFitCommand() *cobra.Command {
-	r := plan.Request{Floor: ipam.Default().Floor}
+	r := plan.Request{Floor: ipam.Default().Floor, ENIQuota: plan.ENIQuota}
 	var instanceType, vpcID string
 	var subnets []string
 	var fromAWS bool
@@ -136,7 +136,7 @@ func (a *App) planFitCommand() *cobra.Command {
 			}
 			switch {
 			case fromAWS:
-				r.Subnets, err = accountSubnets(cmd.Context(), vpcID, subnets)
+				r.Subnets, err = a.accountSubnets(cmd.Context(), vpcID, subnets)
 			case vpcID != "":
 				err = fmt.Errorf("--vpc-id names a VPC of an account; add --from-aws")
 			default:
@@ -160,6 +160,7 @@ func (a *App) planFitCommand() *cobra.Command {
 	f.IntVar(&r.Reserve, "reserve", 0, "addresses to leave free in each subnet, for load balancers and others")
 	f.IntVar(&r.Floor, "floor", r.Floor, "Underlay: free addresses that each node keeps ready")
 	f.IntVar(&r.MaxPods, "max-pods", 0, "what a kubelet is told, pods of the node's own network included (0: as EKS tells it)")
+	f.IntVar(&r.ENIQuota, "eni-quota", r.ENIQuota, "network interfaces that the account may have in a zone")
 	_ = c.RegisterFlagCompletionFunc("type", cobra.FixedCompletions(vpc.InstanceTypes(), noFiles))
 	for _, name := range []string{"nodes", "pods", "subnet", "vpc-id"} {
 		_ = c.RegisterFlagCompletionFunc(name, cobra.NoFileCompletions)
@@ -254,6 +255,13 @@ func writeFit(w io.Writer, f *plan.Fit, color bool) {
 	t.write(w, "", color)
 	if f.Reserve > 0 {
 		fmt.Fprintf(w, "(left beside %s kept free in each subnet)\n", plural(f.Reserve, "address"))
+	}
+	kept := 0
+	for _, s := range f.Subnets {
+		kept += s.Subnet.Kept
+	}
+	if f.Prefixes && kept > 0 {
+		fmt.Fprintf(w, "(prefixes come first from %s that CIDR reservations keep for them: in neither FREE nor LEFT)\n", plural(kept, "/28"))
 	}
 	fmt.Fprintln(w)
 

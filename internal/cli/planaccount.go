@@ -40,6 +40,7 @@ const planAccountExample = `  underlay plan account --vpc-id vpc-0123456789abcde
 func (a *App) planAccountCommand() *cobra.Command {
 	var vpcID, pods, save string
 	var since []string
+	quota := plan.ENIQuota
 	c := &cobra.Command{
 		Use:     "account",
 		Short:   "Print what an account's nodes hold, and when its subnets are full",
@@ -55,11 +56,11 @@ func (a *App) planAccountCommand() *cobra.Command {
 				}
 				earlier = append(earlier, s)
 			}
-			seen, err := readAccount(cmd.Context(), vpcID)
+			seen, err := a.readAccount(cmd.Context(), vpcID)
 			if err != nil {
 				return err
 			}
-			seen.At, seen.Floor = a.now().UTC(), ipam.Default().Floor
+			seen.At, seen.Floor, seen.ENIQuota = a.now().UTC(), ipam.Default().Floor, quota
 			if pods != "" {
 				if seen.Pods, err = a.readPodAddresses(pods); err != nil {
 					return err
@@ -84,12 +85,13 @@ func (a *App) planAccountCommand() *cobra.Command {
 	f.StringVar(&pods, "pods", "", "file with the addresses of all pods, one a line; - is the standard input")
 	f.StringVar(&save, "save", "", "keep a snapshot in this new file, for a later --since")
 	f.StringSliceVar(&since, "since", nil, "snapshots of earlier; repeat it, or separate by commas")
+	f.IntVar(&quota, "eni-quota", quota, "network interfaces that the account may have in a zone")
 	_ = c.RegisterFlagCompletionFunc("vpc-id", cobra.NoFileCompletions)
 	return c
 }
 
 // readAccount reads what there is.
-func readAccount(ctx context.Context, vpcID string) (plan.Seen, error) {
+func (a *App) readAccount(ctx context.Context, vpcID string) (plan.Seen, error) {
 	var s plan.Seen
 	if vpcID != "" {
 		if err := vpc.CheckID("vpc", vpcID); err != nil {
@@ -102,7 +104,7 @@ func readAccount(ctx context.Context, vpcID string) (plan.Seen, error) {
 		return s, err
 	}
 	hint := func(err error) error {
-		return fmt.Errorf("%w; check AWS_PROFILE, AWS_REGION and AWS_ENDPOINT_URL_EC2, and that ec2:Describe* is allowed", err)
+		return fmt.Errorf("%w; check AWS_PROFILE, AWS_REGION and AWS_ENDPOINT_URL_EC2, and that ec2:Describe* and ec2:GetSubnetCidrReservations are allowed", err)
 	}
 	if s.Subnets, err = c.Subnets(ctx, id); err != nil {
 		return s, hint(err)
@@ -112,6 +114,16 @@ func readAccount(ctx context.Context, vpcID string) (plan.Seen, error) {
 			return s, fmt.Errorf("%s has no subnet in this region; find VPCs with: aws ec2 describe-vpcs", vpcID)
 		}
 		return s, errors.New("the region has no subnet; is AWS_REGION the one that is meant?")
+	}
+	for i := range s.Subnets {
+		s.Subnets[i].Reservations, err = c.Reservations(ctx, s.Subnets[i].ID)
+		if _, class := ec2.Outcome(err); class == ipam.ClassDenied {
+			fmt.Fprintln(a.Err, "Subnet CIDR reservations are not counted: ec2:GetSubnetCidrReservations is not allowed. A free /28 in one counts as free.")
+			break
+		}
+		if err != nil {
+			return s, hint(err)
+		}
 	}
 	if s.ENIs, err = c.Interfaces(ctx, id); err != nil {
 		return s, hint(err)
@@ -127,8 +139,8 @@ func readAccount(ctx context.Context, vpcID string) (plan.Seen, error) {
 }
 
 // accountSubnets returns the account's subnets, or those named by their IDs.
-func accountSubnets(ctx context.Context, vpcID string, ids []string) ([]plan.Subnet, error) {
-	seen, err := readAccount(ctx, vpcID)
+func (a *App) accountSubnets(ctx context.Context, vpcID string, ids []string) ([]plan.Subnet, error) {
+	seen, err := a.readAccount(ctx, vpcID)
 	if err != nil {
 		return nil, err
 	}
@@ -255,6 +267,18 @@ func writeAccount(w io.Writer, acc *plan.Account, color bool) {
 		t.row(row...)
 	}
 	t.write(w, "", color)
+	kept := 0
+	for _, s := range acc.Subnets {
+		kept += s.Kept28s
+	}
+	if kept > 0 {
+		fmt.Fprintf(w, "CIDR reservations keep %s more for prefixes.\n", plural(kept, "free /28"))
+	}
+	for _, z := range acc.Zones {
+		if z.Near() {
+			fmt.Fprintf(w, "%s\n", paint(fmt.Sprintf("%s has %d of the %d network interfaces that the account may have in a zone.", z.Zone, z.ENIs, z.Quota), bad, color))
+		}
+	}
 	switch {
 	case trends == 0:
 		fmt.Fprintln(w, "When a subnet is full is not known without earlier figures: keep them with --save, and give them with --since.")

@@ -16,8 +16,9 @@ import (
 )
 
 // anAccount serves two subnets, two nodes and a machine, over two pages of
-// interfaces, and fails the test at any call that is not one of the three reads.
-func anAccount(t *testing.T) {
+// interfaces, and fails the test at any call that is not one of the four reads.
+// reservations are those of subnet-b; "denied": nobody may read them.
+func anAccount(t *testing.T, reservations string) {
 	t.Helper()
 	eni := func(n int, subnet, instance, primary string, secondary ...string) string {
 		addrs := "<item><privateIpAddress>" + primary + "</privateIpAddress><primary>true</primary></item>"
@@ -46,6 +47,15 @@ func anAccount(t *testing.T) {
 			body = "<networkInterfaceSet>" + eni(2, "subnet-b", "i-2", "10.0.1.10", "10.0.1.11", "10.0.1.12", "10.0.1.13", "10.0.1.14") + eni(3, "subnet-a", "i-3", "10.0.0.200") + "</networkInterfaceSet>"
 		case "DescribeInstances":
 			body = "<reservationSet><item><instancesSet>" + instance("i-1", "node-1") + instance("i-2", "node-2") + instance("i-3", "db") + "</instancesSet></item></reservationSet>"
+		case "GetSubnetCidrReservations":
+			if reservations == "denied" {
+				w.WriteHeader(http.StatusForbidden)
+				fmt.Fprint(w, "<Response><Errors><Error><Code>UnauthorizedOperation</Code><Message>no</Message></Error></Errors></Response>")
+				return
+			}
+			if r.Form.Get("SubnetId") == "subnet-b" {
+				body = "<subnetIpv4CidrReservationSet>" + reservations + "</subnetIpv4CidrReservationSet>"
+			}
 		default:
 			t.Errorf("plan called %s", action)
 			w.WriteHeader(http.StatusBadRequest)
@@ -67,7 +77,7 @@ func awsAt(t *testing.T, endpoint string) {
 }
 
 func TestPlanAccount(t *testing.T) {
-	anAccount(t)
+	anAccount(t, "")
 	dir := t.TempDir()
 	now := aDay.Add(90 * time.Second) // testApp's
 	earlier := func(name string, daysAgo float64, a, b int) string {
@@ -113,6 +123,26 @@ func TestPlanAccount(t *testing.T) {
 		if code := a.Run(t.Context(), append([]string{"plan"}, strings.Fields(args)...)); code != 1 || out.Len() > 0 || !strings.Contains(errOut.String(), want) {
 			t.Errorf("plan %s: exit code %d, %q is not in %q", args, code, want, errOut)
 		}
+	}
+}
+
+func TestPlanAccountWithReservations(t *testing.T) {
+	anAccount(t, "<item><cidr>10.0.1.128/26</cidr><reservationType>prefix</reservationType></item><item><cidr>10.0.1.64/28</cidr><reservationType>explicit</reservationType></item>")
+	for golden1, args := range map[string]string{
+		"plan-account-reserved.txt": "account --eni-quota 2",
+		"plan-fit-reserved.txt":     "fit --from-aws --nodes 4 --pods 40 --prefixes --eni-quota 3",
+	} {
+		a, out, errOut := testApp(t.TempDir())
+		a.Run(t.Context(), append([]string{"plan"}, strings.Fields(args)...))
+		if errOut.Len() > 0 {
+			t.Errorf("plan %s: %s", args, errOut)
+		}
+		golden(t, golden1, out.String())
+	}
+	anAccount(t, "denied")
+	a, out, errOut := testApp(t.TempDir())
+	if code := a.Run(t.Context(), []string{"plan", "account"}); code != 0 || out.Len() == 0 || !strings.Contains(errOut.String(), "ec2:GetSubnetCidrReservations is not allowed") {
+		t.Errorf("denied: exit code %d, %s", code, errOut)
 	}
 }
 

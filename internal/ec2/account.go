@@ -14,10 +14,13 @@ import (
 )
 
 // Account reads what is in an account's region and changes nothing: it needs
-// DescribeSubnets, DescribeNetworkInterfaces and DescribeInstances. It is for
-// people's tools; unlike the node's client it repeats what was throttled as the
-// SDK does.
-type Account struct{ c Client }
+// DescribeSubnets, DescribeNetworkInterfaces, DescribeInstances and
+// GetSubnetCidrReservations. It is for people's tools; unlike the node's client
+// it repeats what was throttled as the SDK does.
+type Account struct {
+	c   Client
+	sdk *awsec2.Client // for what a node does not call
+}
 
 // NewAccount returns an Account, configured as the SDK documents it:
 // environment, shared files, AWS_ENDPOINT_URL_EC2 for another endpoint.
@@ -29,7 +32,8 @@ func NewAccount(ctx context.Context) (*Account, error) {
 	if cfg.Region == "" {
 		return nil, fmt.Errorf("no AWS region is configured; set AWS_REGION, or for a lab: eval \"$(underlay env)\"")
 	}
-	return &Account{Client{api: awsec2.NewFromConfig(cfg)}}, nil
+	sdk := awsec2.NewFromConfig(cfg)
+	return &Account{c: Client{api: sdk}, sdk: sdk}, nil
 }
 
 // inVPC filters by VPC; "" is all.
@@ -59,6 +63,29 @@ func (a *Account) Subnets(ctx context.Context, id vpc.VPCID) ([]vpc.Subnet, erro
 			}
 			out = append(out, vpc.Subnet{ID: vpc.SubnetID(aws.ToString(s.SubnetId)), VPC: vpc.VPCID(aws.ToString(s.VpcId)), CIDR: cidr,
 				AvailabilityZone: aws.ToString(s.AvailabilityZone), Available: int(aws.ToInt32(s.AvailableIpAddressCount))})
+		}
+		if aws.ToString(page.NextToken) == "" {
+			return out, nil
+		}
+		in.NextToken = page.NextToken
+	}
+}
+
+// Reservations returns the CIDR reservations of a subnet.
+func (a *Account) Reservations(ctx context.Context, id vpc.SubnetID) ([]vpc.Reservation, error) {
+	in := &awsec2.GetSubnetCidrReservationsInput{SubnetId: aws.String(string(id)), MaxResults: aws.Int32(1000)}
+	var out []vpc.Reservation
+	for {
+		page, err := call(ctx, a.sdk.GetSubnetCidrReservations, in)
+		if err != nil {
+			return nil, fmt.Errorf("get the CIDR reservations of %s: %w", id, err)
+		}
+		for _, r := range page.SubnetIpv4CidrReservations {
+			cidr, err := netip.ParsePrefix(aws.ToString(r.Cidr))
+			if err != nil {
+				return nil, fmt.Errorf("get the CIDR reservations of %s: %w", id, err)
+			}
+			out = append(out, vpc.Reservation{CIDR: cidr, Prefixes: r.ReservationType == types.SubnetCidrReservationTypePrefix})
 		}
 		if aws.ToString(page.NextToken) == "" {
 			return out, nil

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -30,6 +31,7 @@ type Seen struct {
 	Pods      []netip.Addr
 	PodsKnown bool
 	Floor     int // of Underlay
+	ENIQuota  int // network interfaces that the account may have in a zone; 0: ENIQuota
 }
 
 // Node is a machine that holds addresses for pods.
@@ -52,15 +54,28 @@ type SubnetUse struct {
 	Zone     string       `json:"zone"`
 	Free     int          `json:"free"`
 	Size     int          `json:"size"`    // without EC2's own five
-	Free28s  int          `json:"free28s"` // aligned and wholly free
+	Free28s  int          `json:"free28s"` // aligned, wholly free, and in no CIDR reservation
+	Kept28s  int          `json:"kept28s"` // likewise, in reservations for prefixes
 	ForNodes int          `json:"forNodes"`
 	Trend    *Trend       `json:"trend"` // null: no earlier snapshot has it
 }
+
+// ZoneUse is how many network interfaces a zone has, in the subnets that were
+// read, of those that the account may have there.
+type ZoneUse struct {
+	Zone  string `json:"zone"`
+	ENIs  int    `json:"enis"`
+	Quota int    `json:"quota"`
+}
+
+// Near reports whether the quota may soon bind.
+func (z ZoneUse) Near() bool { return z.ENIs*5 >= z.Quota*4 }
 
 // Account is what the addresses of an account are held for.
 type Account struct {
 	At      time.Time   `json:"at"`
 	Subnets []SubnetUse `json:"subnets"`
+	Zones   []ZoneUse   `json:"zones"`
 	Nodes   []Node      `json:"nodes"`
 	// Others are machines that hold primary addresses alone: no CNI gives
 	// pods addresses there.
@@ -81,7 +96,7 @@ type Snapshot struct {
 // Look works out what is held for what, and with earlier snapshots, in any
 // order, where it is going.
 func Look(s Seen, since []Snapshot) (Account, error) {
-	a := Account{At: s.At, Subnets: []SubnetUse{}, Nodes: []Node{}, Stray: []netip.Addr{}}
+	a := Account{At: s.At, Subnets: []SubnetUse{}, Zones: []ZoneUse{}, Nodes: []Node{}, Stray: []netip.Addr{}}
 	for _, e := range since {
 		if e.Version != 1 || e.At.IsZero() {
 			return a, errors.New("that is no snapshot of an account; make one with --save")
@@ -142,9 +157,11 @@ func Look(s Seen, since []Snapshot) (Account, error) {
 	slices.SortFunc(a.Stray, netip.Addr.Compare)
 	slices.SortFunc(a.Nodes, func(x, y Node) int { return cmp.Or(cmp.Compare(x.Name, y.Name), cmp.Compare(x.ID, y.ID)) })
 
+	zones := map[string]int{}
 	for _, v := range s.Subnets {
 		sub := FromEC2(v, bySubnet[v.ID])
-		u := SubnetUse{ID: v.ID, VPC: v.VPC, CIDR: v.CIDR, Zone: v.AvailabilityZone, Free: v.Available, Size: sub.size(), Free28s: sub.Blocks}
+		u := SubnetUse{ID: v.ID, VPC: v.VPC, CIDR: v.CIDR, Zone: v.AvailabilityZone, Free: v.Available, Size: sub.size(), Free28s: sub.Blocks, Kept28s: sub.Kept}
+		zones[v.AvailabilityZone] += sub.ENIs
 		for _, e := range bySubnet[v.ID] {
 			if nodes[e.Instance] {
 				u.ForNodes += 1 + len(e.Secondary) + ipam.PrefixAddresses*len(e.Prefixes)
@@ -158,6 +175,9 @@ func Look(s Seen, since []Snapshot) (Account, error) {
 		}
 		u.Trend = TrendOf(points)
 		a.Subnets = append(a.Subnets, u)
+	}
+	for _, z := range slices.Sorted(maps.Keys(zones)) {
+		a.Zones = append(a.Zones, ZoneUse{z, zones[z], cmp.Or(s.ENIQuota, ENIQuota)})
 	}
 	slices.SortFunc(a.Subnets, func(x, y SubnetUse) int {
 		return cmp.Or(cmp.Compare(x.VPC, y.VPC), x.CIDR.Addr().Compare(y.CIDR.Addr()))
@@ -176,7 +196,8 @@ func FromEC2(v vpc.Subnet, enis []vpc.ENI) Subnet {
 		addrs = append(append(addrs, e.Primary), e.Secondary...)
 		prefixes = append(prefixes, e.Prefixes...)
 	}
-	s.FreeBlocks(addrs, prefixes)
+	s.FreeBlocks(addrs, prefixes, v.Reservations)
+	s.ENIs = len(enis)
 	return s
 }
 

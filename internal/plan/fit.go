@@ -1,8 +1,10 @@
 package plan
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/underlay-cni/underlay/internal/vpc"
 )
@@ -17,6 +19,21 @@ type Request struct {
 	Floor    int // Underlay: free addresses that each node keeps ready
 	Reserve  int // addresses of each subnet that stay free for others
 	MaxPods  int // what the kubelet is told; 0: as EKS tells it
+	ENIQuota int // network interfaces that the account may have in a zone; 0: ENIQuota
+}
+
+// ENIQuota is how many network interfaces an account may have in a zone to
+// begin with: its quota is of the Region, and each zone has it for itself
+// (Amazon VPC quotas, 2026).
+const ENIQuota = 5000
+
+// ZoneFit is how many network interfaces a zone would have.
+type ZoneFit struct {
+	Zone     string `json:"zone"` // of a subnet whose zone is not known: its name
+	Have     int    `json:"have"` // in the subnets that are named
+	Underlay int    `json:"underlay"`
+	AWS      int    `json:"awsVPCCNI"`
+	Quota    int    `json:"quota"`
 }
 
 // SubnetFit is one subnet's part.
@@ -43,6 +60,7 @@ type Fit struct {
 	Node        Holding     `json:"underlayNode"` // the fullest
 	AWSNode     Holding     `json:"awsVPCCNINode"`
 	Subnets     []SubnetFit `json:"subnets"`
+	Zones       []ZoneFit   `json:"zones"`
 	Underlay    Share       `json:"underlay"` // over all subnets
 	AWS         Share       `json:"awsVPCCNI"`
 	Fits        bool        `json:"fits"` // under Underlay
@@ -64,8 +82,8 @@ func (r Request) Check() error {
 		return fmt.Errorf("%d nodes are no cluster; use --nodes 1 to %d", r.Nodes, mostNodes)
 	case r.Pods < 0 || r.Pods > mostPods:
 		return fmt.Errorf("%d pods cannot be planned; use --pods 0 to %d", r.Pods, mostPods)
-	case r.Floor < 0 || r.Reserve < 0 || r.MaxPods < 0:
-		return errors.New("--floor, --reserve and --max-pods cannot be negative; leave out what is not meant")
+	case r.Floor < 0 || r.Reserve < 0 || r.MaxPods < 0 || r.ENIQuota < 0:
+		return errors.New("--floor, --reserve, --max-pods and --eni-quota cannot be negative; leave out what is not meant")
 	case len(r.Subnets) == 0:
 		return errors.New("no subnet to fit anything in; name at least one with --subnet 10.0.0.0/20")
 	}
@@ -95,6 +113,11 @@ func (r Request) Fit() Fit {
 			f.Problems = append(f.Problems, fmt.Sprintf("%s lacks %d addresses", s.Subnet.Name, -u.Left))
 		case u.BlocksGap > 0:
 			f.Problems = append(f.Problems, fmt.Sprintf("%s lacks %d aligned free /28s, though addresses are left; nodes would take single addresses for these", s.Subnet.Name, u.BlocksGap))
+		}
+	}
+	for _, z := range f.Zones {
+		if n := z.Have + z.Underlay; n > z.Quota {
+			f.Problems = append(f.Problems, fmt.Sprintf("%s would have %d network interfaces, and the account's quota is %d a zone", z.Zone, n, z.Quota))
 		}
 	}
 	f.Remedies = r.remedies(f)
@@ -137,9 +160,29 @@ func (r Request) count() Fit {
 		f.Fits, f.AWSFits = f.Fits && sf.Underlay.Fits, f.AWSFits && sf.AWS.Fits
 		f.Subnets = append(f.Subnets, sf)
 	}
+	f.Zones = r.zones(f.Subnets)
+	for _, z := range f.Zones {
+		f.Fits, f.AWSFits = f.Fits && z.Have+z.Underlay <= z.Quota, f.AWSFits && z.Have+z.AWS <= z.Quota
+	}
 	sum[0].Fits, sum[1].Fits = f.Fits, f.AWSFits
 	f.Underlay, f.AWS = sum[0], sum[1]
 	return f
+}
+
+// zones adds up the network interfaces by zone.
+func (r Request) zones(subnets []SubnetFit) []ZoneFit {
+	var out []ZoneFit
+	for _, s := range subnets {
+		name := cmp.Or(s.Subnet.Zone, s.Subnet.Name)
+		i := slices.IndexFunc(out, func(z ZoneFit) bool { return z.Zone == name })
+		if i < 0 {
+			i = len(out)
+			out = append(out, ZoneFit{Zone: name, Quota: cmp.Or(r.ENIQuota, ENIQuota)})
+		}
+		z := &out[i]
+		z.Have, z.Underlay, z.AWS = z.Have+s.Subnet.ENIs, z.Underlay+s.Underlay.ENIs, z.AWS+s.AWS.ENIs
+	}
+	return out
 }
 
 // share is how many of n things, dealt out in turn to parts, part i gets.

@@ -160,9 +160,59 @@ func TestFreeBlocks(t *testing.T) {
 	for _, a := range []string{"10.0.1.4", "10.0.1.17", "10.0.1.18", "10.0.1.33", "10.0.1.63", "10.0.1.250", "10.0.2.100"} {
 		used = append(used, netip.MustParseAddr(a))
 	}
-	s.FreeBlocks(used, []netip.Prefix{netip.MustParsePrefix("10.0.1.64/28")})
+	s.FreeBlocks(used, []netip.Prefix{netip.MustParsePrefix("10.0.1.64/28")}, nil)
 	if s.Blocks != 10 || !s.BlocksKnown {
 		t.Errorf("%d free /28s, want 10 of 16", s.Blocks)
+	}
+}
+
+// Of eight whole /28s of a /24 half is kept for prefixes, one for names, and one
+// of those left has an address that a reservation of a single one keeps.
+func TestFreeBlocksBesideReservations(t *testing.T) {
+	s := subnet(t, "10.0.1.0/25", 0) // whole: .16 to .96, six
+	in := func(cidr string, prefixes bool) vpc.Reservation {
+		return vpc.Reservation{CIDR: netip.MustParsePrefix(cidr), Prefixes: prefixes}
+	}
+	s.FreeBlocks([]netip.Addr{netip.MustParseAddr("10.0.1.35")}, nil, []vpc.Reservation{
+		in("10.0.1.32/27", true), // .32 is taken in part
+		in("10.0.1.64/28", false), in("10.0.1.80/32", false), in("10.0.1.96/29", true),
+	})
+	if s.Blocks != 1 || s.Kept != 1 { // .16; .48
+		t.Errorf("%d free /28s and %d kept for prefixes, want 1 and 1", s.Blocks, s.Kept)
+	}
+}
+
+// Three nodes want three /28s of a /26 that has two; with one more that a
+// reservation keeps for prefixes, and that no single address may have, it fits.
+func TestFitWithReservedPrefixes(t *testing.T) {
+	s := subnet(t, "10.0.0.0/26", 16)
+	s.Blocks, s.BlocksKnown, s.Kept = 1, true, 1 // 43 free, beside the 16 that are set aside
+	r := Request{Nodes: 2, Pods: 30, Prefixes: true, Floor: 1, Limits: limits(t, "m5.large"), Subnets: []Subnet{s}}
+	f := r.Fit()
+	if u := f.Subnets[0].Underlay; !f.Fits || u.Addresses != 34 || u.Left != 43-18 || u.BlocksGap != 0 {
+		t.Errorf("%+v: %v", u, f.Problems)
+	}
+	r.Prefixes = false // singles have nothing of it: 2 × (1 + 16), and two ENIs more
+	if u := r.Fit().Subnets[0].Underlay; u.Left != 43-36 {
+		t.Errorf("singles: %+v", u)
+	}
+}
+
+func TestQuotaOfInterfaces(t *testing.T) {
+	a, b := subnet(t, "10.0.0.0/20", 100), subnet(t, "10.0.16.0/20", 0)
+	a.Zone, a.ENIs, b.Zone = "z1", 40, "z2"
+	// Four ENIs a node would be too many; two, with 15 pods: 100 in each zone.
+	r := Request{Nodes: 100, Pods: 1500, Floor: 1, Limits: limits(t, "m5.large"), Subnets: []Subnet{a, b}, ENIQuota: 139}
+	f := r.Fit()
+	if f.Fits || len(f.Problems) != 1 || !strings.Contains(f.Problems[0], "z1 would have 140 network interfaces, and the account's quota is 139 a zone") ||
+		!strings.Contains(strings.Join(f.Remedies, "\n"), "a higher quota of network interfaces, asked of AWS: 140 a zone") {
+		t.Errorf("%v: %q, %q", f.Fits, f.Problems, f.Remedies)
+	}
+	if r.ENIQuota = 140; !r.Fit().Fits {
+		t.Errorf("%q", r.Fit().Problems)
+	}
+	if r.ENIQuota = 0; r.Fit().Zones[1] != (ZoneFit{"z2", 0, 100, 150, ENIQuota}) {
+		t.Errorf("%+v", r.Fit().Zones)
 	}
 }
 

@@ -1,6 +1,7 @@
 package plan
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"sort"
@@ -44,6 +45,15 @@ func (r Request) remedies(f Fit) []string {
 			q.MaxPods = f.PodsPerNode + hostPods
 			try(q, "tell the kubelets more than the %d of now: --max-pods %d; there are addresses for it", f.MaxPods, q.MaxPods)
 		}
+	}
+	need := 0
+	for _, z := range f.Zones {
+		need = max(need, z.Have+z.Underlay)
+	}
+	if need > cmp.Or(r.ENIQuota, ENIQuota) {
+		q := r
+		q.ENIQuota = need
+		try(q, "a higher quota of network interfaces, asked of AWS: %d a zone", need)
 	}
 	if size, ok := r.another(); ok {
 		out = append(out, fmt.Sprintf("one more subnet, a /%d or larger, with nodes spread over all", size))
@@ -89,6 +99,7 @@ func (r Request) larger() (bits int, ok bool) {
 			if err != nil {
 				break
 			}
+			big.Name, big.Zone, big.ENIs, big.Kept = s.Name, s.Zone, s.ENIs, s.Kept
 			q.Subnets = append(q.Subnets, big)
 		}
 		if len(q.Subnets) == len(r.Subnets) && q.count().Fits {

@@ -1,10 +1,13 @@
 package plan
 
 import (
+	"encoding/binary"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/underlay-cni/underlay/internal/ipam"
+	"github.com/underlay-cni/underlay/internal/vpc"
 )
 
 const (
@@ -20,11 +23,15 @@ type Subnet struct {
 	Name string       `json:"name"` // its ID, or the CIDR again
 	CIDR netip.Prefix `json:"cidr"`
 	Zone string       `json:"zone,omitempty"`
-	Used int          `json:"used"` // addresses, beside the five that EC2 keeps
+	Used int          `json:"used"` // addresses, beside the five that EC2 keeps; those in CIDR reservations too
 	// Blocks is how many aligned /28s are wholly free, if BlocksKnown. If not,
 	// the used addresses count as packed: the best case for prefixes.
 	Blocks      int  `json:"blocks"`
 	BlocksKnown bool `json:"blocksKnown"`
+	// Kept is how many of the /28s that CIDR reservations keep for prefixes are
+	// wholly free. They are no part of Blocks, nor of what is free otherwise.
+	Kept int `json:"kept28s"`
+	ENIs int `json:"enis"` // network interfaces in it
 }
 
 // NewSubnet returns a subnet of which used addresses are taken, none knows
@@ -59,8 +66,9 @@ func (s Subnet) edge() int { return s.size() - s.wholeBlocks()*ipam.PrefixAddres
 func (s Subnet) Free() int { return s.size() - s.Used }
 
 // FreeBlocks counts the aligned /28s in which no address is taken. used lists
-// all that is: EC2 says which, interface by interface.
-func (s *Subnet) FreeBlocks(used []netip.Addr, prefixes []netip.Prefix) {
+// all that is: EC2 says which, interface by interface. Those within CIDR
+// reservations count as kept if they are for prefixes, and else not at all.
+func (s *Subnet) FreeBlocks(used []netip.Addr, prefixes []netip.Prefix, reserved []vpc.Reservation) {
 	taken := map[netip.Prefix]bool{}
 	block := func(a netip.Addr) {
 		if s.CIDR.Contains(a) {
@@ -81,7 +89,27 @@ func (s *Subnet) FreeBlocks(used []netip.Addr, prefixes []netip.Prefix) {
 	for _, p := range prefixes {
 		block(p.Addr())
 	}
-	s.Blocks, s.BlocksKnown = 1<<(smallest-s.CIDR.Bits())-len(taken), true
+	s.Blocks, s.Kept, s.BlocksKnown = 0, 0, true
+	b := netip.PrefixFrom(s.CIDR.Addr(), smallest)
+	for range 1 << (smallest - s.CIDR.Bits()) {
+		if !taken[b] {
+			switch i := slices.IndexFunc(reserved, func(r vpc.Reservation) bool { return r.CIDR.Overlaps(b) }); {
+			case i < 0:
+				s.Blocks++
+			case reserved[i].Prefixes && reserved[i].CIDR.Bits() <= smallest:
+				s.Kept++
+			}
+		}
+		b = netip.PrefixFrom(after(b), smallest)
+	}
+}
+
+// after returns the first address after a /28.
+func after(b netip.Prefix) netip.Addr {
+	a := b.Addr().As4()
+	n := binary.BigEndian.Uint32(a[:]) + ipam.PrefixAddresses
+	binary.BigEndian.PutUint32(a[:], n)
+	return netip.AddrFrom4(a)
 }
 
 // Share is what one CNI would take of a subnet.
@@ -97,11 +125,12 @@ type Share struct {
 // as placed outside the whole free /28s as long as there is room: the best case.
 func (s Subnet) take(h Holding, reserve int) Share {
 	n := Share{Holding: h, Addresses: h.Addresses()}
-	n.Left = s.Free() - n.Addresses - reserve
-	if h.Prefixes > 0 {
+	kept := min(h.Prefixes, s.Kept) // EC2 gives these first
+	n.Left = s.Free() - (n.Addresses - kept*ipam.PrefixAddresses) - reserve
+	if h.Prefixes > kept {
 		outside := max(0, s.Free()-s.Blocks*ipam.PrefixAddresses)
 		eaten := ceil(max(0, h.ENIs+h.Singles+reserve-outside), ipam.PrefixAddresses)
-		n.BlocksGap = max(0, h.Prefixes-max(0, s.Blocks-eaten))
+		n.BlocksGap = max(0, h.Prefixes-kept-max(0, s.Blocks-eaten))
 	}
 	n.Fits = n.Left >= 0 && n.BlocksGap == 0
 	return n

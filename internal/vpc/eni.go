@@ -48,7 +48,15 @@ type Subnet struct {
 	VPC              VPCID
 	CIDR             netip.Prefix
 	AvailabilityZone string
-	Available        int // free addresses, as DescribeSubnets counts them
+	Available        int // free addresses, as DescribeSubnets counts them: without those in reservations
+	Reservations     []Reservation
+}
+
+// Reservation is a subnet CIDR reservation: a range whose addresses EC2 gives
+// to nobody who asks for any.
+type Reservation struct {
+	CIDR     netip.Prefix
+	Prefixes bool // delegated prefixes come from it
 }
 
 // Router returns the address of the subnet's router: the network address plus

@@ -51,6 +51,23 @@ func TestPlanOfAnAccount(t *testing.T) {
 		t.Errorf("a snapshot was overwritten: exit %d, %s", code, stderr)
 	}
 
+	of := func(acc plan.Account) plan.SubnetUse {
+		t.Helper()
+		for _, s := range acc.Subnets {
+			if string(s.ID) == l.Nodes[0].SubnetID {
+				return s
+			}
+		}
+		t.Fatalf("the node's subnet is not in %+v", acc.Subnets)
+		return plan.SubnetUse{}
+	}
+	var made struct{ SubnetCidrReservation struct{ SubnetCidrReservationID string } }
+	l.AWS(&made, "ec2", "create-subnet-cidr-reservation", "--subnet-id", l.Nodes[0].SubnetID, "--reservation-type", "prefix", "--cidr", "10.0.8.0/24")
+	if was, is := of(before), of(look()); is.Kept28s != 16 || was.Free28s-is.Free28s != 16 || was.Free-is.Free != 256 {
+		t.Errorf("with a /24 kept for prefixes %+v, before %+v", is, was)
+	}
+	l.AWS(new(any), "ec2", "delete-subnet-cidr-reservation", "--subnet-cidr-reservation-id", made.SubnetCidrReservation.SubnetCidrReservationID)
+
 	var pods []lab.Pod
 	if err := json.Unmarshal([]byte(l.Underlay("run", "web", "--count", "12", "-o", "json")), &pods); err != nil {
 		t.Fatal(err)
