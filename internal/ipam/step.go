@@ -219,8 +219,8 @@ func (p *step) readFailed(ev ReadFailed) {
 	switch {
 	case ev.Class == ClassThrottled && p.s.Known:
 		limit = 2 * time.Minute // those that know nothing yet go first
-	case ev.Class != ClassThrottled && !p.s.Known:
-		limit = 8 * time.Second // the node serves nothing until then, and an ADD waits ten
+	case ev.Class != ClassThrottled && (!p.s.Known || len(p.s.Waiting) > 0):
+		limit = 8 * time.Second // the node serves nobody until then; at its start an ADD waits ten
 	}
 	r.retry.fail(p.now, time.Second, limit, p.s.Config.Seed)
 	r.wanted = r.retry.until
@@ -411,8 +411,12 @@ func (p *step) callRefused(c *Call, e *ENI, ev CallDone) {
 		}
 		p.want(EC2, p.now.Add(time.Second))
 	}
-	if e != nil && ev.Class != ClassThrottled && ev.Class != ClassSubnetFull && ev.Class != ClassNoPrefix {
-		e.Retry.fail(p.now, time.Second, 30*time.Second, seed)
+	if e != nil {
+		switch ev.Class {
+		case ClassThrottled, ClassSubnetFull, ClassNoPrefix, ClassDenied, ClassUnavailable: // not the interface's fault
+		default:
+			e.Retry.fail(p.now, time.Second, 30*time.Second, seed)
+		}
 	}
 	if c.Kind == CallCreate && (ev.Class == ClassOther || ev.Class == ClassNotFound || ev.Class == ClassInUse) {
 		s.Mutate.fail(p.now, time.Second, 30*time.Second, seed)

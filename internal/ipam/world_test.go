@@ -35,6 +35,7 @@ type world struct {
 	attached                            map[vpc.ENIID]time.Time  // when the link is there
 	fail                                func(a Action) (Outcome, Class)
 	hide                                bool         // EC2 lists no secondary address
+	noReads                             Class        // how EC2 refuses to be read; ClassOther: it does not
 	host                                []netip.Addr // what others have configured on the node
 
 	timer   time.Time
@@ -355,6 +356,10 @@ func (w *world) read(src Source) {
 	switch src {
 	case EC2:
 		w.calls++
+		if w.noReads != ClassOther {
+			w.after(w.callLatency, func() Event { return ReadFailed{At: w.now, Source: EC2, Class: w.noReads, Err: "injected"} })
+			return
+		}
 		view := w.view()
 		w.after(w.callLatency, func() Event { return ObservedEC2{At: w.now, Read: began, ENIs: view} })
 	case IMDS:
