@@ -61,7 +61,9 @@ func TestPlanOfAnAccount(t *testing.T) {
 		t.Fatalf("the node's subnet is not in %+v", acc.Subnets)
 		return plan.SubnetUse{}
 	}
-	var made struct{ SubnetCidrReservation struct{ SubnetCidrReservationID string } }
+	var made struct {
+		SubnetCidrReservation struct{ SubnetCidrReservationID string }
+	}
 	l.AWS(&made, "ec2", "create-subnet-cidr-reservation", "--subnet-id", l.Nodes[0].SubnetID, "--reservation-type", "prefix", "--cidr", "10.0.8.0/24")
 	if was, is := of(before), of(look()); is.Kept28s != 16 || was.Free28s-is.Free28s != 16 || was.Free-is.Free != 256 {
 		t.Errorf("with a /24 kept for prefixes %+v, before %+v", is, was)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"strings"
 	"time"
 
@@ -64,10 +65,10 @@ type view struct {
 }
 
 // read returns the view of a Describe: the newest snapshot, or the one that was
-// newest before the read lag.
+// newest before the read lag, unless this call is one that is let off.
 func (a *API) read() view {
-	if lag := a.chaos.Get().ReadLag; lag > 0 {
-		return view{a.store.At(a.now().Add(-lag)), a}
+	if s := a.chaos.Get(); s.ReadLag > 0 && rand.Float64() >= s.FreshReads {
+		return view{a.store.At(a.now().Add(-s.ReadLag)), a}
 	}
 	return view{a.store.View(), a}
 }

@@ -317,3 +317,25 @@ func TestReadLag(t *testing.T) {
 	w.clock.Advance(time.Millisecond)
 	w.want(w.must("DescribeNetworkInterfaces", "NetworkInterfaceId.1="+id), "networkInterfaceSet.networkInterfaceId", id)
 }
+
+// With some reads fresh a client sees what it made come, go and come again.
+func TestFreshReads(t *testing.T) {
+	w := newWorld(t)
+	_, subnet := w.vpc("10.0.0.0/16", "10.0.0.0/24")
+	w.clock.Advance(time.Minute)
+	if err := w.chaos.Set(chaos.Settings{ReadLag: time.Second, FreshReads: 0.5, Throttle: "off"}); err != nil {
+		t.Fatal(err)
+	}
+	e := w.eni(subnet)
+	seen, missed := 0, 0
+	for range 200 {
+		if _, status := w.post("DescribeNetworkInterfaces", "NetworkInterfaceId.1="+e); status == 200 {
+			seen++
+		} else {
+			missed++
+		}
+	}
+	if seen < 50 || missed < 50 { // half of 200, give or take seven sigma
+		t.Errorf("seen %d times, missed %d times", seen, missed)
+	}
+}

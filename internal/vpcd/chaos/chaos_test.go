@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"math"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -53,7 +54,7 @@ func TestParseFailure(t *testing.T) {
 
 func TestSettingsJSON(t *testing.T) {
 	want := Settings{
-		Latency: 50 * time.Millisecond, AttachLatency: time.Second, IMDSLag: 500 * time.Millisecond, MappingLag: 1, ReadLag: 2,
+		Latency: 50 * time.Millisecond, AttachLatency: time.Second, IMDSLag: 500 * time.Millisecond, MappingLag: 1, ReadLag: 2, FreshReads: 0.25,
 		Throttle: ThrottleAWS, Addresses: AddressesScattered, Quotas: map[Quota]int{QuotaVPCs: 7}, Fail: []Failure{{Action: "*", Code: "InternalError", Count: 2}},
 	}
 	b, err := json.Marshal(want)
@@ -81,9 +82,9 @@ func TestSettingsJSON(t *testing.T) {
 }
 
 func TestValidate(t *testing.T) {
-	bad := Settings{Latency: -1, ReadLag: time.Hour, Throttle: "maybe", Addresses: "anyhow", Fail: []Failure{{Action: "*", Code: "X"}}}
+	bad := Settings{Latency: -1, ReadLag: time.Hour, FreshReads: math.NaN(), Throttle: "maybe", Addresses: "anyhow", Fail: []Failure{{Action: "*", Code: "X"}}}
 	err := bad.Validate()
-	for _, want := range []string{"latency", "readLag", "throttle", `"lowest" or "scattered"`, "failure *=X:0"} {
+	for _, want := range []string{"latency", "readLag", "freshReads", "throttle", `"lowest" or "scattered"`, "failure *=X:0"} {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("error %v does not tell of %s", err, want)
 		}

@@ -36,6 +36,7 @@ type Settings struct {
 	IMDSLag       time.Duration // IMDS tells what was true so long ago
 	MappingLag    time.Duration // an address reaches its ENI on the wire so much later
 	ReadLag       time.Duration // Describe calls tell what was true so long ago
+	FreshReads    float64       // share of Describe calls that tell the present all the same, 0 to 1
 	Throttle      string        // "aws" or "off"
 	Addresses     string        // which free addresses and prefixes are given: "lowest" or "scattered"; "" is lowest
 	Quotas        map[Quota]int // of the account, where they are not those that AWS gives to begin with
@@ -77,6 +78,9 @@ func (s *Settings) Validate() error {
 		if d := *ds[name]; d < 0 || d > maxLag {
 			errs = append(errs, fmt.Errorf("%s is %v: give a duration between 0 and %v", name, d, maxLag))
 		}
+	}
+	if !(s.FreshReads >= 0 && s.FreshReads <= 1) { // NaN is neither
+		errs = append(errs, fmt.Errorf("freshReads is %v: give a share between 0 and 1", s.FreshReads))
 	}
 	if s.Throttle != ThrottleAWS && s.Throttle != ThrottleOff {
 		errs = append(errs, fmt.Errorf("throttle is %q: give %q or %q", s.Throttle, ThrottleAWS, ThrottleOff))
@@ -147,6 +151,7 @@ type settingsJSON struct {
 	IMDSLag       string        `json:"imdsLag"`
 	MappingLag    string        `json:"mappingLag"`
 	ReadLag       string        `json:"readLag"`
+	FreshReads    float64       `json:"freshReads"`
 	Throttle      string        `json:"throttle"`
 	Addresses     string        `json:"addresses"`
 	Quotas        map[Quota]int `json:"quotas"`
@@ -157,7 +162,7 @@ type settingsJSON struct {
 func (s Settings) MarshalJSON() ([]byte, error) {
 	return json.Marshal(settingsJSON{
 		Latency: s.Latency.String(), AttachLatency: s.AttachLatency.String(), IMDSLag: s.IMDSLag.String(),
-		MappingLag: s.MappingLag.String(), ReadLag: s.ReadLag.String(),
+		MappingLag: s.MappingLag.String(), ReadLag: s.ReadLag.String(), FreshReads: s.FreshReads,
 		Throttle: s.Throttle, Addresses: cmp.Or(s.Addresses, AddressesLowest), Quotas: quotasJSON(s.Quotas), Fail: append([]Failure{}, s.Fail...),
 	})
 }
@@ -181,7 +186,7 @@ func (s *Settings) UnmarshalJSON(b []byte) error {
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
 		return errors.New("decode chaos settings: there is more than one JSON value")
 	}
-	out := Settings{Throttle: cmp.Or(j.Throttle, ThrottleOff), Addresses: cmp.Or(j.Addresses, AddressesLowest), Quotas: j.Quotas, Fail: j.Fail}
+	out := Settings{FreshReads: j.FreshReads, Throttle: cmp.Or(j.Throttle, ThrottleOff), Addresses: cmp.Or(j.Addresses, AddressesLowest), Quotas: j.Quotas, Fail: j.Fail}
 	if len(out.Quotas) == 0 {
 		out.Quotas = nil
 	}
