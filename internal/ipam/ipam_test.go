@@ -208,6 +208,37 @@ func TestDeniedStepOfGrowthReachesWhoWaits(t *testing.T) {
 	}
 }
 
+// At the account's quota of interfaces those that are there are filled, and who
+// goes without is told of the quota: the node is not full.
+func TestQuotaIsToldThoughOtherENIsGrow(t *testing.T) {
+	w := newWorld(t, "m5.large", 1)
+	w.fail = func(a Action) (Outcome, Class) {
+		if _, ok := a.(CreateENI); ok {
+			return Refused, ClassAccountLimit
+		}
+		return Done, 0
+	}
+	w.start()
+	for w.held() < 2 { // it has just got its floor, so the rest is asked for a moment later
+		w.pass(time.Millisecond)
+	}
+	for i := range 12 { // three more than the first interface has room for
+		w.add(RequestID(i+1), "")
+	}
+	w.pass(51 * time.Second)
+	served := 0
+	for _, r := range w.replies {
+		if r.Err == nil {
+			served++
+		} else if r.Err.Kind != KindQuota {
+			t.Errorf("answer: %v", r.Err)
+		}
+	}
+	if len(w.replies) != 12 || served != 9 {
+		t.Errorf("%d answers, %d of them addresses; want 12 and 9", len(w.replies), served)
+	}
+}
+
 func TestShortSubnetGivesWhatItHas(t *testing.T) {
 	w := newWorld(t, "m6i.4xlarge", 1)
 	w.free = 11

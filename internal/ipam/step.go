@@ -331,7 +331,10 @@ func (p *step) callSucceeded(c *Call, e *ENI, ev CallDone) {
 // grew clears what stood against growth: EC2 just gave something.
 func (p *step) grew(c *Call) {
 	s := p.s
-	delete(s.Trouble, c.Pool)
+	// Addresses for an ENI that is there say nothing of the quota of ENIs.
+	if e := s.Trouble[c.Pool]; e == nil || e.Kind != KindQuota || c.Kind != CallAssign {
+		delete(s.Trouble, c.Pool)
+	}
 	t := s.subnet(c.Subnet)
 	t.full.reset()
 	if c.Prefix {

@@ -157,3 +157,30 @@ func primaryOf(t *testing.T, l *lab.Lab) string {
 	}
 	return ids[0]
 }
+
+// At the account's quota of interfaces a node fills those that it has, and who
+// goes without is told of the quota, not that the node is full.
+func TestQuotaOfInterfacesIsNamed(t *testing.T) {
+	t.Parallel()
+	l := lab.Up(t, "--nodes", "1")
+	l.Underlay("vpcd", "chaos", "set", "--", "--quota", "interfaces-per-zone=2") // the node's and the VM's
+	out, _, code := l.Try("run", "many", "--count", "12", "-o", "json")
+	var pods []lab.Pod
+	if err := json.Unmarshal([]byte(out), &pods); err != nil || code == 0 {
+		t.Fatalf("exit %d: %v\n%s", code, err, out)
+	}
+	served := 0
+	for _, p := range pods {
+		if p.Error == "" {
+			served++
+		} else if !strings.Contains(p.Error, "the account's quota of network interfaces is reached (NetworkInterfaceLimitExceeded") {
+			t.Errorf("%s: %s", p.Name, p.Error)
+		}
+	}
+	if served != 9 {
+		t.Errorf("%d of 12 pods have an address, want the 9 that one interface holds", served)
+	}
+	if status, _, _ := l.Try("status"); !strings.Contains(status, "quota of network interfaces") {
+		t.Errorf("the status does not name the quota:\n%s", status)
+	}
+}
