@@ -5,8 +5,10 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 
+	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
 )
 
@@ -24,6 +26,10 @@ func WatchIn(netns *os.File) (*Watcher, error) {
 		if err != nil {
 			return fmt.Errorf("open rtnetlink socket: %w", err)
 		}
+		if err := hearOnly(fd, kinds); err != nil {
+			unix.Close(fd)
+			return err
+		}
 		const groups = 1<<(unix.RTNLGRP_IPV4_IFADDR-1) | 1<<(unix.RTNLGRP_IPV4_ROUTE-1) | 1<<(unix.RTNLGRP_IPV4_RULE-1) | 1<<(unix.RTNLGRP_TC-1)
 		if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: groups}); err != nil {
 			unix.Close(fd)
@@ -35,6 +41,38 @@ func WatchIn(netns *os.File) (*Watcher, error) {
 		return nil, err
 	}
 	return &Watcher{os.NewFile(uintptr(fd), "rtnetlink")}, nil
+}
+
+// kinds are those of the messages that can matter.
+var kinds = []uint16{
+	unix.RTM_DELRULE, unix.RTM_NEWADDR, unix.RTM_DELADDR, unix.RTM_NEWROUTE, unix.RTM_DELROUTE,
+	unix.RTM_DELQDISC, unix.RTM_DELTFILTER,
+}
+
+// hearOnly has the kernel drop messages of other kinds than kinds before they
+// wake us: each pod that comes makes a handful, on the way of its ADD.
+func hearOnly(fd int, kinds []uint16) error {
+	// nlmsg_type is in the machine's order, the filter loads in the network's.
+	program := []bpf.Instruction{bpf.LoadAbsolute{Off: 4, Size: 2}}
+	for i, kind := range kinds {
+		var b [2]byte
+		binary.NativeEndian.PutUint16(b[:], kind)
+		program = append(program, bpf.JumpIf{Cond: bpf.JumpEqual, Val: uint32(binary.BigEndian.Uint16(b[:])), SkipTrue: uint8(len(kinds) - i)})
+	}
+	program = append(program, bpf.RetConstant{Val: 0}, bpf.RetConstant{Val: math.MaxUint32})
+	raw, err := bpf.Assemble(program)
+	if err != nil {
+		return fmt.Errorf("assemble the filter of rtnetlink's messages: %w", err)
+	}
+	filter := make([]unix.SockFilter, len(raw))
+	for i, r := range raw {
+		filter[i] = unix.SockFilter{Code: r.Op, Jt: r.Jt, Jf: r.Jf, K: r.K}
+	}
+	err = unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]})
+	if err != nil {
+		return fmt.Errorf("filter rtnetlink's messages: %w", err)
+	}
+	return nil
 }
 
 // Run calls changed for each IPv4 rule that is deleted, each address that comes

@@ -19,6 +19,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/underlay-cni/underlay/internal/agentapi/pipe"
 	"github.com/underlay-cni/underlay/internal/nl"
 	"github.com/underlay-cni/underlay/internal/testenv"
 	"github.com/underlay-cni/underlay/test/lab"
@@ -37,7 +38,7 @@ func BenchmarkUnderlay(b *testing.B) {
 	// A type that holds the addresses of all ADDs at once, and a short cooldown:
 	// what is measured is the node, not the wait for EC2. Without any, an ADD
 	// would take the address whose device is just being deleted.
-	l := lab.Up(b, "--nodes", "2", "--instance-type", "m5.4xlarge", "--agent-env", "IP_COOLDOWN_PERIOD=1")
+	l := lab.Up(b, "--nodes", "2", "--instance-type", "m5.4xlarge", "--agent-env", "IP_COOLDOWN_PERIOD=1", "--agent-arg=--metrics-listen="+metricsAddr)
 	podA, podB := l.Run("a", "--node", "node-1"), l.Run("b", "--node", "node-2")
 	podPair := pair{from: podA.Netns, to: podB.Netns, addr: podB.IP}
 	nodePair := pair{from: l.Nodes[0].Netns, to: l.Nodes[1].Netns, addr: l.Nodes[1].IP}
@@ -63,15 +64,6 @@ func BenchmarkUnderlay(b *testing.B) {
 	if out, err := build.CombinedOutput(); err != nil {
 		b.Fatalf("build the empty program: %v\n%s", err, out)
 	}
-	start := func() float64 {
-		start := time.Now()
-		for range addsPerRound {
-			if err := exec.Command(empty).Run(); err != nil {
-				b.Fatal(err)
-			}
-		}
-		return time.Since(start).Seconds()
-	}
 	ours := cniPlugin{
 		lab: l, binary: filepath.Join(lab.Bin, "underlay-cni"), path: lab.Bin,
 		config: fmt.Sprintf(`{"cniVersion":"1.1.0","name":"underlay","type":"underlay-cni","socket":%q}`, l.Nodes[0].AgentSocket),
@@ -80,10 +72,38 @@ func BenchmarkUnderlay(b *testing.B) {
 		lab: l, binary: filepath.Join(testenv.PluginDir, "ptp"), path: testenv.PluginDir,
 		config: fmt.Sprintf(`{"cniVersion":"1.0.0","name":"bench","type":"ptp","ipam":{"type":"host-local","subnet":"198.18.0.0/22","routes":[{"dst":"0.0.0.0/0"}],"dataDir":%q}}`, b.TempDir()),
 	}
+	// Started as the plugins are, in the node's namespace and with a
+	// configuration to read.
+	starter := cniPlugin{lab: l, binary: empty, config: ours.config}
+	start := func() float64 {
+		quiet()
+		start := time.Now()
+		for range addsPerRound {
+			starter.run(b, "ADD", "nobody")
+		}
+		return time.Since(start).Seconds()
+	}
 	const lower = "; lower is better"
 	warm(b, l, atOnce+5)
 	rows = append(rows, compare(b, "add/empty-go", "starting an empty Go program"+lower,
 		func() float64 { add, _ := ours.cycle(b, addsPerRound); return add }, start))
+	warm(b, l, atOnce+5)
+	rows = append(rows, compare(b, "add/budget", "1.3 times the start of an empty Go program and 2 ms"+lower,
+		func() float64 { add, _ := ours.cycle(b, addsPerRound); return add },
+		func() float64 { return 1.3*start() + addsPerRound*0.002 }))
+	agent, kernel := agentSide{ours, new(pipe.Caller)}, newKernelFloor(b, l, ours)
+	warm(b, l, atOnce+5)
+	rows = append(rows, compare(b, "add-agent/kernel", "the same netlink and bpf calls by themselves"+lower,
+		func() float64 { before := agent.busy(b); agent.cycle(b, addsPerRound); return agent.busy(b) - before },
+		func() float64 { return kernel.cycle(b, addsPerRound) }))
+	warm(b, l, atOnce+5)
+	rows = append(rows, compare(b, "add-socket/kernel", "the same netlink and bpf calls by themselves"+lower,
+		func() float64 { add, _ := agent.cycle(b, addsPerRound); return add },
+		func() float64 { return kernel.cycle(b, addsPerRound) }))
+	warm(b, l, atOnce+5)
+	rows = append(rows, compare(b, "del-agent/add-kernel", "the netlink and bpf calls of an ADD by themselves"+lower,
+		func() float64 { _, del := agent.cycle(b, addsPerRound); return del },
+		func() float64 { return kernel.cycle(b, addsPerRound) }))
 	warm(b, l, atOnce+5)
 	rows = append(rows, compare(b, "del/empty-go", "starting an empty Go program"+lower,
 		func() float64 { _, del := ours.cycle(b, addsPerRound); return del }, start))
