@@ -392,10 +392,12 @@ func (p *step) giveUp(pool vpc.GroupSet) {
 		return
 	}
 	var reason *Error
-	if t := s.Trouble[pool]; t != nil && t.Kind == KindDenied && s.Mutate.active(p.now) {
+	t, noSlots := s.Trouble[pool], s.slotsOut.After(p.now)
+	denied := t != nil && t.Kind == KindDenied
+	if denied && s.Mutate.active(p.now) {
 		reason = t
-	} else if t == nil || t.Kind != KindDenied {
-		grows := s.nextDevice() >= 0 && (!s.slotsOut.After(p.now) || s.Trouble[pool] != nil && s.Trouble[pool].Kind == KindQuota)
+	} else if !denied || noSlots {
+		grows := s.nextDevice() >= 0 && (!noSlots || t != nil && t.Kind == KindQuota)
 		for _, e := range s.ENIs {
 			if e.Pool != pool || !e.Managed {
 				continue
@@ -407,7 +409,9 @@ func (p *step) giveUp(pool vpc.GroupSet) {
 		if grows {
 			return
 		}
-		reason = p.nodeFull("")
+		if reason = t; !denied {
+			reason = p.nodeFull("")
+		}
 	}
 	if reason == nil {
 		return

@@ -331,8 +331,8 @@ func (p *step) callSucceeded(c *Call, e *ENI, ev CallDone) {
 // grew clears what stood against growth: EC2 just gave something.
 func (p *step) grew(c *Call) {
 	s := p.s
-	// Addresses for an ENI that is there say nothing of the quota of ENIs.
-	if e := s.Trouble[c.Pool]; e == nil || e.Kind != KindQuota || c.Kind != CallAssign {
+	// Addresses for an ENI that is there do not tell that there may be another.
+	if c.Kind != CallAssign || !s.slotsOut.After(p.now) {
 		delete(s.Trouble, c.Pool)
 	}
 	t := s.subnet(c.Subnet)
@@ -367,7 +367,12 @@ func (p *step) callRefused(c *Call, e *ENI, ev CallDone) {
 	case ClassThrottled:
 		s.Pace[c.Kind].throttled(p.now, seed)
 	case ClassDenied:
-		s.Mutate.fail(p.now, 10*time.Second, time.Minute, seed)
+		if c.Kind == CallCreate {
+			// What EC2 denies is a further ENI, not addresses for those at hand.
+			s.slotsOut = p.now.Add(time.Minute)
+		} else {
+			s.Mutate.fail(p.now, 10*time.Second, time.Minute, seed)
+		}
 	case ClassUnavailable:
 		s.Mutate.fail(p.now, time.Second, 15*time.Second, seed)
 	case ClassSubnetFull:
