@@ -20,6 +20,9 @@ func TestAgentKilledUnderTraffic(t *testing.T) {
 	a := l.Run("a", "--node", "node-1")
 	b := l.Run("b", "--node", "node-2")
 	c := l.Run("c", "--node", "node-1")
+	for _, n := range l.Nodes {
+		l.AwaitFree(n, 1, 20*time.Second) // the pool is as it is to be
+	}
 	before := l.Pods()
 	writes := l.Writes()
 

@@ -101,7 +101,8 @@ var labs atomic.Int32
 func Up(t testing.TB, args ...string) *Lab {
 	t.Helper()
 	testenv.Require(t, "root", "bpf")
-	l := &Lab{t: t, Name: fmt.Sprintf("t%d%c", os.Getpid(), 'a'+labs.Add(1)-1)}
+	n := labs.Add(1) - 1
+	l := &Lab{t: t, Name: fmt.Sprintf("t%d%c%c", os.Getpid(), 'a'+n/26, 'a'+n%26)}
 	t.Cleanup(func() {
 		if t.Failed() {
 			l.showLogs()
