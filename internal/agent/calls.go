@@ -114,8 +114,8 @@ func (o *owner) newInterface(act ipam.CreateENI) ec2.NewInterface {
 		// The same for each repetition: the token stands for all parameters.
 		Tags: map[string]string{ipam.TagCluster: o.state.Config.Cluster, ipam.TagInstance: string(o.state.Config.Instance), tagCreated: act.Created.UTC().Format(time.RFC3339)},
 	}
-	if act.Pool != "" {
-		n.Tags[ipam.TagPool] = string(act.Pool)
+	if act.Pool.Groups != "" {
+		n.Tags[ipam.TagPool] = string(act.Pool.Groups)
 	}
 	if act.Prefixes {
 		n.Prefixes = act.N

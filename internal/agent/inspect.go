@@ -23,7 +23,7 @@ func (a *Agent) Inspect(ctx context.Context) (*agentapi.Inspection, error) {
 	lost := map[netip.Addr]bool{}
 	if err := a.ask(ctx, func(o *owner) {
 		in.Waiting = len(o.state.Waiting)
-		if t := o.state.Trouble[""]; t != nil {
+		if t := o.state.Trouble[ipam.Pool{}]; t != nil {
 			trouble = t.Error()
 		}
 		snapshot(&o.state, in, lost)

@@ -105,7 +105,7 @@ func (o *owner) readiness() {
 	own := o.state.Primary()
 	switch {
 	case !o.state.Known:
-		if t := o.state.Trouble[""]; t != nil {
+		if t := o.state.Trouble[ipam.Pool{}]; t != nil {
 			o.a.setWaitsFor("not ready: waiting for EC2: " + t.Error())
 		}
 		return

@@ -336,7 +336,7 @@ func (a *Agent) Status(ctx context.Context) error {
 	if err := a.ask(ctx, func(o *owner) {
 		n := countAll(&o.state)
 		pods = n.Bound
-		if t := o.state.Trouble[""]; t != nil && n.Free == 0 {
+		if t := o.state.Trouble[ipam.Pool{}]; t != nil && n.Free == 0 {
 			e := *t
 			trouble = &e
 		}

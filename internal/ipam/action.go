@@ -42,7 +42,7 @@ type (
 		Call     CallID
 		Subnet   vpc.SubnetID
 		Groups   []vpc.SecurityGroupID
-		Pool     vpc.GroupSet
+		Pool     Pool
 		Device   int
 		N        int
 		Prefixes bool

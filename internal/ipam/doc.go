@@ -24,7 +24,7 @@
 // address that a pod uses is reported when it is bad news, and never acted on.
 //
 // The plan. Need = waiting + floor − (free + on its way), per pool; a pool is
-// the ENIs that carry one set of security groups. Need goes to the room of the
+// the ENIs of one subnet that carry one set of security groups. Need goes to the room of the
 // ENIs at hand first, in calls sized to it; what is left goes to further ENIs,
 // in parallel. Addresses and ENIs that lingered unused above the floor go back.
 //

@@ -78,7 +78,7 @@ func TestStaleReadOfADeletedInterface(t *testing.T) {
 	}
 	had := append([]netip.Addr{b.Primary}, b.Secondary...)
 	for id := range RequestID(5) {
-		w.add(id+1, "")
+		w.add(id+1, Pool{})
 	}
 	// What assigns and reads anew takes moments; the read began in between.
 	var moved []netip.Addr

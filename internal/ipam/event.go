@@ -66,12 +66,12 @@ type (
 	}
 
 	// AddRequested asks for an address. Owner is unique among those who have
-	// or want one. Pool is a set of security groups, "" the node's own.
+	// or want one.
 	AddRequested struct {
 		At       time.Time
 		ID       RequestID
 		Owner    string
-		Pool     vpc.GroupSet
+		Pool     Pool
 		Deadline time.Time
 	}
 

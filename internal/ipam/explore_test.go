@@ -113,7 +113,7 @@ func (k *sketch) flight(c *flight) {
 	case AssignPrefixes:
 		k.n(a.N)
 	case CreateENI:
-		k.n(a.N, a.Device, len(a.Pool))
+		k.n(a.N, a.Device, len(a.Pool.Groups))
 	case AttachENI:
 		k.n(a.Device)
 	case Unassign:
@@ -210,7 +210,7 @@ func (k *sketch) state(s *State) {
 		c := s.Calls[id]
 		k.id(c.ENI)
 		k.n(int(c.Kind), c.N, c.Device)
-		k.bit(c.Prefix, c.Retry, c.Pool != "")
+		k.bit(c.Prefix, c.Retry, c.Pool != Pool{})
 	}
 	for _, r := range s.Reads {
 		k.t(r.wanted)
@@ -224,12 +224,14 @@ func (k *sketch) state(s *State) {
 		k.t(p.until, p.last)
 		k.n(p.window, p.least, int(p.tries))
 	}
-	if t := s.Subnets["subnet-1"]; t != nil {
-		k.backoff(t.full)
-		k.backoff(t.noPrefix)
-		k.n(t.chunk)
+	for _, subnet := range []vpc.SubnetID{nodeSubnet, otherPool.Subnet} {
+		if t := s.Subnets[subnet]; t != nil {
+			k.backoff(t.full)
+			k.backoff(t.noPrefix)
+			k.n(t.chunk)
+		}
 	}
-	for _, pool := range []vpc.GroupSet{"", otherPool} {
+	for _, pool := range []Pool{{}, otherPool} {
 		if t := s.Trouble[pool]; t != nil {
 			k.n(int(t.Kind))
 		}

@@ -1,10 +1,9 @@
 package ipam
 
 import (
+	"cmp"
 	"fmt"
 	"time"
-
-	"github.com/underlay-cni/underlay/internal/vpc"
 )
 
 // gather is the pause between two calls for addresses on one interface. Pods
@@ -13,7 +12,7 @@ import (
 const gather = 250 * time.Millisecond
 
 // grow asks for what a pool lacks.
-func (p *step) grow(pool vpc.GroupSet) {
+func (p *step) grow(pool Pool) {
 	s := p.s
 	free, coming, suspect := s.count(pool)
 	waiting := s.waiting(pool)
@@ -75,14 +74,15 @@ func (p *step) assign(e *ENI, n, per int, t *subnetState) int {
 
 // extend gets further ENIs for need addresses that have no room on those at
 // hand.
-func (p *step) extend(pool vpc.GroupSet, need int) {
+func (p *step) extend(pool Pool, need int) {
 	s := p.s
 	own := s.Primary()
 	if own == nil {
 		return
 	}
-	per := p.per(own.Subnet)
-	t := s.subnet(own.Subnet)
+	subnet := cmp.Or(pool.Subnet, own.Subnet)
+	per := p.per(subnet)
+	t := s.subnet(subnet)
 	capacity := (s.Config.Limits.IPv4PerENI - 1) * per
 	for _, c := range s.Calls {
 		if c.Kind == CallCreate && c.Pool == pool {
@@ -116,10 +116,7 @@ func (p *step) extend(pool vpc.GroupSet, need int) {
 		if !p.may(CallCreate) {
 			return
 		}
-		c := Call{Kind: CallCreate, Pool: pool, Subnet: own.Subnet, Groups: pool, Device: d, N: min(need, capacity), Prefix: per > 1}
-		if pool == "" {
-			c.Groups = own.Groups
-		}
+		c := Call{Kind: CallCreate, Pool: pool, Subnet: subnet, Groups: cmp.Or(pool.Groups, own.Groups), Device: d, N: min(need, capacity), Prefix: per > 1}
 		if per > 1 {
 			c.N = (c.N + per - 1) / per * per
 		} else if t.chunk > 0 {
@@ -137,7 +134,7 @@ func (p *step) extend(pool vpc.GroupSet, need int) {
 }
 
 // orphan returns an ENI of the pool that is made and attached nowhere.
-func (p *step) orphan(pool vpc.GroupSet) *ENI {
+func (p *step) orphan(pool Pool) *ENI {
 	for _, e := range p.s.ENIs {
 		if e.Managed && e.Pool == pool && e.Phase == Detached && e.Device < 0 && !p.busy(e) {
 			return e

@@ -21,7 +21,7 @@ func TestOnePodOnASmallNodeHoldsThree(t *testing.T) {
 	if w.held() != 2 {
 		t.Errorf("idle node holds %d addresses, want its own and one", w.held())
 	}
-	w.add(1, "")
+	w.add(1, Pool{})
 	if _, ok := w.replies[1]; !ok {
 		t.Error("a free address was at hand and the request waits")
 	}
@@ -41,7 +41,7 @@ func TestMinimumCountsWhatIsInUse(t *testing.T) {
 		if got := w.held() - 1; got != want { // without the node's own
 			t.Errorf("with %d pods the pool holds %d addresses, want %d", pods, got, want)
 		}
-		w.add(RequestID(pods+1), "")
+		w.add(RequestID(pods+1), Pool{})
 	}
 }
 
@@ -53,10 +53,10 @@ func TestFloorBeyondTheTypeIsNoTrouble(t *testing.T) {
 	if w.held() != 12 {
 		t.Errorf("the node holds %d addresses, want all 12", w.held())
 	}
-	if trouble := w.s.Trouble[""]; trouble != nil {
+	if trouble := w.s.Trouble[Pool{}]; trouble != nil {
 		t.Errorf("a full pool is trouble: %v", trouble)
 	}
-	w.add(1, "")
+	w.add(1, Pool{})
 	w.pass(time.Second)
 	w.got(1)
 }
@@ -70,7 +70,7 @@ func TestBurstFillsENIsInParallel(t *testing.T) {
 			w.pass(time.Second)
 			began, calls := w.now, w.calls
 			for i := range 230 {
-				w.add(RequestID(i+1), "")
+				w.add(RequestID(i+1), Pool{})
 				w.pass(100 * time.Microsecond)
 			}
 			for len(w.replies) < 230 && w.now.Sub(began) < 50*time.Second {
@@ -99,13 +99,13 @@ func TestNodeFullIsSaidAtOnce(t *testing.T) {
 	w := newWorld(t, "t3.small", 1) // 3 ENIs × 4: 9 pods
 	w.start()
 	for i := range 9 {
-		w.add(RequestID(i+1), "")
+		w.add(RequestID(i+1), Pool{})
 	}
 	w.pass(10 * time.Second)
 	for i := range 9 {
 		w.got(RequestID(i + 1))
 	}
-	w.add(10, "")
+	w.add(10, Pool{})
 	r, ok := w.replies[10]
 	if !ok || r.Err == nil || r.Err.Kind != KindNodeFull {
 		t.Fatalf("reply %+v, want node-full at once", r)
@@ -116,7 +116,7 @@ func TestNodeFullIsSaidAtOnce(t *testing.T) {
 
 	// An address that cools down is worth waiting for.
 	w.send(Released{At: w.now, Addr: w.got(3), When: w.now})
-	w.add(11, "")
+	w.add(11, Pool{})
 	if r, ok := w.replies[11]; ok {
 		t.Fatalf("answered %+v while an address cools down", r)
 	}
@@ -158,7 +158,7 @@ func TestTroubleReachesWhoWaits(t *testing.T) {
 				w.fail = func(Action) (Outcome, Class) { return Unknown, tc.class }
 				w.free = 0 // what may have happened did not
 			}
-			w.add(1, "")
+			w.add(1, Pool{})
 			w.pass(tc.within)
 			r, ok := w.replies[1]
 			if !ok || r.Err == nil {
@@ -192,7 +192,7 @@ func TestDeniedStepOfGrowthReachesWhoWaits(t *testing.T) {
 				w.pass(time.Millisecond)
 			}
 			for i := range 12 { // three more than the first interface has room for
-				w.add(RequestID(i+1), "")
+				w.add(RequestID(i+1), Pool{})
 			}
 			w.pass(51 * time.Second)
 			told := 0
@@ -204,8 +204,8 @@ func TestDeniedStepOfGrowthReachesWhoWaits(t *testing.T) {
 					t.Errorf("answer: %v", r.Err)
 				}
 			}
-			if len(w.replies) != 12 || told != 3 || w.s.Trouble[""] == nil { // the rest fill the ENI at hand
-				t.Errorf("%d answers, %d errors, want 12 and 3; trouble %v", len(w.replies), told, w.s.Trouble[""])
+			if len(w.replies) != 12 || told != 3 || w.s.Trouble[Pool{}] == nil { // the rest fill the ENI at hand
+				t.Errorf("%d answers, %d errors, want 12 and 3; trouble %v", len(w.replies), told, w.s.Trouble[Pool{}])
 			}
 		})
 	}
@@ -226,7 +226,7 @@ func TestQuotaIsToldThoughOtherENIsGrow(t *testing.T) {
 		w.pass(time.Millisecond)
 	}
 	for i := range 12 { // three more than the first interface has room for
-		w.add(RequestID(i+1), "")
+		w.add(RequestID(i+1), Pool{})
 	}
 	w.pass(51 * time.Second)
 	served := 0
@@ -247,7 +247,7 @@ func TestShortSubnetGivesWhatItHas(t *testing.T) {
 	w.free = 11
 	w.start()
 	for i := range 20 {
-		w.add(RequestID(i+1), "")
+		w.add(RequestID(i+1), Pool{})
 	}
 	w.pass(20 * time.Second)
 	n := 0
@@ -274,7 +274,7 @@ func TestFragmentedSubnetFallsBackToSingles(t *testing.T) {
 		return Done, 0
 	}
 	w.start()
-	w.add(1, "")
+	w.add(1, Pool{})
 	w.pass(10 * time.Second)
 	w.got(1)
 	if tried != 1 || w.held() > 3 {
@@ -283,7 +283,7 @@ func TestFragmentedSubnetFallsBackToSingles(t *testing.T) {
 	whole = true
 	w.pass(20 * time.Minute) // the longest it waits
 	for id := range RequestID(4) {
-		w.add(2+id, "")
+		w.add(2+id, Pool{})
 	}
 	w.pass(10 * time.Second)
 	if tried < 2 || w.held() < 1+16 {
@@ -312,7 +312,7 @@ func TestUnknownEndIsReadBeforeItIsRepeated(t *testing.T) {
 			}
 			w.rng.IntN(2)
 		}
-		w.add(1, "")
+		w.add(1, Pool{})
 		w.pass(10 * time.Second)
 		w.got(1)
 		if w.held() != 2 {
@@ -324,7 +324,7 @@ func TestUnknownEndIsReadBeforeItIsRepeated(t *testing.T) {
 func TestStaleReadEvictsNobody(t *testing.T) {
 	w := newWorld(t, "m5.large", 1)
 	w.start()
-	w.add(1, "")
+	w.add(1, Pool{})
 	w.pass(time.Minute)
 	addr := w.got(1)
 	w.hide = true
@@ -347,7 +347,7 @@ func TestRestartKnowsAllAndWritesNothing(t *testing.T) {
 	w := newWorld(t, "m5.large", 1)
 	w.start()
 	for i := range 12 {
-		w.add(RequestID(i+1), "")
+		w.add(RequestID(i+1), Pool{})
 	}
 	w.pass(30 * time.Second)
 	w.send(Released{At: w.now, Addr: w.got(2), When: w.now})
@@ -374,7 +374,7 @@ func TestRestartKnowsAllAndWritesNothing(t *testing.T) {
 			t.Errorf("endpoint %s is %+v", ep.Addr, a)
 		}
 	}
-	w.add(100, "")
+	w.add(100, Pool{})
 	w.pass(time.Second)
 	if w.got(100) == eps[1].Addr {
 		t.Error("an address in cooldown was given out after a restart")
@@ -387,7 +387,7 @@ func TestOrphanOfACrashIsUsedOrSwept(t *testing.T) {
 	e.Tags[TagCluster], e.Tags[TagInstance] = "test", string(testInstance)
 	w.start()
 	for i := range 5 {
-		w.add(RequestID(i+1), "")
+		w.add(RequestID(i+1), Pool{})
 	}
 	w.pass(10 * time.Second)
 	for i := range 5 {
@@ -415,7 +415,7 @@ func TestForeignENIsAreLeftAlone(t *testing.T) {
 	before := len(f.Secondary)
 	w.start()
 	for i := range 6 {
-		w.add(RequestID(i+1), "")
+		w.add(RequestID(i+1), Pool{})
 	}
 	w.pass(10 * time.Second)
 	for i := range 6 {
@@ -426,7 +426,7 @@ func TestForeignENIsAreLeftAlone(t *testing.T) {
 	if len(f.Secondary) != before || f.DeleteOnTermination {
 		t.Error("the foreign ENI was changed")
 	}
-	w.add(7, "")
+	w.add(7, Pool{})
 	if r := w.replies[7]; r.Err == nil || r.Err.Max != 6 {
 		t.Errorf("reply %+v, want node-full with 6", r)
 	}
@@ -454,7 +454,7 @@ func TestENIsOfOtherKindsAreLeftAlone(t *testing.T) {
 			tc.set(f)
 			w.start()
 			for i := range 12 {
-				w.add(RequestID(i+1), "")
+				w.add(RequestID(i+1), Pool{})
 			}
 			w.pass(20 * time.Second)
 			for i := range 12 {
@@ -497,7 +497,7 @@ func TestForeignAddressesAreUsed(t *testing.T) {
 			tc.set(w, taken)
 			w.start()
 			for i := range 4 {
-				w.add(RequestID(i+1), "")
+				w.add(RequestID(i+1), Pool{})
 			}
 			w.pass(10 * time.Second)
 			for i := range 4 {
@@ -548,9 +548,9 @@ func TestPoolsBySecurityGroups(t *testing.T) {
 	w := newWorld(t, "m5.large", 1)
 	w.start()
 	w.pass(time.Second)
-	w.add(1, "sg-app,sg-db")
-	w.add(2, "")
-	w.add(3, "sg-app,sg-db")
+	w.add(1, Pool{Groups: "sg-app,sg-db"})
+	w.add(2, Pool{})
+	w.add(3, Pool{Groups: "sg-app,sg-db"})
 	w.pass(10 * time.Second)
 	on := func(id RequestID) vpc.GroupSet {
 		return vpc.NewGroupSet(w.enis[w.replies[id].ENI].Groups)
@@ -570,19 +570,49 @@ func TestPoolsBySecurityGroups(t *testing.T) {
 	}
 }
 
+// A pool in another subnet gets an interface there, with the node's own groups
+// unless it names some; a later agent finds it by its subnet.
+func TestPoolsBySubnet(t *testing.T) {
+	w := newWorld(t, "m5.large", 1)
+	w.start()
+	w.pass(time.Second)
+	there := Pool{Subnet: "subnet-2"}
+	w.add(1, there)
+	w.add(2, Pool{})
+	w.pass(10 * time.Second)
+	w.got(2)
+	first := w.enis[w.replies[1].ENI]
+	if w.got(1); first.Subnet != "subnet-2" || vpc.NewGroupSet(first.Groups) != "sg-node" || w.enis[w.replies[2].ENI].Subnet != "subnet-1" {
+		t.Errorf("pods ended in %s (%v) and %s", first.Subnet, first.Groups, w.enis[w.replies[2].ENI].Subnet)
+	}
+
+	bound := []Endpoint{{Addr: w.got(1), Owner: "c1/eth0", ENI: first.ID, Live: true}, {Addr: w.got(2), Owner: "c2/eth0", Live: true}}
+	w.s = State{Config: w.s.Config}
+	w.start(bound...)
+	w.pass(5 * time.Second)
+	w.add(3, there)
+	w.add(4, Pool{})
+	w.pass(10 * time.Second)
+	w.got(3)
+	w.got(4)
+	if w.replies[3].ENI != first.ID || w.enis[w.replies[4].ENI].Subnet != "subnet-1" {
+		t.Errorf("after a restart pods ended on %s and %s, want %s and one in subnet-1", w.replies[3].ENI, w.replies[4].ENI, first.ID)
+	}
+}
+
 // A pool gets no interface when the others have all: its pods fail at once with
 // what to do, and the default pool's go on.
 func TestPoolWithoutAnInterface(t *testing.T) {
 	w := newWorld(t, "m5.large", 1)
 	w.start()
 	w.pass(time.Second)
-	w.add(1, "sg-a")
-	w.add(2, "sg-b")
+	w.add(1, Pool{Groups: "sg-a"})
+	w.add(2, Pool{Groups: "sg-b"})
 	w.pass(10 * time.Second)
 	w.got(1)
 	w.got(2)
-	w.add(3, "sg-c")
-	w.add(4, "")
+	w.add(3, Pool{Groups: "sg-c"})
+	w.add(4, Pool{})
 	w.pass(time.Second)
 	if r := w.replies[3]; r.Err == nil || r.Err.Kind != KindNodeFull {
 		t.Errorf("a third set on a type of three interfaces: %+v", r)
@@ -594,14 +624,14 @@ func TestCanceledAndUnused(t *testing.T) {
 	w := newWorld(t, "m5.large", 1)
 	w.start()
 	w.pass(time.Second)
-	w.add(1, "")
+	w.add(1, Pool{})
 	a := w.got(1)
 	w.send(Released{At: w.now, Addr: a, Unused: true})
-	w.add(2, "")
+	w.add(2, Pool{})
 	if w.got(2) != a {
 		t.Errorf("got %s, want the unused %s", w.got(2), a)
 	}
-	w.add(3, "")
+	w.add(3, Pool{})
 	w.send(Canceled{At: w.now, ID: 3})
 	w.pass(time.Minute)
 	if r, ok := w.replies[3]; ok {
@@ -612,12 +642,12 @@ func TestCanceledAndUnused(t *testing.T) {
 func TestCloneSharesNothing(t *testing.T) {
 	w := newWorld(t, "m5.large", 1)
 	w.start()
-	w.add(1, "")
+	w.add(1, Pool{})
 	w.pass(10 * time.Second)
 	before := w.s.Clone()
 	snapshot := fmt.Sprintf("%+v", before.ENIs[0])
 	held := before.Held()
-	w.add(2, "")
+	w.add(2, Pool{})
 	w.send(Released{At: w.now, Addr: w.got(1), When: w.now})
 	w.pass(10 * time.Minute)
 	if got := fmt.Sprintf("%+v", before.ENIs[0]); got != snapshot || before.Held() != held {
@@ -702,7 +732,7 @@ func randomHistory(t *testing.T, seed uint64) {
 			for range 1 + rng.IntN(6) {
 				id++
 				waiting[id] = w.now.Add(50 * time.Second)
-				w.add(id, []vpc.GroupSet{"", "", "", "sg-a"}[rng.IntN(4)])
+				w.add(id, []Pool{{}, {}, {}, {Groups: "sg-a"}}[rng.IntN(4)])
 			}
 		case n < 17:
 			for q, a := range live {

@@ -73,7 +73,7 @@ func TestPodsThatComeOneByOneShareCalls(t *testing.T) {
 	before := w.calls
 	const pods = 28
 	for i := range RequestID(pods) {
-		w.add(i+1, "")
+		w.add(i+1, Pool{})
 		w.pass(20 * time.Millisecond)
 	}
 	w.pass(5 * time.Second)
@@ -102,7 +102,7 @@ func TestScarceCallsAskAhead(t *testing.T) {
 	}
 	const pods = 200
 	for i := range RequestID(pods) {
-		w.add(i+1, "")
+		w.add(i+1, Pool{})
 		w.pass(20 * time.Millisecond)
 	}
 	w.pass(time.Second)
@@ -125,7 +125,7 @@ func TestScarceCallsAskForWhatWaits(t *testing.T) {
 	w.fail = func(Action) (Outcome, Class) { return Refused, ClassThrottled }
 	const pods = 20
 	for i := range RequestID(pods) {
-		w.add(i+1, "")
+		w.add(i+1, Pool{})
 		w.pass(20 * time.Millisecond)
 	}
 	w.pass(time.Second)
@@ -151,7 +151,7 @@ func TestFloorWaitsWhileCallsAreScarce(t *testing.T) {
 	if n := w.held(); n != 1 {
 		t.Errorf("%d addresses are held while calls are scarce and nobody waits", n)
 	}
-	w.add(1, "") // now somebody does
+	w.add(1, Pool{}) // now somebody does
 	w.pass(5 * time.Second)
 	w.got(1)
 	w.pass(2 * pressure)
@@ -174,7 +174,7 @@ func TestBackAtTheFloorWithinFiveMinutes(t *testing.T) {
 			w.start()
 			const pods = 230
 			for i := range RequestID(pods) {
-				w.add(i+1, "")
+				w.add(i+1, Pool{})
 			}
 			w.pass(20 * time.Second)
 			for i := range RequestID(pods) {
@@ -208,7 +208,7 @@ func TestChurnCostsFewCalls(t *testing.T) {
 			w.pass(10 * time.Second)
 			before := w.calls
 			for i := range RequestID(100) {
-				w.add(i+1, "")
+				w.add(i+1, Pool{})
 				w.pass(gap)
 				for {
 					if _, ok := w.replies[i+1]; ok {
@@ -239,7 +239,7 @@ func TestTakenDeviceIndexMakesNoStorm(t *testing.T) {
 		return Done, ClassOther
 	}
 	for i := range RequestID(12) { // more than the first interface holds
-		w.add(i+1, "")
+		w.add(i+1, Pool{})
 	}
 	w.pass(time.Minute)
 	if n := len(w.enis); n > 13 {

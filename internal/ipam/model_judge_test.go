@@ -63,7 +63,7 @@ func (m *model) reply(a Reply) {
 }
 
 // judgeReply checks that an address may be handed out now.
-func (m *model) judgeReply(a Reply, pool vpc.GroupSet) {
+func (m *model) judgeReply(a Reply, pool Pool) {
 	for _, p := range m.pods {
 		if p.has(a.Addr) {
 			m.fail("%s in two hands: %s has it", a.Addr, p.owner)
@@ -82,8 +82,10 @@ func (m *model) judgeReply(a Reply, pool vpc.GroupSet) {
 		m.fail("%s handed out on %s, which is not attached", a.Addr, e.ID)
 	case e.DeviceIndex != 0 && !e.DeleteOnTermination:
 		m.fail("%s handed out on %s before delete-on-termination", a.Addr, e.ID)
-	case vpc.NewGroupSet(e.Groups) != cmp.Or(pool, nodeGroups):
-		m.fail("%s handed out on %s, which carries %s, to a pod of %s", a.Addr, e.ID, e.Groups, cmp.Or(pool, nodeGroups))
+	case vpc.NewGroupSet(e.Groups) != cmp.Or(pool.Groups, nodeGroups):
+		m.fail("%s handed out on %s, which carries %s, to a pod of %s", a.Addr, e.ID, e.Groups, cmp.Or(pool.Groups, nodeGroups))
+	case e.Subnet != cmp.Or(pool.Subnet, nodeSubnet):
+		m.fail("%s handed out on %s, which is in %s, to a pod of %s", a.Addr, e.ID, e.Subnet, cmp.Or(pool.Subnet, nodeSubnet))
 	case !m.link[e.ID]:
 		m.fail("%s handed out on %s, whose link is not ready", a.Addr, e.ID)
 	case !m.listed(e, a.Addr) && m.now.Sub(m.used[a.Addr]) < m.cfg.UsableWait:
@@ -285,8 +287,9 @@ func (m *model) change(a Action) CallDone {
 		}
 		e := m.newENI()
 		m.tokens[a.Token], e.Groups = e.ID, a.Groups
-		if a.Pool != "" {
-			e.Tags[TagPool] = string(a.Pool)
+		e.Subnet = a.Subnet
+		if a.Pool.Groups != "" {
+			e.Tags[TagPool] = string(a.Pool.Groups)
 		}
 		if a.Prefixes {
 			m.assignPrefixes(e, a.N)
@@ -332,15 +335,18 @@ func (m *model) change(a Action) CallDone {
 
 func (m *model) newENI() *vpc.ENI {
 	m.seq++
-	e := &vpc.ENI{ID: vpc.ENIID(fmt.Sprintf("eni-%03d", m.seq)), Subnet: "subnet-1", MAC: "02:00:00:00:00:01", Groups: []vpc.SecurityGroupID{"sg-node"},
+	e := &vpc.ENI{ID: vpc.ENIID(fmt.Sprintf("eni-%03d", m.seq)), Subnet: nodeSubnet, MAC: "02:00:00:00:00:01", Groups: []vpc.SecurityGroupID{"sg-node"},
 		Tags: map[string]string{TagCluster: "test", TagInstance: string(testInstance)}}
 	e.Primary = m.take()
 	m.enis = append(m.enis, e)
 	return e
 }
 
-// nodeGroups are what the node's own interface carries.
-const nodeGroups = vpc.GroupSet("sg-node")
+// What the node's own interface carries, and where it is.
+const (
+	nodeGroups = vpc.GroupSet("sg-node")
+	nodeSubnet = vpc.SubnetID("subnet-1")
+)
 
 var (
 	firstAddr   = netip.MustParseAddr("10.0.0.16")
@@ -418,7 +424,7 @@ func (m *model) settle() error {
 	if m.calm > 0 {
 		return fmt.Errorf("%d further calls after it settled", m.calm)
 	}
-	bound, held := map[vpc.GroupSet]int{}, map[vpc.GroupSet]int{}
+	bound, held := map[Pool]int{}, map[Pool]int{}
 	enis := m.cfg.Limits.ENIs // for the default pool
 	for _, p := range m.pods {
 		switch p.state {
@@ -435,8 +441,11 @@ func (m *model) settle() error {
 		if e.Instance == "" {
 			return fmt.Errorf("%s is an orphan", e.ID)
 		}
-		pool := vpc.GroupSet(e.Tags[TagPool])
-		if pool != "" {
+		pool := Pool{Groups: vpc.GroupSet(e.Tags[TagPool])}
+		if e.Subnet != nodeSubnet {
+			pool.Subnet = e.Subnet
+		}
+		if pool != (Pool{}) {
 			enis--
 		}
 		held[pool] += len(e.Secondary) + 16*len(e.Prefixes)
@@ -444,9 +453,9 @@ func (m *model) settle() error {
 	if len(m.tombs) > 0 {
 		return fmt.Errorf("%d tombstones are left", len(m.tombs))
 	}
-	want := min(bound[""]+m.cfg.Floor, enis*(m.cfg.Limits.IPv4PerENI-1))
-	if n := held[""]; !m.cfg.Prefixes && n != want || n < want {
-		return fmt.Errorf("%d addresses held, %d bound: the floor is %d", n, bound[""], m.cfg.Floor)
+	want := min(bound[Pool{}]+m.cfg.Floor, enis*(m.cfg.Limits.IPv4PerENI-1))
+	if n := held[Pool{}]; !m.cfg.Prefixes && n != want || n < want {
+		return fmt.Errorf("%d addresses held, %d bound: the floor is %d", n, bound[Pool{}], m.cfg.Floor)
 	}
 	if n := held[otherPool]; !m.cfg.Prefixes && n != bound[otherPool] || bound[otherPool] == 0 && n > 0 {
 		return fmt.Errorf("%d addresses held in pool %s, %d bound: it has no floor", n, otherPool, bound[otherPool])

@@ -92,7 +92,7 @@ const (
 type pod struct {
 	state    podState
 	owner    string
-	pool     vpc.GroupSet
+	pool     Pool
 	req      RequestID
 	deadline time.Time
 	addr     netip.Addr
@@ -183,8 +183,8 @@ func newModel(cfg Config, pods int, b budget) *model {
 	return m
 }
 
-// otherPool is a pool beside the node's own.
-const otherPool = vpc.GroupSet("sg-app,sg-db")
+// otherPool is a pool beside the node's own, in another subnet.
+var otherPool = Pool{Subnet: "subnet-2", Groups: "sg-app,sg-db"}
 
 // mixed has every third pod from the second on ask for otherPool.
 func (m *model) mixed() *model {

@@ -14,7 +14,7 @@ const (
 	TagCluster  = "cluster.k8s.amazonaws.com/name"     // value: the cluster's name
 	TagInstance = "node.k8s.amazonaws.com/instance_id" // value: the instance it was made for
 	TagNoManage = "node.k8s.amazonaws.com/no_manage"   // value "true": hands off
-	TagPool     = "underlay.io/security-group-pool"    // value: the pool's group set; absent: the default pool
+	TagPool     = "underlay.io/security-group-pool"    // value: the pool's group set; absent: the node's own groups
 )
 
 // managed reports whether the ENI is ours to take addresses from.
@@ -33,7 +33,10 @@ func (s *State) managed(v *vpc.ENI) bool {
 
 func (p *step) newENI(v *vpc.ENI) *ENI {
 	e := &ENI{ID: v.ID, MAC: v.MAC, Subnet: v.Subnet, Primary: v.Primary, Groups: vpc.NewGroupSet(v.Groups),
-		Managed: p.s.managed(v), Pool: vpc.GroupSet(v.Tags[TagPool]), Device: -1, Since: p.now}
+		Managed: p.s.managed(v), Pool: Pool{Groups: vpc.GroupSet(v.Tags[TagPool])}, Device: -1, Since: p.now}
+	if v.Subnet != p.s.home {
+		e.Pool.Subnet = v.Subnet
+	}
 	for _, o := range p.s.ENIs {
 		if o.Primary == v.Primary {
 			o.Primary = netip.Addr{} // it was the primary of one that was deleted
@@ -65,7 +68,12 @@ func (p *step) observedEC2(ev ObservedEC2) {
 	first := !s.Known
 	s.Known = true
 	if first {
-		delete(s.Trouble, "")
+		delete(s.Trouble, Pool{})
+	}
+	for _, v := range ev.ENIs {
+		if v.Instance == s.Config.Instance && v.DeviceIndex == 0 {
+			s.home = v.Subnet
+		}
 	}
 	listed := make(map[vpc.ENIID]bool, len(ev.ENIs))
 	for i := range ev.ENIs {

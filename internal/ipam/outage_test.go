@@ -40,7 +40,7 @@ func TestOutageOfMinutes(t *testing.T) {
 					const pods = 6
 					has := map[RequestID]netip.Addr{}
 					for id := range RequestID(pods) {
-						w.add(id+1, "")
+						w.add(id+1, Pool{})
 						w.pass(5 * time.Second)
 						has[id+1] = w.got(id + 1)
 					}
@@ -54,7 +54,7 @@ func TestOutageOfMinutes(t *testing.T) {
 						t.Fatalf("%d addresses are free before", free)
 					}
 					id := RequestID(pods)
-					next := func() { id++; w.add(id, "") }
+					next := func() { id++; w.add(id, Pool{}) }
 					for range free {
 						next()
 						has[id] = w.got(id) // at once

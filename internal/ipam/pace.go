@@ -2,8 +2,6 @@ package ipam
 
 import (
 	"time"
-
-	"github.com/underlay-cni/underlay/internal/vpc"
 )
 
 // pressure is how long after a throttled call the account still counts as
@@ -98,7 +96,7 @@ func (p *step) scarce(k CallKind) bool {
 
 // gathering reports whether it is better to wait for further requests than to
 // ask for what waits now, and if not, how many are to come soon.
-func (p *step) gathering(pool vpc.GroupSet) (wait bool, soon int) {
+func (p *step) gathering(pool Pool) (wait bool, soon int) {
 	if !p.scarce(CallAssign) {
 		return false, 0
 	}

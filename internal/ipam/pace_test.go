@@ -99,7 +99,7 @@ func TestTwentyNodesShareEmptyBuckets(t *testing.T) {
 					}
 					w.start()
 					for id := range RequestID(pods) {
-						w.add(id+1, "")
+						w.add(id+1, Pool{})
 					}
 					return w
 				}

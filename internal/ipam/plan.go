@@ -43,8 +43,8 @@ func (p *step) plan() {
 }
 
 // pools returns the pools in use, the default pool first.
-func (s *State) pools() []vpc.GroupSet {
-	set := map[vpc.GroupSet]bool{"": true}
+func (s *State) pools() []Pool {
+	set := map[Pool]bool{{}: true}
 	for _, e := range s.ENIs {
 		if e.Managed {
 			set[e.Pool] = true
@@ -53,7 +53,7 @@ func (s *State) pools() []vpc.GroupSet {
 	for _, r := range s.Waiting {
 		set[r.Pool] = true
 	}
-	return slices.Sorted(maps.Keys(set))
+	return slices.SortedFunc(maps.Keys(set), Pool.compare)
 }
 
 func (s *State) callIDs() []CallID { return slices.Sorted(maps.Keys(s.Calls)) }
@@ -115,7 +115,7 @@ func (p *step) due(t time.Time) bool {
 // serve answers those who wait, in order of arrival.
 func (p *step) serve() {
 	s := p.s
-	dry := map[vpc.GroupSet]bool{}
+	dry := map[Pool]bool{}
 	s.Waiting = slices.DeleteFunc(s.Waiting, func(r Request) bool {
 		if dry[r.Pool] || !r.Deadline.After(p.now) {
 			return false
@@ -140,7 +140,7 @@ func usable(e *ENI, a *Address) bool {
 // pick chooses a free address: on the fullest ENI, there in the fullest
 // prefix, so that the others drain; among equals the one that is free the
 // longest.
-func (s *State) pick(pool vpc.GroupSet) (*Address, *ENI) {
+func (s *State) pick(pool Pool) (*Address, *ENI) {
 	var (
 		best     *Address
 		on       *ENI
@@ -271,7 +271,7 @@ func (p *step) create(c *Call) {
 
 // count returns what a pool has to offer: free addresses, and those on their
 // way to be free without further calls.
-func (s *State) count(pool vpc.GroupSet) (free, coming, suspect int) {
+func (s *State) count(pool Pool) (free, coming, suspect int) {
 	for _, e := range s.ENIs {
 		if e.Pool != pool || !e.Managed || e.Phase == Retiring || e.Device < 0 {
 			continue
@@ -298,7 +298,7 @@ func (s *State) count(pool vpc.GroupSet) (free, coming, suspect int) {
 	return free, coming, suspect
 }
 
-func (s *State) waiting(pool vpc.GroupSet) int {
+func (s *State) waiting(pool Pool) int {
 	n := 0
 	for _, r := range s.Waiting {
 		if r.Pool == pool {
@@ -309,8 +309,8 @@ func (s *State) waiting(pool vpc.GroupSet) int {
 }
 
 // floor returns how many free addresses a pool keeps ready.
-func (s *State) floor(pool vpc.GroupSet) int {
-	if pool != "" || planted.Bug == planted.FloorForgotten {
+func (s *State) floor(pool Pool) int {
+	if pool != (Pool{}) || planted.Bug == planted.FloorForgotten {
 		return 0
 	}
 	if s.Config.Minimum == 0 {
@@ -382,7 +382,7 @@ func (p *step) per(subnet vpc.SubnetID) int {
 // giveUp ends at once the requests that nothing can serve before their
 // deadline: the type's limits are reached, or EC2 denies what is needed, and
 // no address on its way or in cooldown is left for them.
-func (p *step) giveUp(pool vpc.GroupSet) {
+func (p *step) giveUp(pool Pool) {
 	s := p.s
 	if s.waiting(pool) == 0 {
 		return

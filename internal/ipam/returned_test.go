@@ -106,7 +106,7 @@ func TestAddressThatAnEarlierAgentReturned(t *testing.T) {
 		t.Fatalf("%s, which one read listed and IMDS does not: %+v", old, a)
 	}
 	for id := range RequestID(3) {
-		w.add(id+1, "")
+		w.add(id+1, Pool{})
 	}
 	w.pass(5 * time.Second)
 	for id := range RequestID(3) {
@@ -122,7 +122,7 @@ func TestAddressThatAnEarlierAgentReturned(t *testing.T) {
 
 func TestCloneOfNothing(t *testing.T) {
 	s, _ := Step(State{}.Clone(), ReadFailed{At: epoch, Source: EC2, Class: ClassUnavailable})
-	if got := s.Now.Sub(epoch); got != 0 || s.Trouble[""] == nil {
+	if got := s.Now.Sub(epoch); got != 0 || s.Trouble[Pool{}] == nil {
 		t.Fatalf("after a failed read: %s, %+v", time.Duration(got), s.Trouble)
 	}
 }

@@ -4,11 +4,10 @@ import (
 	"slices"
 
 	"github.com/underlay-cni/underlay/internal/ipam/planted"
-	"github.com/underlay-cni/underlay/internal/vpc"
 )
 
 // shrink gives back what lingered above the floor.
-func (p *step) shrink(pool vpc.GroupSet) {
+func (p *step) shrink(pool Pool) {
 	s := p.s
 	free, coming, _ := s.count(pool)
 	surplus := free - s.floor(pool)

@@ -1,6 +1,7 @@
 package ipam
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -126,6 +127,18 @@ const (
 
 func (p Phase) String() string { return [...]string{"detached", "attached", "retiring"}[p] }
 
+// Pool names the ENIs that serve the same requests: those of one subnet that
+// carry one set of security groups. The zero Pool is the node's own subnet and
+// groups.
+type Pool struct {
+	Subnet vpc.SubnetID // "": that of the primary ENI
+	Groups vpc.GroupSet // "": those of the primary ENI
+}
+
+func (p Pool) compare(q Pool) int {
+	return cmp.Or(cmp.Compare(p.Subnet, q.Subnet), cmp.Compare(p.Groups, q.Groups))
+}
+
 // ENI is one interface of the node.
 type ENI struct {
 	ID         vpc.ENIID
@@ -133,7 +146,7 @@ type ENI struct {
 	Subnet     vpc.SubnetID
 	Primary    netip.Addr
 	Groups     vpc.GroupSet // what it carries
-	Pool       vpc.GroupSet // the pool it serves; "" is the default pool
+	Pool       Pool         // the pool it serves
 	Managed    bool         // false: takes a device index, nothing more
 	Device     int          // -1 when none is reserved yet
 	Phase      Phase
@@ -219,7 +232,7 @@ type RequestID uint64
 type Request struct {
 	ID       RequestID
 	Owner    string
-	Pool     vpc.GroupSet
+	Pool     Pool
 	Since    time.Time
 	Deadline time.Time
 }
@@ -250,7 +263,7 @@ type Call struct {
 	ID     CallID
 	Kind   CallKind
 	ENI    vpc.ENIID // "" for CallCreate
-	Pool   vpc.GroupSet
+	Pool   Pool
 	Subnet vpc.SubnetID
 	Groups vpc.GroupSet
 	Device int
@@ -280,13 +293,14 @@ type State struct {
 	Mutate  backoff                       // after denial and unknown ends
 	Pace    [callKinds]pace               // after throttling
 	Subnets map[vpc.SubnetID]*subnetState // trouble with subnets
-	Trouble map[vpc.GroupSet]*Error       // why a pool does not grow, until it does
+	Trouble map[Pool]*Error               // why a pool does not grow, until it does
 	Gone    map[netip.Addr]time.Time      // given back by us: a stale read may still show them
 	GoneENI map[vpc.ENIID]time.Time
 
-	overflow map[vpc.GroupSet]time.Time // since when a pool wants a further ENI
-	slotsOut time.Time                  // until when EC2 refuses further ENIs
-	timer    time.Time                  // what the last SetTimer said
+	home     vpc.SubnetID       // that of the primary ENI
+	overflow map[Pool]time.Time // since when a pool wants a further ENI
+	slotsOut time.Time          // until when EC2 refuses further ENIs
+	timer    time.Time          // what the last SetTimer said
 }
 
 type subnetState struct {

@@ -18,10 +18,10 @@ func Step(s State, ev Event) (State, []Action) {
 	if s.GoneENI == nil {
 		s.Calls = map[CallID]*Call{}
 		s.Subnets = map[vpc.SubnetID]*subnetState{}
-		s.Trouble = map[vpc.GroupSet]*Error{}
+		s.Trouble = map[Pool]*Error{}
 		s.Gone = map[netip.Addr]time.Time{}
 		s.GoneENI = map[vpc.ENIID]time.Time{}
-		s.overflow = map[vpc.GroupSet]time.Time{}
+		s.overflow = map[Pool]time.Time{}
 	}
 	p := &step{s: &s, now: s.Now}
 	switch ev := ev.(type) {
@@ -225,11 +225,11 @@ func (p *step) readFailed(ev ReadFailed) {
 	r.retry.fail(p.now, time.Second, limit, p.s.Config.Seed)
 	r.wanted = r.retry.until
 	if ev.Source == EC2 && !p.s.Known {
-		p.trouble("", &Error{Kind: kindOf(ev.Class), Cause: ev.Err})
+		p.trouble(Pool{}, &Error{Kind: kindOf(ev.Class), Cause: ev.Err})
 	}
 }
 
-func (p *step) trouble(pool vpc.GroupSet, e *Error) { p.s.Trouble[pool] = e }
+func (p *step) trouble(pool Pool, e *Error) { p.s.Trouble[pool] = e }
 
 func (s *State) subnet(id vpc.SubnetID) *subnetState {
 	t := s.Subnets[id]

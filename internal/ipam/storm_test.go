@@ -29,7 +29,7 @@ func TestRefusedStepsAreSpacedOut(t *testing.T) {
 				}
 				w.start()
 				for i := range 12 {
-					w.add(RequestID(i+1), "")
+					w.add(RequestID(i+1), Pool{})
 				}
 				w.pass(51 * time.Second)
 				if calls > 60 {

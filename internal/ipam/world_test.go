@@ -281,8 +281,9 @@ func (w *world) create(a CreateENI) CallDone {
 	w.tokens[a.Token] = e.ID
 	e.Groups = a.Groups
 	e.Tags[TagCluster], e.Tags[TagInstance] = "test", string(testInstance)
-	if a.Pool != "" {
-		e.Tags[TagPool] = string(a.Pool)
+	e.Subnet = a.Subnet
+	if a.Pool.Groups != "" {
+		e.Tags[TagPool] = string(a.Pool.Groups)
 	}
 	if a.Prefixes {
 		w.assignPrefixes(e.ID, a.N)
@@ -441,7 +442,7 @@ func (w *world) step(t time.Time) {
 
 func (w *world) pass(d time.Duration) { w.run(w.now.Add(d)) }
 
-func (w *world) add(id RequestID, pool vpc.GroupSet) {
+func (w *world) add(id RequestID, pool Pool) {
 	w.send(AddRequested{At: w.now, ID: id, Owner: fmt.Sprintf("c%d/eth0", id), Pool: pool, Deadline: w.now.Add(50 * time.Second)})
 }
 
