@@ -152,7 +152,7 @@ func (r Request) count() Fit {
 				Prefixes: o*full[k].Prefixes + (n-o)*lean[k].Prefixes,
 			}
 			*dst = s.take(h, r.Reserve)
-			sum[k].Holding = sum[k].Holding.add(h)
+			sum[k].Holding = sum[k].add(h)
 			sum[k].Addresses += dst.Addresses
 			sum[k].Left += dst.Left
 			sum[k].BlocksGap += dst.BlocksGap

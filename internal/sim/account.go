@@ -30,8 +30,6 @@ func (a action) String() string {
 		"ModifyNetworkInterfaceAttribute"}[a]
 }
 
-func (a action) mutating() bool { return a >= attachInterface }
-
 //go:embed throttle.json
 var throttleJSON []byte
 

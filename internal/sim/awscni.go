@@ -355,7 +355,7 @@ func (n *awscni) shrink(done func()) {
 		})
 		return
 	}
-	if k := n.knobs(); !k.byIP() && !(n.w.cfg.Prefixes && k.WarmPrefix > 0) {
+	if k := n.knobs(); !k.byIP() && (!n.w.cfg.Prefixes || k.WarmPrefix <= 0) {
 		done()
 		return
 	}

@@ -18,7 +18,6 @@ import (
 var (
 	blue   = color.RGBA{R: 0, G: 114, B: 178, A: 255}
 	orange = color.RGBA{R: 213, G: 94, B: 0, A: 255}
-	grey   = color.RGBA{R: 120, G: 120, B: 120, A: 255}
 )
 
 // Plot draws the course of the report as SVG: pods, addresses, calls and

@@ -94,10 +94,11 @@ func TestCNIVerbs(t *testing.T) {
 		}
 	}
 	lab.Eventually(t, 5*time.Second, "the interface is gone", func() error {
-		if out, err := exec.Command("nsenter", "--net="+netns["two"], "ip", "-o", "link").Output(); err != nil || strings.Contains(string(out), "eth0") {
-			return fmt.Errorf("after DEL, in the namespace: %s %v", out, err)
+		out, err := exec.Command("nsenter", "--net="+netns["two"], "ip", "-o", "link").Output()
+		if err == nil && strings.Contains(string(out), "eth0") {
+			err = fmt.Errorf("after DEL, in the namespace: %s", out)
 		}
-		return nil
+		return err
 	})
 }
 

@@ -128,7 +128,7 @@ func putLength(b *[headerLen + MaxMessage]byte, n int) {
 func retry(call func() (int, error)) (int, error) {
 	for {
 		n, err := call()
-		if err != syscall.EINTR {
+		if !errors.Is(err, syscall.EINTR) {
 			return n, err
 		}
 	}
@@ -136,7 +136,7 @@ func retry(call func() (int, error)) (int, error) {
 
 // broken is the error of a connection that stood.
 func broken(err error) error {
-	if err == syscall.EAGAIN {
+	if errors.Is(err, syscall.EAGAIN) {
 		return ErrTimeout
 	}
 	return unreachable{err}

@@ -2,6 +2,7 @@ package iam
 
 import (
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -123,7 +124,7 @@ func TestGuard(t *testing.T) {
 	}
 	// What stands before answers first.
 	throttled := query.Errorf("RequestLimitExceeded", "")
-	if err := g.Gate(func(context.Context, query.Call) error { return throttled })(t.Context(), query.Call{Action: query.Actions["DeleteVpc"]}); err != error(throttled) {
+	if err := g.Gate(func(context.Context, query.Call) error { return throttled })(t.Context(), query.Call{Action: query.Actions["DeleteVpc"]}); !errors.Is(err, throttled) {
 		t.Errorf("throttled: %v", err)
 	}
 	for _, names := range [][]string{{filepath.Join(dir, "none")}, {rest, rest}, {write("bad.json", "{}")}} {
