@@ -181,13 +181,7 @@ func TestWatchHearsWhatOthersChange(t *testing.T) {
 			<-heard
 		}
 	}
-	for quiet := false; !quiet; { // what the address took along may still come
-		select {
-		case <-heard:
-		case <-time.After(100 * time.Millisecond):
-			quiet = true
-		}
-	}
+	untilQuiet(heard) // what the address took along may still come
 	// The pods' own table changes with every pod.
 	w.ip(w.node, "route add 10.0.9.9/32 dev eth0 table 30060")
 	w.ip(w.node, "route del 10.0.9.9/32 table 30060")
@@ -199,5 +193,16 @@ func TestWatchHearsWhatOthersChange(t *testing.T) {
 	cancel()
 	if err := <-ended; err != nil {
 		t.Error(err)
+	}
+}
+
+// untilQuiet receives until nothing has come for a while.
+func untilQuiet(heard <-chan struct{}) {
+	for {
+		select {
+		case <-heard:
+		case <-time.After(100 * time.Millisecond):
+			return
+		}
 	}
 }

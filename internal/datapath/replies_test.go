@@ -105,13 +105,7 @@ func TestWatchHearsOfTranslation(t *testing.T) {
 			t.Fatal("a chain of type nat is not heard")
 		}
 	}
-	for quiet := false; !quiet; {
-		select {
-		case <-heard:
-		case <-time.After(100 * time.Millisecond):
-			quiet = true
-		}
-	}
+	untilQuiet(heard)
 	nft("add chain ip other more") // as of a Service
 	nft("add rule ip other in jump more")
 	select {

@@ -24,9 +24,10 @@
 // address that a pod uses is reported when it is bad news, and never acted on.
 //
 // The plan. Need = waiting + floor − (free + on its way), per pool; a pool is
-// the ENIs of one subnet that carry one set of security groups. Need goes to the room of the
-// ENIs at hand first, in calls sized to it; what is left goes to further ENIs,
-// in parallel. Addresses and ENIs that lingered unused above the floor go back.
+// the ENIs of one subnet that carry one set of security groups. Need goes to
+// the room of the ENIs at hand first, in calls sized to it; what is left goes to
+// further ENIs, in parallel. Addresses and ENIs that lingered unused above the
+// floor go back.
 //
 // A call ends done, refused or unknown. Unknown is never repeated before EC2
 // was read again, except for the creation of an ENI, which carries a token

@@ -188,12 +188,7 @@ func TestDeniedStepOfGrowthReachesWhoWaits(t *testing.T) {
 				return Done, 0
 			}
 			w.start()
-			for w.held() < 2 { // it has just got its floor, so the rest is asked for a moment later
-				w.pass(time.Millisecond)
-			}
-			for i := range 12 { // three more than the first interface has room for
-				w.add(RequestID(i+1), Pool{})
-			}
+			w.addTwelve()
 			w.pass(51 * time.Second)
 			told := 0
 			for _, r := range w.replies {
@@ -222,12 +217,7 @@ func TestQuotaIsToldThoughOtherENIsGrow(t *testing.T) {
 		return Done, 0
 	}
 	w.start()
-	for w.held() < 2 { // it has just got its floor, so the rest is asked for a moment later
-		w.pass(time.Millisecond)
-	}
-	for i := range 12 { // three more than the first interface has room for
-		w.add(RequestID(i+1), Pool{})
-	}
+	w.addTwelve()
 	w.pass(51 * time.Second)
 	served := 0
 	for _, r := range w.replies {

@@ -186,7 +186,7 @@ func TestBackAtTheFloorWithinFiveMinutes(t *testing.T) {
 				t.Errorf("%d addresses on %d interfaces are held, want %d on one", n, len(w.enis), mode.held)
 			}
 			// Per interface a deletion or a return in chunks; and EC2 read.
-			if n := w.calls - before; n > 4*w.s.MaxENIs() {
+			if n := w.calls - before; n > 4*w.s.Config.ENIs() {
 				t.Errorf("%d calls to return what %d pods had", n, pods)
 			}
 			before = w.calls

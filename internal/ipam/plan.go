@@ -356,7 +356,7 @@ func (s *State) nextDevice(extra ...*ENI) int {
 			n++
 		}
 	}
-	if n+1 >= s.MaxENIs() { // device 0 is the node's own, always
+	if n+1 >= s.Config.ENIs() { // device 0 is the node's own, always
 		return -1
 	}
 	for d := 1; d <= maxDevice; d++ {

@@ -402,9 +402,6 @@ func (s *State) Held() int {
 	return n
 }
 
-// MaxENIs returns Config.ENIs.
-func (s *State) MaxENIs() int { return s.Config.ENIs() }
-
 // Exhausted returns the subnets that lack a free address, and those that lack
 // a free prefix, as far as EC2 said so lately: what nobody asks for any more is
 // not known.

@@ -446,6 +446,17 @@ func (w *world) add(id RequestID, pool Pool) {
 	w.send(AddRequested{At: w.now, ID: id, Owner: fmt.Sprintf("c%d/eth0", id), Pool: pool, Deadline: w.now.Add(50 * time.Second)})
 }
 
+// addTwelve has twelve pods come at once: three more than an m5.large's first
+// interface has room for.
+func (w *world) addTwelve() {
+	for w.held() < 2 { // it has just got its floor, so the rest is asked for a moment later
+		w.pass(time.Millisecond)
+	}
+	for i := range 12 {
+		w.add(RequestID(i+1), Pool{})
+	}
+}
+
 // held counts what the node takes from the subnet.
 func (w *world) held() int {
 	n := 0

@@ -51,9 +51,9 @@ func (b *Batch) tcmsg(index int, handle, parent, info uint32) {
 
 // ClsactSet gives the link a clsact qdisc, on which filters can stand, unless
 // it has one. A link that is up loses what it is to send meanwhile, for some
-// 0.2 ms: the kernel deactivates it (net/sched/sch_api.c, qdisc_graft). EINVAL: an ingress qdisc is in its place. Filters of either
-// direction would stand on that, so that what sets them has to wait for the
-// answer.
+// 0.2 ms: the kernel deactivates it (net/sched/sch_api.c, qdisc_graft).
+// EINVAL: an ingress qdisc is in its place. Filters of either direction would
+// stand on that, so that what sets them has to wait for the answer.
 func (b *Batch) ClsactSet(index int) {
 	b.add(fmt.Sprintf("set clsact of link %d", index), unix.RTM_NEWQDISC, unix.NLM_F_ACK|unix.NLM_F_CREATE, func() {
 		b.tcmsg(index, clsactHandle, clsactParent, 0)

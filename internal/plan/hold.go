@@ -23,7 +23,7 @@ func (h Holding) add(o Holding) Holding {
 // an address for each, the free ones of floor, and an ENI more only where the
 // others are full.
 func Underlay(l vpc.InstanceLimits, pods, floor int, prefixes bool) Holding {
-	enis := (&ipam.State{Config: ipam.Config{Limits: l}}).MaxENIs()
+	enis := (&ipam.Config{Limits: l}).ENIs()
 	slots := l.IPv4PerENI - 1
 	if prefixes {
 		q := min(ceil(pods+floor, ipam.PrefixAddresses), enis*slots)

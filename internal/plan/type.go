@@ -47,7 +47,7 @@ func PodsOf(l vpc.InstanceLimits, prefixes bool) (Pods, error) {
 	}
 	card := l.PodENIs()
 	// What the allocator would take is asked of the allocator.
-	most := (&ipam.State{Config: ipam.Config{Limits: l}}).MaxENIs()
+	most := (&ipam.Config{Limits: l}).ENIs()
 	p := Pods{Type: l.Type, ENIs: card, ENIsTotal: cmp.Or(l.ENIs, card), NetworkCards: l.NetworkCards, IPv4PerENI: l.IPv4PerENI, VCPUs: l.VCPUs, Prefixes: prefixes}
 	per, times := 1, ""
 	if prefixes {
