@@ -171,19 +171,18 @@ func (c *Config) Check() error {
 	return nil
 }
 
-func (c *Config) maxENIs() int { return min(c.limits.ENIsDefaultCard, 31) }
 func (c *Config) maxPods() int { return c.MaxPods }
 
+// What an instance holds is asked of the allocator, for both.
+func (c *Config) node() *ipam.Config { return &ipam.Config{Limits: c.limits, Prefixes: c.Prefixes} }
+
+func (c *Config) maxENIs() int { return c.node().ENIs() }
+
 // perSlot returns the addresses that one of an interface's slots holds.
-func (c *Config) perSlot() int {
-	if c.Prefixes {
-		return prefixSize
-	}
-	return 1
-}
+func (c *Config) perSlot() int { return c.node().PerSlot() }
 
 // capacity returns the pod addresses that a node can hold.
-func (c *Config) capacity() int { return c.maxENIs() * (c.limits.IPv4PerENI - 1) * c.perSlot() }
+func (c *Config) capacity() int { return c.node().Capacity() }
 
 // nodesIn returns how many of the nodes are at most in one zone.
 func (c *Config) nodesIn() int { return (c.Nodes + c.Zones - 1) / c.Zones }
