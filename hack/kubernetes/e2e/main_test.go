@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"bufio"
-	"context"
 	"encoding/json"
 	"flag"
 	"fmt"
@@ -144,12 +143,6 @@ type progressLine struct {
 	Seconds float64 `json:"seconds"`
 	Message string  `json:"message,omitempty"` // of a failure or a skip
 	Process int     `json:"process"`           // of Ginkgo's, from 1
-}
-
-// learn runs in each process: specs ask for the family of the cluster's
-// addresses, which is that of the API's own Service.
-func learn(ctx context.Context, _ []byte) {
-	framework.TestContext.IPFamily = ipFamily(ctx)
 }
 
 // report appends a finished spec to the progress file. A line is one write(2)
