@@ -60,6 +60,10 @@ func writeCNI(n Node, plugin string) error {
 // instance's role.
 const nodeKey = "AKIAUNDERLAYNODE0000"
 
+// nodeEndpoint is the EC2 API as an instance reaches it: over the wire, at a
+// link-local address that the fabric answers.
+const nodeEndpoint = "http://169.254.171.24:7424"
+
 var errAgentSlow = errors.New("it did not serve within 90 s")
 
 // startAgent starts the agent of a node and waits until it serves.
@@ -73,9 +77,7 @@ func startAgent(ctx context.Context, h home, f *labFile, n Node, agent string) e
 	cmd := newCommand(agent, "--socket", n.AgentSocket, "--bpffs", bpffs, "--cluster", h.name, fmt.Sprintf("--prefixes=%v", f.Prefixes))
 	cmd.Args = append(cmd.Args, f.AgentArgs...)
 	cmd.Env = append(cleanEnv(
-		// The EC2 API as an instance reaches it: over the wire, at a link-local
-		// address that the fabric answers.
-		"AWS_ENDPOINT_URL_EC2=http://169.254.171.24:7424",
+		"AWS_ENDPOINT_URL_EC2="+nodeEndpoint,
 		"AWS_REGION="+region,
 		"AWS_ACCESS_KEY_ID="+nodeKey,
 		"AWS_SECRET_ACCESS_KEY=underlay",

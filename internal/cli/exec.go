@@ -65,6 +65,9 @@ func (a *App) nodeCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if name, ok := f.kubernetesMachine(args[0]); ok {
+				return a.enterMachine(f, name, args[1:])
+			}
 			return a.enter(netns, args[1:])
 		},
 	})

@@ -137,7 +137,7 @@ func (a *App) command() *cobra.Command {
 	add("pods", a.runCommand(), a.rmCommand(), a.execCommand(), a.nodeCommand(), a.vpcdCommand())
 	add("look", a.statusCommand(), a.podsCommand(), a.logsCommand(), a.envCommand())
 	add(GroupAhead, a.planCommand())
-	root.AddCommand(a.versionCommand(), a.serveTCPCommand())
+	root.AddCommand(a.versionCommand(), a.serveTCPCommand(), a.nodeInitCommand(), a.forwardCommand())
 	for _, make := range a.more {
 		root.AddCommand(make(a))
 	}
