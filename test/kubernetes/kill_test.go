@@ -180,7 +180,7 @@ func TestKilledUnderTraffic(t *testing.T) {
 		{"kubelet", func(c *cluster) { c.kill(n1.Netns, "kubelet") }},
 		{"containerd", func(c *cluster) { c.kill(n1.Netns, "containerd") }},
 		{"kube-proxy", func(c *cluster) { c.kill(n1.Netns, "kube-proxy") }},
-		{"kube-apiserver", func(c *cluster) { c.kill(c.Kubernetes.ControlPlane, "kube-apiserver") }},
+		{"kube-apiserver", func(c *cluster) { c.kill(c.Kubernetes.ControlPlane.Netns, "kube-apiserver") }},
 		{"vpcd", func(c *cluster) {
 			c.Kill("vpcd", "serve")
 			c.Underlay("vpcd", "restart")

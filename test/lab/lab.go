@@ -83,8 +83,8 @@ type Lab struct {
 	} `json:"outside"`
 	// Kubernetes is there when the lab was brought up with one.
 	Kubernetes struct {
-		Version, Kubeconfig, Bin string
-		ControlPlane             string // path of its network namespace
+		Version, Kubeconfig, Bin, Source string
+		ControlPlane                     struct{ Netns string }
 	} `json:"kubernetes"`
 }
 
