@@ -19,7 +19,7 @@ GENERATE_PACKAGES := clang-14 llvm-14 libbpf-dev linux-libc-dev clang-format-14
 
 GOLANGCI := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
-.PHONY: help build demo test bench sim-tables generate lint verify packages-test packages-demo packages-generate clean
+.PHONY: help build demo test bench sim-tables generate manifests lint verify packages-test packages-demo packages-generate clean
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -45,11 +45,14 @@ sim-tables: build ## the simulation of 2,000 and 10,000 nodes, into docs/bench/s
 generate: packages-generate ## regenerate BPF objects and the EC2 codec
 	@$(GO) generate ./...
 
+manifests: ## the plain manifests and the table of values, from the Helm chart
+	@$(PROGRESS) "still compiling Helm (the first time takes minutes)" hack/manifests.sh
+
 lint: ## golangci-lint, as .golangci.yml says
 	@$(PROGRESS) "still linting" $(GO) run $(GOLANGCI) run ./...
 
-verify: generate ## regenerate, and fail on a difference
-	@git diff --exit-code --stat -- . || { echo "generated files differ from what is committed: commit the result of 'make generate'" >&2; exit 1; }
+verify: generate manifests ## regenerate, and fail on a difference
+	@git diff --exit-code --stat -- . || { echo "generated files differ from what is committed: commit the result of 'make generate manifests'" >&2; exit 1; }
 	@test -z "$$(git status --porcelain --untracked-files=normal -- internal api bpf)" || { git status --short -- internal api bpf; echo "generated files are not committed" >&2; exit 1; }
 	@unformatted=$$(gofmt -l cmd internal test); test -z "$$unformatted" || { echo "gofmt: $$unformatted" >&2; exit 1; }
 
