@@ -34,6 +34,7 @@ demo: packages-demo build ## a VPC with nodes and pods, each fact proven; KEEP=1
 # No cached results: the end-to-end tests build the commands themselves, which
 # Go's test cache does not see.
 test: packages-test ## all tests; root lets those run that need namespaces and BPF
+	@$(PROGRESS) "still compiling Helm, which test/chart runs (minutes, the first time)" hack/helm.sh >/dev/null
 	@$(PROGRESS) "still compiling or testing" $(GO) test -count=1 -timeout 14m ./...
 
 bench: packages-test ## ratios, each measured interleaved in one run

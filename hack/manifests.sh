@@ -1,15 +1,11 @@
 #!/usr/bin/env bash
 # Writes what is made of the Helm chart: the plain manifests, and the table of
-# its values in docs/reference/chart.md. Helm is a tool of the module hack/helm.
+# its values in docs/reference/chart.md. Helm comes of hack/helm.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 chart=deploy/helm/underlay
-# The flags with which Kubernetes' programs are built for labs: with others Go
-# would compile Helm a second time, which takes minutes.
-export CGO_ENABLED=0 GOFLAGS="-buildvcs=false -trimpath"
-mkdir -p .cache
-(cd hack/helm && go build -ldflags '-s -w' -o ../../.cache/helm helm.sh/helm/v4/cmd/helm)
+helm=$(hack/helm.sh)
 
 # What names Helm is of no use to who applies the file.
 plain() { sed -e '/^# Source: /d' -e '/^ *app.kubernetes.io\/managed-by: Helm$/d' -e '/^ *helm.sh\/chart: /d' -e '/./,$!d'; }
@@ -18,7 +14,7 @@ plain() { sed -e '/^# Source: /d' -e '/^ *app.kubernetes.io\/managed-by: Helm$/d
 render() {
 	local file=$1
 	shift
-	.cache/helm template underlay $chart --namespace kube-system "$@" >"$file.new"
+	"$helm" template underlay $chart --namespace kube-system "$@" >"$file.new"
 	{
 		cat "$file.head"
 		plain <"$file.new"
@@ -54,4 +50,4 @@ render "$out/uninstall.yaml" --set uninstall=true --set updateStrategy.rollingUp
 
 mkdir -p deploy/manifests
 cp "$out/underlay.yaml" "$out/uninstall.yaml" deploy/manifests/
-(cd hack/helm && go run ./chartdoc ../../$chart ../../docs/reference/chart.md)
+(cd hack/helm && CGO_ENABLED=0 GOFLAGS=-buildvcs=false go run -trimpath ./chartdoc ../../$chart ../../docs/reference/chart.md)
