@@ -23,7 +23,7 @@ GENERATE_PACKAGES := clang-14 llvm-14 libbpf-dev linux-libc-dev clang-format-14
 
 GOLANGCI := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
-.PHONY: help build demo test bench kubernetes sim-tables generate lint verify packages-test packages-demo packages-kubernetes packages-generate clean
+.PHONY: help build demo test bench kubernetes sim-tables generate manifests lint verify packages-test packages-demo packages-kubernetes packages-generate clean
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -38,6 +38,7 @@ demo: packages-demo build ## a VPC with nodes and pods, each fact proven; KEEP=1
 # No cached results: the end-to-end tests build the commands themselves, which
 # Go's test cache does not see.
 test: packages-test ## all tests; root lets those run that need namespaces and BPF
+	@$(PROGRESS) "still compiling Helm, which test/chart runs (minutes, the first time)" hack/helm.sh >/dev/null
 	@$(PROGRESS) "still compiling or testing" $(GO) test -count=1 -timeout 14m ./...
 
 bench: packages-test ## ratios, each measured interleaved in one run
@@ -52,11 +53,14 @@ sim-tables: build ## the simulation of 2,000 and 10,000 nodes, into docs/bench/s
 generate: packages-generate ## regenerate BPF objects and the EC2 codec
 	@$(GO) generate ./...
 
+manifests: ## the plain manifests and the table of values, from the Helm chart
+	@$(PROGRESS) "still compiling Helm (the first time takes minutes)" hack/manifests.sh
+
 lint: ## golangci-lint, as .golangci.yml says
 	@$(PROGRESS) "still linting" $(GO) run $(GOLANGCI) run ./...
 
-verify: generate ## regenerate, and fail on a difference
-	@git diff --exit-code --stat -- . || { echo "generated files differ from what is committed: commit the result of 'make generate'" >&2; exit 1; }
+verify: generate manifests ## regenerate, and fail on a difference
+	@git diff --exit-code --stat -- . || { echo "generated files differ from what is committed: commit the result of 'make generate manifests'" >&2; exit 1; }
 	@test -z "$$(git status --porcelain --untracked-files=normal -- internal api bpf)" || { git status --short -- internal api bpf; echo "generated files are not committed" >&2; exit 1; }
 	@unformatted=$$(gofmt -l cmd internal test); test -z "$$unformatted" || { echo "gofmt: $$unformatted" >&2; exit 1; }
 

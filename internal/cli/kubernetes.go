@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -18,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/underlay-cni/underlay/internal/cli/cluster"
+	"github.com/underlay-cni/underlay/internal/cli/kubebuild"
 	"github.com/underlay-cni/underlay/internal/ec2"
 	"github.com/underlay-cni/underlay/internal/plan"
 	"github.com/underlay-cni/underlay/internal/vpc"
@@ -46,17 +48,16 @@ type Machine struct {
 
 // kubernetesOptions are the flags of up that are about Kubernetes.
 type kubernetesOptions struct {
-	on        bool
-	proxy     string
-	cni       string
-	artifacts string
+	on    bool
+	proxy string
+	cni   string
 }
 
 func (o kubernetesOptions) check() error {
-	if !contains(cluster.ProxyModes, o.proxy) {
+	if !slices.Contains(cluster.ProxyModes, o.proxy) {
 		return fmt.Errorf("--kube-proxy %s is not known; use %s", o.proxy, strings.Join(cluster.ProxyModes, " or "))
 	}
-	if !contains(cluster.CNIs, o.cni) {
+	if !slices.Contains(cluster.CNIs, o.cni) {
 		return fmt.Errorf("--cni %s is not known; use one of %s", o.cni, strings.Join(cluster.CNIs, ", "))
 	}
 	return nil
@@ -85,7 +86,7 @@ type forward struct {
 
 // findKubernetes finds, or builds, what the cluster will run, before anything
 // of the lab is made: it may take long, and it may be missing.
-func (b *builder) findKubernetes(ctx context.Context) error {
+func (a *App) findKubernetes(ctx context.Context, b *builder) error {
 	if err := b.o.kube.check(); err != nil {
 		return err
 	}
@@ -93,19 +94,23 @@ func (b *builder) findKubernetes(ctx context.Context) error {
 	if b.programs, err = cluster.FindPrograms(); err != nil {
 		return err
 	}
-	if b.source, err = findSource(); err != nil {
-		return err
-	}
-	if b.o.kube.artifacts == "" {
-		return errors.New("give --artifacts")
-	}
-	if b.artifacts, err = cluster.ReadArtifacts(ctx, b.o.kube.artifacts); err != nil {
+	if b.source, err = kubebuild.FindSource(""); err != nil {
 		return err
 	}
 	if c := chart(b.source); b.o.kube.cni == cluster.CNIUnderlay && !exists(c) {
-		return fmt.Errorf("find Underlay's Helm chart: %s is not there; use --cni none or --cni ptp", c)
+		return fmt.Errorf("find Underlay's Helm chart: %s is not there; is the checkout whole?", c)
 	}
-	return nil
+	b.artifacts, err = a.ensureKubernetes(ctx, kubebuild.Options{Source: b.source, Want: kubernetesWants(b.o.kube.cni)})
+	return err
+}
+
+// kubernetesWants names what a cluster takes of what can be built.
+func kubernetesWants(cni string) []string {
+	if cni == cluster.CNIUnderlay {
+		return kubebuild.Default()
+	}
+	// To build Underlay's image would be for nothing.
+	return slices.DeleteFunc(kubebuild.Default(), func(n string) bool { return n == kubebuild.Underlay })
 }
 
 // kubernetesNodes notes where the machines of the cluster are.
@@ -318,12 +323,12 @@ func chart(source string) string { return filepath.Join(source, "deploy", "helm"
 
 // helm installs Underlay as its users do.
 func (k *kubeBuilder) helm(ctx context.Context) error {
-	image, err := k.artifacts.Image("ghcr.io/underlay-cni/underlay")
-	if err != nil {
-		return err
+	image, ok := k.artifacts.Image(kubebuild.Underlay)
+	if !ok {
+		return errors.New("install Underlay: its image was not built")
 	}
 	values := filepath.Join(k.home.dir(), "kubernetes", "values.json")
-	if err := writeJSON(values, underlayValues(k.home.name, image, k.o)); err != nil {
+	if err := writeJSON(values, underlayValues(k.home.name, image.Ref, k.o)); err != nil {
 		return err
 	}
 	return k.tool(ctx, nil, "helm", "upgrade", "--install", "underlay", chart(k.k.Source), "--namespace", "kube-system", "-f", values)
@@ -459,34 +464,6 @@ func freePort() (int, error) {
 	}
 	defer l.Close()
 	return l.Addr().(*net.TCPAddr).Port, nil
-}
-
-// findSource finds the repository that a chart and manifests are in.
-func findSource() (string, error) {
-	var places []string
-	if self, err := os.Executable(); err == nil {
-		if self, err = filepath.EvalSymlinks(self); err == nil {
-			places = append(places, filepath.Dir(filepath.Dir(self)))
-		}
-	}
-	if wd, err := os.Getwd(); err == nil {
-		places = append(places, wd)
-	}
-	for _, p := range places {
-		if exists(filepath.Join(p, "go.mod")) && exists(filepath.Join(p, "cmd", "underlay")) {
-			return p, nil
-		}
-	}
-	return "", errors.New("find Underlay's repository: it is neither beside the directory of this program nor the working directory; run it from there")
-}
-
-func contains(list []string, s string) bool {
-	for _, v := range list {
-		if v == s {
-			return true
-		}
-	}
-	return false
 }
 
 func readJSON(path string, v any) error {

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/underlay-cni/underlay/internal/cli/cluster"
+	"github.com/underlay-cni/underlay/internal/cli/kubebuild"
 	"github.com/underlay-cni/underlay/internal/ec2"
 	"github.com/underlay-cni/underlay/internal/vpc"
 )
@@ -87,9 +88,7 @@ A failed or interrupted up takes down again what it has made.`,
 	c.Flags().BoolVar(&o.kube.on, "kubernetes", false, "a Kubernetes on the nodes, with Underlay as its CNI; the first time builds it")
 	c.Flags().StringVar(&o.kube.proxy, "kube-proxy", cluster.ProxyModes[0], "with --kubernetes: the mode of kube-proxy, nftables or iptables")
 	c.Flags().StringVar(&o.kube.cni, "cni", cluster.CNIs[0], "with --kubernetes: underlay, none, or ptp (the CNI project's, to compare with)")
-	c.Flags().StringVar(&o.kube.artifacts, "artifacts", "", "with --kubernetes: a `folder` with bin and images that were built elsewhere")
 	_ = c.Flags().MarkHidden("cni")
-	_ = c.Flags().MarkHidden("artifacts")
 	_ = c.RegisterFlagCompletionFunc("kube-proxy", cobra.FixedCompletions(cluster.ProxyModes, noFiles))
 	_ = c.RegisterFlagCompletionFunc("cni", cobra.FixedCompletions(cluster.CNIs, noFiles))
 	_ = c.RegisterFlagCompletionFunc("instance-type", func(_ *cobra.Command, _ []string, prefix string) ([]string, cobra.ShellCompDirective) {
@@ -127,9 +126,6 @@ func (a *App) up(ctx context.Context, o upOptions) (*labFile, error) {
 			return nil, fmt.Errorf("--agent-env %s: give NAME=VALUE", e)
 		}
 	}
-	if !o.kube.on && o.kube != (kubernetesOptions{proxy: o.kube.proxy, cni: o.kube.cni}) {
-		return nil, errors.New("--artifacts is for a lab with --kubernetes")
-	}
 	b := &builder{home: a.home(), o: o, policy: policy, p: newProgress(a.Err, a.now), now: a.now}
 	var err error
 	for name, dst := range map[string]*string{"vpcd": &b.vpcd, "underlay-agent": &b.agent, "underlay-cni": &b.cni} {
@@ -142,7 +138,7 @@ func (a *App) up(ctx context.Context, o upOptions) (*labFile, error) {
 	}
 
 	if o.kube.on {
-		if err := b.findKubernetes(ctx); err != nil {
+		if err := a.findKubernetes(ctx, b); err != nil {
 			return nil, err
 		}
 	}
@@ -211,7 +207,7 @@ type builder struct {
 
 	vpcd, agent, cni, self string // paths of programs
 
-	artifacts cluster.Artifacts // with Kubernetes
+	artifacts *kubebuild.Artifacts // with Kubernetes
 	source    string
 	programs  cluster.Programs
 	zones     map[string]string // of instances, by ID

@@ -34,7 +34,7 @@ var kept *cluster
 // something on it waits until it is mended.
 func shared(t *testing.T) *cluster {
 	t.Helper()
-	testenv.Require(t, "root", "bpf", "kubernetes")
+	testenv.Require(t, "root", "bpf", "cluster")
 	if kept == nil {
 		start := time.Now()
 		kept = newCluster(t, lab.Keep(t, upArgs()...))

@@ -72,7 +72,7 @@ const conflist = "10-underlay.conflist"
 // Uninstalled, a node is as it was; installed where EC2 does not answer, it says
 // so and takes no pod; and once EC2 answers, all comes up.
 func TestUninstallAndInstallAgain(t *testing.T) {
-	testenv.Require(t, "kubernetes")
+	testenv.Require(t, "cluster")
 	c := newCluster(t, lab.Up(t, "--kubernetes", "--nodes", "1", "--kube-proxy", *proxy))
 	c.awaitWhole()
 	n := c.Lab.Nodes[0]

@@ -82,7 +82,7 @@ const giveBack = 7 * time.Minute
 // A Deployment that comes and goes leaves nothing behind. It has a lab of its
 // own, in which nothing else comes and goes.
 func TestScaleUpAndDown(t *testing.T) {
-	testenv.Require(t, "kubernetes")
+	testenv.Require(t, "cluster")
 	c := newCluster(t, lab.Up(t, upArgs()...))
 	c.awaitWhole()
 	ns := c.namespace("scale")

@@ -8,10 +8,10 @@ import (
 	"fmt"
 	"net/netip"
 	"path/filepath"
-	"slices"
-	"strings"
 	"text/template"
 	"time"
+
+	"github.com/underlay-cni/underlay/internal/cli/kubebuild"
 )
 
 // The service network of a lab, beside its VPC's 10.0.0.0/16.
@@ -46,7 +46,7 @@ type Config struct {
 	Lab       string
 	Dir       string // of the lab: what is small, and secret
 	Data      string // of the lab, on a disk: images, containers, etcd
-	Artifacts Artifacts
+	Artifacts *kubebuild.Artifacts
 	Proxy     string // kube-proxy's mode
 	CNI       string
 	MaxPods   int
@@ -58,33 +58,20 @@ type Config struct {
 	Programs Programs
 }
 
-// Artifacts are the programs and images of one version of Kubernetes.
-type Artifacts struct {
-	Version string // "v1.37.2"
-	Bin     string // the directory of the programs
-	Images  []Image
-}
-
-// Image is an OCI layout tarball and the name of what is in it.
-type Image struct{ Ref, Tar string }
-
-// Image returns the name of the image of a repository, whatever its tag.
-func (a Artifacts) Image(repository string) (string, error) {
-	for _, i := range a.Images {
-		if strings.HasPrefix(i.Ref, repository+":") {
-			return i.Ref, nil
-		}
+// image returns the name of one of the images.
+func (c *Config) image(name string) (string, error) {
+	i, ok := c.Artifacts.Image(name)
+	if !ok {
+		return "", fmt.Errorf("there is no image %s among those that were built", name)
 	}
-	return "", fmt.Errorf("there is no image of %s among those that were built", repository)
+	return i.Ref, nil
 }
 
-// Tars returns the tarballs, each once.
-func (a Artifacts) Tars() []string {
+// tars returns the archives of all images.
+func (c *Config) tars() []string {
 	var tars []string
-	for _, i := range a.Images {
-		if !slices.Contains(tars, i.Tar) {
-			tars = append(tars, i.Tar)
-		}
+	for _, i := range c.Artifacts.Images {
+		tars = append(tars, i.Tar)
 	}
 	return tars
 }
@@ -288,7 +275,7 @@ const containerdSocket = "/run/containerd/containerd.sock"
 var containerdTOML string
 
 func (c *Config) containerd() ([]byte, error) {
-	pause, err := c.Artifacts.Image("registry.k8s.io/pause")
+	pause, err := c.image("pause")
 	if err != nil {
 		return nil, err
 	}
@@ -300,7 +287,7 @@ var corednsYAML string
 
 // CoreDNS returns the manifest of the cluster's DNS.
 func (c *Config) CoreDNS() ([]byte, error) {
-	image, err := c.Artifacts.Image("registry.k8s.io/coredns/coredns")
+	image, err := c.image("coredns")
 	if err != nil {
 		return nil, err
 	}

@@ -170,7 +170,7 @@ func (c *Config) nodeSpec(n Machine) (*Spec, error) {
 	}
 	containerd := program("containerd", c.Programs.Containerd, "--config", etcInside+"/containerd.toml")
 	containerd.Ready = &Probe{Unix: containerdSocket}
-	containerd.Images = c.Artifacts.Tars()
+	containerd.Images = c.tars()
 	kubelet := program("kubelet", binInside+"/kubelet",
 		"--config="+etcInside+"/kubelet.json", "--kubeconfig="+etcInside+"/kubelet.conf",
 		"--hostname-override="+n.Name, "--node-ip="+n.IP.String(),
