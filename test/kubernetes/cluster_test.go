@@ -35,6 +35,9 @@ var kept *cluster
 func shared(t *testing.T) *cluster {
 	t.Helper()
 	testenv.Require(t, "root", "bpf", "cluster")
+	if kept == nil && *labName != "" {
+		kept = newCluster(t, lab.Attach(t, *labName))
+	}
 	if kept == nil {
 		start := time.Now()
 		kept = newCluster(t, lab.Keep(t, upArgs()...))

@@ -15,6 +15,7 @@ var (
 	focus      = flag.String("focus", "", "of upstream's specs only those whose name matches this `regexp`")
 	outDir     = flag.String("out", os.Getenv("E2E_OUT"), "`folder` for logs and reports; a temporary one without it")
 	kubeconfig = flag.String("kubeconfig", "", "for TestUpstream alone: a `file` that leads to a cluster that is there, instead of a lab")
+	labName    = flag.String("lab", "", "`name` of a lab with Kubernetes that is up, instead of one that is made for the run")
 	binDir     = flag.String("bin", "", "`folder` with e2e.test, ginkgo and kubectl, instead of building them")
 	replicas   = flag.Int("replicas", 40, "pods of the Deployment that is scaled up and down")
 	rounds     = flag.Int("rounds", 3, "how often it is")

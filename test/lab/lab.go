@@ -137,6 +137,22 @@ func Keep(t testing.TB, args ...string) *Lab {
 	return l
 }
 
+// Attach returns a lab that somebody brought up and keeps.
+func Attach(t testing.TB, name string) *Lab {
+	t.Helper()
+	testenv.Require(t, "root", "bpf")
+	b, err := os.ReadFile(filepath.Join("/run/underlay", name, "lab.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var f struct{ Lab *Lab }
+	if err := json.Unmarshal(b, &f); err != nil || f.Lab == nil {
+		t.Fatalf("lab.json of %s: %v", name, err)
+	}
+	f.Lab.t = t
+	return f.Lab
+}
+
 // With returns the same lab, whose failures are t's.
 func (l *Lab) With(t testing.TB) *Lab {
 	other := *l
