@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -64,6 +65,18 @@ func TestFresh(t *testing.T) {
 		if !n.Agent.Healthy {
 			t.Errorf("underlay status: the agent of %s is not well", n.Name)
 		}
+	}
+}
+
+// What an agent's token may change in the cluster is package admission's to say.
+func TestAgentIsHeldToItsOwnNode(t *testing.T) {
+	c := shared(t)
+	cmd := exec.CommandContext(t.Context(), "go", "test", "-count=1", "-v", "./admission")
+	cmd.Env = append(os.Environ(), "KUBECONFIG="+c.Kubeconfig, "PATH="+c.Bin+":"+os.Getenv("PATH"), "TEST_REQUIRE=kubernetes")
+	out, err := cmd.CombinedOutput()
+	t.Logf("%s", out)
+	if err != nil {
+		t.Errorf("go test ./admission: %v", err)
 	}
 }
 

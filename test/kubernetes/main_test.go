@@ -24,5 +24,8 @@ var (
 
 func TestMain(m *testing.M) {
 	flag.Parse()
+	if os.Getenv("TEST_KUBERNETES") == "" {
+		os.Exit(m.Run()) // all is skipped: nothing to build for
+	}
 	os.Exit(lab.Main(m))
 }
