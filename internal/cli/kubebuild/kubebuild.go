@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"time"
 )
 
 // Options say what to make, out of what, and where to keep it.
@@ -252,7 +253,7 @@ func (b *builder) make(ctx context.Context) error {
 			return err
 		}
 	}
-	b.folder.pruneUnderlay()
+	b.folder.pruneUnderlay(time.Now(), underlayAge)
 	if b.of > 0 {
 		b.progress("finished", b.of, b.of)
 	}
