@@ -198,9 +198,6 @@ func (a *App) kubernetesUsers() func(dir string) bool {
 	var bins []string
 	for _, name := range names {
 		var f struct {
-			Kubernetes *struct {
-				Bin string `json:"bin"`
-			} `json:"kubernetes"`
 			Lab struct {
 				Kubernetes *struct {
 					Bin string `json:"bin"`
@@ -214,9 +211,6 @@ func (a *App) kubernetesUsers() func(dir string) bool {
 		if err != nil {
 			unknown = unknown || !os.IsNotExist(err)
 			continue
-		}
-		if f.Kubernetes != nil {
-			bins = append(bins, f.Kubernetes.Bin)
 		}
 		if f.Lab.Kubernetes != nil {
 			bins = append(bins, f.Lab.Kubernetes.Bin)

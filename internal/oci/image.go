@@ -138,7 +138,7 @@ func newLayer(t *Tree, compress bool) (v1.Layer, error) {
 			tarball.WithMediaType(types.OCILayer), tarball.WithCompressionLevel(gzip.DefaultCompression))
 	}
 	h, n := sha256.New(), counter(0)
-	if err := t.writeTar(io.MultiWriter(h, &n)); err != nil {
+	if err := t.WriteTar(io.MultiWriter(h, &n)); err != nil {
 		return nil, err
 	}
 	return &plainLayer{tree: t, size: int64(n), digest: v1.Hash{Algorithm: "sha256", Hex: hex.EncodeToString(h.Sum(nil))}}, nil
@@ -147,7 +147,7 @@ func newLayer(t *Tree, compress bool) (v1.Layer, error) {
 // open returns the tree as a tar stream.
 func (t *Tree) open() io.ReadCloser {
 	r, w := io.Pipe()
-	go func() { w.CloseWithError(t.writeTar(w)) }() // ends with the stream, or when it is closed
+	go func() { w.CloseWithError(t.WriteTar(w)) }() // ends with the stream, or when it is closed
 	return r
 }
 

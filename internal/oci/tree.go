@@ -76,8 +76,8 @@ func (t *Tree) put(name string, e entry) {
 	t.entries[clean(name)] = e
 }
 
-// writeTar writes the tree as the uncompressed form of a layer.
-func (t *Tree) writeTar(w io.Writer) error {
+// WriteTar writes the tree as a tar stream, the uncompressed form of a layer.
+func (t *Tree) WriteTar(w io.Writer) error {
 	all := maps.Clone(t.entries)
 	for name := range t.entries {
 		for dir := path.Dir(name); dir != "."; dir = path.Dir(dir) {

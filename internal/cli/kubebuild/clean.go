@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -54,6 +55,9 @@ func Clean(ctx context.Context, o Options, all bool, used func(dir string) bool,
 	var cached []Cached
 	for _, f := range list {
 		c := Cached{Name: filepath.Base(f.dir), Dir: f.dir, Current: f.dir == current, Used: used != nil && used(f.dir)}
+		if c.Current && !c.Used {
+			f.pruneUnderlay(time.Now(), 0)
+		}
 		size, alone, err := f.size()
 		if err != nil {
 			return cached, err

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"strings"
 	"time"
 
@@ -88,7 +89,11 @@ func (b *builder) goRun(ctx context.Context, c goCommand) error {
 	cmd.Stdout, cmd.Stderr = out, out
 	// A group of its own: at an interrupt go ends its compilers and removes what
 	// it wrote, in its own time, and a terminal's Ctrl-C does not reach it twice.
-	cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true}
+	// When this process is killed, go ends too; the kernel looks at the thread
+	// that started it.
+	cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true, Pdeathsig: unix.SIGINT}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
 	cmd.Cancel = func() error { return unix.Kill(-cmd.Process.Pid, unix.SIGINT) }
 	cmd.WaitDelay = 10 * time.Second
 	err := cmd.Run()

@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 )
 
 // folder is one folder of the cache: what belongs to one set of module files.
@@ -173,43 +175,41 @@ func linkFrom(root string, it item, to string) (entry, bool) {
 	return entry{}, false
 }
 
-// underlayImages is how many of Underlay's own images are kept: each change of
-// the agent makes one.
-const underlayImages = 4
+// Of Underlay's own images, of which each change of the agent makes one, these
+// many are kept, and all that are younger: a lab that runs may import its image
+// again when a node boots.
+const (
+	underlayImages = 4
+	underlayAge    = 24 * time.Hour
+)
 
-// pruneUnderlay removes all but the newest of Underlay's images.
-func (f folder) pruneUnderlay() {
+// pruneUnderlay removes Underlay's images, but for the newest and those younger
+// than age. The caller holds the lock.
+func (f folder) pruneUnderlay(now time.Time, age time.Duration) {
 	m, err := f.manifest()
 	if err != nil {
 		return
 	}
-	type image struct {
-		path string
-		st   fs.FileInfo
-	}
-	var images []image
+	made := map[string]time.Time{}
 	for path := range m.Entries {
 		if strings.HasPrefix(path, underlayPath) {
-			st, err := os.Stat(filepath.Join(f.dir, path))
-			if err != nil {
-				delete(m.Entries, path)
-				continue
+			if st, err := os.Stat(filepath.Join(f.dir, path)); err == nil {
+				made[path] = st.ModTime()
 			}
-			images = append(images, image{path, st})
 		}
 	}
-	slices.SortFunc(images, func(a, b image) int { return b.st.ModTime().Compare(a.st.ModTime()) })
-	if len(images) <= underlayImages {
-		return
+	paths := slices.SortedFunc(maps.Keys(made), func(a, b string) int { return made[b].Compare(made[a]) })
+	var old []string
+	for _, path := range paths[min(len(paths), underlayImages):] {
+		if now.Sub(made[path]) >= age {
+			old = append(old, path)
+			delete(m.Entries, path)
+		}
 	}
-	old := images[underlayImages:]
-	for _, i := range old {
-		delete(m.Entries, i.path)
-	}
-	if f.write(m) != nil {
+	if len(old) == 0 || f.write(m) != nil {
 		return // they stay, and stand in the manifest
 	}
-	for _, i := range old {
-		_ = os.Remove(filepath.Join(f.dir, i.path))
+	for _, path := range old {
+		_ = os.Remove(filepath.Join(f.dir, path))
 	}
 }

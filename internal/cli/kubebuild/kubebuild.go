@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"time"
 )
 
 // Options say what to make, out of what, and where to keep it.
@@ -217,7 +218,7 @@ func (b *builder) make(ctx context.Context) error {
 		return err
 	}
 	l, err := lockBuild(ctx, b.root, func(holder string) {
-		b.progress("waiting for the build of "+holder, 0, len(todo))
+		b.progress("waiting: for "+holder, 0, len(todo))
 	})
 	if err != nil {
 		return err
@@ -232,8 +233,13 @@ func (b *builder) make(ctx context.Context) error {
 	}
 	defer os.RemoveAll(scratch)
 	b.of = len(todo)
+	told := false
 	for i, it := range todo {
 		b.done = i
+		if !told && !it.image && it.name != "pause" {
+			told = true
+			b.progress(it.label()+": "+firstBuild, b.done, b.of)
+		}
 		l.tell(fmt.Sprintf("%s, %d of %d", it.label(), i+1, b.of))
 		if err := b.one(ctx, it, filepath.Join(scratch, filepath.Base(it.path))); err != nil {
 			if ctx.Err() != nil {
@@ -242,12 +248,15 @@ func (b *builder) make(ctx context.Context) error {
 			return err
 		}
 	}
-	b.folder.pruneUnderlay()
+	b.folder.pruneUnderlay(time.Now(), underlayAge)
 	if b.of > 0 {
 		b.progress("finished", b.of, b.of)
 	}
 	return nil
 }
+
+// firstBuild is said before the first large program.
+const firstBuild = "the first build of Kubernetes takes 20 to 30 minutes on two cores, later ones what has changed"
 
 // one makes one item at the path to and moves it into the folder.
 func (b *builder) one(ctx context.Context, it item, to string) error {

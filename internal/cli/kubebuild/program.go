@@ -1,6 +1,7 @@
 package kubebuild
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -9,6 +10,7 @@ import (
 	"io/fs"
 	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -110,7 +112,7 @@ func helmVersion(v versions) []string {
 	return []string{"-X", "helm.sh/helm/v4/internal/version.version=" + v.helm}
 }
 
-// arguments are those of the go command, less the output.
+// arguments are those of the go command that decide about what it makes.
 func (p program) arguments(v versions) []string {
 	ldflags := []string{"-s", "-w"}
 	if p.version != nil {
@@ -121,18 +123,41 @@ func (p program) arguments(v versions) []string {
 		// go test vets all that a test binary imports first: ten minutes here.
 		args = []string{"test", "-c", "-vet=off"}
 	}
-	return append(args, "-v", "-trimpath", "-ldflags", strings.Join(ldflags, " "))
+	return append(args, "-trimpath", "-ldflags", strings.Join(ldflags, " "))
 }
 
 // build compiles the program to the path to.
 func (p program) build(ctx context.Context, b *builder, to string) ([]string, error) {
+	args := p.arguments(b.versions)
 	if p.test {
-		if _, err := os.Stat(filepath.Join(b.source, e2eSource)); err != nil {
-			return nil, fmt.Errorf("build %s: %w", p.name, err)
+		// "go test -c" says nothing while it compiles for minutes; a build of
+		// what the tests import, which it then finds in Go's cache, does.
+		imports, err := b.testImports(ctx, p)
+		if err != nil {
+			return nil, err
 		}
+		if err := b.compile(ctx, p, append([]string{"build", "-v", "-trimpath"}, imports...)); err != nil {
+			return nil, err
+		}
+		b.progress(p.name+": linking", b.done, b.of)
+	} else {
+		args = append(args, "-v")
 	}
-	args := append(p.arguments(b.versions), "-o", to, p.pkg)
-	return nil, b.compile(ctx, p, args)
+	return nil, b.compile(ctx, p, append(args, "-o", to, p.pkg))
+}
+
+// testImports returns the packages that the tests of p import.
+func (b *builder) testImports(ctx context.Context, p program) ([]string, error) {
+	cmd := exec.CommandContext(ctx, b.goTool, "list", "-f", `{{range .TestImports}}{{.}}{{"\n"}}{{end}}{{range .XTestImports}}{{.}}{{"\n"}}{{end}}`, p.pkg)
+	cmd.Dir = filepath.Join(b.source, p.module)
+	cmd.Env = append(os.Environ(), buildEnv(arch)...)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return nil, fmt.Errorf("build %s: go list %s in %s: %w: %s", p.name, p.pkg, cmd.Dir, err, bytes.TrimSpace(stderr.Bytes()))
+	}
+	return strings.Fields(string(out)), nil
 }
 
 // keys returns the key of each program and the hash of a folder: of the keys of

@@ -52,6 +52,9 @@ func (r *Reporter) Progress(what string, done, of int) {
 	r.step, r.detail, r.done, r.of, r.stepped = step, detail, done, of, now
 	if done < of {
 		r.print(now)
+		if r.tty && detail != "" { // said before the step began: it is worth a line
+			fmt.Fprintln(r.w)
+		}
 	}
 }
 
