@@ -133,14 +133,14 @@ func (b *builder) kubernetesNodes(cp ec2.LabInstance, netns map[string]string) {
 // kubeBuilder makes the Kubernetes of a lab whose instances run.
 type kubeBuilder struct {
 	*builder
+	w machineWatch
 	c cluster.Config
 	k *Kubernetes
-	a *cluster.API
 }
 
 // kubernetes starts the cluster and waits until it can be used.
 func (b *builder) kubernetes(ctx context.Context) error {
-	k := &kubeBuilder{builder: b, k: b.f.Lab.Kubernetes}
+	k := &kubeBuilder{builder: b, w: machineWatch{home: b.home}, k: b.f.Lab.Kubernetes}
 	done := b.p.step("Kubernetes control plane")
 	if err := k.prepare(ctx); err != nil {
 		return err
@@ -259,7 +259,7 @@ func (k *kubeBuilder) start(ctx context.Context) error {
 	if err := writeJSON(k.home.forwardPID(), p); err != nil {
 		return err
 	}
-	if k.a, err = cluster.NewAPI(k.k.Kubeconfig); err != nil {
+	if k.w.api, err = cluster.NewAPI(k.k.Kubeconfig); err != nil {
 		return err
 	}
 	return k.home.save(&k.f)
@@ -294,11 +294,11 @@ func startMachine(h home, self, name, netns string) (int, error) {
 func (k *kubeBuilder) awaitAPI(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, 3*time.Minute, errors.New("the API server was not ready within three minutes"))
 	defer cancel()
-	return k.await(ctx, []string{cluster.ControlPlane}, func() error {
-		if err := k.a.Ready(ctx); err != nil {
+	return k.w.await(ctx, []string{cluster.ControlPlane}, func() error {
+		if err := k.w.api.Ready(ctx); err != nil {
 			return err
 		}
-		return k.a.AccountReady(ctx)
+		return k.w.api.AccountReady(ctx)
 	})
 }
 
@@ -337,7 +337,13 @@ func (k *kubeBuilder) helm(ctx context.Context) error {
 // underlayValues are the values of the chart in a lab.
 func underlayValues(lab, image string, o upOptions) map[string]any {
 	_, tag, _ := strings.Cut(image[strings.LastIndexByte(image, '/')+1:], ":")
+	env := []map[string]string{}
+	for _, e := range o.agentEnv {
+		name, value, _ := strings.Cut(e, "=")
+		env = append(env, map[string]string{"name": name, "value": value})
+	}
 	return map[string]any{
+		"extraEnv": env,
 		"cluster":  map[string]any{"name": lab},
 		"image":    map[string]any{"tag": tag, "pullPolicy": "IfNotPresent"},
 		"prefixes": o.prefixes,
@@ -370,8 +376,8 @@ func (k *kubeBuilder) awaitNodes(ctx context.Context) error {
 	for _, n := range k.c.Nodes {
 		names = append(names, n.Name)
 	}
-	return k.await(ctx, names, func() error {
-		nodes, err := k.a.Nodes(ctx)
+	return k.w.await(ctx, names, func() error {
+		nodes, err := k.w.api.Nodes(ctx)
 		if err != nil {
 			return err
 		}
@@ -382,10 +388,10 @@ func (k *kubeBuilder) awaitNodes(ctx context.Context) error {
 		for _, name := range names {
 			n, ok := registered[name]
 			if !ok {
-				return &nodeError{log: k.log1(name, "kubelet"), err: fmt.Errorf("%s has not registered", name)}
+				return &nodeError{log: k.w.programLog(name, "kubelet"), err: fmt.Errorf("%s has not registered", name)}
 			}
 			if !n.Ready && k.o.kube.cni != cluster.CNINone {
-				return &nodeError{log: k.log1(name, "kubelet"), err: fmt.Errorf("%s is not Ready: %s", name, n.Why)}
+				return &nodeError{log: k.w.programLog(name, "kubelet"), err: fmt.Errorf("%s is not Ready: %s", name, n.Why)}
 			}
 		}
 		return nil
@@ -395,57 +401,7 @@ func (k *kubeBuilder) awaitNodes(ctx context.Context) error {
 func (k *kubeBuilder) awaitDNS(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, 2*time.Minute, errors.New("CoreDNS was not ready within two minutes"))
 	defer cancel()
-	return k.await(ctx, nil, func() error { return k.a.DeploymentReady(ctx, "kube-system", "coredns") })
-}
-
-func (k *kubeBuilder) log1(machine, program string) string {
-	return filepath.Join(cluster.LogDir(k.c.Dir, k.c.Data, machine), program+".log")
-}
-
-// await calls done until it returns nil, as long as the machines are well.
-func (k *kubeBuilder) await(ctx context.Context, machines []string, done func() error) error {
-	var last error
-	err := poll(ctx, 100*time.Millisecond, func() (bool, error) {
-		err := done()
-		if err == nil {
-			return true, nil
-		}
-		if ctx.Err() == nil {
-			last = err
-		}
-		for _, m := range machines {
-			if err := k.ill(m); err != nil {
-				return false, err
-			}
-		}
-		return false, nil
-	})
-	if err != nil && last != nil && ctx.Err() != nil {
-		return fmt.Errorf("%w: %w", err, last)
-	}
-	return err
-}
-
-// ill returns an error when a machine's first process has ended, or a program
-// of it ends again and again.
-func (k *kubeBuilder) ill(machine string) error {
-	p, err := readProc(k.home.initPID(machine))
-	if err != nil {
-		return err
-	}
-	if !p.alive() {
-		return &nodeError{log: cluster.InitLog(k.c.Dir, machine), err: fmt.Errorf("the first process of %s ended", machine)}
-	}
-	s, err := cluster.ReadState(k.c.Dir, machine)
-	if err != nil {
-		return nil // not written yet
-	}
-	for _, p := range s.Programs {
-		if p.Restarts >= 3 {
-			return &nodeError{log: k.log1(machine, p.Name), err: fmt.Errorf("%s on %s does not stay up: %s, %d times", p.Name, machine, p.LastEnd, p.Restarts)}
-		}
-	}
-	return nil
+	return k.w.await(ctx, nil, func() error { return k.w.api.DeploymentReady(ctx, "kube-system", "coredns") })
 }
 
 // explain makes the log that an error names the one that is shown.

@@ -71,6 +71,14 @@ A failed or interrupted up takes down again what it has made.`,
 		Annotations: rootBecause("makes network namespaces and loads BPF programs"),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			o.listenExplicit = cmd.Flags().Changed("listen")
+			for _, flag := range []string{"kube-proxy", "cni"} {
+				if cmd.Flags().Changed(flag) && !o.kube.on {
+					return fmt.Errorf("--%s is for a lab with --kubernetes", flag)
+				}
+			}
+			if o.kube.on && len(o.agentArgs) > 0 {
+				return errors.New("--agent-arg is for labs without --kubernetes, where the chart's values are what sets agents up; afterwards: helm upgrade underlay --reuse-values --set …")
+			}
 			f, err := a.up(cmd.Context(), o)
 			if err != nil {
 				return err
@@ -437,6 +445,9 @@ func (a *App) printUp(w io.Writer, f *labFile) {
 	for _, n := range f.Lab.Nodes {
 		t.row(text(n.Name), text(n.IP.String()), text(n.InstanceID), text("node, "+f.InstanceType))
 	}
+	if k := f.Lab.Kubernetes; k != nil {
+		t.row(text(k.ControlPlane.Name), text(k.ControlPlane.IP.String()), text(k.ControlPlane.InstanceID), text("Kubernetes "+k.Version))
+	}
 	for _, o := range f.Lab.Outside {
 		what := "VM outside the cluster"
 		if o.InstanceID == "" {
@@ -451,6 +462,18 @@ func (a *App) printUp(w io.Writer, f *labFile) {
 	}
 	t.write(w, "  ", color)
 	flag := a.labFlag()
+	if f.Lab.Kubernetes != nil {
+		fmt.Fprintf(w, `
+next:
+  eval "$(underlay env%[1]s)"          then: kubectl get pods -A -o wide; aws ec2 describe-network-interfaces
+  kubectl create deployment web --replicas 3 --image registry.k8s.io/e2e-test-images/agnhost:2.66.1 -- /agnhost netexec
+  underlay status%[1]s                 what there is
+  underlay node exec node-1%[1]s -- ip rule
+  underlay node kill node-1%[1]s       a power failure; then: underlay node boot node-1%[1]s
+  underlay down%[1]s                   leaves nothing
+`, flag)
+		return
+	}
 	fmt.Fprintf(w, `
 next:
   underlay run web --count 3%[1]s      pods, by CNI

@@ -68,8 +68,7 @@ func (a *API) get(ctx context.Context, path string, out any) error {
 		return fmt.Errorf("ask the API server for %s: %w", path, err)
 	}
 	if resp.StatusCode != http.StatusOK {
-		s := strings.TrimSpace(string(b))
-		return fmt.Errorf("the API server answers %s with %s: %s", path, resp.Status, s[:min(len(s), 300)])
+		return fmt.Errorf("the API server answers %s with %s: %s", path, resp.Status, failure(b))
 	}
 	if out == nil {
 		return nil
@@ -78,6 +77,29 @@ func (a *API) get(ctx context.Context, path string, out any) error {
 		return fmt.Errorf("read the API server's answer to %s: %w", path, err)
 	}
 	return nil
+}
+
+// failure is what an answer that is none says, in one line: the checks that
+// fail, or the message of a Status, or its beginning.
+func failure(b []byte) string {
+	var failed []string
+	for line := range strings.Lines(string(b)) {
+		if name, ok := strings.CutPrefix(line, "[-]"); ok {
+			name, _, _ = strings.Cut(name, " ")
+			failed = append(failed, name)
+		}
+	}
+	if len(failed) > 0 {
+		return "not ready: " + strings.Join(failed, ", ")
+	}
+	var status struct {
+		Message string `json:"message"`
+	}
+	if json.Unmarshal(b, &status) == nil && status.Message != "" {
+		return status.Message
+	}
+	s := strings.Join(strings.Fields(string(b)), " ")
+	return s[:min(len(s), 300)]
 }
 
 // Ready returns nil when the API server is ready.
@@ -93,9 +115,10 @@ func (a *API) Version(ctx context.Context) (string, error) {
 
 // NodeCondition is what Kubernetes says of a node.
 type NodeCondition struct {
-	Name  string
-	Ready bool
-	Why   string // not to be had when it is ready
+	Name      string
+	Ready     bool
+	Why       string // it is not ready
+	Heartbeat time.Time
 }
 
 // Nodes returns the nodes that have registered.
@@ -116,6 +139,8 @@ func (a *API) Nodes(ctx context.Context) ([]NodeCondition, error) {
 					Status  string `json:"status"`
 					Reason  string `json:"reason"`
 					Message string `json:"message"`
+					// In whole seconds.
+					LastHeartbeatTime time.Time `json:"lastHeartbeatTime"`
 				} `json:"conditions"`
 			} `json:"status"`
 		} `json:"items"`
@@ -127,10 +152,11 @@ func (a *API) Nodes(ctx context.Context) ([]NodeCondition, error) {
 	for _, i := range list.Items {
 		n := NodeCondition{Name: i.Metadata.Name, Why: "the kubelet has not said anything about it"}
 		for _, c := range i.Status.Conditions {
-			switch {
-			case c.Type == "Ready" && c.Status == "True":
-				n.Ready, n.Why = true, ""
-			case c.Type == "Ready":
+			if c.Type != "Ready" {
+				continue
+			}
+			n.Heartbeat, n.Ready, n.Why = c.LastHeartbeatTime, c.Status == "True", ""
+			if !n.Ready {
 				n.Why = c.Reason + ": " + c.Message
 			}
 		}
@@ -142,6 +168,60 @@ func (a *API) Nodes(ctx context.Context) ([]NodeCondition, error) {
 		nodes = append(nodes, n)
 	}
 	return nodes, nil
+}
+
+// Trouble is a container that does not run as it should.
+type Trouble struct {
+	Pod, Node, Container string
+	Why                  string
+	Restarts             int
+	NoImage              bool // its image is not there; it will not come
+}
+
+// Troubles returns the containers of a namespace that wait for something other
+// than their turn.
+func (a *API) Troubles(ctx context.Context, namespace string) ([]Trouble, error) {
+	type container struct {
+		Name         string `json:"name"`
+		RestartCount int    `json:"restartCount"`
+		State        struct {
+			Waiting *struct {
+				Reason  string `json:"reason"`
+				Message string `json:"message"`
+			} `json:"waiting"`
+		} `json:"state"`
+	}
+	var list struct {
+		Items []struct {
+			Metadata struct {
+				Name string `json:"name"`
+			} `json:"metadata"`
+			Spec struct {
+				NodeName string `json:"nodeName"`
+			} `json:"spec"`
+			Status struct {
+				Init       []container `json:"initContainerStatuses"`
+				Containers []container `json:"containerStatuses"`
+			} `json:"status"`
+		} `json:"items"`
+	}
+	if err := a.get(ctx, "/api/v1/namespaces/"+namespace+"/pods", &list); err != nil {
+		return nil, err
+	}
+	var troubles []Trouble
+	for _, p := range list.Items {
+		for _, c := range append(p.Status.Init, p.Status.Containers...) {
+			w := c.State.Waiting
+			if w == nil || w.Reason == "ContainerCreating" || w.Reason == "PodInitializing" {
+				continue
+			}
+			troubles = append(troubles, Trouble{
+				Pod: p.Metadata.Name, Node: p.Spec.NodeName, Container: c.Name, Why: w.Reason + ": " + w.Message, Restarts: c.RestartCount,
+				NoImage: w.Reason == "ErrImagePull" || w.Reason == "ImagePullBackOff" || w.Reason == "ErrImageNeverPull" || w.Reason == "InvalidImageName",
+			})
+		}
+	}
+	return troubles, nil
 }
 
 // DeploymentReady returns nil when all replicas of a Deployment are available.

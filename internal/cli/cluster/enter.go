@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -78,11 +79,10 @@ func enter(pidfd int, argv, env []string) (int, error) {
 	err = cmd.Wait()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
-		ws := exit.Sys().(unix.WaitStatus)
-		if ws.Signaled() {
-			return 128 + int(ws.Signal()), nil
+		if ws, ok := exit.Sys().(syscall.WaitStatus); ok && ws.Signaled() {
+			return 128 + int(ws.Signal()), nil // as a shell tells it
 		}
-		return ws.ExitStatus(), nil
+		return exit.ExitCode(), nil
 	}
 	return 0, err
 }
