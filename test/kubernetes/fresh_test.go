@@ -73,10 +73,8 @@ func TestAgentIsHeldToItsOwnNode(t *testing.T) {
 	c := shared(t)
 	cmd := exec.CommandContext(t.Context(), "go", "test", "-count=1", "-v", "./admission")
 	cmd.Env = append(os.Environ(), "KUBECONFIG="+c.Kubeconfig, "PATH="+c.Bin+":"+os.Getenv("PATH"), "TEST_REQUIRE=kubernetes")
-	out, err := cmd.CombinedOutput()
-	t.Logf("%s", out)
-	if err != nil {
-		t.Errorf("go test ./admission: %v", err)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("go test ./admission: %v\n%s", err, out)
 	}
 }
 

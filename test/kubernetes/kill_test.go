@@ -55,6 +55,9 @@ spec:
 	inB := lab.Listen(t, netns["b"], at(pods["b"]))
 	inC := lab.Listen(t, netns["c"], at(pods["c"]))
 	onVM := lab.Listen(t, netns["vm-1"], netip.AddrPortFrom(c.OutsideIP("vm-1"), heldPort))
+	c.awaitOpen(netns["a"], netip.AddrPortFrom(service, 80), inB)
+	c.awaitOpen(netns["vm-1"], netip.AddrPortFrom(n1.IP, nodePort), inB)
+	c.awaitOpen(netns["vm-1"], netip.AddrPortFrom(n2.IP, nodePort), inB)
 	tr.held = append(tr.held,
 		lab.Hold(t, "pod to pod of another node", netns["a"], at(pods["b"]), inB),
 		lab.Hold(t, "pod to pod of the node", netns["a"], at(pods["c"]), inC),
