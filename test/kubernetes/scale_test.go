@@ -31,7 +31,8 @@ func (c *cluster) holdings(n lab.Node) (holdings, error) {
 	h := holdings{Records: map[string]int{}}
 	h.ENIs, h.Addresses = c.Held(n)
 	count := func(args ...string) int { return strings.Count(n.Exec(c.t, args...), "\n") }
-	h.Veths = count("ip", "-o", "link", "show", "type", "veth")
+	// Without the node's own ENIs, which in a lab are devices of that type, too.
+	h.Veths = count("sh", "-c", "ip -o link show type veth | grep -v ': eth[0-9]' || true")
 	h.Rules = count("ip", "-4", "-o", "rule", "show")
 	h.PodRoutes = count("sh", "-c", "ip -4 -o route show table 30060 || true") // no pod yet, no table
 	pins := c.Underlay("node", "exec", n.Name, "--", "sh", "-c", "ls -d /sys/fs/bpf/underlay/* /sys/fs/bpf/underlay/*/* 2>/dev/null || true")
