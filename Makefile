@@ -23,7 +23,7 @@ GENERATE_PACKAGES := clang-14 llvm-14 libbpf-dev linux-libc-dev clang-format-14
 
 GOLANGCI := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
-.PHONY: help build demo test bench kubernetes sim-tables generate manifests lint verify packages-test packages-demo packages-kubernetes packages-generate clean
+.PHONY: help build demo test bench kubernetes sim-tables generate manifests image lint verify packages-test packages-demo packages-kubernetes packages-generate clean
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -55,6 +55,13 @@ generate: packages-generate ## regenerate BPF objects and the EC2 codec
 
 manifests: ## the plain manifests and the table of values, from the Helm chart
 	@$(PROGRESS) "still compiling Helm (the first time takes minutes)" hack/manifests.sh
+
+# Underlay's version is the chart's, unless it is given.
+VERSION ?= $(shell sed -n 's/^appVersion: *//p' deploy/helm/underlay/Chart.yaml)
+
+image: build ## Underlay's image for amd64 and arm64, into dist/ (the first time takes minutes)
+	@mkdir -p dist
+	@bin/underlay kubernetes image dist/underlay-$(VERSION).tar --tag $(VERSION)
 
 lint: ## golangci-lint, as .golangci.yml says
 	@$(PROGRESS) "still linting" $(GO) run $(GOLANGCI) run ./...
