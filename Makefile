@@ -16,7 +16,7 @@ TEST_PACKAGES := iproute2 iputils-ping nftables tcpdump bpftool awscli python3-b
 # What a lab with Kubernetes runs beside what is built here, and whose tools are
 # copied into its test image.
 KUBERNETES_PACKAGES := etcd-server containerd runc containernetworking-plugins conntrack iptables nftables ipset iproute2 procps \
-	busybox-static dash bash curl netcat-openbsd bind9-dnsutils bind9-host iperf socat tcpdump iputils-ping libc-bin util-linux
+	busybox-static dash bash curl wget netcat-openbsd bind9-dnsutils bind9-host iperf socat tcpdump iputils-ping libc-bin util-linux
 DEMO_PACKAGES := iproute2 iputils-ping tcpdump awscli
 # What regenerates the BPF objects; a build needs Go alone.
 GENERATE_PACKAGES := clang-14 llvm-14 libbpf-dev linux-libc-dev clang-format-14

@@ -150,6 +150,11 @@ func prepare(ctx context.Context, o Options) (*builder, error) {
 	if want == nil {
 		want = Default()
 	}
+	for _, i := range images {
+		if i.also != "" && slices.Contains(want, i.program) && !slices.Contains(want, i.also) {
+			want = append(slices.Clone(want), i.also)
+		}
+	}
 	for _, name := range want {
 		if !slices.Contains(Names(), name) {
 			return nil, fmt.Errorf("build %q: it is not known; known are %s", name, strings.Join(Names(), ", "))
