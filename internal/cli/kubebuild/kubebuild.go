@@ -253,7 +253,7 @@ func (b *builder) make(ctx context.Context) error {
 			return err
 		}
 	}
-	b.folder.pruneUnderlay(time.Now(), underlayAge)
+	b.folder.prune(time.Now(), keptImages, keptAge)
 	if b.of > 0 {
 		b.progress("finished", b.of, b.of)
 	}
