@@ -43,7 +43,7 @@ test: packages-test ## all tests; root lets those run that need namespaces and B
 bench: packages-test ## ratios, each measured interleaved in one run
 	@$(GO) test -count=1 -timeout 30m -run '^$$' -bench . -benchtime 1x ./test/bench/...
 
-kubernetes: packages-kubernetes build ## build Kubernetes' programs and images into the cache (5 to 30 minutes once)
+kubernetes: packages-kubernetes build ## build Kubernetes' programs and images into the cache (20 to 30 minutes once)
 	@bin/underlay kubernetes build
 
 sim-tables: build ## the simulation of 2,000 and 10,000 nodes, into docs/bench/sim
