@@ -68,10 +68,8 @@ func (b *builder) imageItems(want []string, keys map[string]string, programs str
 			}
 			fmt.Fprintln(h, toolsKey)
 		}
-		items = append(items, item{
-			name: i.name, image: true, path: "images/" + i.name + ".tar",
-			key: hex.EncodeToString(h.Sum(nil)), make: i.make,
-		})
+		key := hex.EncodeToString(h.Sum(nil))
+		items = append(items, item{name: i.name, image: true, path: imagePath(i.name, key), key: key, make: i.make})
 	}
 	if slices.Contains(want, Underlay) {
 		it, err := underlayItem(programs)

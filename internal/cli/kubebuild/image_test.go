@@ -61,7 +61,9 @@ func TestToolsRunInTheImage(t *testing.T) {
 		{"ping -V", "iputils"},
 		{"getent passwd user-defined-in-image", "1000"},
 		{"ipcs", "Semaphore"},
-		{"wget --help 2>&1", "BusyBox"},
+		{"wget --version", "GNU Wget"},
+		{"conntrack --version", "conntrack v"},
+		{"httpd --help 2>&1", "BusyBox"},
 		{"readlink -f /bin/sh", "/bin/dash"},
 	} {
 		cmd := exec.CommandContext(t.Context(), "/bin/sh", "-c", c.command)
@@ -139,7 +141,7 @@ func TestImagesAreThoseOfKubernetes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, ref := range []string{pauseRef, busyboxRef, agnhostRef, glibcRef} {
+	for _, ref := range []string{pauseRef, busyboxRef, agnhostRef, glibcRef, distrolessRef} {
 		path, version, _ := strings.Cut(ref, ":")
 		if want := `"` + filepath.Base(path) + `", "` + version + `"`; !strings.Contains(string(b), want) {
 			t.Errorf("%s: the tests of this Kubernetes do not use it; see test/utils/image/manifest.go", ref)

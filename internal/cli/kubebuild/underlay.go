@@ -21,9 +21,6 @@ import (
 // UnderlayRef is Underlay's image without a tag.
 const UnderlayRef = "ghcr.io/underlay-cni/underlay"
 
-// underlayPath begins the paths of Underlay's images in a folder.
-const underlayPath = "images/underlay-"
-
 // underlayPrograms are what the image holds.
 var underlayPrograms = []string{"underlay-agent", "underlay-cni"}
 
@@ -111,7 +108,7 @@ func underlayItem(programs string) (item, error) {
 		ref := UnderlayRef + ":lab-" + strings.TrimPrefix(made.Digest(), "sha256:")[:12]
 		return []string{ref}, made.WriteArchive(to, ref)
 	}
-	return item{name: Underlay, image: true, path: underlayPath + key[:12] + ".tar", key: key, make: make}, nil
+	return item{name: Underlay, image: true, path: imagePath(Underlay, key), key: key, make: make}, nil
 }
 
 // Platforms are the architectures that Underlay's image is released for.
