@@ -13,16 +13,20 @@ export CGO_ENABLED := 0
 
 # What the tests and the demo drive or look with.
 TEST_PACKAGES := iproute2 iputils-ping nftables tcpdump bpftool awscli python3-boto3 procps iptables containernetworking-plugins containerd runc podman
+# What a lab with Kubernetes runs beside what is built here, and whose tools are
+# copied into its test image.
+KUBERNETES_PACKAGES := etcd-server containerd runc containernetworking-plugins conntrack iptables nftables ipset iproute2 procps \
+	busybox-static dash bash curl wget netcat-openbsd bind9-dnsutils bind9-host iperf socat tcpdump iputils-ping libc-bin util-linux
 DEMO_PACKAGES := iproute2 iputils-ping tcpdump awscli
 # What regenerates the BPF objects; a build needs Go alone.
 GENERATE_PACKAGES := clang-14 llvm-14 libbpf-dev linux-libc-dev clang-format-14
 
 GOLANGCI := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
-.PHONY: help build demo test bench sim-tables generate manifests image lint verify packages-test packages-demo packages-generate clean
+.PHONY: help build demo test bench kubernetes sim-tables generate manifests image lint verify packages-test packages-demo packages-kubernetes packages-generate clean
 
 help: ## show this help
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 build: ## all commands, into bin/ (the first time compiles the AWS SDK: minutes)
 	@echo "building into bin/ (the first build compiles the AWS SDK and takes minutes)" >&2
@@ -39,6 +43,9 @@ test: packages-test ## all tests; root lets those run that need namespaces and B
 
 bench: packages-test ## ratios, each measured interleaved in one run
 	@$(GO) test -count=1 -timeout 30m -run '^$$' -bench . -benchtime 1x ./test/bench/...
+
+kubernetes: packages-kubernetes build ## build Kubernetes' programs and images into the cache (5 to 30 minutes once)
+	@bin/underlay kubernetes build
 
 sim-tables: build ## the simulation of 2,000 and 10,000 nodes, into docs/bench/sim
 	@hack/sim-tables.sh
@@ -69,6 +76,9 @@ packages-test:
 
 packages-demo:
 	@hack/install-packages.sh $(DEMO_PACKAGES)
+
+packages-kubernetes:
+	@hack/install-packages.sh $(KUBERNETES_PACKAGES)
 
 packages-generate:
 	@hack/install-packages.sh $(GENERATE_PACKAGES)

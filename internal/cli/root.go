@@ -133,7 +133,7 @@ func (a *App) command() *cobra.Command {
 			root.AddCommand(c)
 		}
 	}
-	add("lab", a.upCommand(), a.downCommand(), a.demoCommand())
+	add("lab", a.upCommand(), a.downCommand(), a.demoCommand(), a.kubernetesCommand())
 	add("pods", a.runCommand(), a.rmCommand(), a.execCommand(), a.nodeCommand(), a.vpcdCommand())
 	add("look", a.statusCommand(), a.podsCommand(), a.logsCommand(), a.envCommand())
 	add(GroupAhead, a.planCommand())
