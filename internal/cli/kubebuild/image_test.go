@@ -180,3 +180,21 @@ func TestAuthorities(t *testing.T) {
 		t.Errorf("%d authorities, want Amazon Root CA 1 among a hundred: %v", len(names), names)
 	}
 }
+
+// An image has no dynamic linker; what needs one is refused beforehand.
+func TestDynamicProgramIsRefused(t *testing.T) {
+	for name, refused := range map[string]bool{"dash": true, "busybox": false} {
+		path := findFile(name)
+		if path == "" {
+			t.Skipf("%s is not installed", name)
+		}
+		f, err := os.Open(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if err := checkStatic(f); (err != nil) != refused {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+}
