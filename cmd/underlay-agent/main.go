@@ -11,13 +11,10 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
-	"net/http"
 	"os"
 	"os/signal"
 	"runtime/debug"
 	"syscall"
-	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -49,6 +46,16 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: o.level}))
+	if o.uninstall {
+		if err := ownBPFFS(o); err != nil {
+			return err
+		}
+		err := uninstall(ctx, o, log)
+		if err == nil && o.stay {
+			stay(ctx, log)
+		}
+		return err
+	}
 	tune, err := knobs(os.LookupEnv, o.prefixes)
 	if err != nil {
 		return err
@@ -66,24 +73,34 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	defer socket.Close()
-	dp, err := datapath.Open(datapath.Options{BPFFS: o.bpffs, AllowIMDS: o.imds == "allow", Hook: o.hook, Logger: log})
+	dp, err := datapath.Open(datapath.Options{BPFFS: o.bpffs, AllowIMDS: o.imds == "allow", Hook: o.hook, ProcSysNet: o.procSysNet, Logger: log})
 	if err != nil {
 		return fmt.Errorf("open the datapath: %w; docs/datapath.md says what it needs of the kernel", err)
 	}
 	defer dp.Close()
+	n, err := newNode(o, log)
+	if err != nil {
+		return err
+	}
 	a := agent.New(agent.Options{
 		Version: version(), Cluster: o.cluster, Socket: o.socket, Datapath: dp, Metadata: imds.New(""), Logger: log, Tune: tune, Sweep: o.sweep, Rival: agent.AWSNode,
-		ConnectEC2: func(ctx context.Context, region string) (agent.EC2, error) { return ec2.New(ctx, region) },
+		ConnectEC2:   func(ctx context.Context, region string) (agent.EC2, error) { return ec2.New(ctx, region) },
+		Orchestrator: n.orchestrator(), Serving: n.install,
 	})
 	log.Info("serving", "socket", o.socket, "version", version(), "hook", o.hook)
 
-	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return agentapi.Serve(ctx, socket, a, log) })
-	g.Go(func() error { return a.Run(ctx) })
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return agentapi.Serve(gctx, socket, a, log) })
+	g.Go(func() error { return a.Run(gctx) })
+	g.Go(func() error { return n.run(gctx) })
 	if o.metrics != "" {
-		g.Go(func() error { return serveMetrics(ctx, o.metrics, a.Metrics()) })
+		g.Go(func() error { return serveHTTP(gctx, o.metrics, handler(a, n)) })
 	}
-	return g.Wait()
+	err = g.Wait()
+	if ctx.Err() != nil { // told to end
+		n.leave()
+	}
+	return err
 }
 
 // stopped is err, or nothing when it is only that we were asked to end.
@@ -92,21 +109,6 @@ func stopped(ctx context.Context, err error) error {
 		return nil
 	}
 	return err
-}
-
-func serveMetrics(ctx context.Context, addr string, h http.Handler) error {
-	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", addr)
-	if err != nil {
-		return fmt.Errorf("listen for metrics: %w; choose another --metrics-listen", err)
-	}
-	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", h)
-	s := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
-	defer context.AfterFunc(ctx, func() { s.Close() })()
-	if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-		return fmt.Errorf("serve metrics: %w", err)
-	}
-	return nil
 }
 
 // version names the build: the module's version, or the commit it is of.

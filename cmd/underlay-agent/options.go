@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/underlay-cni/underlay/internal/agentapi/install"
 	"github.com/underlay-cni/underlay/internal/datapath"
 )
 
@@ -22,10 +23,14 @@ const maxSocketPath = 107
 
 type options struct {
 	socket, bpffs, imds, cluster, metrics string
+	nodeName, kubeconfig, procSysNet      string
+	cniConf, cniBin, plugin               string
 	hook                                  datapath.Hook
 	level                                 slog.Level
 	prefixes                              bool
 	sweep                                 time.Duration
+
+	uninstall, force, stay bool
 }
 
 // errUsage says that the command line was wrong, and that this was printed.
@@ -33,6 +38,9 @@ var errUsage = errors.New("wrong usage")
 
 func parseFlags(args []string, stderr io.Writer) (options, error) {
 	var o options
+	if len(args) > 0 && args[0] == "uninstall" {
+		o.uninstall, args = true, args[1:]
+	}
 	f := flag.NewFlagSet("underlay-agent", flag.ContinueOnError)
 	f.SetOutput(stderr)
 	f.StringVar(&o.socket, "socket", "/run/underlay/agent.sock", "`path` of the unix socket for the CNI plugin")
@@ -42,7 +50,17 @@ func parseFlags(args []string, stderr io.Writer) (options, error) {
 	f.StringVar(&o.cluster, "cluster", "default", "`name` of the cluster, in the tags of the interfaces that the agent makes")
 	f.BoolVar(&o.prefixes, "prefixes", false, "take addresses as /28 prefixes, sixteen at a time, where instance type and subnet allow it")
 	f.DurationVar(&o.sweep, "sweep", 0, "`time` between deletions of the interfaces that dead nodes of the cluster left, e.g. 10m; set it on one agent of a cluster; 0: never")
-	f.StringVar(&o.metrics, "metrics-listen", "", "`address` for Prometheus, e.g. 127.0.0.1:9464; empty: none")
+	f.StringVar(&o.metrics, "metrics-listen", "", "`address` for /metrics (Prometheus), /livez and /readyz, e.g. 127.0.0.1:9464; empty: none")
+	f.StringVar(&o.nodeName, "node-name", "", "`name` of the node in Kubernetes: the agent then takes the taint underlay.dev/agent-not-ready off, publishes how many pods the node has addresses for, and posts events on pods; empty: there is no Kubernetes")
+	f.StringVar(&o.kubeconfig, "kubeconfig", "", "`file` by which the API server is found; empty: as a pod of the cluster finds it")
+	f.StringVar(&o.cniConf, "cni-conf", "", "`file` to write the CNI configuration list to when the agent serves, e.g. /etc/cni/net.d/10-underlay.conflist; with --cni-bin; empty: somebody else installs")
+	f.StringVar(&o.cniBin, "cni-bin", "", "`directory` to copy the CNI plugin to when the agent serves, e.g. /opt/cni/bin")
+	f.StringVar(&o.plugin, "plugin", "", "`file` of the CNI plugin to copy; empty: underlay-cni beside this program")
+	f.StringVar(&o.procSysNet, "proc-sys-net", datapath.ProcSysNet, "`directory` where the host's /proc/sys/net can be written, for containers whose own is read-only")
+	if o.uninstall {
+		f.BoolVar(&o.force, "force", false, "go on while pods have their network from here: it is cut off")
+		f.BoolVar(&o.stay, "stay", false, "do not end when all is done, for a container that would be started again")
+	}
 	f.TextVar(&o.level, "log-level", slog.LevelInfo, "debug, info, warn or error")
 	f.Usage = func() {
 		fmt.Fprint(stderr, `underlay-agent holds a node's addresses in EC2 and makes its pods' endpoints.
@@ -53,8 +71,13 @@ The AWS VPC CNI's WARM_IP_TARGET, MINIMUM_IP_TARGET, WARM_PREFIX_TARGET,
 WARM_ENI_TARGET, MAX_ENI, IP_COOLDOWN_PERIOD and ENABLE_PREFIX_DELEGATION keep
 their meaning in the environment; without them one address is kept free.
 
+underlay-agent uninstall, with the same flags, takes a node on which no agent
+and no pod runs any more back to what it was: config list and plugin, rules,
+routes, nftables, pins, and what the node holds in EC2. It may be repeated.
+
 Usage:
   underlay-agent [flags]
+  underlay-agent uninstall [--force] [flags]
 
 Example:
   underlay-agent --socket /run/underlay/agent.sock --bpffs /sys/fs/bpf/underlay --cluster prod
@@ -83,6 +106,16 @@ Flags:
 		err = fmt.Errorf("--sweep is %s, want 0 or at least 1s", o.sweep)
 	case !filepath.IsAbs(o.bpffs):
 		err = fmt.Errorf("--bpffs is %q, want an absolute path", o.bpffs)
+	case !filepath.IsAbs(o.procSysNet):
+		err = fmt.Errorf("--proc-sys-net is %q, want an absolute path", o.procSysNet)
+	case (o.cniConf == "") != (o.cniBin == ""):
+		err = errors.New("--cni-conf and --cni-bin go together")
+	case o.cniConf != "" && (!filepath.IsAbs(o.cniConf) || !filepath.IsAbs(o.cniBin)):
+		err = fmt.Errorf("--cni-conf is %q and --cni-bin %q, want absolute paths", o.cniConf, o.cniBin)
+	case o.cniConf != "" && filepath.Ext(o.cniConf) != ".conflist": // libcni reads lists from no other
+		err = fmt.Errorf("--cni-conf is %q, want a name that ends with .conflist: runtimes read no other list", o.cniConf)
+	case o.kubeconfig != "" && o.nodeName == "":
+		err = errors.New("--kubeconfig wants --node-name")
 	}
 	if err != nil {
 		fmt.Fprintf(stderr, "underlay-agent: %v; see underlay-agent --help\n", err)
@@ -105,7 +138,42 @@ func preflight(o options) error {
 	case !st.IsDir():
 		return fmt.Errorf("%s is no directory; choose another --socket", dir)
 	}
+	if o.cniConf != "" {
+		if err := checkInstall(o); err != nil {
+			return err
+		}
+	}
 	return checkBPFFS(o.bpffs)
+}
+
+// checkInstall looks for what the installation needs.
+func checkInstall(o options) error {
+	t, err := o.target()
+	if err != nil {
+		return err
+	}
+	if _, err := os.Stat(t.Plugin); err != nil {
+		return fmt.Errorf("look for the CNI plugin: %w; name it with --plugin, or leave --cni-conf and --cni-bin out", err)
+	}
+	for flag, dir := range map[string]string{"--cni-conf": filepath.Dir(o.cniConf), "--cni-bin": o.cniBin} {
+		if st, err := os.Stat(dir); err != nil || !st.IsDir() {
+			return fmt.Errorf("the directory %s of %s is missing; make it (mkdir -p %s), or mount the host's", dir, flag, dir)
+		}
+	}
+	return nil
+}
+
+// target is the runtime's place for plugins.
+func (o options) target() (install.Target, error) {
+	t := install.Target{ConfList: o.cniConf, Bin: o.cniBin, Plugin: o.plugin, Socket: o.socket}
+	if t.Plugin == "" {
+		self, err := os.Executable()
+		if err != nil {
+			return t, fmt.Errorf("find the CNI plugin: %w; name it with --plugin", err)
+		}
+		t.Plugin = filepath.Join(filepath.Dir(self), "underlay-cni")
+	}
+	return t, nil
 }
 
 // checkBPFFS reports whether path lies, or can be made, in a BPF file system.

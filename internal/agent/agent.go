@@ -76,6 +76,11 @@ type Options struct {
 	Tune       func(*ipam.Config)           // changes the policy's defaults; may be nil
 	Sweep      time.Duration                // between deletions of what the cluster's dead nodes left; 0: never
 	Rival      func(context.Context) string // where another agent hands out the node's addresses, see AWSNode; may be nil
+
+	Orchestrator Orchestrator // nil: there is none
+	// Serving, if set, is called once, when the first ADD can be served, and
+	// may take its time; ctx ends with the agent.
+	Serving func(ctx context.Context)
 }
 
 // Agent runs one node. Make it with New, then call Run; its methods are safe
@@ -151,6 +156,18 @@ func (a *Agent) Run(ctx context.Context) error {
 		}
 	})
 	o.spawn(func() { a.watchSpool(ctx) })
+	if a.opts.Orchestrator != nil {
+		o.spawn(func() { a.publish(ctx) })
+	}
+	if a.opts.Serving != nil {
+		o.spawn(func() {
+			select {
+			case <-a.ready:
+				a.opts.Serving(ctx)
+			case <-ctx.Done():
+			}
+		})
+	}
 	o.spawn(func() {
 		if err := a.repair(ctx, o); err != nil {
 			stop(err)

@@ -40,8 +40,12 @@ func (a *Agent) Add(ctx context.Context, at *agentapi.Attachment, timeout time.D
 	began := time.Now()
 	res, err := a.add(ctx, at, timeout, netns)
 	a.metrics.added(time.Since(began), err)
-	if err != nil && ctx.Err() == nil {
+	switch {
+	case err != nil && ctx.Err() == nil:
 		a.incident("add", err.Error())
+		a.tellFailed(at.Pod, err)
+	case err == nil && a.opts.Orchestrator != nil:
+		a.opts.Orchestrator.Served(at.Pod)
 	}
 	return res, err
 }
@@ -76,7 +80,7 @@ func (a *Agent) add(ctx context.Context, at *agentapi.Attachment, timeout time.D
 		}
 	}
 	for try := 1; ; try++ {
-		ans, err := a.request(ctx, k, deadline)
+		ans, err := a.request(ctx, at, deadline)
 		if err != nil {
 			return nil, err
 		}
@@ -130,14 +134,15 @@ func (a *Agent) awaitReady(ctx context.Context, d time.Duration) error {
 	case <-a.ready:
 		return nil
 	case <-t.C:
-		return agentapi.Errorf(agentapi.CodeTryAgain, "%s", a.unready())
+		return &reasonError{agentapi.Errorf(agentapi.CodeTryAgain, "%s", a.unready()), reasonNotReady}
 	case <-ctx.Done():
 		return errGone
 	}
 }
 
 // request waits for an address from the plan.
-func (a *Agent) request(ctx context.Context, k key, deadline time.Time) (answer, error) {
+func (a *Agent) request(ctx context.Context, at *agentapi.Attachment, deadline time.Time) (answer, error) {
+	k := key{at.ContainerID, at.IfName}
 	ch := make(chan answer, 1)
 	a.mu.Lock()
 	a.nextReq++
@@ -149,15 +154,22 @@ func (a *Agent) request(ctx context.Context, k key, deadline time.Time) (answer,
 	}) {
 		return answer{}, errStopping
 	}
-	select {
-	case ans := <-ch:
-		if ans.err != nil {
-			return ans, addressError(ans.err)
+	long := time.NewTimer(patience)
+	defer long.Stop()
+	for waits := true; waits; {
+		select {
+		case ans := <-ch:
+			if ans.err != nil {
+				return ans, addressError(ans.err)
+			}
+			return ans, nil
+		case <-long.C:
+			a.tellWaits(ctx, at.Pod, id)
+		case <-a.done:
+			return answer{}, errStopping
+		case <-ctx.Done():
+			waits = false
 		}
-		return ans, nil
-	case <-a.done:
-		return answer{}, errStopping
-	case <-ctx.Done():
 	}
 	a.tell(context.WithoutCancel(ctx), func(o *owner) { // the owner takes it, or has ended
 		delete(o.waiters, id)
@@ -186,7 +198,7 @@ func addressError(e *ipam.Error) error {
 	case ipam.KindSlow, ipam.KindThrottled, ipam.KindUnavailable:
 		code = agentapi.CodeTryAgain
 	}
-	return agentapi.Errorf(code, "%v", e)
+	return &reasonError{agentapi.Errorf(code, "%v", e), reasons[e.Kind]}
 }
 
 // release gives an address back to the plan. It is done even if whoever asked
@@ -348,6 +360,9 @@ func (a *Agent) Status(ctx context.Context) error {
 	}
 	return nil
 }
+
+// Alive returns nil when the agent does its work, whatever it waits for.
+func (a *Agent) Alive(ctx context.Context) error { return a.ask(ctx, func(*owner) {}) }
 
 // spoolEvery is how often the spool is looked at: it fills only while no agent
 // listens, so that this is for what came in the moment before we did.

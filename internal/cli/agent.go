@@ -2,10 +2,8 @@ package cli
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,51 +12,31 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/underlay-cni/underlay/internal/agentapi"
+	"github.com/underlay-cni/underlay/internal/agentapi/install"
 )
 
 func newCommand(path string, args ...string) *exec.Cmd { return exec.Command(path, args...) }
 
-// cniNetwork is the name of the network in the config list of each node.
-const cniNetwork = "underlay"
-
-// writeCNI lays out what a container runtime reads: the config list and the
-// plugin.
+// writeCNI lays out what a container runtime reads: the plugin, a copy as an
+// installation makes it, so that what is rebuilt later does not change a lab
+// that runs; and the config list.
 func writeCNI(n Node, plugin string) error {
 	for _, dir := range []string{n.CNIConfDir, n.CNIBinDir} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return fmt.Errorf("make %s: %w", dir, err)
 		}
 	}
-	list := map[string]any{
-		"cniVersion": "1.1.0",
-		"name":       cniNetwork,
-		"plugins":    []map[string]any{{"type": filepath.Base(plugin), "socket": n.AgentSocket}},
-	}
-	b, err := json.MarshalIndent(list, "", "  ")
-	if err != nil {
-		return fmt.Errorf("encode the CNI config list: %w", err)
-	}
-	if err := writeFile(filepath.Join(n.CNIConfDir, "10-underlay.conflist"), append(b, '\n'), 0o644); err != nil {
-		return err
-	}
-	// A copy, as an installation makes: what is rebuilt later does not change
-	// a lab that runs.
-	dst := filepath.Join(n.CNIBinDir, filepath.Base(plugin))
-	src, err := os.Open(plugin)
-	if err != nil {
-		return fmt.Errorf("copy the CNI plugin: %w", err)
-	}
-	defer src.Close()
-	b, err = io.ReadAll(src)
-	if err != nil {
-		return fmt.Errorf("copy the CNI plugin: %w", err)
-	}
-	return writeFile(dst, b, 0o755)
+	_, err := install.Target{ConfList: filepath.Join(n.CNIConfDir, install.ConfList), Bin: n.CNIBinDir, Plugin: plugin, Socket: n.AgentSocket}.Install()
+	return err
 }
 
 // nodeKey is the access key that the agents sign with, in place of their
 // instance's role.
 const nodeKey = "AKIAUNDERLAYNODE0000"
+
+// nodeEndpoint is the EC2 API as an instance reaches it: over the wire, at a
+// link-local address that the fabric answers.
+const nodeEndpoint = "http://169.254.171.24:7424"
 
 var errAgentSlow = errors.New("it did not serve within 90 s")
 
@@ -73,9 +51,7 @@ func startAgent(ctx context.Context, h home, f *labFile, n Node, agent string) e
 	cmd := newCommand(agent, "--socket", n.AgentSocket, "--bpffs", bpffs, "--cluster", h.name, fmt.Sprintf("--prefixes=%v", f.Prefixes))
 	cmd.Args = append(cmd.Args, f.AgentArgs...)
 	cmd.Env = append(cleanEnv(
-		// The EC2 API as an instance reaches it: over the wire, at a link-local
-		// address that the fabric answers.
-		"AWS_ENDPOINT_URL_EC2=http://169.254.171.24:7424",
+		"AWS_ENDPOINT_URL_EC2="+nodeEndpoint,
 		"AWS_REGION="+region,
 		"AWS_ACCESS_KEY_ID="+nodeKey,
 		"AWS_SECRET_ACCESS_KEY=underlay",

@@ -19,6 +19,8 @@ import (
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	cniversion "github.com/containernetworking/cni/pkg/version"
 	"golang.org/x/sys/unix"
+
+	"github.com/underlay-cni/underlay/internal/agentapi/install"
 )
 
 // runtime is a container runtime on one node, as far as CNI is concerned:
@@ -31,7 +33,7 @@ type runtime struct {
 }
 
 func newRuntime(h home, n Node) (*runtime, error) {
-	list, err := libcni.LoadConfList(n.CNIConfDir, cniNetwork)
+	list, err := libcni.LoadConfList(n.CNIConfDir, install.Network)
 	if err != nil {
 		return nil, fmt.Errorf("read the CNI config of %s: %w", n.Name, err)
 	}

@@ -29,6 +29,9 @@ func (a *App) machineNames(outsideToo bool) []string {
 	for _, n := range f.Lab.Nodes {
 		names = append(names, n.Name)
 	}
+	if k := f.Lab.Kubernetes; k != nil && outsideToo {
+		names = append(names, k.ControlPlane.Name)
+	}
 	if outsideToo {
 		for _, o := range f.Lab.Outside {
 			names = append(names, o.Name)
@@ -62,4 +65,28 @@ func (a *App) completeNodes(_ *cobra.Command, args []string, _ string) ([]string
 		return nil, noFiles
 	}
 	return a.machineNames(false), noFiles
+}
+
+// completeKubernetesMachines completes what has a power switch.
+func (a *App) completeKubernetesMachines(_ *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+	f, err := a.home().load()
+	if len(args) > 0 || err != nil || f.Lab.Kubernetes == nil {
+		return nil, noFiles
+	}
+	return append(a.machineNames(false), f.Lab.Kubernetes.ControlPlane.Name), noFiles
+}
+
+// logNames are the names that underlay logs knows, pods' left out.
+func (a *App) logNames() []string {
+	names := append([]string{"vpcd"}, a.machineNames(true)...)
+	f, err := a.home().load()
+	if err != nil {
+		return names
+	}
+	for _, l := range a.home().kubernetesLogs(f) {
+		if !slices.Contains(names, l.name) {
+			names = append(names, l.name)
+		}
+	}
+	return names
 }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -14,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/underlay-cni/underlay/internal/cli/cluster"
 	"github.com/underlay-cni/underlay/internal/nl"
 )
 
@@ -84,16 +86,24 @@ func everyLab(run string) ([]string, error) {
 			names = append(names, lab)
 		}
 	}
+	if run == runDir {
+		names = append(names, cluster.Labs()...)
+		left, err := labs(filepath.Dir(home{run: run}.data()))
+		if err != nil {
+			return nil, err
+		}
+		names = append(names, left...)
+	}
 	slices.Sort(names)
 	return slices.Compact(names), nil
 }
 
 // down takes a lab down and reports whether there was anything of it.
 func (a *App) down(ctx context.Context, h home) (found bool, err error) {
-	if !exists(h.dir()) && len(h.namespaces()) == 0 && !exists(h.lockFile()) {
+	found = h.found()
+	if !found && !exists(h.lockFile()) {
 		return false, nil
 	}
-	found = exists(h.dir()) || len(h.namespaces()) > 0
 	l, err := h.lockAgainst(ctx, a.Err)
 	if err != nil {
 		return found, err
@@ -109,6 +119,23 @@ func (a *App) down(ctx context.Context, h home) (found bool, err error) {
 	l.release(h.lockFile())
 	done("processes, namespaces, mounts and files of lab " + h.name + " are gone")
 	return found, nil
+}
+
+// found reports whether anything of the lab is there.
+func (h home) found() bool {
+	return exists(h.dir()) || len(h.namespaces()) > 0 || exists(h.data()) || h.hasCgroups()
+}
+
+// hasCgroups reports whether the lab has a cgroup subtree. Labs of a test's own
+// directory have none, whatever their names.
+func (h home) hasCgroups() bool { return h.run == runDir && cluster.HasCgroups(h.name) }
+
+// inCgroups returns the pids in the lab's cgroup subtree.
+func (h home) inCgroups() []int {
+	if !h.hasCgroups() {
+		return nil
+	}
+	return cluster.CgroupProcesses(h.name)
 }
 
 // lockAgainst takes the exclusive lock. A command that holds it for longer
@@ -181,6 +208,7 @@ func (h home) takeDown(ctx context.Context) error {
 		procs := processesIn(ids, skip)
 		procs = append(procs, processesOfDir(h.dir(), skip)...)
 		procs = append(procs, h.recorded(skip)...)
+		procs = append(procs, processesOf(h.inCgroups(), skip)...)
 		slices.SortFunc(procs, func(a, b proc) int { return a.PID - b.PID })
 		procs = slices.Compact(procs)
 		if len(procs) == 0 {
@@ -213,10 +241,18 @@ func (h home) takeDown(ctx context.Context) error {
 	if err := unmountBelow(h.dir()); err != nil {
 		errs = append(errs, err)
 	}
-	if len(errs) == 0 { // else the files still explain what is left
-		if err := os.RemoveAll(h.dir()); err != nil {
-			errs = append(errs, fmt.Errorf("remove the lab's directory: %w", err))
+	if h.hasCgroups() {
+		if err := cluster.RemoveCgroups(ctx, h.name, ""); err != nil {
+			errs = append(errs, err)
 		}
+	}
+	if len(errs) == 0 { // else the files still explain what is left
+		for _, dir := range []string{h.data(), h.dir()} {
+			if err := os.RemoveAll(dir); err != nil {
+				errs = append(errs, fmt.Errorf("remove the lab's directory: %w", err))
+			}
+		}
+		_ = os.Remove(filepath.Dir(h.data())) // when it was the last one there
 	}
 	for _, n := range h.namespaces() {
 		errs = append(errs, fmt.Errorf("network namespace %s is still there", n))
@@ -231,8 +267,10 @@ func (h home) takeDown(ctx context.Context) error {
 // still run.
 func (h home) recorded(skip []int) []proc {
 	var procs []proc
-	if p, err := readProc(h.vpcdPID()); err == nil {
-		procs = append(procs, p)
+	for _, file := range []string{h.vpcdPID(), h.forwardPID()} {
+		if p, err := readProc(file); err == nil {
+			procs = append(procs, p)
+		}
 	}
 	if f, err := h.load(); err == nil {
 		for _, s := range f.Servers {
@@ -242,8 +280,10 @@ func (h home) recorded(skip []int) []proc {
 	entries, err := os.ReadDir(h.node(""))
 	if err == nil {
 		for _, e := range entries {
-			if p, err := readProc(h.agentPID(e.Name())); err == nil {
-				procs = append(procs, p)
+			for _, file := range []string{h.agentPID(e.Name()), h.initPID(e.Name())} {
+				if p, err := readProc(file); err == nil {
+					procs = append(procs, p)
+				}
 			}
 		}
 	}

@@ -27,7 +27,11 @@ command.`,
 		Annotations:       rootBecause("enters a network namespace"),
 		RunE: func(_ *cobra.Command, args []string) error {
 			h := a.home()
-			if _, err := h.loadUp(); err != nil {
+			f, err := h.loadUp()
+			if err != nil {
+				return err
+			}
+			if err := a.useKubectl(f, "kubectl exec "+args[0]+" -- "+args[1]); err != nil {
 				return err
 			}
 			netns := nl.Path(h.podNetns(args[0]))
@@ -49,10 +53,13 @@ func (a *App) nodeCommand() *cobra.Command {
 	c.AddCommand(&cobra.Command{
 		Use:   "exec NODE -- COMMAND…",
 		Short: "Run a command inside a node, vm-1 or db-1",
-		Long:  "Runs a command in a machine's network namespace, with this machine's files. Input,\noutput, signals and the exit code are the command's own.",
+		Long: `Runs a command in a machine's network namespace, with this machine's files. Input,
+output, signals and the exit code are the command's own. In a lab with Kubernetes the
+nodes and control-plane have namespaces of all kinds, and files of their own.`,
 		Example: `  underlay node exec node-1 -- ip rule
   underlay node exec node-1 -- tcpdump -nn -i eth0
-  underlay node exec vm-1 -- ping -c 3 10.0.0.23`,
+  underlay node exec vm-1 -- ping -c 3 10.0.0.23
+  underlay node exec node-1 -- ctr containers list   # Kubernetes: its runtime`,
 		Args:              commandArgs("a node"),
 		ValidArgsFunction: a.completeMachines,
 		Annotations:       rootBecause("enters a network namespace"),
@@ -64,6 +71,9 @@ func (a *App) nodeCommand() *cobra.Command {
 			netns, err := f.machineNetns(args[0])
 			if err != nil {
 				return err
+			}
+			if name, ok := f.kubernetesMachine(args[0]); ok {
+				return a.enterMachine(f, name, args[1:])
 			}
 			return a.enter(netns, args[1:])
 		},
@@ -85,6 +95,9 @@ func (a *App) nodeCommand() *cobra.Command {
 			n, err := f.node(args[0])
 			if err != nil {
 				return err
+			}
+			if f.Lab.Kubernetes != nil {
+				return fmt.Errorf("the agent of %s is a pod of Kubernetes, which starts it anew; kill it with: underlay node exec %s%s -- pkill -9 underlay-agent", n.Name, n.Name, a.labFlag())
 			}
 			l, err := h.lockLab(cmd.Context(), false)
 			if err != nil {
@@ -108,7 +121,7 @@ func (a *App) nodeCommand() *cobra.Command {
 				fmt.Fprintf(w, "the agent of %s serves again after %s (process %d)\n", n.Name, seconds(took), p.PID)
 			})
 		},
-	})
+	}, a.killNodeCommand(), a.bootNodeCommand())
 	return c
 }
 

@@ -28,6 +28,8 @@ type Lab struct {
 	VPCID    string    `json:"vpcId"`
 	Nodes    []Node    `json:"nodes"`
 	Outside  []Outside `json:"outside"`
+
+	Kubernetes *Kubernetes `json:"kubernetes,omitempty"`
 }
 
 // Node is an instance with an agent.
@@ -40,6 +42,7 @@ type Node struct {
 	AgentSocket string     `json:"agentSocket"`
 	CNIConfDir  string     `json:"cniConfDir"`
 	CNIBinDir   string     `json:"cniBinDir"`
+	Init        int        `json:"init,omitempty"` // with Kubernetes: its first process, whose namespaces are the node's; 0 is off
 }
 
 // Outside is what is in the VPC and not in the cluster: a VM, or a managed
@@ -191,6 +194,12 @@ func (f *labFile) machineNetns(name string) (string, error) {
 			return n.Netns, nil
 		}
 		names = append(names, n.Name)
+	}
+	if k := f.Lab.Kubernetes; k != nil {
+		if k.ControlPlane.Name == name || k.ControlPlane.InstanceID == name {
+			return k.ControlPlane.Netns, nil
+		}
+		names = append(names, k.ControlPlane.Name)
 	}
 	for _, o := range f.Lab.Outside {
 		if o.Name == name || (o.InstanceID == name && name != "") {

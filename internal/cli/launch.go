@@ -47,7 +47,10 @@ func background(cmd *exec.Cmd, netns, log string) (proc, func() error, error) {
 	}
 	defer f.Close()
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = nil, f, f
-	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true}
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = &unix.SysProcAttr{}
+	}
+	cmd.SysProcAttr.Setsid = true
 	if err := startIn(cmd, netns); err != nil {
 		return proc{}, nil, fmt.Errorf("start %s: %w", what, err)
 	}

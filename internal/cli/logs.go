@@ -19,14 +19,18 @@ func (a *App) logsCommand() *cobra.Command {
 	var follow bool
 	var lines int
 	c := &cobra.Command{
-		Use:   "logs [vpcd|NODE|VM|POD]…",
+		Use:   "logs [vpcd|NODE[/PROGRAM]|VM|POD]…",
 		Short: "Print logs: vpcd's, an agent's, a server's, a pod's process's",
-		Long:  "Prints the last lines of logs; without a name of vpcd and of every node's agent,\neach line with its name in front. With -o json, one object per line.",
+		Long: `Prints the last lines of logs; without a name of vpcd and of every node's agent,
+each line with its name in front. With -o json, one object per line.
+
+In a lab with Kubernetes a node's log, or control-plane's, says which of its programs
+began and ended; theirs are node-1/kubelet, node-1/agent, control-plane/etcd and so on.`,
 		Example: `  underlay logs
   underlay logs vpcd -f
   underlay logs node-1 --lines 0     # all of it`,
 		ValidArgsFunction: func(_ *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
-			names := slices.Concat([]string{"vpcd"}, a.machineNames(true), a.podNames())
+			names := slices.Concat(a.logNames(), a.podNames())
 			return slices.DeleteFunc(names, func(n string) bool { return slices.Contains(args, n) }), noFiles
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -37,6 +41,9 @@ func (a *App) logsCommand() *cobra.Command {
 			}
 			if len(args) == 0 {
 				args = []string{"vpcd"}
+				if k := f.Lab.Kubernetes; k != nil {
+					args = append(args, k.ControlPlane.Name)
+				}
 				for _, n := range f.Lab.Nodes {
 					args = append(args, n.Name)
 				}
@@ -96,6 +103,11 @@ func (h home) logOf(f *labFile, name string) (string, error) {
 	if name == "vpcd" {
 		return h.vpcdLog(), nil
 	}
+	for _, l := range h.kubernetesLogs(f) {
+		if l.name == name {
+			return l.path, nil
+		}
+	}
 	for _, n := range f.Lab.Nodes {
 		if n.Name == name {
 			return h.agentLog(name), nil
@@ -115,8 +127,13 @@ func (h home) logOf(f *labFile, name string) (string, error) {
 		}
 	}
 	known := []string{"vpcd"}
+	for _, l := range h.kubernetesLogs(f) {
+		known = append(known, l.name)
+	}
 	for _, n := range f.Lab.Nodes {
-		known = append(known, n.Name)
+		if !slices.Contains(known, n.Name) {
+			known = append(known, n.Name)
+		}
 	}
 	for _, o := range f.Lab.Outside {
 		known = append(known, o.Name)

@@ -123,6 +123,9 @@ func (a *App) runPods(ctx context.Context, name, node string, count int, numbere
 	if err != nil {
 		return nil, err
 	}
+	if err := a.useKubectl(f, "kubectl run "+name+" --image=registry.k8s.io/e2e-test-images/agnhost:2.66.1"); err != nil {
+		return nil, err
+	}
 	l, err := h.lockLab(ctx, false)
 	if err != nil {
 		return nil, err
@@ -321,6 +324,9 @@ func (a *App) rm(ctx context.Context, names []string, all, force bool) error {
 	if err != nil {
 		return err
 	}
+	if err := a.useKubectl(f, "kubectl delete pod"); err != nil {
+		return err
+	}
 	l, err := h.lockLab(ctx, false)
 	if err != nil {
 		return err
@@ -468,7 +474,11 @@ func (a *App) podsCommand() *cobra.Command {
 		Args:    cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
 			h := a.home()
-			if _, err := h.loadUp(); err != nil {
+			f, err := h.loadUp()
+			if err != nil {
+				return err
+			}
+			if err := a.useKubectl(f, "kubectl get pods -A -o wide; what the agents know of them: underlay status"+a.labFlag()); err != nil {
 				return err
 			}
 			files, err := h.loadPods()

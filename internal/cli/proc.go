@@ -178,6 +178,18 @@ var programs = []string{"vpcd", "underlay-agent", "underlay"}
 
 func within(path, dir string) bool { return path == dir || strings.HasPrefix(path, dir+"/") }
 
+// processesOf returns the processes that have these pids now, without those in
+// skip.
+func processesOf(pids, skip []int) []proc {
+	var found []proc
+	for _, pid := range pids {
+		if p, err := procOf(pid); err == nil && !slices.Contains(skip, pid) {
+			found = append(found, p)
+		}
+	}
+	return found
+}
+
 func findProcesses(skip []int, match func(pid int) bool) []proc {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {

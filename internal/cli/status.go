@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/underlay-cni/underlay/internal/agentapi"
+	"github.com/underlay-cni/underlay/internal/cli/cluster"
 	"github.com/underlay-cni/underlay/internal/ec2"
 	"github.com/underlay-cni/underlay/internal/vpc"
 )
@@ -21,9 +22,10 @@ func (a *App) statusCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "status",
 		Short: "Show nodes, ENIs, addresses, pods and last errors",
-		Long: `Shows the lab as its agents and EC2 see it now. What this command itself remembers
+		Long: `Shows the lab as its agents, EC2 and Kubernetes see it now. What this command itself remembers
 counts only for which machines there are, and for the pods of a node whose agent
-is silent. Ends with an error when vpcd or an agent is not well.`,
+is silent. Ends with an error when vpcd, an agent, the API
+server or a node is not well.`,
 		Example:     "  underlay status\n  underlay status -o json | jq '.nodes[].agent'",
 		Args:        cobra.NoArgs,
 		Annotations: rootBecause("asks the agents, whose sockets are root's"),
@@ -55,6 +57,8 @@ type status struct {
 	NodeStatus   []nodeStatus      `json:"nodeStatus"`
 	Interfaces   []interfaceStatus `json:"interfaces"` // all of the VPC, as EC2 describes them
 	Pods         []podStatus       `json:"pods"`
+
+	KubernetesStatus *kubernetesStatus `json:"kubernetesStatus,omitempty"`
 }
 
 type serviceStatus struct {
@@ -136,6 +140,9 @@ func (a *App) collect(ctx context.Context, h home, f *labFile) *status {
 	for i, n := range f.Lab.Nodes {
 		wg.Go(func() { s.NodeStatus[i] = nodeStatusOf(ctx, h, n) })
 	}
+	if f.Lab.Kubernetes != nil {
+		wg.Go(func() { s.KubernetesStatus = collectKubernetes(ctx, h, f) })
+	}
 	wg.Wait()
 
 	machine := map[vpc.InstanceID]string{}
@@ -144,6 +151,9 @@ func (a *App) collect(ctx context.Context, h home, f *labFile) *status {
 	}
 	for _, o := range f.Lab.Outside {
 		machine[vpc.InstanceID(o.InstanceID)] = o.Name
+	}
+	if k := f.Lab.Kubernetes; k != nil {
+		machine[vpc.InstanceID(k.ControlPlane.InstanceID)] = k.ControlPlane.Name
 	}
 	ifname := map[string]string{}
 	for i := range s.NodeStatus {
@@ -167,6 +177,9 @@ func (a *App) collect(ctx context.Context, h home, f *labFile) *status {
 			name := e.Pod.Name
 			if name == "" { // not every runtime tells one
 				name = e.ContainerID
+			}
+			if f.Lab.Kubernetes != nil && e.Pod.Namespace != "" {
+				name = e.Pod.Namespace + "/" + e.Pod.Name
 			}
 			s.Pods = append(s.Pods, podStatus{
 				Name: name, Node: n.Name, IP: e.IP.String(), ENI: e.ENI, MAC: e.MAC, State: e.State, Since: e.Since, Problem: e.Problem,
@@ -251,11 +264,20 @@ func (s *status) ill() []string {
 		ill = append(ill, "vpcd")
 	}
 	for _, n := range s.NodeStatus {
-		if !n.Agent.Healthy {
+		if !n.Agent.Healthy && s.hasAgents() {
 			ill = append(ill, "the agent of "+n.Name)
 		}
 	}
+	if s.KubernetesStatus != nil {
+		ill = append(ill, s.KubernetesStatus.ill()...)
+	}
 	return ill
+}
+
+// hasAgents reports whether Underlay is the CNI here: a Kubernetes can be made
+// with another, to compare with.
+func (s *status) hasAgents() bool {
+	return s.Kubernetes == nil || s.Kubernetes.CNI == cluster.CNIUnderlay
 }
 
 func (s *status) write(w io.Writer, color bool, now time.Time) {
@@ -264,7 +286,12 @@ func (s *status) write(w io.Writer, color bool, now time.Time) {
 		vpcd = paint("vpcd: "+s.VPCD.Error, bad, color)
 	}
 	fmt.Fprintf(w, "lab %s · %s · %s · up %s · %s\n\n", paint(s.Name, strong, color), s.VPCID, s.Endpoint, age(now.Sub(s.Created)), vpcd)
-	s.nodeTable(w, color)
+	if s.KubernetesStatus != nil {
+		s.KubernetesStatus.write(w, s.Kubernetes, color)
+	}
+	if s.hasAgents() {
+		s.nodeTable(w, color)
+	}
 	s.interfaceTable(w, color)
 	s.podTable(w, color, now)
 	s.dropTable(w, color)
@@ -322,6 +349,10 @@ func (s *status) interfaceTable(w io.Writer, color bool) {
 func (s *status) podTable(w io.Writer, color bool, now time.Time) {
 	fmt.Fprintln(w)
 	if len(s.Pods) == 0 {
+		if s.Kubernetes != nil {
+			fmt.Fprintln(w, "no agent knows of a pod; see: kubectl get pods -A -o wide")
+			return
+		}
 		flag := ""
 		if s.Name != defaultLab {
 			flag = " --name " + s.Name

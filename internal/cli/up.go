@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -16,6 +17,8 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/underlay-cni/underlay/internal/cli/cluster"
+	"github.com/underlay-cni/underlay/internal/cli/kubebuild"
 	"github.com/underlay-cni/underlay/internal/ec2"
 	"github.com/underlay-cni/underlay/internal/vpc"
 )
@@ -41,6 +44,7 @@ type upOptions struct {
 	iamPolicy      string
 	listen         string
 	listenExplicit bool
+	kube           kubernetesOptions
 }
 
 func (a *App) upCommand() *cobra.Command {
@@ -52,16 +56,29 @@ func (a *App) upCommand() *cobra.Command {
 spread over the zones, each with an agent and the CNI plugin; and outside the
 cluster a VM (vm-1) and a managed database (db-1), each with a small TCP server.
 
+With --kubernetes the nodes are those of a Kubernetes: containerd, kubelet and
+kube-proxy on each, in namespaces of their own, a control plane on an instance
+beside them, and Underlay installed by its Helm chart.
+
 A failed or interrupted up takes down again what it has made.`,
 		Example: `  underlay up
   underlay up --nodes 3 --instance-type m5.4xlarge
   underlay up --prefixes        # an m5.large then holds 432 pod addresses
   underlay up --iam-policy docs/reference/iam-policy.json   # agents may do this much
-  underlay up --name other -o json`,
+  underlay up --name other -o json
+  underlay up --kubernetes      # then: eval "$(underlay env)"; kubectl get nodes`,
 		Args:        cobra.NoArgs,
 		Annotations: rootBecause("makes network namespaces and loads BPF programs"),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			o.listenExplicit = cmd.Flags().Changed("listen")
+			for _, flag := range []string{"kube-proxy", "cni"} {
+				if cmd.Flags().Changed(flag) && !o.kube.on {
+					return fmt.Errorf("--%s is for a lab with --kubernetes", flag)
+				}
+			}
+			if o.kube.on && len(o.agentArgs) > 0 {
+				return errors.New("--agent-arg is for labs without --kubernetes, where the chart's values are what sets agents up; afterwards: helm upgrade underlay --reuse-values --set …")
+			}
 			f, err := a.up(cmd.Context(), o)
 			if err != nil {
 				return err
@@ -76,6 +93,12 @@ A failed or interrupted up takes down again what it has made.`,
 	c.Flags().StringArrayVar(&o.agentEnv, "agent-env", nil, "a `NAME=VALUE` for the agents, e.g. WARM_IP_TARGET=5; may be repeated")
 	c.Flags().StringVar(&o.iamPolicy, "iam-policy", "", "a `file` with the IAM policy of the nodes: what it does not allow the agents, EC2 refuses them; without one they may do everything")
 	c.Flags().StringVar(&o.listen, "listen", defaultListen, "where vpcd listens; another port when this one is taken, unless the flag is given")
+	c.Flags().BoolVar(&o.kube.on, "kubernetes", false, "a Kubernetes on the nodes, with Underlay as its CNI; the first time builds it")
+	c.Flags().StringVar(&o.kube.proxy, "kube-proxy", cluster.ProxyModes[0], "with --kubernetes: the mode of kube-proxy, nftables or iptables")
+	c.Flags().StringVar(&o.kube.cni, "cni", cluster.CNIs[0], "with --kubernetes: underlay, none, or ptp (the CNI project's, to compare with)")
+	_ = c.Flags().MarkHidden("cni")
+	_ = c.RegisterFlagCompletionFunc("kube-proxy", cobra.FixedCompletions(cluster.ProxyModes, noFiles))
+	_ = c.RegisterFlagCompletionFunc("cni", cobra.FixedCompletions(cluster.CNIs, noFiles))
 	_ = c.RegisterFlagCompletionFunc("instance-type", func(_ *cobra.Command, _ []string, prefix string) ([]string, cobra.ShellCompDirective) {
 		var types []string
 		for _, t := range vpc.InstanceTypes() {
@@ -120,6 +143,12 @@ func (a *App) up(ctx context.Context, o upOptions) (*labFile, error) {
 	}
 	if b.self, err = os.Executable(); err != nil {
 		return nil, fmt.Errorf("find our own program: %w", err)
+	}
+
+	if o.kube.on {
+		if err := a.findKubernetes(ctx, b); err != nil {
+			return nil, err
+		}
 	}
 
 	lctx, cancel := context.WithTimeoutCause(ctx, time.Second, errors.New("it did not end within a second"))
@@ -186,6 +215,11 @@ type builder struct {
 
 	vpcd, agent, cni, self string // paths of programs
 
+	artifacts *kubebuild.Artifacts // with Kubernetes
+	source    string
+	programs  cluster.Programs
+	zones     map[string]string // of instances, by ID
+
 	f   labFile
 	log string // the log that explains a failure of the present step
 }
@@ -247,11 +281,17 @@ func (b *builder) build(ctx context.Context) error {
 	b.log = ""
 	done(fmt.Sprintf("%s: %s, %d nodes (%s), vm-1, db-1", b.f.Lab.VPCID, vpcCIDR, len(b.f.Lab.Nodes), b.o.instanceType))
 
-	done = b.p.step("node agents")
-	if err := b.agents(ctx); err != nil {
-		return err
+	if b.o.kube.on {
+		if err := b.kubernetes(ctx); err != nil {
+			return err
+		}
+	} else {
+		done = b.p.step("node agents")
+		if err := b.agents(ctx); err != nil {
+			return err
+		}
+		done("node agents serve")
 	}
-	done("node agents serve")
 
 	if err := b.servers(ctx); err != nil {
 		return err
@@ -287,7 +327,15 @@ func (b *builder) machines(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	running, err := api.AwaitRunning(ctx, append(ids, vm.ID))
+	all := append(slices.Clone(ids), vm.ID)
+	if b.o.kube.on {
+		cp, err := api.Launch(ctx, cluster.ControlPlane, "t3.medium", net.Subnets[0].ID, net.Nodes)
+		if err != nil {
+			return err
+		}
+		all = append(all, cp.ID)
+	}
+	running, err := api.AwaitRunning(ctx, all)
 	if err != nil {
 		return err
 	}
@@ -305,13 +353,18 @@ func (b *builder) machines(ctx context.Context) error {
 	}); err != nil {
 		return fmt.Errorf("wait for the instances' network namespaces: %w", err)
 	}
+	b.zones = map[string]string{}
 	for _, i := range running[:len(ids)] {
+		b.zones[string(i.ID)] = i.Zone
 		dir := b.home.node(i.Name)
 		b.f.Lab.Nodes = append(b.f.Lab.Nodes, Node{
 			Name: i.Name, InstanceID: string(i.ID), Netns: netns[string(i.ID)], IP: i.IP, SubnetID: string(i.Subnet),
 			AgentSocket: filepath.Join(dir, "agent.sock"),
 			CNIConfDir:  filepath.Join(dir, "cni", "net.d"), CNIBinDir: filepath.Join(dir, "cni", "bin"),
 		})
+	}
+	if b.o.kube.on {
+		b.kubernetesNodes(running[len(ids)+1], netns)
 	}
 	vm = running[len(ids)]
 	db, err := newAdmin(b.f.Lab.Endpoint).createManagedService(ctx, "db-1", string(net.Subnets[1].ID), []string{string(net.Database)}, "managed database db-1")
@@ -392,6 +445,9 @@ func (a *App) printUp(w io.Writer, f *labFile) {
 	for _, n := range f.Lab.Nodes {
 		t.row(text(n.Name), text(n.IP.String()), text(n.InstanceID), text("node, "+f.InstanceType))
 	}
+	if k := f.Lab.Kubernetes; k != nil {
+		t.row(text(k.ControlPlane.Name), text(k.ControlPlane.IP.String()), text(k.ControlPlane.InstanceID), text("Kubernetes "+k.Version))
+	}
 	for _, o := range f.Lab.Outside {
 		what := "VM outside the cluster"
 		if o.InstanceID == "" {
@@ -406,6 +462,18 @@ func (a *App) printUp(w io.Writer, f *labFile) {
 	}
 	t.write(w, "  ", color)
 	flag := a.labFlag()
+	if f.Lab.Kubernetes != nil {
+		fmt.Fprintf(w, `
+next:
+  eval "$(underlay env%[1]s)"          then: kubectl get pods -A -o wide; aws ec2 describe-network-interfaces
+  kubectl create deployment web --replicas 3 --image registry.k8s.io/e2e-test-images/agnhost:2.66.1 -- /agnhost netexec
+  underlay status%[1]s                 what there is
+  underlay node exec node-1%[1]s -- ip rule
+  underlay node kill node-1%[1]s       a power failure; then: underlay node boot node-1%[1]s
+  underlay down%[1]s                   leaves nothing
+`, flag)
+		return
+	}
 	fmt.Fprintf(w, `
 next:
   underlay run web --count 3%[1]s      pods, by CNI

@@ -21,6 +21,9 @@ import (
 // DefaultMTU is that of a VPC's wires.
 const DefaultMTU = 9001
 
+// ProcSysNet is where the kernel's network settings are.
+const ProcSysNet = "/proc/sys/net"
+
 // Options configure a Datapath.
 type Options struct {
 	// BPFFS is a directory in a mounted BPF file system that outlives the
@@ -40,6 +43,11 @@ type Options struct {
 	// the kind that an agent before used; towards Clsact, a pod loses what it is
 	// sent within some 0.2 ms.
 	Hook Hook
+	// ProcSysNet is where /proc/sys/net can be written; "": /proc/sys/net. The
+	// files are those of the network namespace of who opens them, wherever
+	// they are mounted; in a container without privileges /proc/sys is
+	// read-only.
+	ProcSysNet string
 	// Logger; nil: slog.Default().
 	Logger *slog.Logger
 
@@ -110,6 +118,9 @@ func Open(opts Options) (*Datapath, error) {
 	if opts.MTU == 0 {
 		opts.MTU = DefaultMTU
 	}
+	if opts.ProcSysNet == "" {
+		opts.ProcSysNet = ProcSysNet
+	}
 	d := &Datapath{
 		opts:    opts,
 		log:     opts.Logger,
@@ -162,7 +173,7 @@ func (d *Datapath) open() (err error) {
 	if err := d.recover(); err != nil {
 		return err
 	}
-	if err := d.in(func() error { return setSysctl("net/ipv4/ip_forward", "1") }); err != nil {
+	if err := d.setSysctl("ipv4/ip_forward", "1"); err != nil {
 		return err
 	}
 	return d.setPodRule()
@@ -337,16 +348,21 @@ func (d *Datapath) commit(e *Endpoint, how ebpf.MapUpdateFlags) error {
 	return nil
 }
 
-// setSysctl writes a value below /proc/sys, unless it is there: in a container
-// the tree may be mounted read-only. It concerns the calling thread's
-// namespace.
-func setSysctl(name, value string) error {
-	path := filepath.Join("/proc/sys", name)
-	if old, err := os.ReadFile(path); err == nil && string(old) == value+"\n" {
+// setSysctl writes a value below /proc/sys/net, of the node's namespace, unless
+// it is there: the tree may be mounted read-only, and all set beforehand.
+func (d *Datapath) setSysctl(name, value string) error {
+	path := filepath.Join(d.opts.ProcSysNet, name)
+	return d.in(func() error {
+		if old, err := os.ReadFile(path); err == nil && string(old) == value+"\n" {
+			return nil
+		}
+		err := os.WriteFile(path, []byte(value), 0o644)
+		if errors.Is(err, unix.EROFS) {
+			return fmt.Errorf("set sysctl net/%s to %s: %w (mount the host's /proc/sys/net writable somewhere in the container and name it with --proc-sys-net, or set it beforehand)", name, value, err)
+		}
+		if err != nil {
+			return fmt.Errorf("set sysctl net/%s to %s: %w", name, value, err)
+		}
 		return nil
-	}
-	if err := os.WriteFile(path, []byte(value), 0o644); err != nil {
-		return fmt.Errorf("set sysctl %s to %s: %w (mount /proc/sys writable, or set it beforehand)", name, value, err)
-	}
-	return nil
+	})
 }

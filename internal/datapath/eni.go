@@ -125,8 +125,7 @@ func (d *Datapath) setENI(eni ENI, l nl.Link, addrs []nl.Addr) error {
 	// Replies to a pod come back by the ENI that has its address, whatever
 	// the main table says about the way there: strict filtering would drop
 	// them. The larger of this and conf.all counts.
-	err := d.in(func() error { return setSysctl("net/ipv4/conf/"+l.Name+"/rp_filter", "2") })
-	if err != nil {
+	if err := d.setSysctl("ipv4/conf/"+l.Name+"/rp_filter", "2"); err != nil {
 		return err
 	}
 	var b nl.Batch

@@ -402,6 +402,41 @@ func (s *State) Held() int {
 	return n
 }
 
+// Capacity returns how many addresses for pods this node can hold: what its
+// configuration allows, less what interfaces of others take.
+func (s *State) Capacity() int {
+	n := s.Config.Capacity()
+	for _, e := range s.ENIs {
+		if !e.Managed && e.Device >= 0 {
+			n -= max(0, s.Config.Limits.IPv4PerENI-1) * s.Config.PerSlot()
+		}
+	}
+	return max(0, n)
+}
+
+// Waits returns why the pool of a request that waits does not grow; nil while it
+// does, or nothing is known. Attaching tells whether an interface is on its way
+// to it. ok is false when the request does not wait (any more).
+func (s *State) Waits(id RequestID) (trouble *Error, attaching, ok bool) {
+	i := slices.IndexFunc(s.Waiting, func(r Request) bool { return r.ID == id })
+	if i < 0 {
+		return nil, false, false
+	}
+	r := &s.Waiting[i]
+	for _, c := range s.Calls {
+		attaching = attaching || c.Pool == r.Pool && (c.Kind == CallCreate || c.Kind == CallAttach)
+	}
+	for _, e := range s.ENIs {
+		attaching = attaching || e.Pool == r.Pool && e.Managed && e.Phase != Retiring && !e.ready()
+	}
+	if t := s.Trouble[r.Pool]; t != nil {
+		e := *t
+		e.Waited = s.Now.Sub(r.Since).Round(time.Second)
+		trouble = &e
+	}
+	return trouble, attaching, true
+}
+
 // Exhausted returns the subnets that lack a free address, and those that lack
 // a free prefix, as far as EC2 said so lately: what nobody asks for any more is
 // not known.

@@ -435,14 +435,7 @@ func (p *step) callRefused(c *Call, e *ENI, ev CallDone) {
 }
 
 func (p *step) nodeFull(cause string) *Error {
-	c := &p.s.Config
-	most := c.Capacity()
-	for _, e := range p.s.ENIs {
-		if !e.Managed && e.Device >= 0 {
-			most -= (c.Limits.IPv4PerENI - 1) * c.PerSlot()
-		}
-	}
-	return &Error{Kind: KindNodeFull, Type: c.Limits.Type, Cause: cause, Max: max(0, most)}
+	return &Error{Kind: KindNodeFull, Type: p.s.Config.Limits.Type, Cause: cause, Max: p.s.Capacity()}
 }
 
 func (s *State) sortENIs() {

@@ -295,6 +295,12 @@ func cliInstances(c cli) {
 	c.must("detach-network-interface --attachment-id "+at, "")
 	c.must("wait network-interface-available --network-interface-ids "+eni, "")
 	c.must("delete-network-interface --network-interface-id "+eni, "")
+	c.want("stopping", "stop-instances --force --instance-ids "+instance, "StoppingInstances[].CurrentState.Name")
+	c.must("wait instance-stopped --instance-ids "+instance, "")
+	c.refused("IncorrectInstanceState", "reboot-instances --instance-ids "+instance)
+	c.want("pending", "start-instances --instance-ids "+instance, "StartingInstances[].CurrentState.Name")
+	c.must("wait instance-running --instance-ids "+instance, "")
+	c.must("reboot-instances --instance-ids "+instance, "")
 	c.want("shutting-down", "terminate-instances --instance-ids "+instance, "TerminatingInstances[].CurrentState.Name")
 	c.must("wait instance-terminated --instance-ids "+instance, "")
 	c.must("delete-subnet --subnet-id "+subnet, "")
@@ -473,6 +479,16 @@ func TestGoSDKDrivesEveryHandler(t *testing.T) {
 	ok[*ec2.DetachNetworkInterfaceOutput](t)(c.DetachNetworkInterface(ctx, &ec2.DetachNetworkInterfaceInput{AttachmentId: at}))
 	available()
 	ok[*ec2.DeleteNetworkInterfaceOutput](t)(c.DeleteNetworkInterface(ctx, &ec2.DeleteNetworkInterfaceInput{NetworkInterfaceId: eni}))
+	stop := ok[*ec2.StopInstancesOutput](t)(c.StopInstances(ctx, &ec2.StopInstancesInput{InstanceIds: []string{instance}}))
+	equal(t, stop.StoppingInstances[0].CurrentState.Name, types.InstanceStateNameStopping)
+	if err := ec2.NewInstanceStoppedWaiter(c, func(o *ec2.InstanceStoppedWaiterOptions) { o.MinDelay, o.MaxDelay = time.Second/10, time.Second }).Wait(ctx, byID, sdkWait); err != nil {
+		t.Fatal(err)
+	}
+	ok[*ec2.StartInstancesOutput](t)(c.StartInstances(ctx, &ec2.StartInstancesInput{InstanceIds: []string{instance}}))
+	if err := ec2.NewInstanceRunningWaiter(c, func(o *ec2.InstanceRunningWaiterOptions) { o.MinDelay, o.MaxDelay = time.Second/10, time.Second }).Wait(ctx, byID, sdkWait); err != nil {
+		t.Fatal(err)
+	}
+	ok[*ec2.RebootInstancesOutput](t)(c.RebootInstances(ctx, &ec2.RebootInstancesInput{InstanceIds: []string{instance}}))
 	ok[*ec2.TerminateInstancesOutput](t)(c.TerminateInstances(ctx, &ec2.TerminateInstancesInput{InstanceIds: []string{instance}}))
 	if err := ec2.NewInstanceTerminatedWaiter(c, func(o *ec2.InstanceTerminatedWaiterOptions) { o.MinDelay, o.MaxDelay = time.Second/10, time.Second }).Wait(ctx, byID, sdkWait); err != nil {
 		t.Fatal(err)

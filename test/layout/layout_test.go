@@ -23,7 +23,7 @@ const module = "github.com/underlay-cni/underlay/"
 var floors = [][]string{
 	{"vpc", "packet"},
 	{"ipam", "policy", "flowlog", "reach", "plan"},
-	{"ec2", "imds", "nl", "datapath", "kube", "agentapi"},
+	{"ec2", "imds", "nl", "datapath", "kube", "agentapi", "oci"},
 	{"agent", "controller", "vpcd", "sim", "cli", "ui"},
 }
 
@@ -49,6 +49,7 @@ var fences = []struct {
 	{"github.com/vishvananda/", []string{"internal/datapath", "internal/nl", "internal/vpcd/fabric"}, "kernel objects have an owner"},
 	{"github.com/google/nftables", []string{"internal/datapath"}, "one nftables table, one owner"},
 	{"k8s.io/", []string{"api", "internal/kube", "internal/controller"}, "everything else works without Kubernetes"},
+	{"github.com/google/go-containerregistry", []string{"internal/oci"}, "images have one maker"},
 	{"go.etcd.io/bbolt", []string{"internal/vpcd/store"}, "a node keeps no database; only vpcd does"},
 }
 
