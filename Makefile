@@ -16,14 +16,14 @@ TEST_PACKAGES := iproute2 iputils-ping nftables tcpdump bpftool awscli python3-b
 # What a lab with Kubernetes runs beside what is built here, and whose tools are
 # copied into its test image.
 KUBERNETES_PACKAGES := etcd-server containerd runc containernetworking-plugins conntrack iptables nftables ipset iproute2 procps \
-	busybox-static dash bash curl netcat-openbsd bind9-dnsutils bind9-host iperf socat tcpdump iputils-ping libc-bin util-linux
+	busybox-static dash bash curl wget netcat-openbsd bind9-dnsutils bind9-host iperf socat tcpdump iputils-ping libc-bin util-linux
 DEMO_PACKAGES := iproute2 iputils-ping tcpdump awscli
 # What regenerates the BPF objects; a build needs Go alone.
 GENERATE_PACKAGES := clang-14 llvm-14 libbpf-dev linux-libc-dev clang-format-14
 
 GOLANGCI := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 
-.PHONY: help build demo test bench kubernetes sim-tables generate manifests image lint verify packages-test packages-demo packages-kubernetes packages-generate clean
+.PHONY: help build demo test bench e2e-k8s bench-k8s kubernetes sim-tables generate manifests image lint verify packages-test packages-demo packages-kubernetes packages-generate clean
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -43,6 +43,18 @@ test: packages-test ## all tests; root lets those run that need namespaces and B
 
 bench: packages-test ## ratios, each measured interleaved in one run
 	@$(GO) test -count=1 -timeout 30m -run '^$$' -bench . -benchtime 1x ./test/bench/...
+
+# What E2E_RUN names, in a lab with kube-proxy in the mode E2E_PROXY; logs and
+# reports go to E2E_OUT. E2E_FOCUS: only those of upstream's specs that match.
+E2E_PROXY ?= nftables
+E2E_RUN ?= .
+E2E_OUT ?= /tmp/underlay-e2e
+E2E_FOCUS ?=
+e2e-k8s: packages-test packages-kubernetes ## on a real Kubernetes: upstream's network specs, and checks of our own (builds it once: 20 to 30 minutes)
+	@TEST_KUBERNETES=1 $(GO) test -count=1 -v -timeout 85m -run '$(E2E_RUN)' ./test/kubernetes -proxy $(E2E_PROXY) -out $(E2E_OUT) -focus '$(E2E_FOCUS)'
+
+bench-k8s: packages-test packages-kubernetes ## pod created to Ready, as a ratio to ptp with host-local
+	@TEST_KUBERNETES=1 $(GO) test -count=1 -v -timeout 60m -run '^$$' -bench . -benchtime 1x ./test/kubernetes
 
 kubernetes: packages-kubernetes build ## build Kubernetes' programs and images into the cache (20 to 30 minutes once)
 	@bin/underlay kubernetes build

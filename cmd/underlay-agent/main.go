@@ -46,6 +46,16 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: o.level}))
+	if o.uninstall {
+		if err := ownBPFFS(o); err != nil {
+			return err
+		}
+		err := uninstall(ctx, o, log)
+		if err == nil && o.stay {
+			stay(ctx, log)
+		}
+		return err
+	}
 	tune, err := knobs(os.LookupEnv, o.prefixes)
 	if err != nil {
 		return err

@@ -24,6 +24,16 @@ const (
 	leaveTimeout = 3 * time.Second
 )
 
+// What the node's object says of us, for people; each begins with underlay.dev/.
+const (
+	annotENIs    = "enis"               // attached/most, the node's own included
+	annotMax     = "max-pod-addresses"  // as the capacity underlay.dev/pod-addresses
+	annotFree    = "free-pod-addresses" // "16+": at least so many more; "0": none
+	annotVersion = "agent-version"
+)
+
+var annotations = []string{annotENIs, annotMax, annotFree, annotVersion}
+
 // node is what surrounds the agent on its node: the runtime's folders, and the
 // cluster's API if there is one.
 type node struct {
@@ -165,10 +175,7 @@ func (n *node) publish() {
 			free = strconv.Itoa(s.FreeAtLeast) + "+"
 		}
 		out.Annotations = map[string]string{
-			"enis":               fmt.Sprintf("%d/%d", s.ENIs, s.MaxENIs),
-			"max-pod-addresses":  strconv.Itoa(s.Addresses),
-			"free-pod-addresses": free,
-			"agent-version":      version(),
+			annotENIs: fmt.Sprintf("%d/%d", s.ENIs, s.MaxENIs), annotMax: strconv.Itoa(s.Addresses), annotFree: free, annotVersion: version(),
 		}
 	}
 	n.api.Publish(out)

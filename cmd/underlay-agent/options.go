@@ -29,6 +29,8 @@ type options struct {
 	level                                 slog.Level
 	prefixes                              bool
 	sweep                                 time.Duration
+
+	uninstall, force, stay bool
 }
 
 // errUsage says that the command line was wrong, and that this was printed.
@@ -36,6 +38,9 @@ var errUsage = errors.New("wrong usage")
 
 func parseFlags(args []string, stderr io.Writer) (options, error) {
 	var o options
+	if len(args) > 0 && args[0] == "uninstall" {
+		o.uninstall, args = true, args[1:]
+	}
 	f := flag.NewFlagSet("underlay-agent", flag.ContinueOnError)
 	f.SetOutput(stderr)
 	f.StringVar(&o.socket, "socket", "/run/underlay/agent.sock", "`path` of the unix socket for the CNI plugin")
@@ -52,6 +57,10 @@ func parseFlags(args []string, stderr io.Writer) (options, error) {
 	f.StringVar(&o.cniBin, "cni-bin", "", "`directory` to copy the CNI plugin to when the agent serves, e.g. /opt/cni/bin")
 	f.StringVar(&o.plugin, "plugin", "", "`file` of the CNI plugin to copy; empty: underlay-cni beside this program")
 	f.StringVar(&o.procSysNet, "proc-sys-net", datapath.ProcSysNet, "`directory` where the host's /proc/sys/net can be written, for containers whose own is read-only")
+	if o.uninstall {
+		f.BoolVar(&o.force, "force", false, "go on while pods have their network from here: it is cut off")
+		f.BoolVar(&o.stay, "stay", false, "do not end when all is done, for a container that would be started again")
+	}
 	f.TextVar(&o.level, "log-level", slog.LevelInfo, "debug, info, warn or error")
 	f.Usage = func() {
 		fmt.Fprint(stderr, `underlay-agent holds a node's addresses in EC2 and makes its pods' endpoints.
@@ -62,8 +71,13 @@ The AWS VPC CNI's WARM_IP_TARGET, MINIMUM_IP_TARGET, WARM_PREFIX_TARGET,
 WARM_ENI_TARGET, MAX_ENI, IP_COOLDOWN_PERIOD and ENABLE_PREFIX_DELEGATION keep
 their meaning in the environment; without them one address is kept free.
 
+underlay-agent uninstall, with the same flags, takes a node on which no agent
+and no pod runs any more back to what it was: config list and plugin, rules,
+routes, nftables, pins, and what the node holds in EC2. It may be repeated.
+
 Usage:
   underlay-agent [flags]
+  underlay-agent uninstall [--force] [flags]
 
 Example:
   underlay-agent --socket /run/underlay/agent.sock --bpffs /sys/fs/bpf/underlay --cluster prod

@@ -34,6 +34,8 @@ type rig struct {
 	sweep  time.Duration
 	tune   func(*ipam.Config)
 	rival  string // where another agent is; guarded by cloud.mu
+
+	orchestrator Orchestrator
 }
 
 // run runs fn in a bubble of virtual time, with a cloud and a kernel.
@@ -56,7 +58,7 @@ func run(t *testing.T, typ string, fn func(*rig)) {
 func (r *rig) start() {
 	r.stop()
 	r.a = New(Options{Version: "test", Cluster: "test", Socket: r.socket, Datapath: r.kernel, Metadata: fakeIMDS{r.cloud},
-		ConnectEC2: func(context.Context, string) (EC2, error) { return r.cloud, nil }, Logger: slog.New(slog.DiscardHandler), Sweep: r.sweep, Tune: r.tune, Rival: r.theRival})
+		ConnectEC2: func(context.Context, string) (EC2, error) { return r.cloud, nil }, Logger: slog.New(slog.DiscardHandler), Sweep: r.sweep, Tune: r.tune, Rival: r.theRival, Orchestrator: r.orchestrator})
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error)
 	go func() { ended <- r.a.Run(ctx) }()

@@ -154,13 +154,14 @@ func (c *fakeCloud) AssignPrefixes(context.Context, vpc.ENIID, int) ([]netip.Pre
 	return nil, apiError("InsufficientCidrBlocks")
 }
 
-func (c *fakeCloud) Unassign(ctx context.Context, id vpc.ENIID, addrs []netip.Addr, _ []netip.Prefix) error {
+func (c *fakeCloud) Unassign(ctx context.Context, id vpc.ENIID, addrs []netip.Addr, prefixes []netip.Prefix) error {
 	return c.call(ctx, "unassign", true, func() error {
 		e := c.enis[id]
 		for _, a := range addrs {
 			e.Secondary = slices.DeleteFunc(e.Secondary, func(b netip.Addr) bool { return a == b })
 			delete(c.used, a)
 		}
+		e.Prefixes = slices.DeleteFunc(e.Prefixes, func(p netip.Prefix) bool { return slices.Contains(prefixes, p) })
 		return nil
 	})
 }

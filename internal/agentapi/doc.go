@@ -14,8 +14,11 @@
 // The plugin's calls have the same frame and another body: package pipe has it,
 // and package cni what it means. The namespace of a container travels as an open
 // file next to the call, because the agent may not see the mounts of the
-// runtime. Whatever does not parse is answered with an error and the connection
-// is closed; files that came along are closed too.
+// runtime. Plugin and agent may be of different versions, as during an update:
+// variables and fields that are not known are let be, and a call of a version
+// that is not known is answered with CNI's own error. Whatever else does not
+// parse is answered with an error. Then the connection is closed; files that
+// came along are closed too.
 //
 // Server and client may be used from several goroutines.
 package agentapi

@@ -119,7 +119,10 @@ func serveConn(ctx context.Context, conn *net.UnixConn, h Handler, log Logger) {
 		err = Errorf(CodeDecoding, "read request: %v; speak to this socket with underlay-cni or underlay", err)
 	case pipe.IsCall(msg):
 		if call, err = pipe.Decode(msg); err != nil {
-			err = Errorf(CodeIncompatibleVersion, "read call: %v; install the underlay-cni that came with this agent", err)
+			log.Warn("call of the plugin not understood", "op", "decode", "err", err)
+			_ = conn.SetWriteDeadline(time.Now().Add(requestTimeout))
+			_ = writeMessage(conn, pipe.AppendAnswer(nil, pipe.ExitFailed, notUnderstood(msg)))
+			return
 		}
 	default:
 		req, err = decodeRequest(msg)
@@ -149,6 +152,23 @@ func serveConn(ctx context.Context, conn *net.UnixConn, h Handler, log Logger) {
 	if err := writeMessage(conn, out); err != nil {
 		log.Debug("response not delivered", "op", "answer", "err", err)
 	}
+}
+
+// notUnderstood answers a call that is not in our form, as CNI has errors: the
+// plugin prints what it gets. The answer's own form is that of each version.
+func notUnderstood(msg []byte) []byte {
+	why := "it is cut off"
+	if len(msg) > 1 && msg[1] != pipe.Version {
+		why = fmt.Sprintf("it is of version %d, this agent speaks version %d", msg[1], pipe.Version)
+	}
+	b, err := json.Marshal(struct {
+		Code Code   `json:"code"`
+		Msg  string `json:"msg"`
+	}{CodeIncompatibleVersion, "read the plugin's call: " + why + "; install the underlay-cni that came with this agent (it does so itself with --cni-bin)"})
+	if err != nil { // a number and a string
+		panic(err)
+	}
+	return append(b, '\n')
 }
 
 // encode returns the message of a response.

@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containernetworking/cni/pkg/types"
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/underlay-cni/underlay/internal/agentapi/pipe"
@@ -187,8 +188,6 @@ func TestGarbageIsAnsweredAndClosed(t *testing.T) {
 		{"no version", msg("{}"), CodeIncompatibleVersion},
 		{"next version", msg(`{"version":2,"op":"add"}`), CodeIncompatibleVersion},
 		{"unknown op", msg(`{"version":1,"op":"dance"}`), CodeDecoding},
-		{"a call of another version", append(binary.BigEndian.AppendUint32(nil, 3), 0, 9, 0), CodeIncompatibleVersion},
-		{"a call without an end", append(binary.BigEndian.AppendUint32(nil, 3), 0, 1, 'A'), CodeIncompatibleVersion},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			c, err := net.Dial("unix", socket)
@@ -213,6 +212,77 @@ func TestGarbageIsAnsweredAndClosed(t *testing.T) {
 	}
 	if _, err := (&Client{Socket: socket}).Version(t.Context()); err != nil {
 		t.Errorf("after all that: %v", err)
+	}
+}
+
+// During an update plugin and agent are of different versions: the plugin's file
+// is replaced while old ones run, and an old agent may be asked by a new one.
+// What a plugin cannot be served with, it hears in CNI's form, which it prints.
+func TestPluginOfAnotherVersion(t *testing.T) {
+	served := func(_ context.Context, c *pipe.Call, _ *os.File) (byte, []byte) {
+		return pipe.ExitOK, []byte(c.Getenv("CNI_COMMAND"))
+	}
+	socket := serve(t, &handler{cni: served})
+	for _, tc := range []struct {
+		name, call string
+		code       uint // 0: it is served
+		says       string
+	}{
+		{"as the first release sent it", "\x00\x01CNI_COMMAND=DEL\x00\x00{}", 0, ""},
+		{"without anything but the command", "\x00\x01CNI_COMMAND=DEL\x00\x00", 0, ""},
+		{"with variables that nobody knows yet", "\x00\x01CNI_NEWER=1\x00CNI_COMMAND=DEL\x00CNI_2030=\xff\x00\x00{\"newer\":[1]}", 0, ""},
+		{"a later version of the call", "\x00\x02whatever follows", uint(CodeIncompatibleVersion), "version 2"},
+		{"version 255", "\x00\xff", uint(CodeIncompatibleVersion), "version 255"},
+		{"no version at all", "\x00", uint(CodeIncompatibleVersion), "cut off"},
+		{"without an end", "\x00\x01A", uint(CodeIncompatibleVersion), "cut off"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			c, err := net.Dial("unix", socket)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+			if err := writeMessage(c, []byte(tc.call)); err != nil {
+				t.Fatal(err)
+			}
+			b, err := readMessage(c)
+			if err != nil || len(b) == 0 {
+				t.Fatalf("%q, %v", b, err)
+			}
+			if tc.code == 0 {
+				if b[0] != pipe.ExitOK || string(b[1:]) != "DEL" {
+					t.Errorf("answered %q", b)
+				}
+				return
+			}
+			var e types.Error
+			if err := json.Unmarshal(b[1:], &e); b[0] != pipe.ExitFailed || err != nil || e.Code != tc.code || !strings.Contains(e.Msg, tc.says) || !strings.Contains(e.Msg, "; ") {
+				t.Errorf("answered %q (%v), want CNI's error %d, %q and a next step", b, err, tc.code, tc.says)
+			}
+		})
+	}
+}
+
+// People's tools of another version: fields are added under the same number.
+func TestToolOfAnotherVersion(t *testing.T) {
+	socket := serve(t, &handler{})
+	c, err := net.Dial("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if err := writeMessage(c, []byte(`{"version":1,"op":"version","newer":{"a":[1]}}`)); err != nil {
+		t.Fatal(err)
+	}
+	b, err := readMessage(c)
+	var r Response
+	if err != nil || json.Unmarshal(b, &r) != nil || r.Error != nil || r.Agent != "1.2.3" {
+		t.Errorf("answered %s, %v", b, err)
+	}
+	// And the other way: an answer with more than we know.
+	if err := json.Unmarshal([]byte(`{"version":1,"inspect":{"version":"9","newer":true,"limits":{"newer":1}}}`), &r); err != nil || r.Inspect.Version != "9" {
+		t.Errorf("%+v, %v", r, err)
 	}
 }
 

@@ -17,7 +17,7 @@ import (
 const kubernetesHelp = `Kubernetes for labs is compiled on this machine from its Go modules, in the
 versions that hack/kubernetes, hack/coredns and hack/helm of the source fix, and
 kept in a cache: $UNDERLAY_CACHE, else "underlay" in the user's cache folder. The
-first build takes 20 to 30 minutes on two cores and needs Go and the internet;
+first build takes 5 to 30 minutes on two cores and needs Go and the internet;
 later ones take what has changed, and with nothing changed milliseconds, offline.
 
 "underlay up --kubernetes" does it by itself when something is missing.`

@@ -28,8 +28,9 @@ const roleEnv = "UNDERLAY_DATAPATH_TEST_ROLE"
 type role struct {
 	Node, BPFFS, Pod string
 	Hook             Hook
-	Op, DieAt        string // "add" or "delete"; the step before which it dies
+	Op, DieAt        string // "add", "delete" or "live"; the step before which it dies
 	N                int
+	ProcSysNet       string // of "live"
 }
 
 func runRole(text string) int {
@@ -37,6 +38,13 @@ func runRole(text string) int {
 	if err := json.Unmarshal([]byte(text), &r); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 2
+	}
+	if r.Op == "live" {
+		if err := live(r); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		return 0
 	}
 	armed := r.Op == "add"
 	die := func(step string) error {

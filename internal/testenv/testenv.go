@@ -19,8 +19,9 @@ const PluginDir = "/usr/lib/cni"
 // with CAP_NET_ADMIN), "bpf" (BPF programs may be loaded), "aws" (the AWS CLI),
 // "boto3" (Python 3 with the AWS SDK), "portmap" (the CNI project's plugin, in
 // PluginDir, and iptables, with which it works), "containerd" (with ctr and runc),
-// "podman" or "kubernetes" (kubectl, and KUBECONFIG of a cluster with Underlay,
-// as `underlay env` prints it). A need that the environment variable TEST_REQUIRE names
+// "podman", "kubernetes" (kubectl, and KUBECONFIG of a cluster with Underlay, as
+// `underlay env` prints it) or "cluster" (labs with a Kubernetes may be made:
+// TEST_KUBERNETES is set). A need that the environment variable TEST_REQUIRE names
 // (comma-separated) is no reason to skip: the test fails instead, so that nothing
 // goes unseen where everything is meant to run.
 func Require(t testing.TB, needs ...string) {
@@ -83,6 +84,10 @@ func lacking(need string) string {
 	case "podman":
 		if Tool("podman") == "" {
 			return "podman is not there; apt-get install podman"
+		}
+	case "cluster":
+		if os.Getenv("TEST_KUBERNETES") == "" {
+			return "it takes a good part of an hour, and a build of Kubernetes the first time; make e2e-k8s"
 		}
 	case "kubernetes":
 		if os.Getenv("KUBECONFIG") == "" {

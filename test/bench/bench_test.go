@@ -53,7 +53,7 @@ func BenchmarkUnderlay(b *testing.B) {
 		{"rr", roundTripsPerSecond},
 		{"crr", connectionsPerSecond},
 	} {
-		rows = append(rows, compare(b, "pod-node/"+m.name, base,
+		rows = append(rows, Compare(b, "pod-node/"+m.name, base,
 			func() float64 { return m.measure(b, podPair) },
 			func() float64 { return m.measure(b, nodePair) }))
 	}
@@ -85,40 +85,40 @@ func BenchmarkUnderlay(b *testing.B) {
 	}
 	const lower = "; lower is better"
 	warm(b, l, atOnce+5)
-	rows = append(rows, compare(b, "add/empty-go", "starting an empty Go program"+lower,
+	rows = append(rows, Compare(b, "add/empty-go", "starting an empty Go program"+lower,
 		func() float64 { add, _ := ours.cycle(b, addsPerRound); return add }, start))
 	warm(b, l, atOnce+5)
-	rows = append(rows, compare(b, "add/budget", "1.3 times the start of an empty Go program and 2 ms"+lower,
+	rows = append(rows, Compare(b, "add/budget", "1.3 times the start of an empty Go program and 2 ms"+lower,
 		func() float64 { add, _ := ours.cycle(b, addsPerRound); return add },
 		func() float64 { return 1.3*start() + addsPerRound*0.002 }))
 	agent, kernel := agentSide{ours, new(pipe.Caller)}, newKernelFloor(b, l, ours)
 	warm(b, l, atOnce+5)
-	rows = append(rows, compare(b, "add-agent/kernel", "the same netlink and bpf calls by themselves"+lower,
+	rows = append(rows, Compare(b, "add-agent/kernel", "the same netlink and bpf calls by themselves"+lower,
 		func() float64 { before := agent.busy(b); agent.cycle(b, addsPerRound); return agent.busy(b) - before },
 		func() float64 { return kernel.cycle(b, addsPerRound) }))
 	warm(b, l, atOnce+5)
-	rows = append(rows, compare(b, "add-socket/kernel", "the same netlink and bpf calls by themselves"+lower,
+	rows = append(rows, Compare(b, "add-socket/kernel", "the same netlink and bpf calls by themselves"+lower,
 		func() float64 { add, _ := agent.cycle(b, addsPerRound); return add },
 		func() float64 { return kernel.cycle(b, addsPerRound) }))
 	warm(b, l, atOnce+5)
-	rows = append(rows, compare(b, "del-agent/add-kernel", "the netlink and bpf calls of an ADD by themselves"+lower,
+	rows = append(rows, Compare(b, "del-agent/add-kernel", "the netlink and bpf calls of an ADD by themselves"+lower,
 		func() float64 { _, del := agent.cycle(b, addsPerRound); return del },
 		func() float64 { return kernel.cycle(b, addsPerRound) }))
 	warm(b, l, atOnce+5)
-	rows = append(rows, compare(b, "del/empty-go", "starting an empty Go program"+lower,
+	rows = append(rows, Compare(b, "del/empty-go", "starting an empty Go program"+lower,
 		func() float64 { _, del := ours.cycle(b, addsPerRound); return del }, start))
 	if _, err := os.Stat(ptp.binary); err != nil {
 		b.Fatalf("%v: install containernetworking-plugins", err)
 	}
 	warm(b, l, atOnce+5)
-	rows = append(rows, compare(b, "add/ptp-host-local", "ADD by the CNI project's ptp and host-local"+lower,
+	rows = append(rows, Compare(b, "add/ptp-host-local", "ADD by the CNI project's ptp and host-local"+lower,
 		func() float64 { add, _ := ours.cycle(b, addsPerRound); return add },
 		func() float64 { add, _ := ptp.cycle(b, addsPerRound); return add }))
 	warm(b, l, atOnce+5)
-	rows = append(rows, compare(b, "add-50-at-once/ptp-host-local", "50 ADDs at once by ptp and host-local"+lower,
+	rows = append(rows, Compare(b, "add-50-at-once/ptp-host-local", "50 ADDs at once by ptp and host-local"+lower,
 		func() float64 { l.AwaitFree(l.Nodes[0], atOnce, 2*time.Minute); return ours.together(b, atOnce) },
 		func() float64 { return ptp.together(b, atOnce) }))
-	if err := write("../../docs/bench/latest.json", rows); err != nil {
+	if err := Write("../../docs/bench/latest.json", rows); err != nil {
 		b.Fatal(err)
 	}
 }

@@ -24,10 +24,10 @@ type Row struct {
 // (order statistics of the sign test); the interval claims less than it holds.
 const rounds = 11
 
-// compare measures subject and base in turns (A B A B …, one pair to warm up)
+// Compare measures subject and base in turns (A B A B …, one pair to warm up)
 // and returns the row of subject/base. Each function returns its figure for one
 // round, larger than 0.
-func compare(b *testing.B, name, base string, subject, floor func() float64) Row {
+func Compare(b *testing.B, name, base string, subject, floor func() float64) Row {
 	b.Helper()
 	subject()
 	floor()
@@ -45,8 +45,8 @@ func compare(b *testing.B, name, base string, subject, floor func() float64) Row
 	return r
 }
 
-// write prints the rows and keeps them in file.
-func write(file string, rows []Row) error {
+// Write prints the rows and keeps them in file.
+func Write(file string, rows []Row) error {
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "\nNAME\tRATIO\t95 %\tN\tBASE")
 	for _, r := range rows {

@@ -81,11 +81,26 @@ type Lab struct {
 		Name, InstanceID, Netns string
 		IP                      netip.Addr
 	} `json:"outside"`
+	// Kubernetes is there when the lab was brought up with one.
+	Kubernetes struct {
+		Version, Kubeconfig, Bin, Source string
+		ControlPlane                     struct{ Netns string }
+	} `json:"kubernetes"`
 }
 
 type Node struct {
 	Name, InstanceID, Netns, SubnetID, AgentSocket, CNIConfDir, CNIBinDir string
 	IP                                                                    netip.Addr
+}
+
+// Exec runs a command that must succeed in the node's network namespace.
+func (n Node) Exec(t testing.TB, command ...string) string {
+	t.Helper()
+	out, errOut, code := Execute(t, "nsenter", append([]string{"--net=" + n.Netns}, command...)...)
+	if code != 0 {
+		t.Fatalf("on %s: %s: exit %d\n%s%s", n.Name, strings.Join(command, " "), code, out, errOut)
+	}
+	return out
 }
 
 // pod is what `underlay run -o json` answers.
@@ -101,19 +116,61 @@ var labs atomic.Int32
 func Up(t testing.TB, args ...string) *Lab {
 	t.Helper()
 	testenv.Require(t, "root", "bpf")
-	n := labs.Add(1) - 1
-	l := &Lab{t: t, Name: fmt.Sprintf("t%d%c%c", os.Getpid(), 'a'+n/26, 'a'+n%26)}
+	l := named(t)
 	t.Cleanup(func() {
 		if t.Failed() {
 			l.showLogs()
 		}
 		l.Underlay("down")
 	})
+	l.up(args)
+	return l
+}
+
+// Keep brings up a lab that other tests of the run go on with; Main takes it
+// down at the end. Each test talks to it by With.
+func Keep(t testing.TB, args ...string) *Lab {
+	t.Helper()
+	testenv.Require(t, "root", "bpf")
+	l := named(t)
+	l.up(args)
+	return l
+}
+
+// Attach returns a lab that somebody brought up and keeps.
+func Attach(t testing.TB, name string) *Lab {
+	t.Helper()
+	testenv.Require(t, "root", "bpf")
+	b, err := os.ReadFile(filepath.Join("/run/underlay", name, "lab.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var f struct{ Lab *Lab }
+	if err := json.Unmarshal(b, &f); err != nil || f.Lab == nil {
+		t.Fatalf("lab.json of %s: %v", name, err)
+	}
+	f.Lab.t = t
+	return f.Lab
+}
+
+// With returns the same lab, whose failures are t's.
+func (l *Lab) With(t testing.TB) *Lab {
+	other := *l
+	other.t = t
+	return &other
+}
+
+func named(t testing.TB) *Lab {
+	n := labs.Add(1) - 1
+	return &Lab{t: t, Name: fmt.Sprintf("t%d%c%c", os.Getpid(), 'a'+n/26, 'a'+n%26)}
+}
+
+func (l *Lab) up(args []string) {
+	l.t.Helper()
 	out := l.Underlay(append([]string{"up", "-o", "json", "--listen", "127.0.0.1:0"}, args...)...)
 	if err := json.Unmarshal([]byte(out), l); err != nil {
-		t.Fatalf("up -o json: %v\n%s", err, out)
+		l.t.Fatalf("up -o json: %v\n%s", err, out)
 	}
-	return l
 }
 
 // Try runs an underlay command on the lab.

@@ -41,6 +41,9 @@ func In[T any](t testing.TB, netns string, fn func() (T, error)) T {
 	return v
 }
 
+// Try is nl.Do for tests: it runs fn in a namespace and returns its error.
+func Try(netns string, fn func() error) error { return nl.Do(netns, fn) }
+
 // StartStream begins to send from netns from to the address to inside netns
 // dst. It returns once the first answer has come.
 func StartStream(t testing.TB, from, dst string, to netip.Addr) *Stream {

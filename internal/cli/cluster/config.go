@@ -262,8 +262,9 @@ func (c *Config) kubeProxy(n Machine) object {
 		"clusterCIDR":        "",
 		"oomScoreAdj":        0,
 		"metricsBindAddress": "127.0.0.1:10249",
-		// Sysctls of the whole machine: leave them.
-		"conntrack": object{"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
+		// The size of the table is the whole machine's: leave it. The timeouts are
+		// of the namespace, and kube-proxy's own.
+		"conntrack": object{"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "24h0m0s", "tcpCloseWaitTimeout": "1h0m0s"},
 	}
 }
 

@@ -23,8 +23,8 @@ type Cached struct {
 	Freed   int64  `json:"freed"`   // bytes that removal gave back
 }
 
-// Clean removes what the source does not ask for any more; all removes the
-// current folder as well. Folders that used reports stay. Waiting is told whose
+// Clean removes what the source does not ask for any more, and older images of
+// what it asks for; all removes the current folder as well. Folders that used reports stay. Waiting is told whose
 // build Clean waits for. It returns what the cache held.
 func Clean(ctx context.Context, o Options, all bool, used func(dir string) bool, waiting func(holder string)) ([]Cached, error) {
 	root, err := cacheRoot(o.Cache)
@@ -55,15 +55,20 @@ func Clean(ctx context.Context, o Options, all bool, used func(dir string) bool,
 	var cached []Cached
 	for _, f := range list {
 		c := Cached{Name: filepath.Base(f.dir), Dir: f.dir, Current: f.dir == current, Used: used != nil && used(f.dir)}
-		if c.Current && !c.Used {
-			f.pruneUnderlay(time.Now(), 0)
-		}
-		size, alone, err := f.size()
-		if err != nil {
+		var alone int64
+		if c.Bytes, alone, err = f.size(); err != nil {
 			return cached, err
 		}
-		c.Bytes = size
-		if !c.Current && !c.Used {
+		switch {
+		case c.Used:
+		case c.Current: // only its older images
+			before := alone
+			f.prune(time.Now(), 1, 0)
+			if c.Bytes, alone, err = f.size(); err != nil {
+				return cached, err
+			}
+			c.Freed = before - alone
+		default:
 			if err := f.remove(); err != nil {
 				return cached, err
 			}

@@ -4,7 +4,7 @@
 //
 //	CACHE/kubernetes/lock                  flock: one builder at a time, and who it is
 //	                /v1.37.2-3f2a…/bin       kube-apiserver, kubelet, helm, …
-//	                              /images    OCI archives: pause.tar, agnhost.tar, …
+//	                              /images    OCI archives: pause-59f1….tar, …
 //	                              /manifest.json  what of that is whole, and from which inputs
 //	                              /build.log the compiler's last output
 //
@@ -14,7 +14,8 @@
 // version and the architecture. So two checkouts share a folder or do not meet.
 // What depends on more (the tests, which are source; images, which hold the
 // distribution's tools and Underlay's own programs) is looked up by a key in the
-// manifest.
+// manifest; an image has it in its name as well, since what a running lab was
+// told to import must not change under it.
 //
 // Invariants: a file is made aside, synced, renamed into place, and only then
 // entered in the manifest, which is itself replaced by a rename; what the

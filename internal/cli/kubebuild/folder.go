@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -175,35 +174,45 @@ func linkFrom(root string, it item, to string) (entry, bool) {
 	return entry{}, false
 }
 
-// Of Underlay's own images, of which each change of the agent makes one, these
-// many are kept, and all that are younger: a lab that runs may import its image
-// again when a node boots.
+// imagePath is where an image stands in a folder. Its key is in the name, so that
+// another recipe, another tool or another agent makes another file: a lab that
+// runs imports its images again when a node boots.
+func imagePath(name, key string) string { return "images/" + name + "-" + key[:12] + ".tar" }
+
+// Of each image these many are kept, and all of the last hours: each change of
+// the agent makes one.
 const (
-	underlayImages = 4
-	underlayAge    = 24 * time.Hour
+	keptImages = 4
+	keptAge    = 24 * time.Hour
 )
 
-// pruneUnderlay removes Underlay's images, but for the newest and those younger
-// than age. The caller holds the lock.
-func (f folder) pruneUnderlay(now time.Time, age time.Duration) {
+// prune removes images, but of each name the newest few and those younger than
+// age. The caller holds the lock.
+func (f folder) prune(now time.Time, few int, age time.Duration) {
 	m, err := f.manifest()
 	if err != nil {
 		return
 	}
 	made := map[string]time.Time{}
+	byName := map[string][]string{}
 	for path := range m.Entries {
-		if strings.HasPrefix(path, underlayPath) {
-			if st, err := os.Stat(filepath.Join(f.dir, path)); err == nil {
-				made[path] = st.ModTime()
-			}
+		if !strings.HasPrefix(path, "images/") {
+			continue
+		}
+		if st, err := os.Stat(filepath.Join(f.dir, path)); err == nil {
+			made[path] = st.ModTime()
+			name := path[:max(0, strings.LastIndexByte(path, '-'))]
+			byName[name] = append(byName[name], path)
 		}
 	}
-	paths := slices.SortedFunc(maps.Keys(made), func(a, b string) int { return made[b].Compare(made[a]) })
 	var old []string
-	for _, path := range paths[min(len(paths), underlayImages):] {
-		if now.Sub(made[path]) >= age {
-			old = append(old, path)
-			delete(m.Entries, path)
+	for _, paths := range byName {
+		slices.SortFunc(paths, func(a, b string) int { return made[b].Compare(made[a]) })
+		for _, path := range paths[min(len(paths), few):] {
+			if now.Sub(made[path]) >= age {
+				old = append(old, path)
+				delete(m.Entries, path)
+			}
 		}
 	}
 	if len(old) == 0 || f.write(m) != nil {

@@ -25,15 +25,18 @@ const (
 	corednsRef = "registry.k8s.io/coredns/coredns:" // and CoreDNS's own version
 	busyboxRef = "registry.k8s.io/e2e-test-images/busybox:1.37.0-2"
 	agnhostRef = "registry.k8s.io/e2e-test-images/agnhost:2.66.1"
-	// A DNS spec wants dig of glibc rather than of musl, which this agnhost has.
-	glibcRef = "registry.k8s.io/e2e-test-images/glibc-dns-testing:2.1.1"
+	// A DNS spec wants dig of glibc rather than of musl, which this agnhost has;
+	// one about kube-proxy runs conntrack in an image of it alone.
+	glibcRef      = "registry.k8s.io/e2e-test-images/glibc-dns-testing:2.1.1"
+	distrolessRef = "registry.k8s.io/build-image/distroless-iptables:v0.9.9"
 )
 
 // image is an image that is made of one of the programs.
 type image struct {
 	name    string
 	program string
-	tools   bool // it holds the distribution's tools
+	also    string // a further program that it holds; ""
+	tools   bool   // it holds the distribution's tools
 	refs    func(v versions) []string
 	content func(ctx context.Context, b *builder) (oci.Config, *oci.Tree, error)
 }
@@ -46,7 +49,7 @@ var images = []image{
 	{name: "pause", program: "pause", refs: refs(pauseRef), content: pauseImage},
 	{name: "coredns", program: "coredns", refs: func(v versions) []string { return []string{corednsRef + v.coredns} }, content: corednsImage},
 	{name: "busybox", program: "agnhost", tools: true, refs: refs(busyboxRef), content: busyboxImage},
-	{name: "agnhost", program: "agnhost", tools: true, refs: refs(agnhostRef, glibcRef), content: agnhostImage},
+	{name: "agnhost", program: "agnhost", also: "coredns", tools: true, refs: refs(agnhostRef, glibcRef, distrolessRef), content: agnhostImage},
 }
 
 // imageItems returns the images that go with the wanted programs.
@@ -58,17 +61,15 @@ func (b *builder) imageItems(want []string, keys map[string]string, programs str
 			continue
 		}
 		h := sha256.New()
-		fmt.Fprintln(h, recipe, i.name, i.refs(b.versions), keys[i.program])
+		fmt.Fprintln(h, recipe, i.name, i.refs(b.versions), keys[i.program], keys[i.also])
 		if i.tools {
 			if toolsKey == "" {
 				toolsKey = b.toolsKey()
 			}
 			fmt.Fprintln(h, toolsKey)
 		}
-		items = append(items, item{
-			name: i.name, image: true, path: "images/" + i.name + ".tar",
-			key: hex.EncodeToString(h.Sum(nil)), make: i.make,
-		})
+		key := hex.EncodeToString(h.Sum(nil))
+		items = append(items, item{name: i.name, image: true, path: imagePath(i.name, key), key: key, make: i.make})
 	}
 	if slices.Contains(want, Underlay) {
 		it, err := underlayItem(programs)
@@ -144,8 +145,8 @@ func busyboxTree() (*oci.Tree, error) {
 	return t, nil
 }
 
-// agnhostImage is upstream's agnhost with the tools of its Dockerfile, Debian's
-// instead of Alpine's.
+// agnhostImage is upstream's agnhost with CoreDNS, which specs run as a name
+// server of a pod, and the tools of its Dockerfile, Debian's instead of Alpine's.
 func agnhostImage(ctx context.Context, b *builder) (oci.Config, *oci.Tree, error) {
 	c := oci.Config{
 		Entrypoint: []string{"/agnhost"}, Cmd: []string{"pause"}, Env: []string{searchPath},
@@ -159,6 +160,9 @@ func agnhostImage(ctx context.Context, b *builder) (oci.Config, *oci.Tree, error
 		return c, nil, err
 	}
 	if err := t.File("/agnhost", 0o755, b.program("agnhost")); err != nil {
+		return c, nil, err
+	}
+	if err := t.File("/coredns", 0o755, b.program("coredns")); err != nil {
 		return c, nil, err
 	}
 	t.Symlink("/agnhost-2", "agnhost") // tests of entrypoints start it

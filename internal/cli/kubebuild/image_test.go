@@ -61,7 +61,9 @@ func TestToolsRunInTheImage(t *testing.T) {
 		{"ping -V", "iputils"},
 		{"getent passwd user-defined-in-image", "1000"},
 		{"ipcs", "Semaphore"},
-		{"wget --help 2>&1", "BusyBox"},
+		{"wget --version", "GNU Wget"},
+		{"conntrack --version", "conntrack v"},
+		{"httpd --help 2>&1", "BusyBox"},
 		{"readlink -f /bin/sh", "/bin/dash"},
 	} {
 		cmd := exec.CommandContext(t.Context(), "/bin/sh", "-c", c.command)
@@ -139,7 +141,7 @@ func TestImagesAreThoseOfKubernetes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, ref := range []string{pauseRef, busyboxRef, agnhostRef, glibcRef} {
+	for _, ref := range []string{pauseRef, busyboxRef, agnhostRef, glibcRef, distrolessRef} {
 		path, version, _ := strings.Cut(ref, ":")
 		if want := `"` + filepath.Base(path) + `", "` + version + `"`; !strings.Contains(string(b), want) {
 			t.Errorf("%s: the tests of this Kubernetes do not use it; see test/utils/image/manifest.go", ref)
@@ -176,5 +178,23 @@ func TestAuthorities(t *testing.T) {
 	}
 	if !slices.Contains(names, "Amazon Root CA 1") || len(names) < 100 {
 		t.Errorf("%d authorities, want Amazon Root CA 1 among a hundred: %v", len(names), names)
+	}
+}
+
+// An image has no dynamic linker; what needs one is refused beforehand.
+func TestDynamicProgramIsRefused(t *testing.T) {
+	for name, refused := range map[string]bool{"dash": true, "busybox": false} {
+		path := findFile(name)
+		if path == "" {
+			t.Skipf("%s is not installed", name)
+		}
+		f, err := os.Open(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if err := checkStatic(f); (err != nil) != refused {
+			t.Errorf("%s: %v", path, err)
+		}
 	}
 }

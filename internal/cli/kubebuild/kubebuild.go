@@ -150,6 +150,11 @@ func prepare(ctx context.Context, o Options) (*builder, error) {
 	if want == nil {
 		want = Default()
 	}
+	for _, i := range images {
+		if i.also != "" && slices.Contains(want, i.program) && !slices.Contains(want, i.also) {
+			want = append(slices.Clone(want), i.also)
+		}
+	}
 	for _, name := range want {
 		if !slices.Contains(Names(), name) {
 			return nil, fmt.Errorf("build %q: it is not known; known are %s", name, strings.Join(Names(), ", "))
@@ -248,7 +253,7 @@ func (b *builder) make(ctx context.Context) error {
 			return err
 		}
 	}
-	b.folder.pruneUnderlay(time.Now(), underlayAge)
+	b.folder.prune(time.Now(), keptImages, keptAge)
 	if b.of > 0 {
 		b.progress("finished", b.of, b.of)
 	}
@@ -256,7 +261,7 @@ func (b *builder) make(ctx context.Context) error {
 }
 
 // firstBuild is said before the first large program.
-const firstBuild = "the first build of Kubernetes takes 20 to 30 minutes on two cores, later ones what has changed"
+const firstBuild = "the first build of Kubernetes takes 5 to 30 minutes on two cores, later ones what has changed"
 
 // one makes one item at the path to and moves it into the folder.
 func (b *builder) one(ctx context.Context, it item, to string) error {

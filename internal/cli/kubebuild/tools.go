@@ -20,12 +20,15 @@ type tool struct {
 }
 
 // tools are what upstream's specs call inside agnhost. The shell is dash:
-// busybox's runs its own nc, ping and wget before those in PATH, and its nc
-// answers UDP specs wrongly.
+// busybox's runs its own nc, ping and wget before those in PATH; its nc answers
+// UDP specs wrongly, and its wget, linked statically against another glibc than
+// the image's, dies of a segmentation fault when it looks up a host.
 var tools = []tool{
 	{name: "dash", pkg: "dash"},
 	{name: "bash", pkg: "bash"},
 	{name: "curl", pkg: "curl"},
+	{name: "wget", pkg: "wget"},
+	{name: "conntrack", pkg: "conntrack"},
 	{name: "nc", file: "nc.openbsd", pkg: "netcat-openbsd"},
 	{name: "dig", pkg: "bind9-dnsutils"},
 	{name: "nslookup", pkg: "bind9-dnsutils"},

@@ -3,6 +3,7 @@ package kubebuild
 import (
 	"context"
 	"crypto/sha256"
+	"debug/elf"
 	"encoding/hex"
 	"encoding/pem"
 	"errors"
@@ -20,9 +21,6 @@ import (
 
 // UnderlayRef is Underlay's image without a tag.
 const UnderlayRef = "ghcr.io/underlay-cni/underlay"
-
-// underlayPath begins the paths of Underlay's images in a folder.
-const underlayPath = "images/underlay-"
 
 // underlayPrograms are what the image holds.
 var underlayPrograms = []string{"underlay-agent", "underlay-cni"}
@@ -93,6 +91,9 @@ func underlayItem(programs string) (item, error) {
 			return item{}, fmt.Errorf("find Underlay's programs: %w; build all commands with: make build", err)
 		}
 		_, err = io.Copy(h, f)
+		if err == nil {
+			err = checkStatic(f)
+		}
 		f.Close()
 		if err != nil {
 			return item{}, fmt.Errorf("read %s: %w", f.Name(), err)
@@ -111,7 +112,22 @@ func underlayItem(programs string) (item, error) {
 		ref := UnderlayRef + ":lab-" + strings.TrimPrefix(made.Digest(), "sha256:")[:12]
 		return []string{ref}, made.WriteArchive(to, ref)
 	}
-	return item{name: Underlay, image: true, path: underlayPath + key[:12] + ".tar", key: key, make: make}, nil
+	return item{name: Underlay, image: true, path: imagePath(Underlay, key), key: key, make: make}, nil
+}
+
+// checkStatic refuses a program that wants a dynamic linker: the image has none,
+// and a kernel that finds none says that the program is not there.
+func checkStatic(r io.ReaderAt) error {
+	f, err := elf.NewFile(r)
+	if err != nil {
+		return nil // no program of this system, as a test may have it
+	}
+	for _, p := range f.Progs {
+		if p.Type == elf.PT_INTERP {
+			return errors.New("it is linked dynamically, and an image of it alone would not start; build it with CGO_ENABLED=0, as make build does")
+		}
+	}
+	return nil
 }
 
 // Platforms are the architectures that Underlay's image is released for.
