@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -39,7 +40,7 @@ func (w *machineWatch) await(ctx context.Context, machines []string, done func()
 		}
 		return false, w.troubled(ctx)
 	})
-	if err != nil && last != nil && ctx.Err() != nil {
+	if err != nil && last != nil && errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		return fmt.Errorf("%w: %w", err, last)
 	}
 	return err
