@@ -159,6 +159,8 @@ func (o orchestrator) Tell(pod agentapi.Pod, n agent.Notice) {
 
 func (o orchestrator) Served(pod agentapi.Pod) { o.n.api.Served(kube.Pod(pod)) }
 
+func (o orchestrator) Dropped() uint64 { return o.n.api.Dropped() }
+
 // publish tells the API how the node stands. Pods may come when the agent serves
 // and the runtime can ask it.
 func (n *node) publish() {
