@@ -31,7 +31,7 @@ cat >"$out/underlay.yaml.head" <<'END'
 #
 # Before you apply it: set --cluster to your cluster's name, and give the nodes'
 # role the policy docs/reference/iam-policy.json. On Kubernetes before 1.30,
-# leave out the ValidatingAdmissionPolicy and its binding.
+# leave out the two ValidatingAdmissionPolicies and their bindings.
 #
 #   kubectl apply -f deploy/manifests/underlay.yaml
 #   kubectl -n kube-system rollout status daemonset/underlay
