@@ -133,15 +133,17 @@ func (v *vpcdAlone) complete(t *testing.T) {
 	}
 }
 
-// TestBoto3DrivesEveryHandler runs testdata/clients.py.
+// TestBoto3DrivesEveryHandler runs testdata/clients.py and networks.py.
 func TestBoto3DrivesEveryHandler(t *testing.T) {
 	testenv.Require(t, "boto3")
 	t.Parallel()
 	v := startVPCD(t)
-	cmd := exec.Command(testenv.Tool("python3"), "testdata/clients.py", v.URL)
-	cmd.Env = append(os.Environ(), "AWS_EC2_METADATA_DISABLED=true")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("clients.py: %v\n%s", err, out)
+	for _, script := range []string{"clients.py", "networks.py"} {
+		cmd := exec.Command(testenv.Tool("python3"), "-B", "testdata/"+script, v.URL)
+		cmd.Env = append(os.Environ(), "AWS_EC2_METADATA_DISABLED=true")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v\n%s", script, err, out)
+		}
 	}
 	v.complete(t)
 }
@@ -211,6 +213,7 @@ func TestAWSCLIDrivesEveryHandler(t *testing.T) {
 	t.Run("by two", func(t *testing.T) {
 		t.Run("networks", func(t *testing.T) { t.Parallel(); cliNetworks(cli{t, v.URL}) })
 		t.Run("instances", func(t *testing.T) { t.Parallel(); cliInstances(cli{t, v.URL}) })
+		t.Run("routing", func(t *testing.T) { t.Parallel(); cliRouting(cli{t, v.URL}) })
 	})
 	v.complete(t)
 }
@@ -498,6 +501,7 @@ func TestGoSDKDrivesEveryHandler(t *testing.T) {
 		ok[*ec2.DeleteSubnetOutput](t)(c.DeleteSubnet(ctx, &ec2.DeleteSubnetInput{SubnetId: &n}))
 	}
 	ok[*ec2.DeleteVpcOutput](t)(c.DeleteVpc(ctx, &ec2.DeleteVpcInput{VpcId: vpc}))
+	sdkRouting(t, c)
 	v.complete(t)
 }
 

@@ -54,12 +54,11 @@ func (r Route) SameDestination(o Route) bool {
 
 // Target is where a route leads: one of its fields is set.
 type Target struct {
-	Local    bool             // within the VPC
-	Gateway  vpc.GatewayID    // an internet gateway
-	NAT      vpc.NATGatewayID // a NAT gateway
-	ENI      vpc.ENIID        // an interface, an instance's or one without
-	Instance vpc.InstanceID   // beside ENI: the instance that the request named
-	Peering  vpc.PeeringID
+	Local   bool             // within the VPC
+	Gateway vpc.GatewayID    // an internet gateway
+	NAT     vpc.NATGatewayID // a NAT gateway
+	ENI     vpc.ENIID        // an interface: the packets go to its MAC
+	Peering vpc.PeeringID
 }
 
 // LastRule is the number of the entry that each network ACL ends with and that
