@@ -63,7 +63,7 @@ type ManagedServiceInfo struct {
 type InstanceInfo struct {
 	InstanceID string `json:"instanceId"`
 	Name       string `json:"name"`  // tag Name
-	Netns      string `json:"netns"` // path; "" without a fabric, or when terminated
+	Netns      string `json:"netns"` // path; "" without a fabric, or when stopped or terminated
 	State      string `json:"state"`
 }
 
@@ -238,7 +238,7 @@ func (a *admin) instances(r *http.Request) (any, error) {
 	out := []InstanceInfo{}
 	for _, i := range state.Instances.All() {
 		info := InstanceInfo{InstanceID: string(i.ID), Name: state.TagsOf(string(i.ID))["Name"], State: string(i.State)}
-		if lives(i) {
+		if lives(i) || i.Power == store.PowerCycle { // which has ended by now
 			info.Netns = a.netns(names{a.options.Name}.instance(i.ID))
 		}
 		out = append(out, info)

@@ -19,9 +19,9 @@ type names struct{ lab string }
 func (n names) instance(id vpc.InstanceID) string { return "ul-" + n.lab + "-" + string(id) }
 func (n names) service(name string) string        { return "ul-" + n.lab + "-svc-" + name }
 
-// lives reports whether an instance has a network namespace. A shutting-down
-// one has: its interfaces are detached in good order first.
-func lives(i *store.Instance) bool { return i.State != store.Terminated }
+// lives reports whether an instance has a network namespace. A stopping or
+// shutting-down one has, unless its power was cut.
+func lives(i *store.Instance) bool { return i.State != store.Terminated && i.Power == store.PowerOn }
 
 // plugged reports whether an attachment's interface is in the guest. A
 // detaching one is until it is gone.

@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/underlay-cni/underlay/internal/nl"
 	"github.com/underlay-cni/underlay/internal/vpc"
 	"github.com/underlay-cni/underlay/internal/vpcd/api"
 	"github.com/underlay-cni/underlay/internal/vpcd/chaos"
@@ -101,6 +102,7 @@ func Run(ctx context.Context, o Options) (err error) {
 		inside := httpServer(ec2Handler, o.Logger) // no /_vpcd/ for instances
 		adm.fabric = &reconciler{
 			names: names{o.Name}, store: state, net: f, now: time.Now, log: o.Logger, ec2: inside, changed: state.Changed(), again: make(chan struct{}, 1),
+			exists:     nl.ExistsNamed,
 			mappingLag: func() time.Duration { return control.Get().MappingLag },
 			imds: func(id vpc.InstanceID) *imds.Server {
 				return imds.New(imds.Config{Instance: id, Source: source, Key: key, Logger: o.Logger})
