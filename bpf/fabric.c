@@ -39,6 +39,10 @@ enum drop_reason {
 	DROP_ARP_SPOOFED, /* ARP whose sender fields are not the ENI's */
 	DROP_ARP_UNANSWERED, /* ARP to which no answer is due */
 	DROP_NOT_SERVICE, /* the fabric's stack sent something that is no service's answer */
+	DROP_SG_EGRESS, /* the sender's security groups */
+	DROP_SG_INGRESS, /* the receiver's security groups */
+	DROP_FRAGMENT, /* a later fragment whose first did not pass before it */
+	DROP_FLOWS_FULL, /* no room to track one more flow */
 	DROP_REASONS, /* how many there are */
 };
 
@@ -190,6 +194,8 @@ static __always_inline int drop(__u32 ifindex, enum drop_reason reason)
 		c->drops[reason]++; /* per CPU, and programs do not nest on one */
 	return TCX_DROP;
 }
+
+#include "fabric_gate.h"
 
 static __always_inline void set_address(struct address *a, __u32 vni, __be32 ip)
 {
@@ -383,13 +389,16 @@ static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct e
 {
 	__u32 ifindex = skb->ifindex;
 	struct station station = {};
-	struct target *t, *owner;
+	struct target *t, *owner, *holder;
+	struct packet packet = {};
+	enum drop_reason reason;
 	struct counters *c;
 	__u8 router[6], source[6];
 	struct ethhdr *eth;
 	struct iphdr *iph;
 	struct size size;
 	struct route *r;
+	__u32 receiver;
 
 	if ((void *)(long)skb->data + ETH_HLEN + sizeof(*iph) > (void *)(long)skb->data_end &&
 	    bpf_skb_pull_data(skb, ETH_HLEN + sizeof(*iph)))
@@ -409,11 +418,11 @@ static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct e
 	    iph->daddr == bpf_htonl(0xffffffff))
 		return drop(ifindex, DROP_MULTICAST);
 
-	if (self->flags & ENI_SOURCE_DEST_CHECK) {
-		owner = mapping(self->vni, iph->saddr);
-		if (!owner || owner->ifindex != ifindex)
-			return drop(ifindex, DROP_SOURCE_ADDRESS);
-	}
+	owner = mapping(self->vni, iph->saddr);
+	if (owner && owner->ifindex != ifindex)
+		owner = 0;
+	if (!owner && (self->flags & ENI_SOURCE_DEST_CHECK))
+		return drop(ifindex, DROP_SOURCE_ADDRESS);
 
 	measure(skb, iph, &size);
 	if (size.longest > mtu)
@@ -433,7 +442,7 @@ static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct e
 		r = route_to(self->vni, iph->daddr);
 		if (!r || r->kind != ROUTE_LOCAL)
 			return drop(ifindex, DROP_NO_ROUTE);
-		t = mapping(self->vni, iph->daddr);
+		t = holder = mapping(self->vni, iph->daddr);
 		if (!t)
 			return drop(ifindex, DROP_NO_TARGET);
 		__builtin_memcpy(source, router, 6);
@@ -444,19 +453,33 @@ static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct e
 		t = bpf_map_lookup_elem(&stations, &station);
 		if (!t)
 			return drop(ifindex, DROP_UNKNOWN_MAC);
+		holder = mapping(self->vni, iph->daddr);
+		if (holder && holder->ifindex != t->ifindex)
+			holder = 0;
 		__builtin_memcpy(source, self->mac, 6);
 	}
 
+	reason = parse(skb, iph, &packet);
+	if (reason)
+		return drop(ifindex, reason);
+	packet.packets = size.packets;
+	packet.bytes = size.bytes;
+	receiver = t->ifindex;
+	reason = gate(&packet, ifindex, EGRESS, holder ? receiver : 0);
+	if (reason)
+		return drop(ifindex, reason);
 	c = bpf_map_lookup_elem(&counts, &ifindex);
 	if (c) {
 		c->tx_packets += size.packets;
 		c->tx_bytes += size.bytes;
 	}
-	if (t->flags & ENI_SOURCE_DEST_CHECK) {
-		owner = mapping(self->vni, iph->daddr);
-		if (!owner || owner->ifindex != t->ifindex)
-			return drop(t->ifindex, DROP_DEST_ADDRESS);
-	}
+	if (!holder && (t->flags & ENI_SOURCE_DEST_CHECK))
+		return drop(receiver, DROP_DEST_ADDRESS);
+	reason = gate(&packet, receiver, INGRESS, owner ? ifindex : 0);
+	if (reason)
+		return drop(receiver, reason);
+	if (packet.first_fragment)
+		remember_fragment(ifindex, &packet);
 	return deliver(skb, eth, t, source, &size);
 }
 

@@ -168,6 +168,44 @@ func (l *Lab) Launch(ctx context.Context, name, instanceType string, subnet vpc.
 // AwaitRunning waits until every instance is running, and returns them in the
 // order of ids. An instance that ends instead is an error.
 func (l *Lab) AwaitRunning(ctx context.Context, ids []vpc.InstanceID) ([]LabInstance, error) {
+	return l.await(ctx, ids, types.InstanceStateNameRunning, types.InstanceStateNamePending)
+}
+
+// Stop stops running instances and waits until they are stopped: their network
+// namespaces are gone, their interfaces stay with their addresses. With force
+// the namespaces go first, as when the power is cut. One that is stopped
+// already stays so.
+func (l *Lab) Stop(ctx context.Context, ids []vpc.InstanceID, force bool) error {
+	if _, err := l.c.StopInstances(ctx, &awsec2.StopInstancesInput{InstanceIds: texts(ids), Force: aws.Bool(force)}); err != nil {
+		return fmt.Errorf("stop instances %v: %w", ids, err)
+	}
+	_, err := l.await(ctx, ids, types.InstanceStateNameStopped, types.InstanceStateNameStopping, types.InstanceStateNameRunning)
+	return err
+}
+
+// Start starts stopped instances, waits until they are running, and returns
+// them in the order of ids. Their namespaces are new. One that runs already
+// stays as it is.
+func (l *Lab) Start(ctx context.Context, ids []vpc.InstanceID) ([]LabInstance, error) {
+	if _, err := l.c.StartInstances(ctx, &awsec2.StartInstancesInput{InstanceIds: texts(ids)}); err != nil {
+		return nil, fmt.Errorf("start instances %v: %w", ids, err)
+	}
+	return l.await(ctx, ids, types.InstanceStateNameRunning, types.InstanceStateNamePending, types.InstanceStateNameStopped)
+}
+
+// Reboot gives running instances new network namespaces. They are running all
+// the while; vpcd's list of namespaces waits for the new ones.
+func (l *Lab) Reboot(ctx context.Context, ids []vpc.InstanceID) error {
+	if _, err := l.c.RebootInstances(ctx, &awsec2.RebootInstancesInput{InstanceIds: texts(ids)}); err != nil {
+		return fmt.Errorf("reboot instances %v: %w", ids, err)
+	}
+	return nil
+}
+
+// await waits until every instance is in a state, and returns them in the order
+// of ids. One that is neither in it nor in one of passing, which it may be in
+// before, is an error.
+func (l *Lab) await(ctx context.Context, ids []vpc.InstanceID, state types.InstanceStateName, passing ...types.InstanceStateName) ([]LabInstance, error) {
 	t := time.NewTicker(50 * time.Millisecond) // vpcd is local; it throttles as EC2 does only when told to
 	defer t.Stop()
 	for {
@@ -177,12 +215,12 @@ func (l *Lab) AwaitRunning(ctx context.Context, ids []vpc.InstanceID) ([]LabInst
 		}
 		waiting := ""
 		for _, i := range all {
-			switch types.InstanceStateName(i.State) {
-			case types.InstanceStateNameRunning:
-			case types.InstanceStateNamePending:
+			switch is := types.InstanceStateName(i.State); {
+			case is == state:
+			case slices.Contains(passing, is):
 				waiting = i.Name
 			default:
-				return nil, fmt.Errorf("wait for instance %s (%s): it is %s", i.Name, i.ID, i.State)
+				return nil, fmt.Errorf("wait for instance %s (%s) to be %s: it is %s", i.Name, i.ID, state, i.State)
 			}
 		}
 		if waiting == "" && len(all) == len(ids) {
@@ -198,18 +236,23 @@ func (l *Lab) AwaitRunning(ctx context.Context, ids []vpc.InstanceID) ([]LabInst
 		}
 		select {
 		case <-ctx.Done():
-			return nil, fmt.Errorf("wait for instance %s: %w", waiting, context.Cause(ctx))
+			return nil, fmt.Errorf("wait for instance %s to be %s: %w", waiting, state, context.Cause(ctx))
 		case <-t.C:
 		}
 	}
 }
 
+func texts(ids []vpc.InstanceID) []string {
+	out := make([]string, len(ids))
+	for i, id := range ids {
+		out[i] = string(id)
+	}
+	return out
+}
+
 // Instances describes instances; no id means all.
 func (l *Lab) Instances(ctx context.Context, ids []vpc.InstanceID) ([]LabInstance, error) {
-	in := &awsec2.DescribeInstancesInput{}
-	for _, id := range ids {
-		in.InstanceIds = append(in.InstanceIds, string(id))
-	}
+	in := &awsec2.DescribeInstancesInput{InstanceIds: texts(ids)}
 	var all []LabInstance
 	for p := awsec2.NewDescribeInstancesPaginator(l.c, in); p.HasMorePages(); {
 		page, err := p.NextPage(ctx)

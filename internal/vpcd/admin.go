@@ -63,7 +63,7 @@ type ManagedServiceInfo struct {
 type InstanceInfo struct {
 	InstanceID string `json:"instanceId"`
 	Name       string `json:"name"`  // tag Name
-	Netns      string `json:"netns"` // path; "" without a fabric, or when terminated
+	Netns      string `json:"netns"` // path; "" without a fabric, or when stopped or terminated
 	State      string `json:"state"`
 }
 
@@ -210,6 +210,15 @@ func (a *admin) settled(ctx context.Context) error {
 	return nil
 }
 
+// enforce waits for the fabric after a call that is committed already: should
+// the fabric be in trouble, the call has succeeded all the same, and health
+// tells.
+func (a *admin) enforce(ctx context.Context) {
+	if err := a.settled(ctx); err != nil && ctx.Err() == nil {
+		a.options.Logger.Warn("call answered before the fabric does what it says", "err", err)
+	}
+}
+
 func (a *admin) netns(name string) string {
 	if a.fabric == nil {
 		return ""
@@ -229,7 +238,7 @@ func (a *admin) instances(r *http.Request) (any, error) {
 	out := []InstanceInfo{}
 	for _, i := range state.Instances.All() {
 		info := InstanceInfo{InstanceID: string(i.ID), Name: state.TagsOf(string(i.ID))["Name"], State: string(i.State)}
-		if lives(i) {
+		if lives(i) || i.Power == store.PowerCycle { // which has ended by now
 			info.Netns = a.netns(names{a.options.Name}.instance(i.ID))
 		}
 		out = append(out, info)

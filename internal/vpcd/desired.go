@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strconv"
+	"time"
 
 	"github.com/underlay-cni/underlay/internal/vpc"
 	"github.com/underlay-cni/underlay/internal/vpcd/fabric"
@@ -17,9 +19,9 @@ type names struct{ lab string }
 func (n names) instance(id vpc.InstanceID) string { return "ul-" + n.lab + "-" + string(id) }
 func (n names) service(name string) string        { return "ul-" + n.lab + "-svc-" + name }
 
-// lives reports whether an instance has a network namespace. A shutting-down
-// one has: its interfaces are detached in good order first.
-func lives(i *store.Instance) bool { return i.State != store.Terminated }
+// lives reports whether an instance has a network namespace. A stopping or
+// shutting-down one has, unless its power was cut.
+func lives(i *store.Instance) bool { return i.State != store.Terminated && i.Power == store.PowerOn }
 
 // plugged reports whether an attachment's interface is in the guest. A
 // detaching one is until it is gone.
@@ -55,6 +57,9 @@ func desired(n names, state, mapping *store.State) (fabric.Config, error) {
 	for _, s := range state.Services.All() {
 		c.Guests = append(c.Guests, fabric.Guest{Netns: n.service(s.Name)})
 	}
+	for _, g := range state.Groups.All() {
+		c.Groups = append(c.Groups, group(g))
+	}
 	primaries := map[addrOf]vpc.ENIID{}
 	for _, e := range state.ENIs.All() {
 		primaries[addrOf{e.VPC, e.Primary}] = e.ID
@@ -78,7 +83,9 @@ type addrOf struct {
 
 // iface is an ENI as the fabric should have it, or nil.
 func iface(n names, state, mapping *store.State, primaries map[addrOf]vpc.ENIID, e *store.ENI) (*fabric.Interface, error) {
-	i := &fabric.Interface{ID: e.ID, Subnet: e.Subnet, Primary: e.Primary, SourceDestCheck: e.SourceDestCheck}
+	i := &fabric.Interface{
+		ID: e.ID, Subnet: e.Subnet, Primary: e.Primary, SourceDestCheck: e.SourceDestCheck, Groups: e.Groups, Timeouts: timeouts(e.Conntrack),
+	}
 	switch {
 	case e.Service != "":
 		i.Guest, i.Configure = n.service(e.Service), true
@@ -91,6 +98,9 @@ func iface(n names, state, mapping *store.State, primaries map[addrOf]vpc.ENIID,
 		}
 		i.Guest, i.DeviceIndex = n.instance(in.ID), e.Attachment.DeviceIndex
 		i.Configure = e.Attachment.DeviceIndex == 0
+		if limits, ok := vpc.LimitsOf(in.Type); ok && i.Timeouts.TCPEstablished == 0 {
+			i.Timeouts.TCPEstablished = time.Duration(limits.TCPEstablished) * time.Second
+		}
 	}
 	v := state.VPC(e.VPC)
 	if v == nil {
@@ -119,6 +129,53 @@ func iface(n names, state, mapping *store.State, primaries map[addrOf]vpc.ENIID,
 	}
 	return i, nil
 }
+
+func timeouts(c store.Conntrack) fabric.IdleTimeouts {
+	return fabric.IdleTimeouts{
+		TCPEstablished: time.Duration(c.TCPEstablished) * time.Second,
+		UDP:            time.Duration(c.UDP) * time.Second,
+		UDPStream:      time.Duration(c.UDPStream) * time.Second,
+	}
+}
+
+// group is a security group as the fabric should have it.
+func group(g *store.Group) fabric.Group {
+	out := fabric.Group{ID: g.ID}
+	for _, r := range g.Rules {
+		f := fabric.Rule{Protocol: protocol(r.Protocol), From: r.From, To: r.To, Group: r.Group}
+		if r.CIDR.IsValid() {
+			f.Peers = []netip.Prefix{r.CIDR}
+		}
+		if r.Egress {
+			out.Egress = append(out.Egress, f)
+		} else {
+			out.Ingress = append(out.Ingress, f)
+		}
+	}
+	return out
+}
+
+// protocol is the number of a rule's protocol. One that is none is refused by
+// the fabric, which then allows less.
+func protocol(name string) int {
+	switch name {
+	case "tcp":
+		return 6
+	case "udp":
+		return 17
+	case "icmp":
+		return 1
+	case "icmpv6":
+		return 58
+	}
+	n, err := strconv.Atoi(name) // "-1" is fabric.AllProtocols
+	if err != nil {
+		return noProtocol
+	}
+	return n
+}
+
+const noProtocol = -2
 
 func single(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
 

@@ -7,6 +7,8 @@
 // The store is the only state. What the fabric should be is a pure function of
 // a snapshot (desired), set whole by the one reconciler, which runs after
 // each change, again when a lagging address mapping is due, and after an error.
+// The reconciler writes one thing back: that the namespace of an instance whose
+// power cycles is gone, so that the next one is made.
 // Each attached interface of an instance has two listeners in the fabric's
 // namespace: IMDS, and the EC2 API.
 //

@@ -174,6 +174,58 @@ func TestInstancesReachTheirServices(t *testing.T) {
 	})
 	check()
 
+	// Stopped, the namespace is gone and IMDS with it; started, both are new, and
+	// so they are when the start follows the stop at once.
+	const setting = "/proc/sys/net/ipv4/ip_default_ttl" // of the namespace
+	marked := func() (is bool) {
+		t.Helper()
+		if err := nl.Do(netns[ids[0]], func() error {
+			b, err := os.ReadFile(setting)
+			is = string(b) == "77\n"
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return is
+	}
+	mark := func() {
+		t.Helper()
+		if err := nl.Do(netns[ids[0]], func() error { return os.WriteFile(setting, []byte("77"), 0) }); err != nil || !marked() {
+			t.Fatalf("mark the namespace: %v", err)
+		}
+	}
+	running := func() bool {
+		r.admin("GET", "instances", nil, &instances)
+		return len(instances) == 2 && instances[0].State == "running" && instances[1].State == "running"
+	}
+	mark()
+	r.ec2("StopInstances", "InstanceId.1="+ids[0])
+	eventually(t, "namespace of the stopped gone", func() bool { return !nl.ExistsNamed(filepath.Base(netns[ids[0]])) })
+	r.ec2("StartInstances", "InstanceId.1="+ids[0])
+	eventually(t, "started", running)
+	check()
+	if marked() {
+		t.Error("started in the namespace of before")
+	}
+	mark()
+	r.ec2("StopInstances", "InstanceId.1="+ids[0], "Force=true")
+	eventually(t, "started again", func() bool {
+		answer, err := r.try("StartInstances", "InstanceId.1="+ids[0])
+		return err == nil && strings.Contains(answer, "<instancesSet>")
+	})
+	eventually(t, "running again", running)
+	check()
+	if marked() {
+		t.Error("started at once in the namespace of before")
+	}
+	mark()
+	r.ec2("RebootInstances", "InstanceId.1="+ids[0])
+	eventually(t, "rebooted", running)
+	check()
+	if marked() {
+		t.Error("rebooted in the namespace of before")
+	}
+
 	// A service's namespace is there when the answer is.
 	subnet := r.id("subnet", "DescribeSubnets")
 	var service ManagedServiceInfo

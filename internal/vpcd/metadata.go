@@ -33,7 +33,7 @@ type metadata struct {
 func (m *metadata) Metadata(id vpc.InstanceID) (*imds.Instance, bool) {
 	state := m.store.View()
 	current := state.Instance(id)
-	if current == nil || current.State == store.Terminated {
+	if current == nil || !lives(current) {
 		return nil, false
 	}
 	if old := m.view(); old.Instance(id) != nil {

@@ -48,6 +48,7 @@ type reconciler struct {
 	log        *slog.Logger
 	ec2        *http.Server // serves the EC2 API on every listener
 	imds       func(vpc.InstanceID) *imds.Server
+	exists     func(netns string) bool // whether a name is there
 
 	changed <-chan struct{} // of the store
 	again   chan struct{}   // something else asks for another look; size 1
@@ -114,9 +115,59 @@ func (r *reconciler) next(retry bool) time.Duration {
 }
 
 // once applies the newest snapshot and reports whether it must be done again.
+// An instance that cycles its power is applied without its namespace and then
+// with it, before anybody who waits is told.
 func (r *reconciler) once(ctx context.Context) (retry bool) {
-	state, now := r.store.View(), r.now()
-	mapping := state
+	state, mapping, err := r.apply(ctx)
+	for ctx.Err() == nil {
+		ready, upErr := r.powerUp(state)
+		if !ready || upErr != nil {
+			err = errors.Join(err, upErr)
+			break
+		}
+		state, mapping, err = r.apply(ctx)
+	}
+	if ctx.Err() != nil {
+		return false
+	}
+	r.report(state, mapping, err)
+	return err != nil
+}
+
+// powerUp ends the power cycles of those instances of state whose namespace is
+// gone, and reports whether there were any.
+func (r *reconciler) powerUp(state *store.State) (bool, error) {
+	var ready []vpc.InstanceID
+	for _, i := range state.Instances.All() {
+		if i.Power == store.PowerCycle && !r.exists(r.names.instance(i.ID)) {
+			ready = append(ready, i.ID)
+		}
+	}
+	if len(ready) == 0 {
+		return false, nil
+	}
+	err := r.store.Update(func(tx *store.Tx) error {
+		for _, id := range ready {
+			if old := tx.Instance(id); old != nil && old.Power == store.PowerCycle {
+				i := *old
+				i.Power = store.PowerOn
+				tx.PutInstance(&i)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return true, fmt.Errorf("end the power cycle of %v: %w", ready, err)
+	}
+	return true, nil
+}
+
+// apply makes the fabric be as the newest snapshot says. It returns the
+// snapshot, and the one whose address mapping the fabric now has.
+func (r *reconciler) apply(ctx context.Context) (state, mapping *store.State, err error) {
+	now := r.now()
+	state = r.store.View()
+	mapping = state
 	if lag := r.mappingLag(); lag > 0 {
 		mapping = r.store.At(now.Add(-lag))
 		if due := state.Time.Add(lag); due.After(now) && (len(r.due) == 0 || due.After(r.due[len(r.due)-1])) {
@@ -132,12 +183,7 @@ func (r *reconciler) once(ctx context.Context) (retry bool) {
 		errs = append(errs, fmt.Errorf("set the fabric: %w", err))
 	}
 	errs = append(errs, r.listen(state, config))
-	err = errors.Join(errs...)
-	if ctx.Err() != nil {
-		return false
-	}
-	r.report(state, mapping, err)
-	return err != nil
+	return state, mapping, errors.Join(errs...)
 }
 
 // listen opens and closes listeners so that every interface of an instance has

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -23,6 +24,7 @@ import (
 type fakeNet struct {
 	mu        sync.Mutex
 	config    fabric.Config
+	sets      []fabric.Config // all there were
 	err       error
 	listeners map[vpc.ENIID]map[netip.AddrPort]net.Listener
 }
@@ -31,7 +33,14 @@ func (f *fakeNet) Set(_ context.Context, c fabric.Config) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.config = c
+	f.sets = append(f.sets, c)
 	return f.err
+}
+
+func (f *fakeNet) exists(netns string) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Contains(f.config.Guests, fabric.Guest{Netns: netns})
 }
 
 func (f *fakeNet) ListenTCP(eni vpc.ENIID, at netip.AddrPort) (net.Listener, error) {
@@ -91,7 +100,7 @@ func startReconciler(t *testing.T, w *world, lag func() time.Duration) (*reconci
 	log := slog.New(slog.DiscardHandler)
 	source := &metadata{store: w.Store, lag: func() time.Duration { return 0 }, now: time.Now}
 	r := &reconciler{
-		names: names{"demo"}, store: w.Store, net: f, mappingLag: lag, now: time.Now, log: log, changed: w.Changed(), again: make(chan struct{}, 1),
+		names: names{"demo"}, store: w.Store, net: f, mappingLag: lag, now: time.Now, log: log, changed: w.Changed(), again: make(chan struct{}, 1), exists: f.exists,
 		ec2: &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "ec2") })},
 		imds: func(id vpc.InstanceID) *imds.Server {
 			return imds.New(imds.Config{Instance: id, Source: source, Key: make([]byte, imds.KeySize), Logger: log})
@@ -191,5 +200,52 @@ func TestReconcilerAppliesLaggingMappingsWhenDue(t *testing.T) {
 	eventually(t, "mapped", func() bool { return len(f.addresses("eni-00000000000000001")) == 2 })
 	if took := time.Since(changedAt); took < lag {
 		t.Errorf("mapped after %v", took)
+	}
+}
+
+// A namespace goes before it comes anew, also when the stop and the start fall
+// into one look of the reconciler.
+func TestPowerCycle(t *testing.T) {
+	w := newWorld(t)
+	r, f := startReconciler(t, w, noLag)
+	guests := func() []bool {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		var out []bool
+		for _, c := range f.sets {
+			out = append(out, slices.Contains(c.Guests, fabric.Guest{Netns: "ul-demo-" + string(testNode)}))
+		}
+		f.sets = nil
+		return out
+	}
+	power := func(p store.Power) {
+		t.Helper()
+		w.change(func(tx *store.Tx) {
+			i := *tx.Instance(testNode)
+			i.Power = p
+			tx.PutInstance(&i)
+		})
+		if err := r.wait(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	power(store.PowerOn)
+	guests()
+	power(store.PowerCycle)
+	if got := guests(); !slices.Contains(got, false) || !got[len(got)-1] {
+		t.Errorf("power cycled: %v", got)
+	}
+	if p := w.View().Instance(testNode).Power; p != store.PowerOn {
+		t.Errorf("after the cycle the power is %q", p)
+	}
+	power(store.PowerOff)
+	if got := guests(); got[len(got)-1] {
+		t.Errorf("powered off: %v", got)
+	}
+	if _, ok := (&metadata{store: w.Store, lag: noLag, now: time.Now}).Metadata(testNode); ok {
+		t.Error("an instance without power has metadata")
+	}
+	if e := w.View().ENI("eni-00000000000000001"); e.Attachment == nil || f.addresses(e.ID) != nil {
+		t.Error("the interface is detached, or still on the wire")
 	}
 }

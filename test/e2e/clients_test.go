@@ -133,15 +133,17 @@ func (v *vpcdAlone) complete(t *testing.T) {
 	}
 }
 
-// TestBoto3DrivesEveryHandler runs testdata/clients.py.
+// TestBoto3DrivesEveryHandler runs testdata/clients.py and networks.py.
 func TestBoto3DrivesEveryHandler(t *testing.T) {
 	testenv.Require(t, "boto3")
 	t.Parallel()
 	v := startVPCD(t)
-	cmd := exec.Command(testenv.Tool("python3"), "testdata/clients.py", v.URL)
-	cmd.Env = append(os.Environ(), "AWS_EC2_METADATA_DISABLED=true")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("clients.py: %v\n%s", err, out)
+	for _, script := range []string{"clients.py", "networks.py"} {
+		cmd := exec.Command(testenv.Tool("python3"), "-B", "testdata/"+script, v.URL)
+		cmd.Env = append(os.Environ(), "AWS_EC2_METADATA_DISABLED=true")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v\n%s", script, err, out)
+		}
 	}
 	v.complete(t)
 }
@@ -211,6 +213,7 @@ func TestAWSCLIDrivesEveryHandler(t *testing.T) {
 	t.Run("by two", func(t *testing.T) {
 		t.Run("networks", func(t *testing.T) { t.Parallel(); cliNetworks(cli{t, v.URL}) })
 		t.Run("instances", func(t *testing.T) { t.Parallel(); cliInstances(cli{t, v.URL}) })
+		t.Run("routing", func(t *testing.T) { t.Parallel(); cliRouting(cli{t, v.URL}) })
 	})
 	v.complete(t)
 }
@@ -295,6 +298,12 @@ func cliInstances(c cli) {
 	c.must("detach-network-interface --attachment-id "+at, "")
 	c.must("wait network-interface-available --network-interface-ids "+eni, "")
 	c.must("delete-network-interface --network-interface-id "+eni, "")
+	c.want("stopping", "stop-instances --force --instance-ids "+instance, "StoppingInstances[].CurrentState.Name")
+	c.must("wait instance-stopped --instance-ids "+instance, "")
+	c.refused("IncorrectInstanceState", "reboot-instances --instance-ids "+instance)
+	c.want("pending", "start-instances --instance-ids "+instance, "StartingInstances[].CurrentState.Name")
+	c.must("wait instance-running --instance-ids "+instance, "")
+	c.must("reboot-instances --instance-ids "+instance, "")
 	c.want("shutting-down", "terminate-instances --instance-ids "+instance, "TerminatingInstances[].CurrentState.Name")
 	c.must("wait instance-terminated --instance-ids "+instance, "")
 	c.must("delete-subnet --subnet-id "+subnet, "")
@@ -473,6 +482,16 @@ func TestGoSDKDrivesEveryHandler(t *testing.T) {
 	ok[*ec2.DetachNetworkInterfaceOutput](t)(c.DetachNetworkInterface(ctx, &ec2.DetachNetworkInterfaceInput{AttachmentId: at}))
 	available()
 	ok[*ec2.DeleteNetworkInterfaceOutput](t)(c.DeleteNetworkInterface(ctx, &ec2.DeleteNetworkInterfaceInput{NetworkInterfaceId: eni}))
+	stop := ok[*ec2.StopInstancesOutput](t)(c.StopInstances(ctx, &ec2.StopInstancesInput{InstanceIds: []string{instance}}))
+	equal(t, stop.StoppingInstances[0].CurrentState.Name, types.InstanceStateNameStopping)
+	if err := ec2.NewInstanceStoppedWaiter(c, func(o *ec2.InstanceStoppedWaiterOptions) { o.MinDelay, o.MaxDelay = time.Second/10, time.Second }).Wait(ctx, byID, sdkWait); err != nil {
+		t.Fatal(err)
+	}
+	ok[*ec2.StartInstancesOutput](t)(c.StartInstances(ctx, &ec2.StartInstancesInput{InstanceIds: []string{instance}}))
+	if err := ec2.NewInstanceRunningWaiter(c, func(o *ec2.InstanceRunningWaiterOptions) { o.MinDelay, o.MaxDelay = time.Second/10, time.Second }).Wait(ctx, byID, sdkWait); err != nil {
+		t.Fatal(err)
+	}
+	ok[*ec2.RebootInstancesOutput](t)(c.RebootInstances(ctx, &ec2.RebootInstancesInput{InstanceIds: []string{instance}}))
 	ok[*ec2.TerminateInstancesOutput](t)(c.TerminateInstances(ctx, &ec2.TerminateInstancesInput{InstanceIds: []string{instance}}))
 	if err := ec2.NewInstanceTerminatedWaiter(c, func(o *ec2.InstanceTerminatedWaiterOptions) { o.MinDelay, o.MaxDelay = time.Second/10, time.Second }).Wait(ctx, byID, sdkWait); err != nil {
 		t.Fatal(err)
@@ -482,6 +501,7 @@ func TestGoSDKDrivesEveryHandler(t *testing.T) {
 		ok[*ec2.DeleteSubnetOutput](t)(c.DeleteSubnet(ctx, &ec2.DeleteSubnetInput{SubnetId: &n}))
 	}
 	ok[*ec2.DeleteVpcOutput](t)(c.DeleteVpc(ctx, &ec2.DeleteVpcInput{VpcId: vpc}))
+	sdkRouting(t, c)
 	v.complete(t)
 }
 

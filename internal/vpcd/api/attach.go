@@ -81,7 +81,7 @@ func (a *API) attachNetworkInterface(_ context.Context, req *query.AttachNetwork
 		if old.Attachment != nil {
 			return inUse(old.ID)
 		}
-		if i.State != store.Running {
+		if i.State != store.Running && i.State != store.Stopped {
 			return query.Errorf("IncorrectState", "Instance '%s' is not 'running' or 'stopped'; it is '%s'.", i.ID, i.State)
 		}
 		if old.Zone != i.Zone {

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"net/netip"
-	"slices"
 	"strconv"
 	"strings"
 
@@ -16,7 +15,7 @@ import (
 func (a *API) instanceHandlers(h map[string]query.Handler) {
 	h["RunInstances"] = handle("RunInstances",
 		"ImageId InstanceType MinCount MaxCount SubnetId SecurityGroupId PrivateIpAddress KeyName UserData ClientToken TagSpecification"+
-			" IamInstanceProfile Monitoring DisableApiTermination InstanceInitiatedShutdownBehavior PrivateDnsNameOptions.HostnameType"+
+			" IamInstanceProfile Monitoring DisableApiTermination DisableApiStop InstanceInitiatedShutdownBehavior PrivateDnsNameOptions.HostnameType"+
 			" Placement.AvailabilityZone Placement.AvailabilityZoneId"+
 			" MetadataOptions.HttpTokens MetadataOptions.HttpPutResponseHopLimit MetadataOptions.HttpEndpoint MetadataOptions.InstanceMetadataTags"+
 			" NetworkInterface.DeviceIndex NetworkInterface.NetworkCardIndex NetworkInterface.NetworkInterfaceId NetworkInterface.SubnetId"+
@@ -25,16 +24,17 @@ func (a *API) instanceHandlers(h map[string]query.Handler) {
 			" NetworkInterface.Ipv4Prefix NetworkInterface.Ipv4PrefixCount NetworkInterface.ConnectionTrackingSpecification", a.runInstances)
 	h["DescribeInstances"] = handle("DescribeInstances", "InstanceId Filter NextToken MaxResults", a.describeInstances)
 	h["DescribeInstanceStatus"] = handle("DescribeInstanceStatus", "InstanceId Filter NextToken MaxResults IncludeAllInstances", a.describeInstanceStatus)
-	h["TerminateInstances"] = handle("TerminateInstances", "InstanceId", a.terminateInstances)
 	h["DescribeInstanceAttribute"] = handle("DescribeInstanceAttribute", "InstanceId Attribute", a.describeInstanceAttribute)
 	h["ModifyInstanceAttribute"] = handle("ModifyInstanceAttribute",
-		"InstanceId SourceDestCheck DisableApiTermination InstanceInitiatedShutdownBehavior GroupId", a.modifyInstanceAttribute)
+		"InstanceId SourceDestCheck DisableApiTermination DisableApiStop InstanceInitiatedShutdownBehavior GroupId", a.modifyInstanceAttribute)
 	h["ModifyInstanceMetadataOptions"] = handle("ModifyInstanceMetadataOptions",
 		"InstanceId HttpTokens HttpPutResponseHopLimit HttpEndpoint InstanceMetadataTags", a.modifyInstanceMetadataOptions)
 }
 
 // stateCodes are the numbers of the states (EC2 API Reference, InstanceState).
-var stateCodes = map[store.InstanceState]int{store.Pending: 0, store.Running: 16, store.ShuttingDown: 32, store.Terminated: 48}
+var stateCodes = map[store.InstanceState]int{
+	store.Pending: 0, store.Running: 16, store.ShuttingDown: 32, store.Terminated: 48, store.Stopping: 64, store.Stopped: 80,
+}
 
 func instanceState(s store.InstanceState) *query.InstanceState {
 	return &query.InstanceState{Code: integer(stateCodes[s]), Name: text(s)}
@@ -426,39 +426,6 @@ func (a *API) describeInstanceStatus(_ context.Context, req *query.DescribeInsta
 	})}, nil
 }
 
-func (a *API) terminateInstances(_ context.Context, req *query.TerminateInstancesRequest) (*query.TerminateInstancesResponse, error) {
-	resp := &query.TerminateInstancesResponse{}
-	_, err := a.update(func(tx *store.Tx) error {
-		items, err := a.fresh(&tx.State).instancesFor(req.InstanceId)
-		if err != nil {
-			return err
-		}
-		var all []*store.Instance
-		for _, i := range items {
-			if i.TerminationLocked && i.State != store.Terminated {
-				return query.Errorf("OperationNotPermitted", "The instance '%s' may not be terminated. Modify its 'disableApiTermination' instance attribute and try again.", i.ID)
-			}
-			all = append(all, i)
-		}
-		slices.SortFunc(all, func(x, y *store.Instance) int { return cmp.Compare(x.ID, y.ID) })
-		for _, old := range all {
-			i := *old
-			if i.State == store.Pending || i.State == store.Running {
-				i.State, i.Due, i.Reason = store.ShuttingDown, a.due(a.now()), "Client.UserInitiatedShutdown"
-				tx.PutInstance(&i)
-			}
-			resp.InstancesSet = append(resp.InstancesSet, query.InstanceStateChange{
-				InstanceId: text(i.ID), CurrentState: instanceState(i.State), PreviousState: instanceState(old.State),
-			})
-		}
-		return nil
-	})
-	if err != nil {
-		return nil, err
-	}
-	return resp, nil
-}
-
 func (a *API) describeInstanceAttribute(_ context.Context, req *query.DescribeInstanceAttributeRequest) (*query.DescribeInstanceAttributeResponse, error) {
 	v := a.read()
 	i, err := findInstance(v.State, *req.InstanceId)
@@ -479,7 +446,7 @@ func (a *API) describeInstanceAttribute(_ context.Context, req *query.DescribeIn
 	case "disableApiTermination":
 		resp.DisableApiTermination = &query.AttributeBooleanValue{Value: &i.TerminationLocked}
 	case "disableApiStop":
-		resp.DisableApiStop = &query.AttributeBooleanValue{Value: new(false)}
+		resp.DisableApiStop = &query.AttributeBooleanValue{Value: &i.StopLocked}
 	case "instanceInitiatedShutdownBehavior":
 		behaviour := "stop"
 		if i.ShutdownTerminates {
@@ -516,7 +483,7 @@ func (a *API) describeInstanceAttribute(_ context.Context, req *query.DescribeIn
 
 func (a *API) modifyInstanceAttribute(_ context.Context, req *query.ModifyInstanceAttributeRequest) (*query.ModifyInstanceAttributeResponse, error) {
 	given := 0
-	for _, is := range []bool{req.SourceDestCheck != nil, req.DisableApiTermination != nil, req.InstanceInitiatedShutdownBehavior != nil, len(req.GroupId) > 0} {
+	for _, is := range []bool{req.SourceDestCheck != nil, req.DisableApiTermination != nil, req.DisableApiStop != nil, req.InstanceInitiatedShutdownBehavior != nil, len(req.GroupId) > 0} {
 		if is {
 			given++
 		}
@@ -533,6 +500,10 @@ func (a *API) modifyInstanceAttribute(_ context.Context, req *query.ModifyInstan
 		switch {
 		case req.DisableApiTermination != nil:
 			i.TerminationLocked = deref(req.DisableApiTermination.Value)
+			tx.PutInstance(&i)
+			return nil
+		case req.DisableApiStop != nil:
+			i.StopLocked = deref(req.DisableApiStop.Value)
 			tx.PutInstance(&i)
 			return nil
 		case req.InstanceInitiatedShutdownBehavior != nil:

@@ -7,7 +7,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/underlay-cni/underlay/internal/vpc"
 	"github.com/underlay-cni/underlay/internal/vpcd/chaos"
+	"github.com/underlay-cni/underlay/internal/vpcd/store"
 )
 
 func TestInstanceLife(t *testing.T) {
@@ -81,6 +83,80 @@ func TestInstanceLife(t *testing.T) {
 	w.want(w.must("DescribeNetworkInterfaces", "NetworkInterfaceId.1="+kept), "networkInterfaceSet.status", "available")
 	w.clock.Advance(terminatedFor)
 	w.fails("InvalidInstanceID.NotFound", "DescribeInstances", "InstanceId.1="+id)
+}
+
+func TestStopAndStart(t *testing.T) {
+	w := newWorld(t)
+	_, subnet := w.vpc("10.0.0.0/16", "10.0.0.0/24")
+	if err := w.chaos.Set(chaos.Settings{AttachLatency: time.Second, Throttle: "off"}); err != nil {
+		t.Fatal(err)
+	}
+	id := w.instance(subnet, "m5.large", "DisableApiStop=true")
+	w.fails("IncorrectInstanceState", "StopInstances", "InstanceId.1="+id) // pending
+	w.clock.Advance(time.Second)
+	w.fails("OperationNotPermitted", "StopInstances", "InstanceId.1="+id)
+	w.want(w.must("DescribeInstanceAttribute", "InstanceId="+id, "Attribute=disableApiStop"), "disableApiStop.value", "true")
+	w.must("ModifyInstanceAttribute", "InstanceId="+id, "DisableApiStop.Value=false")
+	w.fails("UnsupportedOperation", "StopInstances", "InstanceId.1="+id, "Hibernate=true")
+	w.fails("InvalidInstanceID.NotFound", "StopInstances", "InstanceId.1="+id, "InstanceId.2=i-00000000000000000")
+
+	const i = "reservationSet.instancesSet."
+	power := func() store.Power { return w.store.View().Instance(vpc.InstanceID(id)).Power }
+	before := w.must("DescribeInstances", "InstanceId.1="+id)
+	d := w.must("StopInstances", "InstanceId.1="+id)
+	w.want(d, "instancesSet.previousState.name", "running")
+	w.want(d, "instancesSet.currentState.name", "stopping")
+	w.want(d, "instancesSet.currentState.code", "64")
+	if power() != store.PowerOn {
+		t.Error("the namespace goes before the instance is stopped")
+	}
+	w.fails("IncorrectInstanceState", "StartInstances", "InstanceId.1="+id)
+	w.fails("IncorrectInstanceState", "RebootInstances", "InstanceId.1="+id)
+	w.clock.Advance(time.Second)
+	d = w.must("DescribeInstances", "InstanceId.1="+id, "Filter.1.Name=instance-state-code", "Filter.1.Value.1=80")
+	w.want(d, i+"instanceState.name", "stopped")
+	w.want(d, i+"stateReason.code", "Client.UserInitiatedShutdown")
+	for _, same := range []string{"privateIpAddress", "vpcId", "networkInterfaceSet.networkInterfaceId", "networkInterfaceSet.attachment.status", "networkInterfaceSet.macAddress"} {
+		w.want(d, i+same, before.get(i+same))
+	}
+	w.want(w.must("DescribeInstanceStatus", "IncludeAllInstances=true"), "instanceStatusSet.instanceStatus.status", "not-applicable")
+	if power() != store.PowerOff {
+		t.Error("a stopped instance has its namespace")
+	}
+	w.want(w.must("StopInstances", "InstanceId.1="+id), "instancesSet.currentState.name", "stopped")
+
+	// Interfaces come and go while it is stopped.
+	eni := w.eni(subnet)
+	at := w.must("AttachNetworkInterface", "InstanceId="+id, "NetworkInterfaceId="+eni, "DeviceIndex=1").get("attachmentId")
+	w.clock.Advance(time.Second)
+	w.want(w.must("DescribeNetworkInterfaces", "NetworkInterfaceId.1="+eni), "networkInterfaceSet.attachment.status", "attached")
+	w.must("DetachNetworkInterface", "AttachmentId="+at)
+
+	w.want(w.must("StartInstances", "InstanceId.1="+id), "instancesSet.currentState.name", "pending")
+	w.clock.Advance(time.Second)
+	d = w.must("DescribeInstances", "InstanceId.1="+id)
+	w.want(d, i+"instanceState.name", "running")
+	w.want(d, i+"privateIpAddress", before.get(i+"privateIpAddress"))
+	w.want(d, i+"stateReason.code", "")
+	if d.get(i+"launchTime") == before.get(i+"launchTime") {
+		t.Error("the launch time is that of the first start")
+	}
+	if power() != store.PowerCycle { // nobody makes namespaces here
+		t.Errorf("started with the power %q", power())
+	}
+	w.want(w.must("StartInstances", "InstanceId.1="+id), "instancesSet.currentState.name", "running")
+	w.must("RebootInstances", "InstanceId.1="+id)
+
+	w.want(w.must("StopInstances", "InstanceId.1="+id, "Force=true"), "instancesSet.currentState.name", "stopping")
+	if power() != store.PowerOff {
+		t.Error("force waits for the instance")
+	}
+	w.clock.Advance(time.Second)
+	w.want(w.must("TerminateInstances", "InstanceId.1="+id), "instancesSet.previousState.name", "stopped")
+	if power() != store.PowerOff {
+		t.Error("a stopped instance gets a namespace to shut down in")
+	}
+	w.fails("IncorrectInstanceState", "StartInstances", "InstanceId.1="+id)
 }
 
 func TestRunInstancesCounts(t *testing.T) {

@@ -68,7 +68,7 @@ func parseLaunch(a *API, req *query.RunInstancesRequest) (launch, error) {
 	l.proto = store.Instance{
 		Reservation: vpc.NewID("r"), Type: typ, Image: l.image, KeyName: deref(req.KeyName), State: store.Pending,
 		ClientToken: deref(req.ClientToken), Metadata: md, UserData: deref(req.UserData),
-		TerminationLocked: deref(req.DisableApiTermination), ShutdownTerminates: deref(req.InstanceInitiatedShutdownBehavior) == "terminate",
+		TerminationLocked: deref(req.DisableApiTermination), StopLocked: deref(req.DisableApiStop), ShutdownTerminates: deref(req.InstanceInitiatedShutdownBehavior) == "terminate",
 	}
 	if p := req.IamInstanceProfile; p != nil {
 		l.proto.Profile = cmp.Or(deref(p.Arn), "arn:aws:iam::"+a.account+":instance-profile/"+deref(p.Name))

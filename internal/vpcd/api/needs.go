@@ -22,6 +22,8 @@ var makes = map[string][]string{
 	"RunInstances":                  {"instance", "network-interface"},
 	"AuthorizeSecurityGroupIngress": {"security-group-rule"},
 	"AuthorizeSecurityGroupEgress":  {"security-group-rule"},
+	"CreateRouteTable":              {"route-table"},
+	"CreateNetworkAcl":              {"network-acl"},
 }
 
 // Needs returns the IAM permissions that a call needs (Service Authorization

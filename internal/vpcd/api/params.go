@@ -34,12 +34,18 @@ var harmless = map[string]map[string]string{
 		"PrivateDnsNameOptions.EnableResourceNameDnsAAAARecord=false": "the default",
 		"PrivateDnsNameOptions.EnableResourceNameDnsARecord":          "there is no resolver to publish it",
 		"RamdiskId":               "the kernel is the host's",
-		"DisableApiStop":          "instances cannot be stopped anyway",
 		"EnablePrimaryIpv6=false": "the default",
 	},
 	"TerminateInstances": {
 		"Force":          "a namespace always goes",
 		"SkipOsShutdown": "a namespace has no system to shut down",
+	},
+	"StopInstances": {
+		"Hibernate=false": "the default",
+		"SkipOsShutdown":  "a namespace has no system to shut down",
+	},
+	"StartInstances": {
+		"AdditionalInfo": "reserved by AWS",
 	},
 	"DetachNetworkInterface": {
 		"Force": "a detachment here never hangs",

@@ -61,7 +61,9 @@ func settleInstance(tx *store.Tx, old *store.Instance, now time.Time) {
 	case store.Terminated:
 		tx.DeleteInstance(i.ID)
 		return
-	case store.Running:
+	case store.Stopping:
+		i.State, i.Due, i.Power = store.Stopped, time.Time{}, store.PowerOff
+	case store.Running, store.Stopped:
 		i.Due = time.Time{}
 	}
 	tx.PutInstance(&i)

@@ -29,6 +29,8 @@ var resourceTypes = map[string]string{
 	"eni":    "network-interface",
 	"sg":     "security-group",
 	"sgr":    "security-group-rule",
+	"rtb":    "route-table",
+	"acl":    "network-acl",
 }
 
 func (a *API) tagHandlers(h map[string]query.Handler) {
@@ -55,6 +57,10 @@ func resource(s *store.State, id string) error {
 		_, err = findGroup(s, id)
 	case "sgr":
 		_, _, err = findRule(s, id)
+	case "rtb":
+		_, err = findRouteTable(s, id)
+	case "acl":
+		_, err = findACL(s, id)
 	default:
 		err = query.Errorf("InvalidID", "The ID '%s' is not valid", id)
 	}

@@ -95,7 +95,7 @@ func (a *API) deleteVpc(_ context.Context, req *query.DeleteVpcRequest) (*query.
 		if err != nil {
 			return err
 		}
-		depends := query.Errorf("DependencyViolation", "The vpc '%s' has dependencies and cannot be deleted.", v.ID)
+		depends := depends("vpc", string(v.ID))
 		for _, n := range tx.Subnets.All() {
 			if n.VPC == v.ID {
 				return depends
@@ -103,6 +103,16 @@ func (a *API) deleteVpc(_ context.Context, req *query.DeleteVpcRequest) (*query.
 		}
 		for _, g := range tx.Groups.All() {
 			if g.VPC == v.ID && g.ID != v.DefaultGroup {
+				return depends
+			}
+		}
+		for _, t := range tx.RouteTables.All() {
+			if t.VPC == v.ID && t.Main() == nil {
+				return depends
+			}
+		}
+		for _, l := range tx.ACLs.All() {
+			if l.VPC == v.ID && !l.Default {
 				return depends
 			}
 		}
@@ -269,6 +279,13 @@ func (a *API) associateVpcCidrBlock(_ context.Context, req *query.AssociateVpcCi
 				return query.Errorf("InvalidVpc.Range", "The CIDR '%s' is restricted. Use a CIDR from the same private address range as the current VPC CIDR, or use a publicly-routable CIDR or one of 100.64.0.0/10.", cidr)
 			}
 		}
+		for _, t := range tx.RouteTables.All() {
+			for _, r := range t.Routes {
+				if t.VPC == old.ID && r.CIDR.IsValid() && cidr.Bits() <= r.CIDR.Bits() && cidr.Contains(r.CIDR.Addr()) {
+					return query.Errorf("CidrConflict", "The CIDR '%s' conflicts with the route %s of route table '%s'. Delete it first.", cidr, r.CIDR, t.ID)
+				}
+			}
+		}
 		v := *old
 		v.CIDRs = append(slices.Clone(old.CIDRs), c)
 		tx.PutVPC(&v)
@@ -298,6 +315,13 @@ func (a *API) disassociateVpcCidrBlock(_ context.Context, req *query.Disassociat
 			for _, n := range tx.Subnets.All() {
 				if n.VPC == old.ID && c.CIDR.Overlaps(n.CIDR) {
 					return query.Errorf("DependencyViolation", "The vpc CIDR block with association ID %s has a subnet, '%s'. Delete it first.", id, n.ID)
+				}
+			}
+			for _, t := range tx.RouteTables.All() {
+				if k := slices.IndexFunc(t.Routes, func(r store.Route) bool { return r.CIDR == c.CIDR }); k >= 0 && t.VPC == old.ID {
+					without := *t
+					without.Routes = slices.Delete(slices.Clone(t.Routes), k, k+1)
+					tx.PutRouteTable(&without)
 				}
 			}
 			v := *old

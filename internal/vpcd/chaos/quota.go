@@ -20,6 +20,10 @@ const (
 	QuotaGroups             Quota = "groups" // security groups
 	QuotaGroupsPerInterface Quota = "groups-per-interface"
 	QuotaRules              Quota = "rules-per-group" // per direction and address family
+	QuotaRouteTables        Quota = "route-tables-per-vpc"
+	QuotaRoutes             Quota = "routes-per-table" // of IPv4; a prefix list counts as many as it may have
+	QuotaACLs               Quota = "acls-per-vpc"
+	QuotaACLRules           Quota = "rules-per-acl" // per direction and address family
 )
 
 // quotas are the limits of an account that never asked for another, and what
@@ -34,6 +38,10 @@ var quotas = map[Quota]struct{ first, most int }{
 	QuotaGroups:             {2500, 0},
 	QuotaGroupsPerInterface: {5, 16},
 	QuotaRules:              {60, 1000},
+	QuotaRouteTables:        {200, 0},
+	QuotaRoutes:             {500, 1000},
+	QuotaACLs:               {200, 0},
+	QuotaACLRules:           {20, 40},
 }
 
 // maxRulesOnInterface bounds the product of groups per interface and rules per

@@ -14,6 +14,7 @@ import (
 	"strings"
 
 	"github.com/underlay-cni/underlay/internal/vpc"
+	"github.com/underlay-cni/underlay/internal/vpcd/fabric/bpfgen"
 )
 
 // MTU is the largest IP length that the fabric carries: what AWS gives
@@ -35,6 +36,7 @@ var RouterMAC = net.HardwareAddr{0x02, 0x00, 0x5e, 0x00, 0x00, 0x01}
 type Config struct {
 	Subnets    []Subnet
 	Guests     []Guest
+	Groups     []Group
 	Interfaces []Interface
 }
 
@@ -63,6 +65,8 @@ type Interface struct {
 	Primary         netip.Addr
 	Addresses       []netip.Prefix // each /32 and /28, Primary included
 	SourceDestCheck bool
+	Groups          []vpc.SecurityGroupID // without any, nothing passes but the fabric's services
+	Timeouts        IdleTimeouts
 	// Configure gives the guest's end Primary, the default route and the MTU, as
 	// DHCP would, when the interface is made and never again. Without it
 	// the link appears down.
@@ -74,6 +78,7 @@ type port struct {
 	Interface
 	subnet Subnet
 	device string // name of the fabric end
+	policy *bpfgen.FabricPolicy
 }
 
 // desired is a Config that check has gone through: only what is valid.
@@ -183,6 +188,9 @@ func check(n namespaces, c Config) (desired, error) {
 		vni uint32
 		mac string
 	}
+	groups, bad := checkGroups(c.Groups)
+	errs = append(errs, bad...)
+	policies := map[string]*bpfgen.FabricPolicy{} // interfaces with the same groups share one
 	holder := map[held]vpc.ENIID{}
 	names := map[named]vpc.ENIID{}
 	macs := map[station]vpc.ENIID{}
@@ -211,6 +219,13 @@ func check(n namespaces, c Config) (desired, error) {
 		for a := range each(i.Addresses) {
 			holder[held{i.VNI, a}] = i.ID
 		}
+		key := fmt.Sprint(slices.Sorted(slices.Values(i.Groups)), i.Timeouts)
+		if policies[key] == nil {
+			if policies[key], err = policyOf(i.Groups, i.Timeouts, groups); err != nil {
+				errs = append(errs, fmt.Errorf("interface %s: %w", i.ID, err))
+			}
+		}
+		p.policy = policies[key]
 		d.ports[i.ID] = p
 		d.order = append(d.order, p)
 	}

@@ -26,7 +26,7 @@ import (
 // the numbers of drop reasons, of the names of links. Another version's pins
 // are not adopted: Open removes them and Set makes every interface anew, at the
 // price of a short interruption.
-const layout = "v1"
+const layout = "v2"
 
 // Options say which lab's fabric it is, and where its state is pinned.
 type Options struct {
@@ -38,7 +38,7 @@ type Options struct {
 // Fabric is an open fabric.
 type Fabric struct {
 	names namespaces
-	pins  string // Options.BPFFS/v1
+	pins  string // Options.BPFFS and layout
 	log   *slog.Logger
 	lock  *os.File // the fabric's namespace, locked against other processes
 
@@ -51,6 +51,8 @@ type Fabric struct {
 	// seen is what the maps hold; nil when it must be read from them. Nobody
 	// else writes to them, so it is read once and kept.
 	seen *contents
+	// kept are the policies in use, by version.
+	kept map[uint64]*ebpf.Map
 	// taps are the pinned links, by ENI.
 	taps map[vpc.ENIID]*tap
 	// nextIndex is the next fabric end's ifindex.
@@ -77,6 +79,7 @@ func Open(o Options) (*Fabric, error) {
 		pins:  filepath.Join(o.BPFFS, layout),
 		log:   o.Logger,
 		taps:  map[vpc.ENIID]*tap{},
+		kept:  map[uint64]*ebpf.Map{},
 	}
 	if f.log == nil {
 		f.log = slog.New(slog.DiscardHandler)
@@ -294,6 +297,10 @@ func (f *Fabric) Close() error {
 		errs = append(errs, t.close())
 	}
 	f.taps = nil
+	for _, m := range f.kept {
+		errs = append(errs, m.Close())
+	}
+	f.kept = nil
 	if f.route != nil {
 		f.route.Close()
 		f.route = nil

@@ -144,8 +144,13 @@ func newLab(t testing.TB) *lab {
 		{ID: subnetB, VNI: 1, CIDR: netip.MustParsePrefix("10.0.1.0/24"), VPCCIDRs: vpcs},
 		{ID: subnetOther, VNI: 2, CIDR: netip.MustParsePrefix("10.0.0.0/24"), VPCCIDRs: vpcs},
 	}
+	all := []Rule{{Protocol: AllProtocols, Peers: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}}}
+	l.cfg.Groups = []Group{{ID: groupOpen, Ingress: all, Egress: all}}
 	return l
 }
+
+// groupOpen allows everything; add gives it to each interface.
+const groupOpen vpc.SecurityGroupID = "sg-0000000000000000f"
 
 const (
 	subnetA     vpc.SubnetID = "subnet-0000000000000000a"
@@ -185,7 +190,7 @@ func (l *lab) add(subnet vpc.SubnetID, primary string, more ...string) *host {
 	i := Interface{
 		ID: h.eni, Subnet: subnet, MAC: h.mac, Guest: h.ns, Primary: h.addr,
 		Addresses:       []netip.Prefix{netip.PrefixFrom(h.addr, 32)},
-		SourceDestCheck: true, Configure: true,
+		SourceDestCheck: true, Configure: true, Groups: []vpc.SecurityGroupID{groupOpen},
 	}
 	for _, s := range l.cfg.Subnets {
 		if s.ID == subnet {

@@ -23,6 +23,7 @@ type contents struct {
 	mappings map[bpfgen.FabricAddress]bpfgen.FabricTarget
 	stations map[bpfgen.FabricStation]bpfgen.FabricTarget
 	routes   map[bpfgen.FabricRouteKey]bpfgen.FabricRoute
+	policies map[uint32]uint64 // ifindex → version
 }
 
 // read returns what the maps hold.
@@ -33,6 +34,7 @@ func (f *Fabric) read() (*contents, error) {
 		readMap(f.objs.Mappings, &c.mappings),
 		readMap(f.objs.Stations, &c.stations),
 		readMap(f.objs.Routes, &c.routes),
+		f.readPolicies(&c.policies),
 	)
 	if err != nil {
 		return nil, err

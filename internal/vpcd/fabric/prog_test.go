@@ -316,6 +316,11 @@ func TestSharedWithC(t *testing.T) {
 		"route_key": {binary.Size(bpfgen.FabricRouteKey{}), 24},
 		"route":     {binary.Size(bpfgen.FabricRoute{}), 4},
 		"counters":  {binary.Size(bpfgen.FabricCounters{}), 32 + 8*len(dropReasons)},
+		"rule":      {binary.Size(bpfgen.FabricRule{}), 24},
+		"policy":    {binary.Size(bpfgen.FabricPolicy{}), 168 + 2*1000*24},
+		"flow_key":  {binary.Size(bpfgen.FabricFlowKey{}), 20},
+		"flow":      {binary.Size(bpfgen.FabricFlow{}), 72},
+		"fragment":  {binary.Size(bpfgen.FabricFragment{}), 16},
 	} {
 		if sizes[0] != sizes[1] {
 			t.Errorf("struct %s has %d bytes, layout %s has %d: give it a new version", name, sizes[0], layout, sizes[1])

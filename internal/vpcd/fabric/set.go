@@ -41,7 +41,8 @@ func (f *Fabric) Set(ctx context.Context, c Config) error {
 }
 
 func (f *Fabric) set(ctx context.Context, want desired) error {
-	if f.seen == nil {
+	adopted := f.seen == nil
+	if adopted {
 		seen, err := f.read()
 		if err != nil {
 			return err
@@ -71,10 +72,16 @@ func (f *Fabric) set(ctx context.Context, want desired) error {
 	if err := f.removePorts(kept, doomed); err != nil {
 		return errors.Join(append(errs, err)...)
 	}
+	if err := f.forget(kept, adopted); err != nil {
+		return errors.Join(append(errs, err)...)
+	}
 	f.removeGuests(want, &errs)
 	f.repair(devices, kept, &errs)
 	index := maps.Clone(kept)
 	f.makePorts(ctx, want, guests, index, &errs)
+	if err := f.putPolicies(want, index); err != nil {
+		return errors.Join(append(errs, err)...)
+	}
 	if err := f.putWanted(want, guests, index); err != nil {
 		errs = append(errs, err)
 	}

@@ -73,6 +73,17 @@ func (l *lab) snapshot(numbers bool) []string {
 	for k, v := range c.routes {
 		line("route %+v %+v", k, v)
 	}
+	var ids map[uint32]uint32
+	if err := readMap(l.objs.Policies, &ids); err != nil {
+		l.t.Fatal(err)
+	}
+	for i, version := range c.policies {
+		id := ids[i]
+		if !numbers {
+			id = 0
+		}
+		line("policy of %s: %x %d", name[i], version, id)
+	}
 	var index uint32
 	var perCPU []byte
 	for it := l.objs.Counts.Iterate(); it.Next(&index, &perCPU); {
@@ -160,6 +171,10 @@ func (l *lab) fresh(t *testing.T, c Config) []string {
 	return f.snapshot(false)
 }
 
+func testGroup(n int) vpc.SecurityGroupID {
+	return vpc.SecurityGroupID(fmt.Sprintf("sg-%017x", n+1))
+}
+
 // TestPathIndependence goes from state to state at random, with accidents and
 // restarts in between, and compares each with one built at once.
 func TestPathIndependence(t *testing.T) {
@@ -170,6 +185,9 @@ func TestPathIndependence(t *testing.T) {
 	r := rand.New(rand.NewPCG(seed, 1))
 	config := func() Config {
 		c := Config{Subnets: slices.Clone(subnets)}
+		for g := range 3 {
+			c.Groups = append(c.Groups, Group{ID: testGroup(g), Ingress: []Rule{{Protocol: 6, From: r.IntN(2), To: 80, Group: testGroup(r.IntN(3))}}})
+		}
 		if r.IntN(4) == 0 {
 			c.Subnets[1].VPCCIDRs = []netip.Prefix{netip.MustParsePrefix("10.0.0.0/16"), netip.MustParsePrefix("10.1.0.0/16")}
 		}
@@ -197,6 +215,9 @@ func TestPathIndependence(t *testing.T) {
 				ID: vpc.ENIID(fmt.Sprintf("eni-%017x", e)), VNI: s.VNI, Subnet: s.ID, MAC: net.HardwareAddr{2, 0xcc, 0, 0, byte(r.IntN(2)), byte(e)},
 				Guest: g, DeviceIndex: index, Primary: netip.AddrFrom4(base), SourceDestCheck: r.IntN(2) == 0, Configure: index == 0,
 				Addresses: []netip.Prefix{netip.PrefixFrom(netip.AddrFrom4(base), 32)},
+			}
+			for range r.IntN(3) {
+				i.Groups = append(i.Groups, testGroup(r.IntN(3)))
 			}
 			for range r.IntN(3) {
 				base[3] = byte(16 + 16*(r.IntN(12)))

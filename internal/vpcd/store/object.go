@@ -52,12 +52,25 @@ type Reservation struct {
 // InstanceState is the state of an instance, spelled as EC2 does.
 type InstanceState string
 
-// The states of an instance's life. Stopping is not offered.
+// The states of an instance's life.
 const (
 	Pending      InstanceState = "pending"
 	Running      InstanceState = "running"
+	Stopping     InstanceState = "stopping"
+	Stopped      InstanceState = "stopped"
 	ShuttingDown InstanceState = "shutting-down"
 	Terminated   InstanceState = "terminated"
+)
+
+// Power says whether an instance has its network namespace.
+type Power string
+
+// The settings of Power. A namespace that was there before PowerCycle is not
+// the one that is there after it: what is in it ends as a machine's memory does.
+const (
+	PowerOn    Power = ""
+	PowerOff   Power = "off"
+	PowerCycle Power = "cycle" // off; on again as soon as the namespace is gone
 )
 
 // Instance is a virtual machine: a network namespace.
@@ -71,9 +84,10 @@ type Instance struct {
 	Subnet             vpc.SubnetID // of the primary interface
 	Zone               string
 	State              InstanceState
+	Power              Power
 	Due                time.Time // when State turns into the next one; zero: never by itself
-	Launched           time.Time
-	Reason             string // StateReason code, of a terminated instance
+	Launched           time.Time // or last started
+	Reason             string    // StateReason code, of a stopped or terminated instance
 	ClientToken        string
 	LaunchIndex        int
 	Metadata           MetadataOptions
@@ -81,6 +95,7 @@ type Instance struct {
 	Profile            string // ARN or name of the instance profile
 	Monitoring         bool
 	TerminationLocked  bool // DisableApiTermination
+	StopLocked         bool // DisableApiStop
 	ShutdownTerminates bool // InstanceInitiatedShutdownBehavior is "terminate"
 	HostType           string
 }

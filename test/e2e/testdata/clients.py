@@ -1,53 +1,9 @@
-"""Drives every action that vpcd serves through boto3, as its documentation
-shows: waiters, paginators and ClientError included. The endpoint is the only
-argument. Exits non-zero with a traceback when something is not as on EC2."""
+"""Drives the actions on VPCs, groups, instances and interfaces through boto3, as
+its documentation shows: waiters, paginators and ClientError included. The
+endpoint is the only argument. Exits non-zero with a traceback when something is
+not as on EC2."""
 
-import sys
-import time
-
-import boto3
-from botocore.config import Config
-from botocore.exceptions import ClientError
-
-ec2 = boto3.client(
-    "ec2",
-    endpoint_url=sys.argv[1],
-    region_name="us-east-1",
-    aws_access_key_id="AKIDTEST",
-    aws_secret_access_key="secret",
-    config=Config(retries={"max_attempts": 1}),
-)
-FAST = {"Delay": 0.1, "MaxAttempts": 200}
-
-
-def wait(name, **kwargs):
-    ec2.get_waiter(name).wait(WaiterConfig=FAST, **kwargs)
-
-
-def until(what, check):
-    deadline = time.monotonic() + 20
-    while not check():
-        if time.monotonic() > deadline:
-            raise AssertionError("not in 20 s: " + what)
-        time.sleep(0.05)
-
-
-def refused(code, call, **kwargs):
-    try:
-        call(**kwargs)
-    except ClientError as e:
-        assert e.response["Error"]["Code"] == code, e
-        return e
-    raise AssertionError(f"not refused with {code}")
-
-
-def equal(got, want):
-    assert got == want, f"{got!r} is not {want!r}"
-
-
-def tagged(kind, **tags):
-    return [{"ResourceType": kind, "Tags": [{"Key": k, "Value": v} for k, v in tags.items()]}]
-
+from ec2client import ec2, equal, refused, tagged, until, wait
 
 # Places
 equal([r["RegionName"] for r in ec2.describe_regions()["Regions"]], ["us-east-1"])
@@ -169,6 +125,12 @@ refused("DependencyViolation", ec2.delete_vpc, VpcId=vpc)
 ec2.detach_network_interface(AttachmentId=attachment)
 wait("network_interface_available", NetworkInterfaceIds=[eni])
 ec2.delete_network_interface(NetworkInterfaceId=eni)
+ec2.stop_instances(InstanceIds=[instance])
+wait("instance_stopped", InstanceIds=[instance])
+refused("IncorrectInstanceState", ec2.reboot_instances, InstanceIds=[instance])
+ec2.start_instances(InstanceIds=[instance])
+wait("instance_running", InstanceIds=[instance])
+ec2.reboot_instances(InstanceIds=[instance])
 ec2.terminate_instances(InstanceIds=[instance])
 wait("instance_terminated", InstanceIds=[instance])
 ec2.delete_security_group(GroupId=sg)
