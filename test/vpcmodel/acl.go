@@ -10,10 +10,11 @@ import (
 // 1..32766, first match wins, `*` … deny"; "stateless", so that an answer is a
 // packet like any other.
 func (w *World) acl(s *Subnet, d Direction, p *Packet) (rule, why string) {
-	if s.ACL == "" {
+	id := cmp.Or(s.ACL, w.VPCs[s.VPC].DefaultACL)
+	if id == "" {
 		return "acl default", "" // "default ACL rule 100 allow all"
 	}
-	entries := slices.Clone(w.ACLs[s.ACL].Entries[d])
+	entries := slices.Clone(w.ACLs[id].Entries[d])
 	slices.SortFunc(entries, func(a, b Entry) int { return cmp.Compare(a.Number, b.Number) })
 	for _, e := range entries {
 		a := p.Src
@@ -24,9 +25,9 @@ func (w *World) acl(s *Subnet, d Direction, p *Packet) (rule, why string) {
 			continue
 		}
 		if !e.Allow {
-			return "acl deny " + e.Match.kind(), string(s.ACL) + " rule " + strconv.Itoa(e.Number) + " denies it"
+			return "acl deny " + e.Match.kind(), string(id) + " rule " + strconv.Itoa(e.Number) + " denies it"
 		}
 		return "acl allow " + e.Match.kind(), ""
 	}
-	return "acl *", string(s.ACL) + " has no rule for it" // "custom ACL denies all"
+	return "acl *", string(id) + " has no rule for it" // "custom ACL denies all"
 }

@@ -59,7 +59,7 @@ func (w *World) Send(p *Packet) Verdict {
 	sent, flows := Verdict{}, len(e.flows)
 	var why string
 	if sent.Sender, sent.Rule, why = w.gate(e, Out, p, nil); why != "" {
-		return Verdict{Where: AtEgress, Rule: sent.Rule, Why: string(e.ID) + ": " + why}
+		return Verdict{Where: AtEgress, Rule: "out " + sent.Rule, Why: string(e.ID) + ": " + why}
 	}
 	v := w.carry(e, s, p)
 	if !v.Delivered() && !w.Settings.TrackUndelivered && len(e.flows) > flows {
@@ -70,13 +70,31 @@ func (w *World) Send(p *Packet) Verdict {
 	return v
 }
 
+// Peek is what Send would answer, without remembering anything.
+func (w *World) Peek(p *Packet) Verdict {
+	kept := map[*ENI][]*flow{}
+	for _, e := range w.ENIs {
+		kept[e] = e.flows
+		e.flows = make([]*flow, len(kept[e]))
+		for i, f := range kept[e] {
+			c := *f
+			e.flows[i] = &c
+		}
+	}
+	v := w.Send(p)
+	for e, flows := range kept {
+		e.flows = flows
+	}
+	return v
+}
+
 // carry takes a packet from the sender's gate to the receiver.
 func (w *World) carry(e *ENI, s *Subnet, p *Packet) Verdict {
 	to, rule, why := w.route(e, p)
-	rules := []string{"route " + rule}
 	if why != "" {
-		return Verdict{Where: AtRoute, Rule: "route " + rule, Rules: rules, Why: why}
+		return Verdict{Where: AtRoute, Rule: "route " + rule, Why: why}
 	}
+	rules := []string{"route " + rule}
 	// ACLs are "Applied only when traffic enters/leaves the SUBNET, not inside it".
 	if to.Subnet != e.Subnet {
 		if rule, why = w.acl(s, Out, p); why != "" {

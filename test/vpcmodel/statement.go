@@ -222,6 +222,7 @@ func (s MakeACL) Apply(w *World) error {
 	}
 	a := &ACL{ID: s.ID, VPC: s.VPC, Entries: map[Direction][]Entry{}}
 	if s.As == "defaultacl" {
+		w.VPCs[s.VPC].DefaultACL = s.ID
 		// "default ACL rule 100 allow all".
 		for _, d := range []Direction{In, Out} {
 			a.Entries[d] = []Entry{{Number: 100, Allow: true, Match: Match{Proto: -1, From: -1, To: -1}, CIDR: everyone}}

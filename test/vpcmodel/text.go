@@ -400,7 +400,7 @@ func (p *parser) route(target bool) Route {
 func (p *parser) statement(verb string) Statement {
 	switch verb {
 	case "vpc":
-		return MakeVPC{VPC{vpc.VPCID(p.word()), p.cidrs()}}
+		return MakeVPC{VPC{ID: vpc.VPCID(p.word()), CIDRs: p.cidrs()}}
 	case "subnet":
 		return MakeSubnet{Subnet{ID: vpc.SubnetID(p.word()), VPC: vpc.VPCID(p.word()), CIDR: p.cidr()}}
 	case "eni":

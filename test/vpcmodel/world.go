@@ -47,8 +47,9 @@ func NewWorld(s Settings) *World {
 // VPC is a VPC with its CIDR blocks, for each of which every route table has a
 // local route.
 type VPC struct {
-	ID    vpc.VPCID
-	CIDRs []netip.Prefix
+	ID         vpc.VPCID
+	CIDRs      []netip.Prefix
+	DefaultACL ACLID // "" if no statement has named it; it then allows all
 }
 
 // Contains reports whether a lies in one of the VPC's CIDR blocks.
@@ -61,7 +62,7 @@ type Subnet struct {
 	ID    vpc.SubnetID
 	VPC   vpc.VPCID
 	CIDR  netip.Prefix
-	ACL   ACLID   // "" is the VPC's default ACL, which allows all
+	ACL   ACLID   // "" is the VPC's default ACL
 	Table TableID // "" is the VPC's main table as it was made: local routes alone
 }
 

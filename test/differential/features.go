@@ -1,0 +1,34 @@
+package differential
+
+import "strings"
+
+// Features are what worlds are made of besides VPCs, subnets, interfaces with
+// addresses and prefixes, their source/destination checks, and packets of all kinds.
+type Features struct {
+	Groups    bool // security groups; without, each interface has one that allows all
+	Lists     bool // prefix lists, in rules and routes
+	ACLs      bool
+	Tables    bool // route tables, and with them middleboxes
+	Peerings  bool
+	Fragments bool // fragments are judged with their datagram
+	Exempt    bool // the VPC's services
+	Clock     bool // the fabric's clock can be moved, so that idle flows can be tested
+}
+
+// Enforced are those that the fabric enforces. Whatever it learns is added here,
+// and nowhere else.
+var Enforced = Features{}
+
+// Missing names what is not enforced, for the summary of a run.
+func (f Features) Missing() string {
+	var names []string
+	for name, there := range map[string]bool{
+		"security groups": f.Groups, "prefix lists": f.Lists, "network ACLs": f.ACLs, "route tables": f.Tables,
+		"peerings": f.Peerings, "fragments": f.Fragments, "exempt services": f.Exempt, "idle timeouts": f.Clock,
+	} {
+		if !there {
+			names = append(names, name)
+		}
+	}
+	return strings.Join(sorted(names), ", ")
+}
