@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/underlay-cni/underlay/internal/vpc"
 	"github.com/underlay-cni/underlay/test/vpcmodel"
@@ -291,12 +292,25 @@ func (c *cloud) makeENI(s vpcmodel.MakeENI) error {
 	device := c.devices[s.Instance]
 	c.devices[s.Instance]++
 	if device > 0 {
-		return c.create("attachment of "+string(s.ID), []string{"attachmentId"}, "AttachNetworkInterface", "NetworkInterfaceId", eni, "InstanceId", id(c, s.Instance), "DeviceIndex", strconv.Itoa(device))
+		return c.attach(s, eni, device)
 	}
 	err = c.create(string(s.Instance), []string{"instancesSet", "item", "instanceId"}, "RunInstances", "ImageId", "ami-00000000000000001", "InstanceType", "m5.4xlarge",
 		"MinCount", "1", "MaxCount", "1", "NetworkInterface.1.DeviceIndex", "0", "NetworkInterface.1.NetworkInterfaceId", eni)
 	c.instances = append(c.instances, c.ids[string(s.Instance)])
 	return err
+}
+
+// attach attaches an interface once its instance runs.
+func (c *cloud) attach(s vpcmodel.MakeENI, eni string, device int) error {
+	deadline := time.Now().Add(10 * time.Second)
+	for {
+		err := c.create("attachment of "+string(s.ID), []string{"attachmentId"}, "AttachNetworkInterface",
+			"NetworkInterfaceId", eni, "InstanceId", id(c, s.Instance), "DeviceIndex", strconv.Itoa(device))
+		if err == nil || !strings.Contains(err.Error(), "IncorrectState") || time.Now().After(deadline) {
+			return err
+		}
+		<-time.After(5 * time.Millisecond)
+	}
 }
 
 func (c *cloud) setGroups(s vpcmodel.SetGroups) error {

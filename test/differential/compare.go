@@ -6,6 +6,8 @@ import (
 	"slices"
 	"strings"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/underlay-cni/underlay/internal/packet"
 	"github.com/underlay-cni/underlay/internal/vpcd/fabric"
 	"github.com/underlay-cni/underlay/test/vpcmodel"
@@ -111,6 +113,8 @@ func (r *runner) flush() error {
 	if err := r.refresh(); err != nil {
 		return err
 	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	err := onOneCPU(func() error {
 		for _, b := range batch {
 			if err := r.sendOne(b); err != nil {
@@ -232,6 +236,24 @@ func (r *runner) collect(batch []sending) error {
 	}
 	return nil
 }
+
+// runAll runs scripts, several at once, and returns what became of each.
+func (s *stand) runAll(scripts []vpcmodel.Script) ([]*outcome, []error) {
+	outcomes, errs := make([]*outcome, len(scripts)), make([]error, len(scripts))
+	var group errgroup.Group
+	group.SetLimit(atOnce)
+	for i, script := range scripts {
+		group.Go(func() error {
+			outcomes[i], errs[i] = s.run(script)
+			return nil
+		})
+	}
+	_ = group.Wait() // errors are in errs
+	return outcomes, errs
+}
+
+// atOnce is how many scripts run at the same time.
+const atOnce = 10
 
 // differs runs a script and reports whether model and fabric still differ.
 func (s *stand) differs(script vpcmodel.Script) (*outcome, error) {

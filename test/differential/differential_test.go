@@ -12,7 +12,7 @@ import (
 )
 
 var (
-	flows  = flag.Int("flows", 4000, "packets of TestRandom, at least")
+	flows  = flag.Int("flows", 6000, "packets of TestRandom, at least")
 	seed   = flag.Uint64("seed", 0, "seed of the first world of TestRandom; 0 takes one by the clock, and prints it")
 	replay = flag.String("replay", "", "script that TestReplay sends")
 	tries  = flag.Int("tries", 200, "scripts that are tried to find a smaller one that differs")
@@ -20,7 +20,7 @@ var (
 
 // flowsPerWorld is how many packets share a world: to make one takes as long as
 // to send thousands.
-const flowsPerWorld = 250
+const flowsPerWorld = 400
 
 // Model and fabric say the same of packets in worlds made up at random.
 func TestRandom(t *testing.T) {
@@ -34,24 +34,30 @@ func TestRandom(t *testing.T) {
 	}
 	counts, sent, worlds, noise, delivered := Counts{}, 0, 0, 0, 0
 	for sent < *flows {
-		script := Generate(first+uint64(worlds), Enforced, flowsPerWorld)
-		o, err := s.run(script)
-		if err != nil {
-			t.Fatalf("world of -seed %d: %v", first+uint64(worlds), err)
+		var scripts []vpcmodel.Script
+		for range min(atOnce, 1+(*flows-sent-1)/flowsPerWorld) {
+			scripts = append(scripts, Generate(first+uint64(worlds+len(scripts)), Enforced, flowsPerWorld))
 		}
-		if bad := o.mismatches(); len(bad) > 0 {
-			path := write(t, o)
-			least := s.minimal(o, *tries)
-			t.Fatalf("model and fabric differ in %d of %d packets of the world of -seed %d (whole: %s)\nsmallest script that shows it (-replay):\n%s",
-				len(bad), len(o.verdicts), first+uint64(worlds), path, least.report())
-		}
-		for _, v := range o.verdicts {
-			counts.Add(v)
-			if v.Delivered() {
-				delivered++
+		outcomes, errs := s.runAll(scripts)
+		for i, o := range outcomes {
+			world := first + uint64(worlds)
+			if errs[i] != nil {
+				t.Fatalf("world of -seed %d: %v", world, errs[i])
 			}
+			if bad := o.mismatches(); len(bad) > 0 {
+				path := write(t, o)
+				least := s.minimal(o, *tries)
+				t.Fatalf("model and fabric differ in %d of %d packets of the world of -seed %d (whole: %s)\nsmallest script that shows it (-replay):\n%s",
+					len(bad), len(o.verdicts), world, path, least.report())
+			}
+			for _, v := range o.verdicts {
+				counts.Add(v)
+				if v.Delivered() {
+					delivered++
+				}
+			}
+			sent, worlds, noise = sent+len(o.verdicts), worlds+1, noise+o.noise
 		}
-		sent, worlds, noise = sent+len(o.verdicts), worlds+1, noise+o.noise
 	}
 	t.Logf("%d packets in %d worlds from -seed %d: %d delivered, %d dropped; %d frames of others\n%s", sent, worlds, first, delivered, sent-delivered, noise, counts)
 	least := 50
@@ -113,7 +119,7 @@ func TestGenerate(t *testing.T) {
 func TestGenerateTriesAll(t *testing.T) {
 	all := Features{true, true, true, true, true, true, true, true}
 	counts, n := Counts{}, 0
-	for seed := uint64(1); n < 4000; seed++ {
+	for seed := uint64(1); n < 6000; seed++ {
 		verdicts, _, err := Generate(seed, all, flowsPerWorld).Run(vpcmodel.Defaults())
 		if err != nil {
 			t.Fatal(err)

@@ -1,6 +1,10 @@
 package differential
 
-import "strings"
+import (
+	"strings"
+
+	"github.com/underlay-cni/underlay/test/vpcmodel"
+)
 
 // Features are what worlds are made of besides VPCs, subnets, interfaces with
 // addresses and prefixes, their source/destination checks, and packets of all kinds.
@@ -17,7 +21,7 @@ type Features struct {
 
 // Enforced are those that the fabric enforces. Whatever it learns is added here,
 // and nowhere else.
-var Enforced = Features{}
+var Enforced = Features{Groups: true, Fragments: true}
 
 // Missing names what is not enforced, for the summary of a run.
 func (f Features) Missing() string {
@@ -31,4 +35,42 @@ func (f Features) Missing() string {
 		}
 	}
 	return strings.Join(sorted(names), ", ")
+}
+
+// lacks names what a script needs and f does not have, or "".
+func (f Features) lacks(s vpcmodel.Script) string {
+	for _, st := range s {
+		needs, there := "", true
+		switch st := st.(type) {
+		case vpcmodel.Allow:
+			needs, there = "security groups", f.Groups
+			if st.List != "" {
+				needs, there = "prefix lists", f.Lists
+			}
+		case vpcmodel.SetList:
+			needs, there = "prefix lists", f.Lists
+		case vpcmodel.MakeACL:
+			needs, there = "network ACLs", f.ACLs
+		case vpcmodel.MakeTable:
+			needs, there = "route tables", f.Tables
+		case vpcmodel.MakePeering:
+			needs, there = "peerings", f.Peerings
+		case vpcmodel.Wait:
+			needs, there = "idle timeouts", f.Clock
+		case vpcmodel.Send:
+			if st.Fragments > 0 || st.Orphan {
+				needs, there = "fragments", f.Fragments
+			}
+			if strings.HasPrefix(st.Want, "service") {
+				needs, there = "exempt services", f.Exempt
+			}
+			if st.Length > vpcmodel.MTU {
+				needs, there = "an MTU below that of its links", false
+			}
+		}
+		if !there {
+			return needs
+		}
+	}
+	return ""
 }

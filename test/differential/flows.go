@@ -291,6 +291,9 @@ func (g *generator) followUp() *vpcmodel.Packet {
 			About: &vpcmodel.Quote{Src: p.Src, Dst: p.Dst, Proto: p.Proto, SrcPort: p.SrcPort, DstPort: p.DstPort, Ident: p.Ident}}
 		if g.chance(0.3) && q.About.SrcPort > 0 {
 			q.About.SrcPort++ // about a packet that was never sent
+			if v := g.world.Peek(q); v.Sender == vpcmodel.Related || v.Receiver == vpcmodel.Related {
+				return nil // of an untracked flow, if there were one: either verdict is right
+			}
 		}
 		return q
 	case mine:

@@ -67,7 +67,7 @@ func Generate(seed uint64, features Features, flows int) vpcmodel.Script {
 		for range 1 + g.IntN(3) {
 			g.change()
 		}
-		for range 10 + g.IntN(20) {
+		for range 15 + g.IntN(25) {
 			g.send()
 		}
 	}

@@ -16,6 +16,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -32,14 +33,16 @@ import (
 
 var stands atomic.Int32
 
-// stand is a running vpcd with two interfaces for markers.
+// stand is a running vpcd with two interfaces for markers. Several scripts may run
+// in it at once, each in VPCs of its own: most of the time of each is waiting.
 type stand struct {
 	ctx      context.Context
 	endpoint string
 	log      bytes.Buffer
-	number   uint32 // of the last packet that was sent
 
-	from, to *port // markers go from one to the other
+	mu       sync.Mutex // one batch at a time, as markers have one receiver
+	number   uint32     // of the last packet that was sent
+	from, to *port      // markers go from one to the other
 	marker   netip.Addr
 	at       netip.Addr
 }

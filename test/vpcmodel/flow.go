@@ -16,14 +16,25 @@ type flow struct {
 	began     time.Duration // when its initiator's last packet passed
 	exchanges int           // requests that were answered
 	asked     bool          // a request waits for its answer
-	fin       [2]bool       // TCP: the initiator, the other one has sent FIN
+	flags     [2]uint8      // TCP: all flags of the initiator, of the other side
 }
+
+// closed reports whether a TCP flow has ended.
+func (f *flow) closed() bool {
+	return (f.flags[0]|f.flags[1])&RST != 0 || f.flags[0]&f.flags[1]&FIN != 0
+}
+
+// established reports whether a TCP flow was answered, and the answer acknowledged.
+func (f *flow) established() bool { return f.flags[1] != 0 && f.flags[0]&ACK != 0 }
 
 // find returns the flow of e that p continues (forward) or answers, or nil.
 func (w *World) find(e *ENI, d Direction, p *Packet) *flow {
 	e.flows = slices.DeleteFunc(e.flows, func(f *flow) bool { return w.idle(e, f) })
 	for _, f := range e.flows {
 		if f.dir == d && f.continuedBy(p) || f.dir != d && f.answeredBy(p) {
+			if f.closed() && p.Flags&(SYN|ACK) == SYN {
+				return nil
+			}
 			return f
 		}
 	}
@@ -65,6 +76,12 @@ func (f *flow) answeredBy(p *Packet) bool {
 func (w *World) idle(e *ENI, f *flow) bool {
 	switch f.first.Proto {
 	case packet.ProtoTCP:
+		switch {
+		case f.closed():
+			return w.Now-f.last >= w.Settings.TCPClosed
+		case !f.established():
+			return w.Now-f.last >= w.Settings.TCPHandshake
+		}
 		return w.Now-f.last >= e.Timeouts.TCPEstablished
 	case packet.ProtoUDP:
 		if f.exchanges > 1 { // "more than one request/response"
@@ -78,29 +95,20 @@ func (w *World) idle(e *ENI, f *flow) bool {
 	}
 }
 
-// touch tells a flow of a packet, and ends it if the packet is its last.
-func (w *World) touch(e *ENI, f *flow, d Direction, p *Packet) {
+// touch tells a flow of a packet.
+func (w *World) touch(f *flow, d Direction, p *Packet) {
 	f.last = w.Now
+	side := 0
 	if f.dir == d {
 		f.began, f.asked = w.Now, true
-	} else if f.asked {
-		f.exchanges, f.asked = f.exchanges+1, false
-	}
-	if p.Proto != packet.ProtoTCP {
-		return
-	}
-	// The segment after both sides have sent FIN is the last acknowledgement.
-	last := f.fin[0] && f.fin[1]
-	if p.Flags&FIN != 0 {
-		side := 0
-		if f.dir != d {
-			side = 1
+	} else {
+		side = 1
+		if f.asked {
+			f.exchanges, f.asked = f.exchanges+1, false
 		}
-		f.fin[side] = true
-		last = false
 	}
-	if last || p.Flags&RST != 0 {
-		e.flows = slices.DeleteFunc(e.flows, func(g *flow) bool { return g == f })
+	if p.Proto == packet.ProtoTCP {
+		f.flags[side] |= p.Flags
 	}
 }
 
@@ -108,9 +116,6 @@ func (w *World) touch(e *ENI, f *flow, d Direction, p *Packet) {
 func (w *World) track(e *ENI, d Direction, p *Packet) bool {
 	if _, query := answers[p.Proto][p.Type]; p.icmp() && !query {
 		return true // nothing answers it
-	}
-	if p.Proto == packet.ProtoTCP && p.Flags&RST != 0 {
-		return true // it has ended
 	}
 	if w.Settings.MaxTracked > 0 {
 		// "per-instance conntrack maximum …; over it new packets dropped".
@@ -125,8 +130,10 @@ func (w *World) track(e *ENI, d Direction, p *Packet) bool {
 			return false
 		}
 	}
-	f := &flow{first: *p, dir: d, last: w.Now, began: w.Now, asked: true}
-	f.fin[0] = p.Proto == packet.ProtoTCP && p.Flags&FIN != 0
+	// What it follows on is over.
+	e.flows = slices.DeleteFunc(e.flows, func(f *flow) bool { return f.dir == d && f.continuedBy(p) || f.dir != d && f.answeredBy(p) })
+	f := &flow{first: *p, dir: d}
+	w.touch(f, d, p)
 	e.flows = append(e.flows, f)
 	return true
 }

@@ -17,7 +17,7 @@ func (w *World) gate(e *ENI, d Direction, p *Packet, far *ENI) (t Tracking, rule
 	// "tracked flow continues until it times out or ends", whatever the rules
 	// say by now; the reply of a tracked flow passes the same way.
 	if f := w.find(e, d, p); f != nil {
-		w.touch(e, f, d, p)
+		w.touch(f, d, p)
 		return Tracked, "flow", ""
 	}
 	if p.About != nil {

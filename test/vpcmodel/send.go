@@ -56,14 +56,14 @@ func (w *World) Send(p *Packet) Verdict {
 	}
 
 	// "Egress gate of the sender AND ingress gate of the receiver, independent".
-	sent, flows := Verdict{}, len(e.flows)
+	sent, kept := Verdict{}, clone(e.flows)
 	var why string
 	if sent.Sender, sent.Rule, why = w.gate(e, Out, p, nil); why != "" {
 		return Verdict{Where: AtEgress, Rule: "out " + sent.Rule, Why: string(e.ID) + ": " + why}
 	}
 	v := w.carry(e, s, p)
-	if !v.Delivered() && !w.Settings.TrackUndelivered && len(e.flows) > flows {
-		e.flows = e.flows[:flows]
+	if v.Where == AtRoute && !w.Settings.TrackUnrouted || !v.Delivered() && !w.Settings.TrackUndelivered {
+		e.flows = kept
 	}
 	v.Sender = sent.Sender
 	v.Rules = append([]string{"out " + sent.Rule}, v.Rules...)
@@ -75,17 +75,23 @@ func (w *World) Peek(p *Packet) Verdict {
 	kept := map[*ENI][]*flow{}
 	for _, e := range w.ENIs {
 		kept[e] = e.flows
-		e.flows = make([]*flow, len(kept[e]))
-		for i, f := range kept[e] {
-			c := *f
-			e.flows[i] = &c
-		}
+		e.flows = clone(e.flows)
 	}
 	v := w.Send(p)
 	for e, flows := range kept {
 		e.flows = flows
 	}
 	return v
+}
+
+// clone copies flows, each by itself.
+func clone(flows []*flow) []*flow {
+	out := make([]*flow, len(flows))
+	for i, f := range flows {
+		c := *f
+		out[i] = &c
+	}
+	return out
 }
 
 // carry takes a packet from the sender's gate to the receiver.

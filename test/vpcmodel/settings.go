@@ -26,17 +26,23 @@ type Settings struct {
 
 	// TrackUndelivered: a packet that passed the sender's gate is tracked there
 	// whatever becomes of it later. It follows from "independent" gates; the
-	// facts do not say it.
+	// facts do not say it. TrackUnrouted: also when no route leads anywhere, that
+	// is, the gate comes before the route.
 	TrackUndelivered bool
+	TrackUnrouted    bool
 
 	// PeeringChecksSource: a packet enters a peering only when its source is in
 	// the sending VPC's CIDR. The facts: "no transit", and "uRPF not applied".
 	PeeringChecksSource bool
 
-	// Idle timeouts that the facts leave open. Other is from "reply accepted
-	// within 600 s".
+	// Idle timeouts that the facts leave open. OtherTimeout is from "reply
+	// accepted within 600 s". TCPHandshake holds until the answer to a SYN is
+	// acknowledged, TCPClosed after a RST, or a FIN of each side: the segments
+	// that are still on their way pass, and a SYN begins another flow.
 	ICMPTimeout  time.Duration
 	OtherTimeout time.Duration
+	TCPHandshake time.Duration
+	TCPClosed    time.Duration
 
 	// MaxTracked flows per instance, 0 for no limit: "per-instance conntrack
 	// maximum, unpublished".
@@ -53,6 +59,8 @@ func Defaults() Settings {
 		TrackUndelivered:          true,
 		ICMPTimeout:               30 * time.Second,
 		OtherTimeout:              600 * time.Second,
+		TCPHandshake:              60 * time.Second,
+		TCPClosed:                 10 * time.Second,
 	}
 }
 
