@@ -24,6 +24,7 @@ var makes = map[string][]string{
 	"AuthorizeSecurityGroupEgress":  {"security-group-rule"},
 	"CreateRouteTable":              {"route-table"},
 	"CreateNetworkAcl":              {"network-acl"},
+	"CreateManagedPrefixList":       {"prefix-list"},
 }
 
 // Needs returns the IAM permissions that a call needs (Service Authorization

@@ -31,6 +31,7 @@ var resourceTypes = map[string]string{
 	"sgr":    "security-group-rule",
 	"rtb":    "route-table",
 	"acl":    "network-acl",
+	"pl":     "prefix-list",
 }
 
 func (a *API) tagHandlers(h map[string]query.Handler) {
@@ -61,6 +62,8 @@ func resource(s *store.State, id string) error {
 		_, err = findRouteTable(s, id)
 	case "acl":
 		_, err = findACL(s, id)
+	case "pl":
+		_, err = findPrefixList(s, id)
 	default:
 		err = query.Errorf("InvalidID", "The ID '%s' is not valid", id)
 	}

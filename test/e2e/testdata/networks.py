@@ -44,6 +44,37 @@ ec2.disassociate_route_table(AssociationId=association)
 refused("DependencyViolation", ec2.delete_route_table, RouteTableId=main["RouteTableId"])
 ec2.delete_route_table(RouteTableId=table)
 
+# Prefix lists
+plist = ec2.create_managed_prefix_list(PrefixListName="sites", MaxEntries=3, AddressFamily="IPv4", Entries=[{"Cidr": "192.0.2.0/24"}])["PrefixList"]["PrefixListId"]
+changed = ec2.modify_managed_prefix_list(PrefixListId=plist, CurrentVersion=1, AddEntries=[{"Cidr": "198.51.100.0/24"}])["PrefixList"]
+equal((changed["Version"], changed["State"]), (2, "modify-in-progress"))
+found = ec2.get_paginator("describe_managed_prefix_lists").paginate(PrefixListIds=[plist]).build_full_result()["PrefixLists"]
+equal([p["State"] for p in found], ["modify-complete"])
+held = ec2.get_paginator("get_managed_prefix_list_entries").paginate(PrefixListId=plist, PaginationConfig={"PageSize": 1}).build_full_result()["Entries"]
+equal([e["Cidr"] for e in held], ["192.0.2.0/24", "198.51.100.0/24"])
+equal(ec2.get_paginator("describe_prefix_lists").paginate().build_full_result()["PrefixLists"], [])
+
+# More on groups
+sg = ec2.create_security_group(GroupName="app", Description="app", VpcId=vpc)["GroupId"]
+peers = [{"IpProtocol": "tcp", "FromPort": 443, "ToPort": 443, "PrefixListIds": [{"PrefixListId": plist}]}]
+rule = ec2.authorize_security_group_ingress(GroupId=sg, IpPermissions=peers)["SecurityGroupRules"][0]
+equal(rule["PrefixListId"], plist)
+equal(ec2.get_managed_prefix_list_associations(PrefixListId=plist)["PrefixListAssociations"][0]["ResourceId"], sg)
+refused("DependencyViolation", ec2.delete_managed_prefix_list, PrefixListId=plist)
+ec2.update_security_group_rule_descriptions_ingress(GroupId=sg, IpPermissions=[peers[0] | {"PrefixListIds": [{"PrefixListId": plist, "Description": "sites"}]}])
+ec2.update_security_group_rule_descriptions_egress(GroupId=sg, IpPermissions=[{"IpProtocol": "-1", "IpRanges": [{"CidrIp": "0.0.0.0/0", "Description": "all"}]}])
+described = ec2.describe_security_groups(GroupIds=[sg])["SecurityGroups"][0]
+equal(described["IpPermissions"][0]["PrefixListIds"], [{"PrefixListId": plist, "Description": "sites"}])
+ec2.modify_security_group_rules(GroupId=sg, SecurityGroupRules=[
+    {"SecurityGroupRuleId": rule["SecurityGroupRuleId"], "SecurityGroupRule": {"IpProtocol": "udp", "FromPort": 53, "ToPort": 53, "CidrIpv4": "10.0.0.0/8"}}])
+equal(ec2.describe_security_group_rules(SecurityGroupRuleIds=[rule["SecurityGroupRuleId"]])["SecurityGroupRules"][0]["IpProtocol"], "udp")
+if "get_security_groups_for_vpc" in dir(ec2):  # newer than some boto3
+    equal(len(ec2.get_paginator("get_security_groups_for_vpc").paginate(VpcId=vpc).build_full_result()["SecurityGroupForVpcs"]), 2)
+equal(ec2.describe_security_group_references(GroupId=[sg])["SecurityGroupReferenceSet"], [])
+equal(ec2.get_paginator("describe_stale_security_groups").paginate(VpcId=vpc).build_full_result()["StaleSecurityGroupSet"], [])
+ec2.delete_security_group(GroupId=sg)
+ec2.delete_managed_prefix_list(PrefixListId=plist)
+
 # All of it goes
 ec2.delete_network_interface(NetworkInterfaceId=eni)
 ec2.delete_subnet(SubnetId=subnet)
