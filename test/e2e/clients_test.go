@@ -214,10 +214,21 @@ func TestAWSCLIDrivesEveryHandler(t *testing.T) {
 	testenv.Require(t, "aws")
 	t.Parallel()
 	v := startVPCD(t)
+	settings, err := http.NewRequestWithContext(t.Context(), http.MethodPut, v.URL+"/_vpcd/chaos", strings.NewReader(`{"quotas":{"vpcs":20}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r, err := http.DefaultClient.Do(settings); err != nil || r.StatusCode != http.StatusOK {
+		t.Fatalf("more VPCs at a time: %v %v", r, err)
+	} else if err := r.Body.Close(); err != nil {
+		t.Fatal(err)
+	}
 	t.Run("by two", func(t *testing.T) {
 		t.Run("networks", func(t *testing.T) { t.Parallel(); cliNetworks(cli{t, v.URL}) })
 		t.Run("instances", func(t *testing.T) { t.Parallel(); cliInstances(cli{t, v.URL}) })
 		t.Run("groups", func(t *testing.T) { t.Parallel(); cliGroups(cli{t, v.URL}) })
+		t.Run("gateways", func(t *testing.T) { t.Parallel(); cliGateways(cli{t, v.URL}) })
+		t.Run("peerings", func(t *testing.T) { t.Parallel(); cliPeerings(cli{t, v.URL}) })
 		t.Run("routing", func(t *testing.T) { t.Parallel(); cliRouting(cli{t, v.URL}) })
 	})
 	v.complete(t, newer...)
@@ -508,6 +519,7 @@ func TestGoSDKDrivesEveryHandler(t *testing.T) {
 	ok[*ec2.DeleteVpcOutput](t)(c.DeleteVpc(ctx, &ec2.DeleteVpcInput{VpcId: vpc}))
 	sdkRouting(t, c)
 	sdkGroups(t, c)
+	sdkGateways(t, c)
 	v.complete(t)
 }
 

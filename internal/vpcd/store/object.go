@@ -146,8 +146,9 @@ type ENI struct {
 	Description      string
 	SourceDestCheck  bool
 	RequesterManaged bool
-	RequesterID      string // who made it: account id, or the service
-	Service          string // name of the managed service it belongs to, or ""
+	RequesterID      string           // who made it: account id, or the service
+	Service          string           // name of the managed service it belongs to, or ""
+	NAT              vpc.NATGatewayID `json:",omitempty"` // the NAT gateway that it belongs to; it has no groups
 	Conntrack        Conntrack
 	Attachment       *Attachment // nil when available
 	Created          time.Time

@@ -75,6 +75,55 @@ equal(ec2.get_paginator("describe_stale_security_groups").paginate(VpcId=vpc).bu
 ec2.delete_security_group(GroupId=sg)
 ec2.delete_managed_prefix_list(PrefixListId=plist)
 
+# Gateways and Elastic IPs
+igw = ec2.create_internet_gateway(TagSpecifications=tagged("internet-gateway", Name="py"))["InternetGateway"]["InternetGatewayId"]
+refused("Gateway.NotAttached", ec2.create_route, RouteTableId=main["RouteTableId"], DestinationCidrBlock="0.0.0.0/0", GatewayId=igw)
+ec2.attach_internet_gateway(InternetGatewayId=igw, VpcId=vpc)
+wait("internet_gateway_exists", InternetGatewayIds=[igw])
+attached = ec2.get_paginator("describe_internet_gateways").paginate(Filters=[{"Name": "tag:Name", "Values": ["py"]}]).build_full_result()
+equal(attached["InternetGateways"][0]["Attachments"], [{"State": "available", "VpcId": vpc}])
+address = ec2.allocate_address(Domain="vpc")
+association = ec2.associate_address(AllocationId=address["AllocationId"], NetworkInterfaceId=eni)["AssociationId"]
+equal(ec2.describe_addresses(PublicIps=[address["PublicIp"]])["Addresses"][0]["AssociationId"], association)
+equal(ec2.describe_network_interfaces(NetworkInterfaceIds=[eni])["NetworkInterfaces"][0]["Association"]["PublicIp"], address["PublicIp"])
+refused("DependencyViolation", ec2.detach_internet_gateway, InternetGatewayId=igw, VpcId=vpc)
+ec2.disassociate_address(AssociationId=association)
+nat = ec2.create_nat_gateway(SubnetId=subnet, AllocationId=address["AllocationId"], ClientToken="nat-1")["NatGateway"]["NatGatewayId"]
+wait("nat_gateway_available", NatGatewayIds=[nat])
+gateway = ec2.get_paginator("describe_nat_gateways").paginate(Filters=[{"Name": "vpc-id", "Values": [vpc]}]).build_full_result()["NatGateways"][0]
+equal(gateway["NatGatewayAddresses"][0]["PublicIp"], address["PublicIp"])
+ec2.create_route(RouteTableId=main["RouteTableId"], DestinationCidrBlock="0.0.0.0/0", NatGatewayId=nat)
+ec2.delete_nat_gateway(NatGatewayId=nat)
+until("deleted", lambda: ec2.describe_nat_gateways(NatGatewayIds=[nat])["NatGateways"][0]["State"] == "deleted")
+equal([r["State"] for r in of_vpc("describe_route_tables")["RouteTables"][0]["Routes"]], ["active", "blackhole"])
+ec2.release_address(AllocationId=address["AllocationId"])
+ec2.detach_internet_gateway(InternetGatewayId=igw, VpcId=vpc)
+ec2.delete_internet_gateway(InternetGatewayId=igw)
+
+# Peering
+peer = ec2.create_vpc(CidrBlock="10.1.0.0/16")["Vpc"]["VpcId"]
+pcx = ec2.create_vpc_peering_connection(VpcId=vpc, PeerVpcId=peer)["VpcPeeringConnection"]["VpcPeeringConnectionId"]
+wait("vpc_peering_connection_exists", VpcPeeringConnectionIds=[pcx])
+equal(ec2.accept_vpc_peering_connection(VpcPeeringConnectionId=pcx)["VpcPeeringConnection"]["Status"]["Code"], "provisioning")
+options = {"AllowDnsResolutionFromRemoteVpc": True}
+equal(ec2.modify_vpc_peering_connection_options(VpcPeeringConnectionId=pcx, AccepterPeeringConnectionOptions=options)["AccepterPeeringConnectionOptions"], options)
+found = ec2.get_paginator("describe_vpc_peering_connections").paginate(Filters=[{"Name": "status-code", "Values": ["active"]}]).build_full_result()
+equal([p["VpcPeeringConnectionId"] for p in found["VpcPeeringConnections"]], [pcx])
+ec2.delete_vpc_peering_connection(VpcPeeringConnectionId=pcx)
+wait("vpc_peering_connection_deleted", VpcPeeringConnectionIds=[pcx])
+pcx = ec2.create_vpc_peering_connection(VpcId=peer, PeerVpcId=vpc)["VpcPeeringConnection"]["VpcPeeringConnectionId"]
+ec2.reject_vpc_peering_connection(VpcPeeringConnectionId=pcx)
+refused("InvalidStateTransition", ec2.accept_vpc_peering_connection, VpcPeeringConnectionId=pcx)
+
+# DHCP options
+dopt = ec2.create_dhcp_options(DhcpConfigurations=[{"Key": "domain-name", "Values": ["example.org"]}])["DhcpOptions"]["DhcpOptionsId"]
+ec2.associate_dhcp_options(DhcpOptionsId=dopt, VpcId=peer)
+sets = ec2.get_paginator("describe_dhcp_options").paginate(Filters=[{"Name": "key", "Values": ["domain-name"]}]).build_full_result()["DhcpOptions"]
+equal(len(sets), 2)
+ec2.associate_dhcp_options(DhcpOptionsId="default", VpcId=peer)
+ec2.delete_dhcp_options(DhcpOptionsId=dopt)
+ec2.delete_vpc(VpcId=peer)
+
 # All of it goes
 ec2.delete_network_interface(NetworkInterfaceId=eni)
 ec2.delete_subnet(SubnetId=subnet)
