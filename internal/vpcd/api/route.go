@@ -34,6 +34,9 @@ func parseDestination(s *store.State, cidr, list *string) (store.Route, error) {
 		if err != nil {
 			return r, err
 		}
+		if p.V6 {
+			return r, query.Errorf("UnsupportedOperation", "The prefix list %s is of IPv6, which vpcd does not route.", p.ID)
+		}
 		r.PrefixList = p.ID
 		return r, nil
 	}

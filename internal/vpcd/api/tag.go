@@ -31,6 +31,13 @@ var resourceTypes = map[string]string{
 	"sgr":    "security-group-rule",
 	"rtb":    "route-table",
 	"acl":    "network-acl",
+	"pl":     "prefix-list",
+
+	"igw":      "internet-gateway",
+	"eipalloc": "elastic-ip",
+	"nat":      "natgateway",
+	"pcx":      "vpc-peering-connection",
+	"dopt":     "dhcp-options",
 }
 
 func (a *API) tagHandlers(h map[string]query.Handler) {
@@ -61,6 +68,18 @@ func resource(s *store.State, id string) error {
 		_, err = findRouteTable(s, id)
 	case "acl":
 		_, err = findACL(s, id)
+	case "pl":
+		_, err = findPrefixList(s, id)
+	case "igw":
+		_, err = findGateway(s, id)
+	case "eipalloc":
+		_, err = findAddress(s, id)
+	case "nat":
+		_, err = findNAT(s, id)
+	case "pcx":
+		_, err = findPeering(s, id)
+	case "dopt":
+		_, err = findDHCP(s, id)
 	default:
 		err = query.Errorf("InvalidID", "The ID '%s' is not valid", id)
 	}

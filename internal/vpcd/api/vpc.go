@@ -69,10 +69,11 @@ func (a *API) createVpc(_ context.Context, req *query.CreateVpcRequest) (*query.
 			return quotaReached("SecurityGroupLimitExceeded", "security groups", most)
 		}
 		v.VNI = tx.NewVNI()
-		// One set of DHCP options serves the region: the first VPC names it.
-		for _, o := range tx.VPCs.All() {
-			v.DHCPOptions = o.DHCPOptions
-			break
+		// One set of DHCP options serves the region; the first VPC makes it.
+		for _, o := range tx.State.DHCPOptions.All() {
+			if o.Default {
+				v.DHCPOptions = o.ID
+			}
 		}
 		v.DHCPOptions = cmp.Or(v.DHCPOptions, vpc.NewID("dopt"))
 		g := newGroup(v.ID, defaultGroupName, "default VPC security group")
@@ -115,6 +116,9 @@ func (a *API) deleteVpc(_ context.Context, req *query.DeleteVpcRequest) (*query.
 			if l.VPC == v.ID && !l.Default {
 				return depends
 			}
+		}
+		if tx.GatewayOf(v.ID) != nil || peeringsOf(&tx.State, v.ID, store.PeeringActive)+peeringsOf(&tx.State, v.ID, store.PeeringPending) > 0 {
+			return depends
 		}
 		tx.DeleteGroup(v.DefaultGroup)
 		tx.DeleteVPC(v.ID)
@@ -277,6 +281,11 @@ func (a *API) associateVpcCidrBlock(_ context.Context, req *query.AssociateVpcCi
 			}
 			if f, g := familyOf(have.CIDR), familyOf(cidr); f != g && f >= 0 && g >= 0 {
 				return query.Errorf("InvalidVpc.Range", "The CIDR '%s' is restricted. Use a CIDR from the same private address range as the current VPC CIDR, or use a publicly-routable CIDR or one of 100.64.0.0/10.", cidr)
+			}
+		}
+		for _, p := range tx.Peerings.All() {
+			if o := tx.VPC(p.Other(old.ID)); p.Status == store.PeeringActive && o != nil && overlap(blocks(o), []netip.Prefix{cidr}) {
+				return query.Errorf("CidrConflict", "The CIDR '%s' overlaps a CIDR of '%s', which VPC peering connection '%s' leads to", cidr, o.ID, p.ID)
 			}
 		}
 		for _, t := range tx.RouteTables.All() {

@@ -14,6 +14,10 @@ type InternetGateway struct {
 	Created time.Time
 }
 
+// ElasticPool is where Elastic IP addresses are from: a block for documentation
+// (TEST-NET-2, RFC 5737), which nobody on the real internet has.
+var ElasticPool = netip.MustParsePrefix("198.51.100.0/24")
+
 // Address is an Elastic IP address. It is associated when ENI is not "".
 type Address struct {
 	ID          vpc.AllocationID
@@ -46,6 +50,8 @@ type NATGateway struct {
 	Private     bool // connectivity type private: no public address
 	State       NATState
 	Due         time.Time // when State turns into the next one; zero: never by itself
+	Failure     string    // error code, of one that failed
+	Message     string    // what else there is to say of it
 	Addresses   []NATAddress
 	ClientToken string
 	Created     time.Time

@@ -102,7 +102,9 @@ type PrefixList struct {
 	V6            bool
 	MaxEntries    int // what a reference to it counts for
 	Versions      []PrefixListVersion
-	LatestVersion int64 // number of the last of Versions; 1 is the first there ever was
+	LatestVersion int64  // number of the last of Versions; 1 is the first there ever was
+	State         string // create-complete, modify-complete or modify-failed
+	StateMessage  string
 	ClientToken   string
 	Created       time.Time
 }
@@ -120,6 +122,15 @@ type PrefixListEntry struct {
 
 // Entries returns what is in force.
 func (p *PrefixList) Entries() []PrefixListEntry { return p.Versions[len(p.Versions)-1].Entries }
+
+// Version returns what a version held, and false when it is not kept.
+func (p *PrefixList) Version(n int64) ([]PrefixListEntry, bool) {
+	i := int64(len(p.Versions)) - 1 - (p.LatestVersion - n)
+	if i < 0 || n > p.LatestVersion {
+		return nil, false
+	}
+	return p.Versions[i].Entries, true
+}
 
 // DHCPOptions is a set of DHCP options.
 type DHCPOptions struct {
