@@ -13,6 +13,25 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type FabricAcl struct {
+	_       structs.HostLayout
+	Version uint64
+	Count   [2]uint32
+	Entries [2][40]FabricAclEntry
+}
+
+type FabricAclEntry struct {
+	_            structs.HostLayout
+	Net          uint32
+	Mask         uint32
+	From         uint16
+	To           uint16
+	Protocol     uint8
+	AllProtocols uint8
+	Allow        uint8
+	Pad          uint8
+}
+
 type FabricAddress struct {
 	_    structs.HostLayout
 	Vni  uint32
@@ -25,7 +44,7 @@ type FabricCounters struct {
 	TxBytes   uint64
 	RxPackets uint64
 	RxBytes   uint64
-	Drops     [19]uint64
+	Drops     [22]uint64
 }
 
 type FabricDirection uint32
@@ -57,7 +76,10 @@ const (
 	FabricDropReasonDROP_SG_INGRESS     FabricDropReason = 16
 	FabricDropReasonDROP_FRAGMENT       FabricDropReason = 17
 	FabricDropReasonDROP_FLOWS_FULL     FabricDropReason = 18
-	FabricDropReasonDROP_REASONS        FabricDropReason = 19
+	FabricDropReasonDROP_ACL_EGRESS     FabricDropReason = 19
+	FabricDropReasonDROP_ACL_INGRESS    FabricDropReason = 20
+	FabricDropReasonDROP_BLACKHOLE      FabricDropReason = 21
+	FabricDropReasonDROP_REASONS        FabricDropReason = 22
 )
 
 type FabricEni struct {
@@ -70,6 +92,7 @@ type FabricEni struct {
 	Mac         [6]uint8
 	DeviceIndex uint16
 	Pad         uint32
+	Table       uint64
 	Guest       uint64
 	Id          [32]int8
 }
@@ -148,21 +171,24 @@ type FabricPolicy struct {
 }
 
 type FabricRoute struct {
-	_    structs.HostLayout
-	Kind FabricRouteKind
+	_      structs.HostLayout
+	Kind   FabricRouteKind
+	Target FabricTarget
 }
 
 type FabricRouteKey struct {
 	_         structs.HostLayout
 	Prefixlen uint32
-	Vni       uint32
+	Table     [2]uint32
 	Addr      [16]uint8
 }
 
 type FabricRouteKind uint32
 
 const (
-	FabricRouteKindROUTE_LOCAL FabricRouteKind = 1
+	FabricRouteKindROUTE_LOCAL     FabricRouteKind = 1
+	FabricRouteKindROUTE_ENI       FabricRouteKind = 2
+	FabricRouteKindROUTE_BLACKHOLE FabricRouteKind = 3
 )
 
 type FabricRule struct {
@@ -185,6 +211,12 @@ type FabricStation struct {
 	Pad    [2]uint8
 }
 
+type FabricSubnetKey struct {
+	_      structs.HostLayout
+	Vni    uint32
+	Subnet uint32
+}
+
 type FabricTarget struct {
 	_       structs.HostLayout
 	Ifindex uint32
@@ -198,6 +230,7 @@ type FabricTarget struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	FabricMapAcls                = "acls"
 	FabricMapCounts              = "counts"
 	FabricMapEnis                = "enis"
 	FabricMapFlows               = "flows"
@@ -217,6 +250,7 @@ const (
 	FabricVarOpenFlags           = "open_flags"
 	FabricVarOtherTimeout        = "other_timeout"
 	FabricVarRouterMac           = "router_mac"
+	FabricVarShownAcl            = "shown_acl"
 	FabricVarShownPolicy         = "shown_policy"
 	FabricVarTcpClosedTimeout    = "tcp_closed_timeout"
 	FabricVarTcpHandshakeTimeout = "tcp_handshake_timeout"
@@ -272,6 +306,7 @@ type FabricProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type FabricMapSpecs struct {
+	Acls      *ebpf.MapSpec `ebpf:"acls"`
 	Counts    *ebpf.MapSpec `ebpf:"counts"`
 	Enis      *ebpf.MapSpec `ebpf:"enis"`
 	Flows     *ebpf.MapSpec `ebpf:"flows"`
@@ -295,6 +330,7 @@ type FabricVariableSpecs struct {
 	OpenFlags           *ebpf.VariableSpec `ebpf:"open_flags"`
 	OtherTimeout        *ebpf.VariableSpec `ebpf:"other_timeout"`
 	RouterMac           *ebpf.VariableSpec `ebpf:"router_mac"`
+	ShownAcl            *ebpf.VariableSpec `ebpf:"shown_acl"`
 	ShownPolicy         *ebpf.VariableSpec `ebpf:"shown_policy"`
 	TcpClosedTimeout    *ebpf.VariableSpec `ebpf:"tcp_closed_timeout"`
 	TcpHandshakeTimeout *ebpf.VariableSpec `ebpf:"tcp_handshake_timeout"`
@@ -320,6 +356,7 @@ func (o *FabricObjects) Close() error {
 //
 // It can be passed to LoadFabricObjects or ebpf.CollectionSpec.LoadAndAssign.
 type FabricMaps struct {
+	Acls      *ebpf.Map `ebpf:"acls"`
 	Counts    *ebpf.Map `ebpf:"counts"`
 	Enis      *ebpf.Map `ebpf:"enis"`
 	Flows     *ebpf.Map `ebpf:"flows"`
@@ -332,6 +369,7 @@ type FabricMaps struct {
 
 func (m *FabricMaps) Close() error {
 	return _FabricClose(
+		m.Acls,
 		m.Counts,
 		m.Enis,
 		m.Flows,
@@ -356,6 +394,7 @@ type FabricVariables struct {
 	OpenFlags           *ebpf.Variable `ebpf:"open_flags"`
 	OtherTimeout        *ebpf.Variable `ebpf:"other_timeout"`
 	RouterMac           *ebpf.Variable `ebpf:"router_mac"`
+	ShownAcl            *ebpf.Variable `ebpf:"shown_acl"`
 	ShownPolicy         *ebpf.Variable `ebpf:"shown_policy"`
 	TcpClosedTimeout    *ebpf.Variable `ebpf:"tcp_closed_timeout"`
 	TcpHandshakeTimeout *ebpf.Variable `ebpf:"tcp_handshake_timeout"`
