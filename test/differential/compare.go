@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/underlay-cni/underlay/internal/packet"
+	"github.com/underlay-cni/underlay/internal/vpc"
 	"github.com/underlay-cni/underlay/internal/vpcd/fabric"
 	"github.com/underlay-cni/underlay/test/vpcmodel"
 )
@@ -56,7 +57,7 @@ func (o *outcome) report() string {
 // run builds a script's world in vpcd, sends its packets, and removes the world.
 func (s *stand) run(script vpcmodel.Script) (o *outcome, err error) {
 	c := newCloud(s.ctx, s.endpoint)
-	r := &runner{stand: s, cloud: c, sent: map[string]fragment{}, whole: map[int]int{},
+	r := &runner{stand: s, cloud: c, ports: map[string]*port{}, sent: map[string]fragment{}, whole: map[int]int{},
 		out: &outcome{script: script, verdicts: map[int]vpcmodel.Verdict{}, received: map[int]string{}}}
 	defer func() {
 		for _, p := range r.ports {
@@ -135,13 +136,13 @@ func (r *runner) refresh() error {
 		return nil
 	}
 	r.settled = true
-	if r.ports != nil {
-		_, err := r.settle()
-		return err
+	for name, p := range r.ports {
+		if !r.cloud.world.ENIs[vpc.ENIID(name)].Attached {
+			p.close()
+			delete(r.ports, name)
+		}
 	}
-	var err error
-	r.ports, err = r.openPorts(r.cloud)
-	return err
+	return r.openPorts(r.cloud, r.ports)
 }
 
 func (r *runner) sendOne(b sending) error {

@@ -122,8 +122,8 @@ groups to all
 			t.Fatal(err)
 		}
 	}
-	ports, err := s.openPorts(c)
-	if err != nil {
+	ports := map[string]*port{}
+	if err := s.openPorts(c, ports); err != nil {
 		t.Fatal(err)
 	}
 	s.from, s.to = ports["from"], ports["to"]
@@ -257,26 +257,26 @@ func onOneCPU(fn func() error) error {
 	return <-done
 }
 
-// openPorts opens the interfaces of a cloud's script.
-func (s *stand) openPorts(c *cloud) (map[string]*port, error) {
+// openPorts waits for the fabric and opens those interfaces of a cloud's script
+// that are not in ports yet.
+func (s *stand) openPorts(c *cloud, ports map[string]*port) error {
 	namespaces, err := s.settle()
 	if err != nil {
-		return nil, err
+		return err
 	}
-	ports := map[string]*port{}
 	for name, e := range c.world.ENIs {
-		if !e.Attached {
+		if !e.Attached || ports[string(name)] != nil {
 			continue
 		}
 		netns := namespaces[c.ids[string(e.Instance)]]
 		if !nl.ExistsNamed(filepath.Base(netns)) {
-			return ports, fmt.Errorf("instance %s of %s has no namespace", e.Instance, name)
+			return fmt.Errorf("instance %s of %s has no namespace", e.Instance, name)
 		}
 		p, err := openPort(netns, c.macs[name])
 		if err != nil {
-			return ports, err
+			return err
 		}
 		ports[string(name)] = p
 	}
-	return ports, nil
+	return nil
 }

@@ -25,6 +25,9 @@ func (w *World) route(from *ENI, p *Packet) (to *ENI, rule, why string) {
 	if p.Dst.IsMulticast() || p.Dst == netip.AddrFrom4([4]byte{255, 255, 255, 255}) {
 		return nil, "multicast", "no broadcast, no multicast"
 	}
+	if p.Dst.Is4() && p.Dst.IsLinkLocalUnicast() && !w.Settings.LinkLocalRouted {
+		return nil, "link-local", "no router forwards link-local addresses"
+	}
 	for _, c := range unforwarded {
 		if c.Contains(p.Dst) {
 			return nil, "link-local", "addresses of the VPC's services are not forwarded"

@@ -35,6 +35,11 @@ type Settings struct {
 	// the sending VPC's CIDR. The facts: "no transit", and "uRPF not applied".
 	PeeringChecksSource bool
 
+	// LinkLocalRouted: routes hold for 169.254.0.0/16 outside 169.254.168.0/22.
+	// The facts except that /22 alone; RFC 3927 section 7 forbids routers to
+	// forward any of it.
+	LinkLocalRouted bool
+
 	// Idle timeouts that the facts leave open. OtherTimeout is from "reply
 	// accepted within 600 s". TCPHandshake holds until the answer to a SYN is
 	// acknowledged, TCPClosed after a RST, or a FIN of each side: the segments
