@@ -29,7 +29,7 @@ enum drop_reason {
 	DROP_SOURCE_MAC, /* Ethernet source is not the ENI's MAC */
 	DROP_SOURCE_ADDRESS, /* source check: not one of the ENI's addresses */
 	DROP_DEST_ADDRESS, /* destination check of the receiving ENI */
-	DROP_NO_ROUTE, /* outside all routes of the VPC */
+	DROP_NO_ROUTE, /* outside all routes of the subnet */
 	DROP_NO_TARGET, /* inside the VPC, but no ENI holds the address */
 	DROP_UNKNOWN_MAC, /* to a MAC that is neither router's nor an ENI's of the subnet */
 	DROP_MULTICAST, /* broadcast and multicast, other than an ARP request */
@@ -39,6 +39,13 @@ enum drop_reason {
 	DROP_ARP_SPOOFED, /* ARP whose sender fields are not the ENI's */
 	DROP_ARP_UNANSWERED, /* ARP to which no answer is due */
 	DROP_NOT_SERVICE, /* the fabric's stack sent something that is no service's answer */
+	DROP_SG_EGRESS, /* the sender's security groups */
+	DROP_SG_INGRESS, /* the receiver's security groups */
+	DROP_FRAGMENT, /* a later fragment whose first did not pass before it */
+	DROP_FLOWS_FULL, /* no room to track one more flow */
+	DROP_ACL_EGRESS, /* the network ACL of the sender's subnet */
+	DROP_ACL_INGRESS, /* the network ACL of the receiver's subnet */
+	DROP_BLACKHOLE, /* a route whose target is gone, or is not of these wires */
 	DROP_REASONS, /* how many there are */
 };
 
@@ -49,6 +56,8 @@ enum eni_flag {
 
 enum route_kind {
 	ROUTE_LOCAL = 1, /* to whatever ENI holds the address */
+	ROUTE_ENI, /* to target, whose address that of the packet is not */
+	ROUTE_BLACKHOLE, /* to what is not there */
 };
 
 struct address {
@@ -75,6 +84,7 @@ struct eni {
 	__u8 mac[6];
 	__u16 device_index; /* the guest end is called eth%u */
 	__u32 pad;
+	__u64 table; /* number of its subnet's route table */
 	__u64 guest; /* inode of the guest's namespace when the pair was made */
 	char id[32]; /* "eni-…", for who reads the map */
 };
@@ -87,14 +97,16 @@ struct station {
 	__u8 pad[2];
 };
 
+/* An LPM key is packed: its bits begin behind prefixlen. */
 struct route_key {
-	__u32 prefixlen; /* 32 bits of VNI included */
-	__u32 vni;
+	__u32 prefixlen; /* 64 bits of table included */
+	__u32 table[2]; /* number of the table, low half first */
 	__u8 addr[16];
 };
 
 struct route {
 	enum route_kind kind;
+	struct target target; /* ROUTE_ENI */
 };
 
 /*
@@ -191,6 +203,9 @@ static __always_inline int drop(__u32 ifindex, enum drop_reason reason)
 	return TCX_DROP;
 }
 
+#include "fabric_gate.h"
+#include "fabric_acl.h"
+
 static __always_inline void set_address(struct address *a, __u32 vni, __be32 ip)
 {
 	__builtin_memset(a, 0, sizeof(*a));
@@ -208,9 +223,9 @@ static __always_inline struct target *mapping(__u32 vni, __be32 ip)
 	return bpf_map_lookup_elem(&mappings, &key);
 }
 
-static __always_inline struct route *route_to(__u32 vni, __be32 ip)
+static __always_inline struct route *route_to(__u64 table, __be32 ip)
 {
-	struct route_key key = {.prefixlen = 32 + 128, .vni = vni};
+	struct route_key key = {.prefixlen = 64 + 128, .table = {table, table >> 32}};
 
 	key.addr[10] = 0xff;
 	key.addr[11] = 0xff;
@@ -383,13 +398,17 @@ static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct e
 {
 	__u32 ifindex = skb->ifindex;
 	struct station station = {};
-	struct target *t, *owner;
+	struct target *t, *owner, *holder;
+	struct packet packet = {};
+	enum drop_reason reason;
 	struct counters *c;
 	__u8 router[6], source[6];
 	struct ethhdr *eth;
 	struct iphdr *iph;
 	struct size size;
 	struct route *r;
+	__u32 receiver;
+	int crosses;
 
 	if ((void *)(long)skb->data + ETH_HLEN + sizeof(*iph) > (void *)(long)skb->data_end &&
 	    bpf_skb_pull_data(skb, ETH_HLEN + sizeof(*iph)))
@@ -409,11 +428,11 @@ static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct e
 	    iph->daddr == bpf_htonl(0xffffffff))
 		return drop(ifindex, DROP_MULTICAST);
 
-	if (self->flags & ENI_SOURCE_DEST_CHECK) {
-		owner = mapping(self->vni, iph->saddr);
-		if (!owner || owner->ifindex != ifindex)
-			return drop(ifindex, DROP_SOURCE_ADDRESS);
-	}
+	owner = mapping(self->vni, iph->saddr);
+	if (owner && owner->ifindex != ifindex)
+		owner = 0;
+	if (!owner && (self->flags & ENI_SOURCE_DEST_CHECK))
+		return drop(ifindex, DROP_SOURCE_ADDRESS);
 
 	measure(skb, iph, &size);
 	if (size.longest > mtu)
@@ -430,12 +449,25 @@ static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct e
 			bpf_skb_change_type(skb, PACKET_HOST);
 			return TCX_PASS;
 		}
-		r = route_to(self->vni, iph->daddr);
-		if (!r || r->kind != ROUTE_LOCAL)
+		/* No route is followed to link-local addresses (VPC user guide). */
+		if (link_local(iph->daddr))
 			return drop(ifindex, DROP_NO_ROUTE);
-		t = mapping(self->vni, iph->daddr);
-		if (!t)
-			return drop(ifindex, DROP_NO_TARGET);
+		holder = mapping(self->vni, iph->daddr);
+		r = route_to(self->table, iph->daddr);
+		if (!r)
+			return drop(ifindex, DROP_NO_ROUTE);
+		/* Within a subnet the route is always local (VPC user guide). */
+		if (r->kind == ROUTE_LOCAL || (iph->daddr & self->netmask) == self->subnet) {
+			t = holder;
+			if (!t)
+				return drop(ifindex, DROP_NO_TARGET);
+		} else if (r->kind == ROUTE_ENI) {
+			t = &r->target;
+			if (holder && holder->ifindex != t->ifindex)
+				holder = 0;
+		} else {
+			return drop(ifindex, DROP_BLACKHOLE);
+		}
 		__builtin_memcpy(source, router, 6);
 	} else {
 		station.vni = self->vni;
@@ -444,19 +476,38 @@ static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct e
 		t = bpf_map_lookup_elem(&stations, &station);
 		if (!t)
 			return drop(ifindex, DROP_UNKNOWN_MAC);
+		holder = mapping(self->vni, iph->daddr);
+		if (holder && holder->ifindex != t->ifindex)
+			holder = 0;
 		__builtin_memcpy(source, self->mac, 6);
 	}
 
+	reason = parse(skb, iph, &packet);
+	if (reason)
+		return drop(ifindex, reason);
+	packet.packets = size.packets;
+	packet.bytes = size.bytes;
+	receiver = t->ifindex;
+	reason = gate(&packet, ifindex, EGRESS, holder ? receiver : 0);
+	if (reason)
+		return drop(ifindex, reason);
+	crosses = t->subnet != self->subnet;
+	if (crosses && !acl_allows(&packet, self->vni, self->subnet, EGRESS))
+		return drop(ifindex, DROP_ACL_EGRESS);
 	c = bpf_map_lookup_elem(&counts, &ifindex);
 	if (c) {
 		c->tx_packets += size.packets;
 		c->tx_bytes += size.bytes;
 	}
-	if (t->flags & ENI_SOURCE_DEST_CHECK) {
-		owner = mapping(self->vni, iph->daddr);
-		if (!owner || owner->ifindex != t->ifindex)
-			return drop(t->ifindex, DROP_DEST_ADDRESS);
-	}
+	if (!holder && (t->flags & ENI_SOURCE_DEST_CHECK))
+		return drop(receiver, DROP_DEST_ADDRESS);
+	if (crosses && !acl_allows(&packet, self->vni, t->subnet, INGRESS))
+		return drop(receiver, DROP_ACL_INGRESS);
+	reason = gate(&packet, receiver, INGRESS, owner ? ifindex : 0);
+	if (reason)
+		return drop(receiver, reason);
+	if (packet.first_fragment)
+		remember_fragment(ifindex, &packet);
 	return deliver(skb, eth, t, source, &size);
 }
 

@@ -16,6 +16,13 @@ type (
 	AttachmentID    string // eni-attach-0123456789abcdef0
 	InstanceID      string // i-0123456789abcdef0
 	SecurityGroupID string // sg-0123456789abcdef0
+	RouteTableID    string // rtb-0123456789abcdef0
+	NetworkACLID    string // acl-0123456789abcdef0
+	GatewayID       string // igw-0123456789abcdef0
+	NATGatewayID    string // nat-0123456789abcdef0
+	AllocationID    string // eipalloc-0123456789abcdef0
+	PeeringID       string // pcx-0123456789abcdef0
+	PrefixListID    string // pl-0123456789abcdef0
 )
 
 // NewID returns prefix + "-" + 17 random hexadecimal digits.

@@ -210,6 +210,15 @@ func (a *admin) settled(ctx context.Context) error {
 	return nil
 }
 
+// enforce waits for the fabric after a call that is committed already: should
+// the fabric be in trouble, the call has succeeded all the same, and health
+// tells.
+func (a *admin) enforce(ctx context.Context) {
+	if err := a.settled(ctx); err != nil && ctx.Err() == nil {
+		a.options.Logger.Warn("call answered before the fabric does what it says", "err", err)
+	}
+}
+
 func (a *admin) netns(name string) string {
 	if a.fabric == nil {
 		return ""

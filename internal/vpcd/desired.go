@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strconv"
+	"time"
 
 	"github.com/underlay-cni/underlay/internal/vpc"
 	"github.com/underlay-cni/underlay/internal/vpcd/fabric"
@@ -42,10 +44,19 @@ func desired(n names, state, mapping *store.State) (fabric.Config, error) {
 			continue
 		}
 		sub := fabric.Subnet{ID: s.ID, VNI: v.VNI, CIDR: s.CIDR}
-		for _, a := range v.CIDRs {
-			sub.VPCCIDRs = append(sub.VPCCIDRs, a.CIDR)
+		if t := state.TableOf(s.ID); t != nil {
+			sub.Table = t.ID
+		}
+		if l := state.ACLOf(s.ID); l != nil {
+			sub.ACL = l.ID
 		}
 		c.Subnets = append(c.Subnets, sub)
+	}
+	for _, t := range state.RouteTables.All() {
+		c.Tables = append(c.Tables, table(state, t))
+	}
+	for _, l := range state.ACLs.All() {
+		c.ACLs = append(c.ACLs, acl(l))
 	}
 	for _, i := range state.Instances.All() {
 		if lives(i) {
@@ -54,6 +65,9 @@ func desired(n names, state, mapping *store.State) (fabric.Config, error) {
 	}
 	for _, s := range state.Services.All() {
 		c.Guests = append(c.Guests, fabric.Guest{Netns: n.service(s.Name)})
+	}
+	for _, g := range state.Groups.All() {
+		c.Groups = append(c.Groups, group(state, g))
 	}
 	primaries := map[addrOf]vpc.ENIID{}
 	for _, e := range state.ENIs.All() {
@@ -78,7 +92,9 @@ type addrOf struct {
 
 // iface is an ENI as the fabric should have it, or nil.
 func iface(n names, state, mapping *store.State, primaries map[addrOf]vpc.ENIID, e *store.ENI) (*fabric.Interface, error) {
-	i := &fabric.Interface{ID: e.ID, Subnet: e.Subnet, Primary: e.Primary, SourceDestCheck: e.SourceDestCheck}
+	i := &fabric.Interface{
+		ID: e.ID, Subnet: e.Subnet, Primary: e.Primary, SourceDestCheck: e.SourceDestCheck, Groups: e.Groups, Timeouts: timeouts(e.Conntrack),
+	}
 	switch {
 	case e.Service != "":
 		i.Guest, i.Configure = n.service(e.Service), true
@@ -91,6 +107,9 @@ func iface(n names, state, mapping *store.State, primaries map[addrOf]vpc.ENIID,
 		}
 		i.Guest, i.DeviceIndex = n.instance(in.ID), e.Attachment.DeviceIndex
 		i.Configure = e.Attachment.DeviceIndex == 0
+		if limits, ok := vpc.LimitsOf(in.Type); ok && i.Timeouts.TCPEstablished == 0 {
+			i.Timeouts.TCPEstablished = time.Duration(limits.TCPEstablished) * time.Second
+		}
 	}
 	v := state.VPC(e.VPC)
 	if v == nil {
@@ -119,6 +138,117 @@ func iface(n names, state, mapping *store.State, primaries map[addrOf]vpc.ENIID,
 	}
 	return i, nil
 }
+
+func timeouts(c store.Conntrack) fabric.IdleTimeouts {
+	return fabric.IdleTimeouts{
+		TCPEstablished: time.Duration(c.TCPEstablished) * time.Second,
+		UDP:            time.Duration(c.UDP) * time.Second,
+		UDPStream:      time.Duration(c.UDPStream) * time.Second,
+	}
+}
+
+// table is a route table as the fabric should have it. What leads to a gateway
+// leads nowhere yet.
+func table(state *store.State, t *store.RouteTable) fabric.RouteTable {
+	out := fabric.RouteTable{ID: t.ID}
+	seen := map[netip.Prefix]bool{}
+	add := func(to netip.Prefix, r store.Route) {
+		if seen[to] {
+			return
+		}
+		seen[to] = true
+		f := fabric.Route{CIDR: to, Local: r.Target.Local}
+		if state.RouteState(t, r) == store.RouteActive {
+			f.ENI = r.Target.ENI
+		}
+		out.Routes = append(out.Routes, f)
+	}
+	routes := state.RoutesOf(t)
+	for _, r := range routes {
+		if r.CIDR.IsValid() {
+			add(r.CIDR, r)
+		}
+	}
+	// A route to a block beats one to a list that has the same block. Of two
+	// lists, one wins, always the same (VPC user guide, "Route priority and
+	// prefix lists"); that it is the older is a choice.
+	for _, r := range routes {
+		for _, block := range blocks(state, r.PrefixList) {
+			add(block, r)
+		}
+	}
+	return out
+}
+
+// blocks returns what is in a prefix list, nothing if it is not there.
+func blocks(state *store.State, id vpc.PrefixListID) (out []netip.Prefix) {
+	if l := state.PrefixList(id); l != nil {
+		for _, e := range l.Entries() {
+			out = append(out, e.CIDR)
+		}
+	}
+	return out
+}
+
+// acl is a network ACL as the fabric should have it.
+func acl(l *store.NetworkACL) fabric.ACL {
+	out := fabric.ACL{ID: l.ID}
+	for _, e := range l.Entries { // by direction and number
+		f := fabric.ACLEntry{Protocol: e.Protocol, From: e.From, To: e.To, CIDR: e.CIDR, Allow: e.Allow}
+		if e.Protocol == protoICMP {
+			f.From, f.To = e.ICMPType, e.ICMPCode
+		}
+		if e.Egress {
+			out.Egress = append(out.Egress, f)
+		} else {
+			out.Ingress = append(out.Ingress, f)
+		}
+	}
+	return out
+}
+
+const protoICMP = 1
+
+// group is a security group as the fabric should have it.
+func group(state *store.State, g *store.Group) fabric.Group {
+	out := fabric.Group{ID: g.ID}
+	for _, r := range g.Rules {
+		f := fabric.Rule{Protocol: protocol(r.Protocol), From: r.From, To: r.To, Group: r.Group}
+		if r.CIDR.IsValid() {
+			f.Peers = []netip.Prefix{r.CIDR}
+		} else if r.PrefixList != "" {
+			f.Peers = blocks(state, vpc.PrefixListID(r.PrefixList))
+		}
+		if r.Egress {
+			out.Egress = append(out.Egress, f)
+		} else {
+			out.Ingress = append(out.Ingress, f)
+		}
+	}
+	return out
+}
+
+// protocol is the number of a rule's protocol. One that is none is refused by
+// the fabric, which then allows less.
+func protocol(name string) int {
+	switch name {
+	case "tcp":
+		return 6
+	case "udp":
+		return 17
+	case "icmp":
+		return protoICMP
+	case "icmpv6":
+		return 58
+	}
+	n, err := strconv.Atoi(name) // "-1" is fabric.AllProtocols
+	if err != nil {
+		return noProtocol
+	}
+	return n
+}
+
+const noProtocol = -2
 
 func single(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
 

@@ -100,6 +100,30 @@ func TestDesired(t *testing.T) {
 		tx.PutENI(managed)
 		tx.PutService(&store.Service{Name: "db-1", ENI: managed.ID})
 		tx.PutInstance(&store.Instance{ID: "i-00000000000000002", State: store.Terminated})
+		second.Conntrack = store.Conntrack{TCPEstablished: 60, UDP: 31, UDPStream: 61}
+		tx.PutPrefixList(&store.PrefixList{ID: "pl-1", Versions: []store.PrefixListVersion{{Entries: []store.PrefixListEntry{{CIDR: prefix("10.9.1.0/24")}, {CIDR: prefix("10.9.2.0/24")}}}}})
+		main, def := *tx.MainTable(testVPC), *tx.DefaultACL(testVPC)
+		main.Routes = []store.Route{
+			{PrefixList: "pl-1", Target: store.Target{ENI: "eni-00000000000000001"}},
+			{CIDR: prefix("10.9.0.0/24"), Target: store.Target{ENI: "eni-00000000000000001"}},
+			{CIDR: prefix("10.9.1.0/24"), Target: store.Target{ENI: "eni-00000000000000004"}},
+			{CIDR: prefix("0.0.0.0/0"), Target: store.Target{Gateway: "igw-1"}},
+		}
+		tx.PutRouteTable(&main)
+		def.Entries = []store.ACLEntry{
+			{Number: 1, Protocol: 6, From: 80, To: 81, CIDR: prefix("0.0.0.0/0"), Allow: true},
+			{Number: 2, Protocol: 1, ICMPType: 8, ICMPCode: -1, CIDR: prefix("10.0.0.0/8")},
+			{Number: 1, Egress: true, Protocol: -1, CIDR: prefix("0.0.0.0/0"), Allow: true},
+		}
+		tx.PutACL(&def)
+		tx.PutGroup(&store.Group{ID: "sg-1", VPC: testVPC, Name: "web", Rules: []store.Rule{
+			{ID: "sgr-1", Protocol: "tcp", From: 80, To: 81, CIDR: prefix("0.0.0.0/0")},
+			{ID: "sgr-2", Protocol: "icmp", From: 8, To: -1, Group: "sg-1"},
+			{ID: "sgr-3", Egress: true, Protocol: "-1", From: -1, To: -1, CIDR: prefix("2001:db8::/32")},
+			{ID: "sgr-4", Egress: true, Protocol: "47", From: -1, To: -1, CIDR: prefix("10.0.0.0/8")},
+			{ID: "sgr-5", Egress: true, Protocol: "udp", From: 53, To: 53, PrefixList: "pl-1"},
+			{ID: "sgr-6", Egress: true, Protocol: "nonsense", CIDR: prefix("10.0.0.0/8")},
+		}})
 	})
 	got, err := desired(names{"demo"}, w.View(), w.View())
 	if err != nil {
@@ -107,15 +131,43 @@ func TestDesired(t *testing.T) {
 	}
 	node := "ul-demo-i-00000000000000001"
 	want := fabric.Config{
-		Subnets: []fabric.Subnet{{ID: testSubnet, VNI: 7, CIDR: prefix("10.0.1.0/24"), VPCCIDRs: []netip.Prefix{prefix("10.0.0.0/16"), prefix("100.64.0.0/16")}}},
-		Guests:  []fabric.Guest{{Netns: node}, {Netns: "ul-demo-svc-db-1"}},
+		Subnets: []fabric.Subnet{{ID: testSubnet, VNI: 7, CIDR: prefix("10.0.1.0/24"), Table: w.View().MainTable(testVPC).ID, ACL: w.View().DefaultACL(testVPC).ID}},
+		Tables: []fabric.RouteTable{{ID: w.View().MainTable(testVPC).ID, Routes: []fabric.Route{
+			{CIDR: prefix("10.0.0.0/16"), Local: true}, {CIDR: prefix("100.64.0.0/16"), Local: true},
+			{CIDR: prefix("10.9.0.0/24"), ENI: "eni-00000000000000001"},
+			{CIDR: prefix("10.9.1.0/24")}, // an interface that is not attached
+			{CIDR: prefix("0.0.0.0/0")},   // a gateway
+			{CIDR: prefix("10.9.2.0/24"), ENI: "eni-00000000000000001"},
+		}}},
+		ACLs: []fabric.ACL{{
+			ID:      w.View().DefaultACL(testVPC).ID,
+			Ingress: []fabric.ACLEntry{{Protocol: 6, From: 80, To: 81, CIDR: prefix("0.0.0.0/0"), Allow: true}, {Protocol: 1, From: 8, To: -1, CIDR: prefix("10.0.0.0/8")}},
+			Egress:  []fabric.ACLEntry{{Protocol: -1, CIDR: prefix("0.0.0.0/0"), Allow: true}},
+		}},
+		Guests: []fabric.Guest{{Netns: node}, {Netns: "ul-demo-svc-db-1"}},
+		Groups: []fabric.Group{{
+			ID: "sg-1",
+			Ingress: []fabric.Rule{
+				{Protocol: 6, From: 80, To: 81, Peers: []netip.Prefix{prefix("0.0.0.0/0")}},
+				{Protocol: 1, From: 8, To: -1, Group: "sg-1"},
+			},
+			Egress: []fabric.Rule{
+				{Protocol: -1, From: -1, To: -1, Peers: []netip.Prefix{prefix("2001:db8::/32")}},
+				{Protocol: 47, From: -1, To: -1, Peers: []netip.Prefix{prefix("10.0.0.0/8")}},
+				{Protocol: 17, From: 53, To: 53, Peers: []netip.Prefix{prefix("10.9.1.0/24"), prefix("10.9.2.0/24")}},
+				{Protocol: noProtocol, Peers: []netip.Prefix{prefix("10.0.0.0/8")}},
+			},
+		}},
 		Interfaces: []fabric.Interface{
 			{ID: "eni-00000000000000001", VNI: 7, Subnet: testSubnet, MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}, Guest: node, DeviceIndex: 0,
-				Primary: addr("10.0.1.10"), Addresses: []netip.Prefix{prefix("10.0.1.10/32")}, SourceDestCheck: true, Configure: true},
+				Primary: addr("10.0.1.10"), Addresses: []netip.Prefix{prefix("10.0.1.10/32")}, SourceDestCheck: true, Configure: true,
+				Groups: []vpc.SecurityGroupID{"sg-1"}, Timeouts: fabric.IdleTimeouts{TCPEstablished: 432000 * time.Second}},
 			{ID: "eni-00000000000000002", VNI: 7, Subnet: testSubnet, MAC: net.HardwareAddr{2, 0, 0, 0, 0, 2}, Guest: node, DeviceIndex: 1,
-				Primary: addr("10.0.1.11"), Addresses: []netip.Prefix{prefix("10.0.1.11/32"), prefix("10.0.1.12/32"), prefix("10.0.1.32/28")}},
+				Primary: addr("10.0.1.11"), Addresses: []netip.Prefix{prefix("10.0.1.11/32"), prefix("10.0.1.12/32"), prefix("10.0.1.32/28")},
+				Groups: []vpc.SecurityGroupID{"sg-1"}, Timeouts: fabric.IdleTimeouts{TCPEstablished: time.Minute, UDP: 31 * time.Second, UDPStream: 61 * time.Second}},
 			{ID: "eni-00000000000000005", VNI: 7, Subnet: testSubnet, MAC: net.HardwareAddr{2, 0, 0, 0, 0, 5}, Guest: "ul-demo-svc-db-1", DeviceIndex: 0,
-				Primary: addr("10.0.1.15"), Addresses: []netip.Prefix{prefix("10.0.1.15/32")}, SourceDestCheck: true, Configure: true},
+				Primary: addr("10.0.1.15"), Addresses: []netip.Prefix{prefix("10.0.1.15/32")}, SourceDestCheck: true, Configure: true,
+				Groups: []vpc.SecurityGroupID{"sg-1"}},
 		},
 	}
 	if d := cmp.Diff(want, got, ignoreOrder, compareNetip); d != "" {

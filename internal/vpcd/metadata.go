@@ -84,6 +84,9 @@ func (m *metadata) iface(state *store.State, e *store.ENI) imds.Interface {
 		Subnet: e.Subnet, VPC: e.VPC, Primary: e.Primary, Secondary: e.Secondary, Prefixes: e.Prefixes,
 		GroupIDs: e.Groups, OwnerID: m.account,
 	}
+	for x := range state.ElasticsOf(e.ID) {
+		n.Elastic = append(n.Elastic, imds.Elastic{Public: x.Public, Private: x.Private})
+	}
 	if s := state.Subnet(e.Subnet); s != nil {
 		n.SubnetCIDR = s.CIDR
 	}

@@ -74,6 +74,10 @@ func Run(ctx context.Context, o Options) (err error) {
 	ec2 := api.New(api.Options{Store: state, Chaos: control, Region: o.Region, Account: o.Account, Zones: o.Zones, Logger: o.Logger})
 	state.KeepHistory(func() time.Duration { s := control.Get(); return s.LongestLag() })
 	handlers := ec2.Handlers()
+	adm := &admin{options: o, chaos: control, store: state, api: ec2}
+	for _, action := range enforced {
+		handlers[action] = handlers[action].Then(adm.enforce)
+	}
 	guard, err := iam.Load(o.Policies, ec2.Needs)
 	if err != nil {
 		return err
@@ -86,7 +90,7 @@ func Run(ctx context.Context, o Options) (err error) {
 	}
 	source := &metadata{store: state, lag: func() time.Duration { return control.Get().IMDSLag }, now: time.Now, account: o.Account, region: o.Region, zoneIDs: ids}
 
-	adm := &admin{options: o, chaos: control, store: state, api: ec2, calls: calls}
+	adm.calls = calls
 	servers := []*http.Server{httpServer(adm.wrap(ec2Handler), o.Logger)}
 	jobs := []func(context.Context) error{ec2.Run}
 	if !o.NoFabric {
@@ -106,7 +110,7 @@ func Run(ctx context.Context, o Options) (err error) {
 		}
 		source.mapped = adm.fabric.mapped
 		servers = append(servers, inside)
-		jobs = append(jobs, adm.fabric.Run)
+		jobs = append(jobs, adm.fabric.Run, func(ctx context.Context) error { return expire(ctx, f, o.Logger) })
 	}
 
 	group, ctx := errgroup.WithContext(ctx)
@@ -125,6 +129,16 @@ func Run(ctx context.Context, o Options) (err error) {
 	err = group.Wait()
 	o.Logger.Info("vpcd stops", "name", o.Name)
 	return err
+}
+
+// enforced are the actions that are answered only when the fabric does what
+// they say: those that open or close a way for packets between interfaces that
+// stand.
+var enforced = []string{
+	"AuthorizeSecurityGroupEgress", "AuthorizeSecurityGroupIngress", "RevokeSecurityGroupEgress", "RevokeSecurityGroupIngress",
+	"ModifySecurityGroupRules", "ModifyManagedPrefixList", "ModifyNetworkInterfaceAttribute",
+	"CreateNetworkAclEntry", "ReplaceNetworkAclEntry", "DeleteNetworkAclEntry", "ReplaceNetworkAclAssociation",
+	"CreateRoute", "ReplaceRoute", "DeleteRoute", "AssociateRouteTable", "DisassociateRouteTable", "ReplaceRouteTableAssociation",
 }
 
 // zoneIDs asks the API for its zones' ids, by name.
@@ -147,6 +161,29 @@ func httpServer(h http.Handler, log *slog.Logger) *http.Server {
 	return &http.Server{
 		Handler: h, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute,
 		MaxHeaderBytes: 64 << 10, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}
+}
+
+// expireEvery is how often idle flows make room for others. At 2,000
+// connections per second, those that are closed and not removed yet take up a
+// quarter of the table.
+const expireEvery = 5 * time.Second
+
+// expire removes idle flows from the fabric until ctx ends.
+func expire(ctx context.Context, f *fabric.Fabric, log *slog.Logger) error {
+	tick := time.NewTicker(expireEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		if n, err := f.ExpireFlows(); err != nil {
+			log.Error("idle flows not removed", "err", err)
+		} else if n > 0 {
+			log.Debug("idle flows removed", "flows", n)
+		}
 	}
 }
 

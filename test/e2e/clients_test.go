@@ -115,9 +115,13 @@ func startVPCD(t *testing.T) *vpcdAlone {
 	return v
 }
 
+// newer are the actions that packaged versions of the AWS CLI and boto3 do not
+// know yet (2.9 and 1.26 do not). The Go SDK drives them.
+var newer = []string{"GetSecurityGroupsForVpc"}
+
 // complete fails the test for each action with a handler that no client drove
-// to success.
-func (v *vpcdAlone) complete(t *testing.T) {
+// to success, but for those that the client does not know.
+func (v *vpcdAlone) complete(t *testing.T, unknown ...string) {
 	t.Helper()
 	s, err := store.Open(filepath.Join(t.TempDir(), "state.db"), store.Options{})
 	if err != nil {
@@ -127,23 +131,25 @@ func (v *vpcdAlone) complete(t *testing.T) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	for _, action := range slices.Sorted(maps.Keys(api.New(api.Options{Store: s, Chaos: chaos.New(nil)}).Handlers())) {
-		if !v.done[action] {
+		if !v.done[action] && !slices.Contains(unknown, action) {
 			t.Errorf("%s was not driven", action)
 		}
 	}
 }
 
-// TestBoto3DrivesEveryHandler runs testdata/clients.py.
+// TestBoto3DrivesEveryHandler runs testdata/clients.py and networks.py.
 func TestBoto3DrivesEveryHandler(t *testing.T) {
 	testenv.Require(t, "boto3")
 	t.Parallel()
 	v := startVPCD(t)
-	cmd := exec.Command(testenv.Tool("python3"), "testdata/clients.py", v.URL)
-	cmd.Env = append(os.Environ(), "AWS_EC2_METADATA_DISABLED=true")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("clients.py: %v\n%s", err, out)
+	for _, script := range []string{"clients.py", "networks.py"} {
+		cmd := exec.Command(testenv.Tool("python3"), "-B", "testdata/"+script, v.URL)
+		cmd.Env = append(os.Environ(), "AWS_EC2_METADATA_DISABLED=true")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v\n%s", script, err, out)
+		}
 	}
-	v.complete(t)
+	v.complete(t, newer...)
 }
 
 // cli is the AWS CLI against one vpcd.
@@ -208,11 +214,24 @@ func TestAWSCLIDrivesEveryHandler(t *testing.T) {
 	testenv.Require(t, "aws")
 	t.Parallel()
 	v := startVPCD(t)
+	settings, err := http.NewRequestWithContext(t.Context(), http.MethodPut, v.URL+"/_vpcd/chaos", strings.NewReader(`{"quotas":{"vpcs":20}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r, err := http.DefaultClient.Do(settings); err != nil || r.StatusCode != http.StatusOK {
+		t.Fatalf("more VPCs at a time: %v %v", r, err)
+	} else if err := r.Body.Close(); err != nil {
+		t.Fatal(err)
+	}
 	t.Run("by two", func(t *testing.T) {
 		t.Run("networks", func(t *testing.T) { t.Parallel(); cliNetworks(cli{t, v.URL}) })
 		t.Run("instances", func(t *testing.T) { t.Parallel(); cliInstances(cli{t, v.URL}) })
+		t.Run("groups", func(t *testing.T) { t.Parallel(); cliGroups(cli{t, v.URL}) })
+		t.Run("gateways", func(t *testing.T) { t.Parallel(); cliGateways(cli{t, v.URL}) })
+		t.Run("peerings", func(t *testing.T) { t.Parallel(); cliPeerings(cli{t, v.URL}) })
+		t.Run("routing", func(t *testing.T) { t.Parallel(); cliRouting(cli{t, v.URL}) })
 	})
-	v.complete(t)
+	v.complete(t, newer...)
 }
 
 func cliNetworks(c cli) {
@@ -498,6 +517,9 @@ func TestGoSDKDrivesEveryHandler(t *testing.T) {
 		ok[*ec2.DeleteSubnetOutput](t)(c.DeleteSubnet(ctx, &ec2.DeleteSubnetInput{SubnetId: &n}))
 	}
 	ok[*ec2.DeleteVpcOutput](t)(c.DeleteVpc(ctx, &ec2.DeleteVpcInput{VpcId: vpc}))
+	sdkRouting(t, c)
+	sdkGroups(t, c)
+	sdkGateways(t, c)
 	v.complete(t)
 }
 

@@ -229,19 +229,31 @@ var eniAttributes = attributes[*store.ENI]{
 	"group-id": func(_ view, e *store.ENI) []string {
 		return collect(e.Groups, func(g vpc.SecurityGroupID) string { return string(g) })
 	},
-	"interface-type":       func(view, *store.ENI) []string { return []string{"interface"} },
-	"mac-address":          func(_ view, e *store.ENI) []string { return []string{e.MAC} },
-	"network-interface-id": func(_ view, e *store.ENI) []string { return []string{string(e.ID)} },
-	"operator.managed":     func(view, *store.ENI) []string { return []string{"false"} },
-	"owner-id":             func(v view, _ *store.ENI) []string { return []string{v.api.account} },
-	"private-dns-name":     func(v view, e *store.ENI) []string { return []string{v.api.dnsName(e.Primary)} },
-	"private-ip-address":   addresses,
-	"requester-id":         func(_ view, e *store.ENI) []string { return []string{e.RequesterID} },
-	"requester-managed":    func(_ view, e *store.ENI) []string { return []string{strconv.FormatBool(e.RequesterManaged)} },
-	"source-dest-check":    func(_ view, e *store.ENI) []string { return []string{strconv.FormatBool(e.SourceDestCheck)} },
-	"status":               func(_ view, e *store.ENI) []string { return []string{eniStatus(e)} },
-	"subnet-id":            func(_ view, e *store.ENI) []string { return []string{string(e.Subnet)} },
-	"vpc-id":               func(_ view, e *store.ENI) []string { return []string{string(e.VPC)} },
+	"interface-type": func(_ view, e *store.ENI) []string {
+		if e.NAT != "" {
+			return []string{"nat_gateway"}
+		}
+		return []string{"interface"}
+	},
+	"association.allocation-id":       associations(false, func(x *query.NetworkInterfaceAssociation) *string { return x.AllocationId }),
+	"association.association-id":      associations(false, func(x *query.NetworkInterfaceAssociation) *string { return x.AssociationId }),
+	"association.ip-owner-id":         associations(false, func(x *query.NetworkInterfaceAssociation) *string { return x.IpOwnerId }),
+	"association.public-ip":           associations(false, func(x *query.NetworkInterfaceAssociation) *string { return x.PublicIp }),
+	"association.public-dns-name":     associations(false, func(x *query.NetworkInterfaceAssociation) *string { return x.PublicDnsName }),
+	"addresses.association.owner-id":  associations(true, func(x *query.NetworkInterfaceAssociation) *string { return x.IpOwnerId }),
+	"addresses.association.public-ip": associations(true, func(x *query.NetworkInterfaceAssociation) *string { return x.PublicIp }),
+	"mac-address":                     func(_ view, e *store.ENI) []string { return []string{e.MAC} },
+	"network-interface-id":            func(_ view, e *store.ENI) []string { return []string{string(e.ID)} },
+	"operator.managed":                func(view, *store.ENI) []string { return []string{"false"} },
+	"owner-id":                        func(v view, _ *store.ENI) []string { return []string{v.api.account} },
+	"private-dns-name":                func(v view, e *store.ENI) []string { return []string{v.api.dnsName(e.Primary)} },
+	"private-ip-address":              addresses,
+	"requester-id":                    func(_ view, e *store.ENI) []string { return []string{e.RequesterID} },
+	"requester-managed":               func(_ view, e *store.ENI) []string { return []string{strconv.FormatBool(e.RequesterManaged)} },
+	"source-dest-check":               func(_ view, e *store.ENI) []string { return []string{strconv.FormatBool(e.SourceDestCheck)} },
+	"status":                          func(_ view, e *store.ENI) []string { return []string{eniStatus(e)} },
+	"subnet-id":                       func(_ view, e *store.ENI) []string { return []string{string(e.Subnet)} },
+	"vpc-id":                          func(_ view, e *store.ENI) []string { return []string{string(e.VPC)} },
 }
 
 func eniStatus(e *store.ENI) string {
@@ -320,10 +332,16 @@ func (v view) eni(e *store.ENI) query.NetworkInterface {
 		DenyAllIgwTraffic:     new(false),
 		Operator:              &query.Operator{Managed: new(false)},
 	}
+	if e.NAT != "" {
+		out.InterfaceType = new("nat_gateway")
+	}
+	if out.Association = v.association(e, e.Primary); out.Association != nil {
+		out.PublicDnsName = out.Association.PublicDnsName
+	}
 	out.ConnectionTrackingConfiguration = conntrack(e.Conntrack)
 	for i, x := range append([]netip.Addr{e.Primary}, e.Secondary...) {
 		out.PrivateIpAddressesSet = append(out.PrivateIpAddressesSet, query.NetworkInterfacePrivateIpAddress{
-			Primary: new(i == 0), PrivateIpAddress: new(x.String()), PrivateDnsName: new(v.api.dnsName(x)),
+			Primary: new(i == 0), PrivateIpAddress: new(x.String()), PrivateDnsName: new(v.api.dnsName(x)), Association: v.association(e, x),
 		})
 	}
 	out.Ipv4PrefixSet = ipv4Prefixes(e)

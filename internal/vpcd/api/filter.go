@@ -1,6 +1,7 @@
 package api
 
 import (
+	"maps"
 	"slices"
 	"strings"
 
@@ -39,6 +40,9 @@ func matcher[T any](v view, action string, filters []query.Filter, attrs attribu
 		}
 		key, isTag := strings.CutPrefix(name, "tag:")
 		known := query.Actions[action].Filters
+		if known == nil { // not published: those that are known here
+			known = append(slices.Collect(maps.Keys(attrs)), "tag", "tag-key")
+		}
 		switch {
 		case isTag && tags != nil && slices.ContainsFunc(known, func(k string) bool { return k == "tag" || strings.HasPrefix(k, "tag:") }):
 			tests = append(tests, test{func(v view, o T) []string {

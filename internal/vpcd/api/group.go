@@ -97,7 +97,8 @@ func (a *API) deleteSecurityGroup(_ context.Context, req *query.DeleteSecurityGr
 			}
 		}
 		for _, o := range tx.Groups.All() {
-			if o.ID != g.ID && slices.ContainsFunc(o.Rules, func(r store.Rule) bool { return r.Group == g.ID }) {
+			// In another VPC the rule stays and matches nothing.
+			if o.ID != g.ID && o.VPC == g.VPC && slices.ContainsFunc(o.Rules, func(r store.Rule) bool { return r.Group == g.ID }) {
 				return depends
 			}
 		}
@@ -219,16 +220,29 @@ func (v view) permissions(g *store.Group, egress bool) []query.IpPermission {
 				out[i].FromPort, out[i].ToPort = integer(r.From), integer(r.To)
 			}
 		}
-		addPeer(&out[i], r)
+		v.addPeer(&out[i], r)
+	}
+	return out
+}
+
+// groupPair describes the group that a rule names.
+func (v view) groupPair(r store.Rule) query.UserIdGroupPair {
+	out := query.UserIdGroupPair{
+		GroupId: text(r.Group), UserId: text(r.GroupOwner), Description: text(r.Description), VpcId: text(r.GroupVPC), VpcPeeringConnectionId: text(r.Peering),
+	}
+	if p := v.Peering(r.Peering); p != nil {
+		out.PeeringStatus = text(p.Status)
+	} else if r.Peering != "" {
+		out.PeeringStatus = text(store.PeeringDeleted)
 	}
 	return out
 }
 
 // addPeer adds the peer of a rule to a permission.
-func addPeer(p *query.IpPermission, r store.Rule) {
+func (v view) addPeer(p *query.IpPermission, r store.Rule) {
 	switch {
 	case r.Group != "":
-		p.Groups = append(p.Groups, query.UserIdGroupPair{GroupId: text(r.Group), UserId: text(r.GroupOwner), Description: text(r.Description)})
+		p.Groups = append(p.Groups, v.groupPair(r))
 	case r.PrefixList != "":
 		p.PrefixListIds = append(p.PrefixListIds, query.PrefixListId{PrefixListId: new(r.PrefixList), Description: text(r.Description)})
 	case r.CIDR.Addr().Is4():

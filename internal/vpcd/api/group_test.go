@@ -99,7 +99,7 @@ func TestGroupErrors(t *testing.T) {
 		{"InvalidParameterValue", "AuthorizeSecurityGroupIngress", perm("IpProtocol=-1", "IpRanges.1.CidrIp=10.0.0.0/33")},
 		{"InvalidParameterValue", "AuthorizeSecurityGroupIngress", perm("IpProtocol=-1", anyone, "IpRanges.2.CidrIp=0.0.0.0/0")},
 		{"InvalidGroup.NotFound", "AuthorizeSecurityGroupIngress", perm("IpProtocol=-1", "Groups.1.GroupId="+foreign)},
-		{"UnsupportedOperation", "AuthorizeSecurityGroupIngress", perm("IpProtocol=-1", "PrefixListIds.1.PrefixListId=pl-1")},
+		{"InvalidPrefixListId.Malformed", "AuthorizeSecurityGroupIngress", perm("IpProtocol=-1", "PrefixListIds.1.PrefixListId=pl-1")},
 		{"InvalidParameterCombination", "AuthorizeSecurityGroupIngress", append(perm("IpProtocol=-1", anyone), "IpProtocol=tcp", "FromPort=1", "ToPort=1", "CidrIp=0.0.0.0/0")},
 		{"InvalidParameterCombination", "RevokeSecurityGroupIngress", []string{"GroupId=" + g}},
 		{"InvalidSecurityGroupRuleId.NotFound", "DescribeSecurityGroupRules", []string{"SecurityGroupRuleId.1=sgr-00000000000000000"}},

@@ -21,6 +21,18 @@ var malformed = map[string]string{
 	"sg":             "InvalidGroupId.Malformed",
 	"sgr":            "InvalidSecurityGroupRuleId.Malformed",
 	"ami":            "InvalidAMIID.Malformed",
+	"rtb":            "InvalidRouteTableId.Malformed",
+	"rtbassoc":       "InvalidAssociationID.Malformed",
+	"acl":            "InvalidNetworkAclId.Malformed",
+	"aclassoc":       "InvalidAssociationID.Malformed",
+	"igw":            "InvalidInternetGatewayId.Malformed",
+	"nat":            "NatGatewayMalformed",
+	"eipalloc":       "InvalidAllocationID.Malformed",
+	"eipassoc":       "InvalidAssociationID.Malformed",
+	"pcx":            "InvalidVpcPeeringConnectionId.Malformed",
+	"pl":             "InvalidPrefixListId.Malformed",
+	"dopt":           "InvalidDhcpOptionsId.Malformed",
+	"fl":             "InvalidFlowLogId.Malformed",
 }
 
 func checkID(prefix, id string) error {
@@ -111,6 +123,82 @@ func findGroup(s *store.State, id string) (*store.Group, error) {
 		return g, nil
 	}
 	return nil, noGroup(id)
+}
+
+func findRouteTable(s *store.State, id string) (*store.RouteTable, error) {
+	if err := checkID("rtb", id); err != nil {
+		return nil, err
+	}
+	if t := s.RouteTable(vpc.RouteTableID(id)); t != nil {
+		return t, nil
+	}
+	return nil, query.Errorf("InvalidRouteTableID.NotFound", "The routeTable ID '%s' does not exist", id)
+}
+
+func findACL(s *store.State, id string) (*store.NetworkACL, error) {
+	if err := checkID("acl", id); err != nil {
+		return nil, err
+	}
+	if l := s.ACL(vpc.NetworkACLID(id)); l != nil {
+		return l, nil
+	}
+	return nil, query.Errorf("InvalidNetworkAclID.NotFound", "The networkAcl ID '%s' does not exist", id)
+}
+
+func findGateway(s *store.State, id string) (*store.InternetGateway, error) {
+	if err := checkID("igw", id); err != nil {
+		return nil, err
+	}
+	if g := s.Gateway(vpc.GatewayID(id)); g != nil {
+		return g, nil
+	}
+	return nil, query.Errorf("InvalidInternetGatewayID.NotFound", "The internetGateway ID '%s' does not exist", id)
+}
+
+func findNAT(s *store.State, id string) (*store.NATGateway, error) {
+	if err := checkID("nat", id); err != nil {
+		return nil, err
+	}
+	if n := s.NAT(vpc.NATGatewayID(id)); n != nil {
+		return n, nil
+	}
+	return nil, query.Errorf("NatGatewayNotFound", "The Nat Gateway %s was not found", id)
+}
+
+func findPeering(s *store.State, id string) (*store.Peering, error) {
+	if err := checkID("pcx", id); err != nil {
+		return nil, err
+	}
+	if p := s.Peering(vpc.PeeringID(id)); p != nil {
+		return p, nil
+	}
+	return nil, query.Errorf("InvalidVpcPeeringConnectionID.NotFound", "The vpcPeeringConnection ID '%s' does not exist", id)
+}
+
+func findPrefixList(s *store.State, id string) (*store.PrefixList, error) {
+	if err := checkID("pl", id); err != nil {
+		return nil, err
+	}
+	if p := s.PrefixList(vpc.PrefixListID(id)); p != nil {
+		return p, nil
+	}
+	return nil, query.Errorf("InvalidPrefixListID.NotFound", "The prefix list ID '%s' does not exist", id)
+}
+
+// noAssociation answers the id of an association, of whatever kind, that there
+// is not.
+func noAssociation(id string) error {
+	return query.Errorf("InvalidAssociationID.NotFound", "The association ID '%s' does not exist", id)
+}
+
+// twoNetworks answers who would tie together what is of two VPCs.
+func twoNetworks(one, other string) error {
+	return query.Errorf("InvalidParameterValue", "%s and %s belong to different networks", one, other)
+}
+
+// depends answers who would delete what others need.
+func depends(kind, id string) error {
+	return query.Errorf("DependencyViolation", "The %s '%s' has dependencies and cannot be deleted.", kind, id)
 }
 
 // findAll looks up several identifiers with one of the finders.

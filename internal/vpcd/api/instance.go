@@ -119,6 +119,9 @@ func (v view) instance(i *store.Instance) query.Instance {
 	}
 	if e := v.primary(i.ID); e != nil {
 		out.PrivateIpAddress = new(e.Primary.String())
+		if x := v.instanceAssociation(e, e.Primary); x != nil {
+			out.IpAddress, out.DnsName = x.PublicIp, x.PublicDnsName
+		}
 		out.SourceDestCheck = &e.SourceDestCheck
 		out.GroupSet = v.groupSet(e.Groups)
 	}
@@ -158,6 +161,7 @@ func metadataOptions(m store.MetadataOptions, applied bool) *query.InstanceMetad
 func (v view) instanceNIC(e *store.ENI) query.InstanceNetworkInterface {
 	at := e.Attachment
 	out := query.InstanceNetworkInterface{
+		Association: v.instanceAssociation(e, e.Primary),
 		Attachment: &query.InstanceNetworkInterfaceAttachment{
 			AttachTime: moment(at.Since), AttachmentId: text(at.ID), DeleteOnTermination: &at.DeleteOnTermination,
 			DeviceIndex: integer(at.DeviceIndex), NetworkCardIndex: integer(at.NetworkCard), Status: text(at.Status),
@@ -180,7 +184,7 @@ func (v view) instanceNIC(e *store.ENI) query.InstanceNetworkInterface {
 	}
 	for k, x := range append([]netip.Addr{e.Primary}, e.Secondary...) {
 		out.PrivateIpAddressesSet = append(out.PrivateIpAddressesSet, query.InstancePrivateIpAddress{
-			Primary: new(k == 0), PrivateIpAddress: new(x.String()), PrivateDnsName: new(v.api.dnsName(x)),
+			Primary: new(k == 0), PrivateIpAddress: new(x.String()), PrivateDnsName: new(v.api.dnsName(x)), Association: v.instanceAssociation(e, x),
 		})
 	}
 	return out
@@ -284,8 +288,15 @@ var instanceAttributes = func() attributes[*store.Instance] {
 		"network-interface.addresses.private-dns-name": nicValues(func(v view, e *store.ENI) []string {
 			return collect(append([]netip.Addr{e.Primary}, e.Secondary...), v.api.dnsName)
 		}),
-		"network-interface.attachment.network-card-index": nicValues(attachmentValues(func(_ view, at *store.Attachment) string { return strconv.Itoa(at.NetworkCard) })),
-		"network-interface.group-name":                    nicValues(groupNames),
+		"ip-address": primaryValue(eniAttributes["association.public-ip"]),
+		"dns-name":   primaryValue(eniAttributes["association.public-dns-name"]),
+		"network-interface.addresses.association.allocation-id":   nicValues(associations(true, func(x *query.NetworkInterfaceAssociation) *string { return x.AllocationId })),
+		"network-interface.addresses.association.association-id":  nicValues(associations(true, func(x *query.NetworkInterfaceAssociation) *string { return x.AssociationId })),
+		"network-interface.addresses.association.ip-owner-id":     nicValues(eniAttributes["addresses.association.owner-id"]),
+		"network-interface.addresses.association.public-dns-name": nicValues(associations(true, func(x *query.NetworkInterfaceAssociation) *string { return x.PublicDnsName })),
+		"network-interface.public-dns-name":                       nicValues(eniAttributes["association.public-dns-name"]),
+		"network-interface.attachment.network-card-index":         nicValues(attachmentValues(func(_ view, at *store.Attachment) string { return strconv.Itoa(at.NetworkCard) })),
+		"network-interface.group-name":                            nicValues(groupNames),
 		"network-interface.ipv4-prefixes.ipv4-prefix": nicValues(func(_ view, e *store.ENI) []string {
 			return collect(e.Prefixes, netip.Prefix.String)
 		}),

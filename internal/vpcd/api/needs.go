@@ -22,6 +22,14 @@ var makes = map[string][]string{
 	"RunInstances":                  {"instance", "network-interface"},
 	"AuthorizeSecurityGroupIngress": {"security-group-rule"},
 	"AuthorizeSecurityGroupEgress":  {"security-group-rule"},
+	"CreateRouteTable":              {"route-table"},
+	"CreateNetworkAcl":              {"network-acl"},
+	"CreateManagedPrefixList":       {"prefix-list"},
+	"CreateInternetGateway":         {"internet-gateway"},
+	"AllocateAddress":               {"elastic-ip"},
+	"CreateNatGateway":              {"natgateway"},
+	"CreateVpcPeeringConnection":    {"vpc-peering-connection"},
+	"CreateDhcpOptions":             {"dhcp-options"},
 }
 
 // Needs returns the IAM permissions that a call needs (Service Authorization

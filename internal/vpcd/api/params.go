@@ -28,7 +28,7 @@ var harmless = map[string]map[string]string{
 		"KernelId":                                        "the kernel is the host's",
 		"MaintenanceOptions":                              "an instance is not moved",
 		"MetadataOptions.HttpProtocolIpv6=disabled":       "the default",
-		"NetworkInterface.AssociatePublicIpAddress=false": "there are no public addresses",
+		"NetworkInterface.AssociatePublicIpAddress=false": "the default; the only public addresses are Elastic IPs",
 		"NetworkInterface.InterfaceType=interface":        "the default",
 		"Placement.Tenancy=default":                       "the default",
 		"PrivateDnsNameOptions.EnableResourceNameDnsAAAARecord=false": "the default",
@@ -46,6 +46,13 @@ var harmless = map[string]map[string]string{
 	},
 	"StartInstances": {
 		"AdditionalInfo": "reserved by AWS",
+	},
+	"AllocateAddress": {
+		"Domain=vpc":            "the only one there is",
+		"PublicIpv4Pool=amazon": "the only one there is",
+	},
+	"CreateNatGateway": {
+		"AvailabilityMode=zonal": "the default",
 	},
 	"DetachNetworkInterface": {
 		"Force": "a detachment here never hangs",
@@ -79,7 +86,7 @@ var harmless = map[string]map[string]string{
 	},
 	"ModifySubnetAttribute": {
 		"AssignIpv6AddressOnCreation.Value=false":             "the default",
-		"MapPublicIpOnLaunch.Value=false":                     "the default; there are no public addresses",
+		"MapPublicIpOnLaunch.Value=false":                     "the default; the only public addresses are Elastic IPs",
 		"MapCustomerOwnedIpOnLaunch.Value=false":              "the default",
 		"EnableDns64.Value=false":                             "the default",
 		"EnableResourceNameDnsARecordOnLaunch.Value=false":    "the default",
@@ -90,7 +97,7 @@ var harmless = map[string]map[string]string{
 		"EnablePrimaryIpv6=false": "the default",
 	},
 	"ModifyNetworkInterfaceAttribute": {
-		"AssociatePublicIpAddress=false": "there are no public addresses",
+		"AssociatePublicIpAddress=false": "the default; the only public addresses are Elastic IPs",
 	},
 }
 

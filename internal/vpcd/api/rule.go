@@ -21,12 +21,18 @@ var anywhere = netip.MustParsePrefix("0.0.0.0/0")
 func (a *API) ruleHandlers(h map[string]query.Handler) {
 	const flat = " CidrIp FromPort ToPort IpProtocol "
 	const permissions = " IpPermissions.IpProtocol IpPermissions.FromPort IpPermissions.ToPort IpPermissions.IpRanges IpPermissions.Ipv6Ranges" +
-		" IpPermissions.Groups.GroupId IpPermissions.Groups.UserId IpPermissions.Groups.Description IpPermissions.Groups.VpcId "
+		" IpPermissions.Groups.GroupId IpPermissions.Groups.UserId IpPermissions.Groups.Description IpPermissions.Groups.VpcId" +
+		" IpPermissions.Groups.VpcPeeringConnectionId IpPermissions.PrefixListIds "
 	h["AuthorizeSecurityGroupIngress"] = handle("AuthorizeSecurityGroupIngress", "GroupId TagSpecification"+flat+permissions, a.authorizeIngress)
 	h["AuthorizeSecurityGroupEgress"] = handle("AuthorizeSecurityGroupEgress", "GroupId TagSpecification"+flat+permissions, a.authorizeEgress)
 	h["RevokeSecurityGroupIngress"] = handle("RevokeSecurityGroupIngress", "GroupId SecurityGroupRuleId"+flat+permissions, a.revokeIngress)
 	h["RevokeSecurityGroupEgress"] = handle("RevokeSecurityGroupEgress", "GroupId SecurityGroupRuleId"+flat+permissions, a.revokeEgress)
 	h["DescribeSecurityGroupRules"] = handle("DescribeSecurityGroupRules", "SecurityGroupRuleId Filter NextToken MaxResults", a.describeSecurityGroupRules)
+	h["ModifySecurityGroupRules"] = handle("ModifySecurityGroupRules", "GroupId SecurityGroupRule", a.modifySecurityGroupRules)
+	h["UpdateSecurityGroupRuleDescriptionsIngress"] = handle("UpdateSecurityGroupRuleDescriptionsIngress",
+		"GroupId SecurityGroupRuleDescription"+permissions, a.updateDescriptionsIngress)
+	h["UpdateSecurityGroupRuleDescriptionsEgress"] = handle("UpdateSecurityGroupRuleDescriptionsEgress",
+		"GroupId SecurityGroupRuleDescription"+permissions, a.updateDescriptionsEgress)
 }
 
 func ruleCIDR(r store.Rule, v4 bool) string {
@@ -128,29 +134,68 @@ func (a *API) parsePermissions(s *store.State, g *store.Group, egress bool, list
 		}
 		for _, x := range p.Groups {
 			r := head
-			peer, err := findGroup(s, deref(x.GroupId))
+			if err := a.groupPeer(s, g, &r, x); err != nil {
+				return nil, err
+			}
+			r.Description = deref(x.Description)
+			out = append(out, r)
+		}
+		for _, x := range p.PrefixListIds {
+			r := head
+			list, err := findPrefixList(s, deref(x.PrefixListId))
 			if err != nil {
 				return nil, err
 			}
-			if peer.VPC != g.VPC || x.VpcId != nil && *x.VpcId != string(peer.VPC) || x.UserId != nil && *x.UserId != a.account {
-				return nil, query.Errorf("InvalidGroup.NotFound", "You have specified two resources that belong to different networks: '%s' and '%s'.", g.ID, peer.ID)
-			}
-			r.Group, r.GroupOwner, r.Description = peer.ID, a.account, deref(x.Description)
+			r.PrefixList, r.Description = string(list.ID), deref(x.Description)
 			out = append(out, r)
 		}
 		if len(out) == n {
-			return nil, query.Errorf("InvalidPermission.Malformed", "A permission names no peer: give a CIDR block or a security group")
+			return nil, query.Errorf("InvalidPermission.Malformed", "A permission names no peer: give a CIDR block, a security group or a prefix list")
 		}
 	}
 	for i, r := range out {
 		if !groupText(r.Description) {
-			return nil, query.Errorf("InvalidParameterValue", "Invalid rule description. Valid descriptions are strings less than 256 characters from the following set: a-zA-Z0-9. _-:/()#,@[]+=&;{}!$*")
+			return nil, badRuleDescription()
 		}
 		if slices.ContainsFunc(out[:i], r.SamePermission) {
 			return nil, query.Errorf("InvalidParameterValue", "The same permission must not appear multiple times")
 		}
 	}
 	return out, nil
+}
+
+// groupPeer makes a group the peer of a rule of g: one of the same VPC, or of
+// one that an active peering connection leads to. A group that is gone may be
+// named as long as a rule of g names it.
+func (a *API) groupPeer(s *store.State, g *store.Group, r *store.Rule, x query.UserIdGroupPair) error {
+	id := deref(x.GroupId)
+	peer, err := findGroup(s, id)
+	if err != nil {
+		if i := slices.IndexFunc(g.Rules, func(o store.Rule) bool { return o.GroupVPC != "" && string(o.Group) == id }); i >= 0 {
+			r.Group, r.GroupOwner, r.GroupVPC, r.Peering = g.Rules[i].Group, g.Rules[i].GroupOwner, g.Rules[i].GroupVPC, g.Rules[i].Peering
+			return nil
+		}
+		return err
+	}
+	wrong := x.VpcId != nil && *x.VpcId != string(peer.VPC) || x.UserId != nil && *x.UserId != a.account
+	if peer.VPC != g.VPC {
+		p := s.PeeringBetween(g.VPC, peer.VPC)
+		if p == nil || x.VpcPeeringConnectionId != nil && *x.VpcPeeringConnectionId != string(p.ID) {
+			i := slices.IndexFunc(g.Rules, func(o store.Rule) bool { return o.Group == peer.ID })
+			if i < 0 {
+				wrong = true
+			} else { // it was reached once
+				r.GroupVPC, r.Peering = g.Rules[i].GroupVPC, g.Rules[i].Peering
+			}
+		} else {
+			r.GroupVPC, r.Peering = peer.VPC, p.ID
+		}
+	}
+	if wrong {
+		return query.Errorf("InvalidGroup.NotFound", "You have specified two resources that belong to different networks: '%s' and '%s'.", g.ID, peer.ID)
+	}
+	r.Group, r.GroupOwner = peer.ID, a.account
+	return nil
 }
 
 func ruleBlock(s string, v4 bool) (netip.Prefix, error) {
@@ -208,8 +253,8 @@ func (a *API) authorize(group *string, egress bool, list []query.IpPermission, f
 			g.Rules = append(g.Rules, made[i])
 			tx.SetTags(made[i].ID, tags["security-group-rule"])
 		}
-		if most := a.quota(chaos.QuotaRules); countRules(g.Rules, egress, true) > most || countRules(g.Rules, egress, false) > most {
-			return query.Errorf("RulesPerSecurityGroupLimitExceeded", "The maximum number of rules per security group has been reached.")
+		if err := a.checkRuleCount(&tx.State, g.Rules, egress); err != nil {
+			return err
 		}
 		tx.PutGroup(&g)
 		return nil
@@ -220,12 +265,27 @@ func (a *API) authorize(group *string, egress bool, list []query.IpPermission, f
 	return collect(made, func(r store.Rule) query.SecurityGroupRule { return after.rule(*group, r) }), nil
 }
 
+// checkRuleCount returns an error if a group may not have these rules.
+func (a *API) checkRuleCount(s *store.State, rules []store.Rule, egress bool) error {
+	if most := a.quota(chaos.QuotaRules); countRules(s, rules, egress, true) > most || countRules(s, rules, egress, false) > most {
+		return query.Errorf("RulesPerSecurityGroupLimitExceeded", "The maximum number of rules per security group has been reached.")
+	}
+	return nil
+}
+
 // countRules counts the rules of one direction and address family; one whose
-// peer is a group counts in both families.
-func countRules(rules []store.Rule, egress, v4 bool) int {
+// peer is a group counts in both families, one whose peer is a prefix list
+// counts for as many as that may have.
+func countRules(s *store.State, rules []store.Rule, egress, v4 bool) int {
 	n := 0
 	for _, r := range rules {
-		if r.Egress == egress && (!r.CIDR.IsValid() || r.CIDR.Addr().Is4() == v4) {
+		switch {
+		case r.Egress != egress:
+		case r.PrefixList != "":
+			if p := s.PrefixList(vpc.PrefixListID(r.PrefixList)); p != nil && p.V6 != v4 {
+				n += p.MaxEntries
+			}
+		case !r.CIDR.IsValid() || r.CIDR.Addr().Is4() == v4:
 			n++
 		}
 	}
@@ -326,8 +386,12 @@ func (v view) rule(group string, r store.Rule) query.SecurityGroupRule {
 	}
 	if r.Group != "" {
 		out.ReferencedGroupInfo = &query.ReferencedGroupInfo{GroupId: text(r.Group), UserId: text(r.GroupOwner)}
-		if g := v.Group(r.Group); g != nil {
-			out.ReferencedGroupInfo.VpcId = text(g.VPC)
+		pair := v.groupPair(r)
+		out.ReferencedGroupInfo.VpcPeeringConnectionId, out.ReferencedGroupInfo.PeeringStatus = pair.VpcPeeringConnectionId, pair.PeeringStatus
+		if out.ReferencedGroupInfo.VpcId = pair.VpcId; pair.VpcId == nil {
+			if g := v.Group(r.Group); g != nil {
+				out.ReferencedGroupInfo.VpcId = text(g.VPC)
+			}
 		}
 	}
 	return out

@@ -11,8 +11,8 @@ import (
 // guide: "a short while", about an hour).
 const terminatedFor = time.Hour
 
-// Settle finishes what is due: attachments and instances whose transition ends
-// now or before. Run calls it; it changes nothing when nothing is due.
+// Settle finishes what is due: attachments, instances, NAT gateways and peering
+// connections whose transition ends now or before. Run calls it; it changes nothing when nothing is due.
 func (a *API) Settle() error {
 	now := a.now()
 	if at, ok := a.store.View().NextDue(); !ok || at.After(now) {
@@ -24,6 +24,10 @@ func (a *API) Settle() error {
 				settleAttachment(tx, e)
 			} else if i := tx.Instance(vpc.InstanceID(id)); i != nil {
 				settleInstance(tx, i, now)
+			} else if n := tx.NAT(vpc.NATGatewayID(id)); n != nil {
+				settleNAT(tx, n, now)
+			} else if p := tx.Peering(vpc.PeeringID(id)); p != nil {
+				settlePeering(tx, p, now)
 			}
 		}
 		return nil

@@ -29,6 +29,15 @@ var resourceTypes = map[string]string{
 	"eni":    "network-interface",
 	"sg":     "security-group",
 	"sgr":    "security-group-rule",
+	"rtb":    "route-table",
+	"acl":    "network-acl",
+	"pl":     "prefix-list",
+
+	"igw":      "internet-gateway",
+	"eipalloc": "elastic-ip",
+	"nat":      "natgateway",
+	"pcx":      "vpc-peering-connection",
+	"dopt":     "dhcp-options",
 }
 
 func (a *API) tagHandlers(h map[string]query.Handler) {
@@ -55,6 +64,22 @@ func resource(s *store.State, id string) error {
 		_, err = findGroup(s, id)
 	case "sgr":
 		_, _, err = findRule(s, id)
+	case "rtb":
+		_, err = findRouteTable(s, id)
+	case "acl":
+		_, err = findACL(s, id)
+	case "pl":
+		_, err = findPrefixList(s, id)
+	case "igw":
+		_, err = findGateway(s, id)
+	case "eipalloc":
+		_, err = findAddress(s, id)
+	case "nat":
+		_, err = findNAT(s, id)
+	case "pcx":
+		_, err = findPeering(s, id)
+	case "dopt":
+		_, err = findDHCP(s, id)
 	default:
 		err = query.Errorf("InvalidID", "The ID '%s' is not valid", id)
 	}

@@ -69,10 +69,11 @@ func (a *API) createVpc(_ context.Context, req *query.CreateVpcRequest) (*query.
 			return quotaReached("SecurityGroupLimitExceeded", "security groups", most)
 		}
 		v.VNI = tx.NewVNI()
-		// One set of DHCP options serves the region: the first VPC names it.
-		for _, o := range tx.VPCs.All() {
-			v.DHCPOptions = o.DHCPOptions
-			break
+		// One set of DHCP options serves the region; the first VPC makes it.
+		for _, o := range tx.State.DHCPOptions.All() {
+			if o.Default {
+				v.DHCPOptions = o.ID
+			}
 		}
 		v.DHCPOptions = cmp.Or(v.DHCPOptions, vpc.NewID("dopt"))
 		g := newGroup(v.ID, defaultGroupName, "default VPC security group")
@@ -95,7 +96,7 @@ func (a *API) deleteVpc(_ context.Context, req *query.DeleteVpcRequest) (*query.
 		if err != nil {
 			return err
 		}
-		depends := query.Errorf("DependencyViolation", "The vpc '%s' has dependencies and cannot be deleted.", v.ID)
+		depends := depends("vpc", string(v.ID))
 		for _, n := range tx.Subnets.All() {
 			if n.VPC == v.ID {
 				return depends
@@ -105,6 +106,19 @@ func (a *API) deleteVpc(_ context.Context, req *query.DeleteVpcRequest) (*query.
 			if g.VPC == v.ID && g.ID != v.DefaultGroup {
 				return depends
 			}
+		}
+		for _, t := range tx.RouteTables.All() {
+			if t.VPC == v.ID && t.Main() == nil {
+				return depends
+			}
+		}
+		for _, l := range tx.ACLs.All() {
+			if l.VPC == v.ID && !l.Default {
+				return depends
+			}
+		}
+		if tx.GatewayOf(v.ID) != nil || peeringsOf(&tx.State, v.ID, store.PeeringActive)+peeringsOf(&tx.State, v.ID, store.PeeringPending) > 0 {
+			return depends
 		}
 		tx.DeleteGroup(v.DefaultGroup)
 		tx.DeleteVPC(v.ID)
@@ -269,6 +283,18 @@ func (a *API) associateVpcCidrBlock(_ context.Context, req *query.AssociateVpcCi
 				return query.Errorf("InvalidVpc.Range", "The CIDR '%s' is restricted. Use a CIDR from the same private address range as the current VPC CIDR, or use a publicly-routable CIDR or one of 100.64.0.0/10.", cidr)
 			}
 		}
+		for _, p := range tx.Peerings.All() {
+			if o := tx.VPC(p.Other(old.ID)); p.Status == store.PeeringActive && o != nil && overlap(blocks(o), []netip.Prefix{cidr}) {
+				return query.Errorf("CidrConflict", "The CIDR '%s' overlaps a CIDR of '%s', which VPC peering connection '%s' leads to", cidr, o.ID, p.ID)
+			}
+		}
+		for _, t := range tx.RouteTables.All() {
+			for _, r := range t.Routes {
+				if t.VPC == old.ID && r.CIDR.IsValid() && cidr.Bits() <= r.CIDR.Bits() && cidr.Contains(r.CIDR.Addr()) {
+					return query.Errorf("CidrConflict", "The CIDR '%s' conflicts with the route %s of route table '%s'. Delete it first.", cidr, r.CIDR, t.ID)
+				}
+			}
+		}
 		v := *old
 		v.CIDRs = append(slices.Clone(old.CIDRs), c)
 		tx.PutVPC(&v)
@@ -298,6 +324,13 @@ func (a *API) disassociateVpcCidrBlock(_ context.Context, req *query.Disassociat
 			for _, n := range tx.Subnets.All() {
 				if n.VPC == old.ID && c.CIDR.Overlaps(n.CIDR) {
 					return query.Errorf("DependencyViolation", "The vpc CIDR block with association ID %s has a subnet, '%s'. Delete it first.", id, n.ID)
+				}
+			}
+			for _, t := range tx.RouteTables.All() {
+				if k := slices.IndexFunc(t.Routes, func(r store.Route) bool { return r.CIDR == c.CIDR }); k >= 0 && t.VPC == old.ID {
+					without := *t
+					without.Routes = slices.Delete(slices.Clone(t.Routes), k, k+1)
+					tx.PutRouteTable(&without)
 				}
 			}
 			v := *old

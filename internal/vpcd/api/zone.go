@@ -124,8 +124,8 @@ func (a *API) describeAccountAttributes(_ context.Context, req *query.DescribeAc
 		{"default-vpc", "none"},
 		{"vpc-max-security-groups-per-interface", strconv.Itoa(a.quota(chaos.QuotaGroupsPerInterface))},
 		{"max-instances", "20000"},
-		{"max-elastic-ips", "0"},
-		{"vpc-max-elastic-ips", "0"},
+		{"max-elastic-ips", strconv.Itoa(a.quota(chaos.QuotaElastic))},
+		{"vpc-max-elastic-ips", strconv.Itoa(a.quota(chaos.QuotaElastic))},
 	}
 	resp := &query.DescribeAccountAttributesResponse{AccountAttributeSet: []query.AccountAttribute{}}
 	for _, n := range req.AttributeName {

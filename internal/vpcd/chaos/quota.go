@@ -20,6 +20,17 @@ const (
 	QuotaGroups             Quota = "groups" // security groups
 	QuotaGroupsPerInterface Quota = "groups-per-interface"
 	QuotaRules              Quota = "rules-per-group" // per direction and address family
+	QuotaRouteTables        Quota = "route-tables-per-vpc"
+	QuotaRoutes             Quota = "routes-per-table" // of IPv4; a prefix list counts as many as it may have
+	QuotaACLs               Quota = "acls-per-vpc"
+	QuotaACLRules           Quota = "rules-per-acl" // per direction and address family
+	QuotaPrefixLists        Quota = "prefix-lists"
+	QuotaListEntries        Quota = "entries-per-prefix-list"
+	QuotaGateways           Quota = "internet-gateways"
+	QuotaElastic            Quota = "elastic-ips"
+	QuotaNATs               Quota = "nat-gateways-per-zone"
+	QuotaPeerings           Quota = "peerings-per-vpc"         // active ones
+	QuotaPendingPeerings    Quota = "pending-peerings-per-vpc" // that it asked for
 )
 
 // quotas are the limits of an account that never asked for another, and what
@@ -34,6 +45,17 @@ var quotas = map[Quota]struct{ first, most int }{
 	QuotaGroups:             {2500, 0},
 	QuotaGroupsPerInterface: {5, 16},
 	QuotaRules:              {60, 1000},
+	QuotaRouteTables:        {200, 0},
+	QuotaRoutes:             {500, 1000},
+	QuotaACLs:               {200, 0},
+	QuotaACLRules:           {20, 40},
+	QuotaPrefixLists:        {100, 0},
+	QuotaListEntries:        {1000, 0},
+	QuotaGateways:           {5, 0},
+	QuotaElastic:            {5, 0},
+	QuotaNATs:               {5, 0},
+	QuotaPeerings:           {50, 125},
+	QuotaPendingPeerings:    {25, 0},
 }
 
 // maxRulesOnInterface bounds the product of groups per interface and rules per

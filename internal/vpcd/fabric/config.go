@@ -14,6 +14,7 @@ import (
 	"strings"
 
 	"github.com/underlay-cni/underlay/internal/vpc"
+	"github.com/underlay-cni/underlay/internal/vpcd/fabric/bpfgen"
 )
 
 // MTU is the largest IP length that the fabric carries: what AWS gives
@@ -35,15 +36,20 @@ var RouterMAC = net.HardwareAddr{0x02, 0x00, 0x5e, 0x00, 0x00, 0x01}
 type Config struct {
 	Subnets    []Subnet
 	Guests     []Guest
+	Groups     []Group
+	ACLs       []ACL
+	Tables     []RouteTable
 	Interfaces []Interface
 }
 
-// Subnet is one that interfaces are in, with its VPC's number and CIDR blocks.
+// Subnet is one that interfaces are in. Without an ACL nothing leaves or enters
+// it, without a route table nothing finds its way out of it.
 type Subnet struct {
-	ID       vpc.SubnetID
-	VNI      uint32 // one number per VPC, > 0
-	CIDR     netip.Prefix
-	VPCCIDRs []netip.Prefix // the local routes
+	ID    vpc.SubnetID
+	VNI   uint32 // one number per VPC, > 0
+	CIDR  netip.Prefix
+	Table vpc.RouteTableID
+	ACL   vpc.NetworkACLID
 }
 
 // Guest is a network namespace of which the fabric makes and removes the name:
@@ -63,6 +69,8 @@ type Interface struct {
 	Primary         netip.Addr
 	Addresses       []netip.Prefix // each /32 and /28, Primary included
 	SourceDestCheck bool
+	Groups          []vpc.SecurityGroupID // without any, nothing passes but the fabric's services
+	Timeouts        IdleTimeouts
 	// Configure gives the guest's end Primary, the default route and the MTU, as
 	// DHCP would, when the interface is made and never again. Without it
 	// the link appears down.
@@ -74,14 +82,17 @@ type port struct {
 	Interface
 	subnet Subnet
 	device string // name of the fabric end
+	policy *bpfgen.FabricPolicy
+	table  uint64 // number of the subnet's route table, 0: none
 }
 
 // desired is a Config that check has gone through: only what is valid.
 type desired struct {
 	guests map[string]bool
 	ports  map[vpc.ENIID]*port
-	order  []*port // as in the Config, so that Set works in a stable order
-	routes map[netip.Prefix][]uint32
+	order  []*port            // as in the Config, so that Set works in a stable order
+	routes map[uint64][]Route // by number of the table
+	acls   map[bpfgen.FabricSubnetKey]*bpfgen.FabricAcl
 }
 
 // namespaces knows the names of a lab's network namespaces.
@@ -145,8 +156,11 @@ func device(id vpc.ENIID) (string, error) {
 
 // check turns a Config into what can be applied; the error joins what it left out.
 func check(n namespaces, c Config) (desired, error) {
-	d := desired{guests: map[string]bool{}, ports: map[vpc.ENIID]*port{}, routes: map[netip.Prefix][]uint32{}}
-	var errs []error
+	d := desired{guests: map[string]bool{}, ports: map[vpc.ENIID]*port{}, acls: map[bpfgen.FabricSubnetKey]*bpfgen.FabricAcl{}}
+	tables, routes, errs := checkTables(c.Tables)
+	d.routes = routes
+	acls, bad := checkACLs(c.ACLs)
+	errs = append(errs, bad...)
 
 	subnets := map[vpc.SubnetID]Subnet{}
 	for _, s := range c.Subnets {
@@ -155,13 +169,15 @@ func check(n namespaces, c Config) (desired, error) {
 			continue
 		}
 		s.CIDR = s.CIDR.Masked()
-		subnets[s.ID] = s
-		for _, cidr := range s.VPCCIDRs {
-			cidr = cidr.Masked()
-			if !slices.Contains(d.routes[cidr], s.VNI) {
-				d.routes[cidr] = append(d.routes[cidr], s.VNI)
-			}
+		if tables[s.Table] == 0 {
+			errs = append(errs, fmt.Errorf("subnet %s: its route table %q is not there or not valid", s.ID, s.Table))
 		}
+		if a := acls[s.ACL]; a != nil {
+			d.acls[bpfgen.FabricSubnetKey{Vni: s.VNI, Subnet: be32(s.CIDR.Addr())}] = a
+		} else {
+			errs = append(errs, fmt.Errorf("subnet %s: its network ACL %q is not there or not valid", s.ID, s.ACL))
+		}
+		subnets[s.ID] = s
 	}
 	for _, g := range c.Guests {
 		if !n.guest(g.Netns) {
@@ -183,6 +199,9 @@ func check(n namespaces, c Config) (desired, error) {
 		vni uint32
 		mac string
 	}
+	groups, bad := checkGroups(c.Groups)
+	errs = append(errs, bad...)
+	policies := map[string]*bpfgen.FabricPolicy{} // interfaces with the same groups share one
 	holder := map[held]vpc.ENIID{}
 	names := map[named]vpc.ENIID{}
 	macs := map[station]vpc.ENIID{}
@@ -211,6 +230,13 @@ func check(n namespaces, c Config) (desired, error) {
 		for a := range each(i.Addresses) {
 			holder[held{i.VNI, a}] = i.ID
 		}
+		key := fmt.Sprint(slices.Sorted(slices.Values(i.Groups)), i.Timeouts)
+		if policies[key] == nil {
+			if policies[key], err = policyOf(i.Groups, i.Timeouts, groups); err != nil {
+				errs = append(errs, fmt.Errorf("interface %s: %w", i.ID, err))
+			}
+		}
+		p.policy, p.table = policies[key], tables[p.subnet.Table]
 		d.ports[i.ID] = p
 		d.order = append(d.order, p)
 	}
@@ -227,16 +253,6 @@ func checkSubnet(s Subnet, seen map[vpc.SubnetID]Subnet) error {
 	// AWS: /16 to /28 (VPC user guide, "Subnet sizing").
 	if !s.CIDR.IsValid() || !s.CIDR.Addr().Is4() || s.CIDR.Bits() < 16 || s.CIDR.Bits() > 28 {
 		return fmt.Errorf("CIDR %s is not IPv4 of /16 to /28", s.CIDR)
-	}
-	inside := false
-	for _, cidr := range s.VPCCIDRs {
-		if !cidr.IsValid() || !cidr.Addr().Is4() {
-			return fmt.Errorf("VPC CIDR %s is not IPv4", cidr)
-		}
-		inside = inside || cidr.Bits() <= s.CIDR.Bits() && cidr.Contains(s.CIDR.Addr())
-	}
-	if !inside {
-		return fmt.Errorf("CIDR %s is in none of the VPC's %v", s.CIDR, s.VPCCIDRs)
 	}
 	for _, other := range seen {
 		if other.VNI == s.VNI && other.CIDR.Overlaps(s.CIDR) {

@@ -15,7 +15,9 @@ import (
 func valid() Config {
 	p := netip.MustParsePrefix
 	return Config{
-		Subnets: []Subnet{{ID: subnetA, VNI: 1, CIDR: p("10.0.0.0/24"), VPCCIDRs: []netip.Prefix{p("10.0.0.0/16")}}},
+		Subnets: []Subnet{{ID: subnetA, VNI: 1, CIDR: p("10.0.0.0/24"), Table: tableMain, ACL: aclOpen}},
+		Tables:  []RouteTable{{ID: tableMain, Routes: []Route{{CIDR: p("10.0.0.0/16"), Local: true}, {CIDR: p("0.0.0.0/0")}, {CIDR: p("::/0")}}}},
+		ACLs:    []ACL{{ID: aclOpen, Ingress: []ACLEntry{{Protocol: AllProtocols, CIDR: p("0.0.0.0/0"), Allow: true}}}},
 		Guests:  []Guest{{"ul-demo-i-00000000000000001"}, {"ul-demo-svc-db-1"}},
 		Interfaces: []Interface{
 			{ID: "eni-00000000000000001", VNI: 1, Subnet: subnetA, MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}, Guest: "ul-demo-i-00000000000000001",
@@ -43,8 +45,23 @@ func TestCheck(t *testing.T) {
 		"subnet too small":         {func(c *Config) { c.Subnets[0].CIDR = p("10.0.0.0/29") }, "/16 to /28", 0},
 		"subnet of IPv6":           {func(c *Config) { c.Subnets[0].CIDR = p("fd00::/24") }, "not IPv4", 0},
 		"no CIDR":                  {func(c *Config) { c.Subnets[0].CIDR = netip.Prefix{} }, "not IPv4", 0},
-		"subnet outside its VPC":   {func(c *Config) { c.Subnets[0].VPCCIDRs = []netip.Prefix{p("10.1.0.0/16")} }, "in none", 0},
-		"VPC CIDR of IPv6":         {func(c *Config) { c.Subnets[0].VPCCIDRs = []netip.Prefix{p("fd00::/56")} }, "not IPv4", 0},
+		"unknown route table":      {func(c *Config) { c.Subnets[0].Table = tableOther }, "route table \"rtb-0000000000000000b\" is not there", 2},
+		"no route table":           {func(c *Config) { c.Subnets[0].Table = "" }, "route table \"\" is not there", 2},
+		"unknown ACL":              {func(c *Config) { c.Subnets[0].ACL = "acl-0000000000000000b" }, "network ACL \"acl-0000000000000000b\" is not there", 2},
+		"route table twice":        {func(c *Config) { c.Tables = append(c.Tables, c.Tables[0]) }, "occurs twice", 2},
+		"route table without ID":   {func(c *Config) { c.Tables = append(c.Tables, RouteTable{}) }, "not of the form", 2},
+		"route table 0":            {func(c *Config) { c.Tables = append(c.Tables, RouteTable{ID: "rtb-00000000000000000"}) }, "means none", 2},
+		"route twice":              {func(c *Config) { c.Tables[0].Routes[1].CIDR = p("10.0.0.9/16") }, "where another is", 2},
+		"route to nowhere":         {func(c *Config) { c.Tables[0].Routes[1].CIDR = netip.Prefix{} }, "to nowhere", 2},
+		"route with two targets":   {func(c *Config) { c.Tables[0].Routes[0].ENI = "eni-00000000000000001" }, "is local and leads", 2},
+		"ACL twice":                {func(c *Config) { c.ACLs = append(c.ACLs, c.ACLs[0]) }, "occurs twice", 2},
+		"ACL without ID":           {func(c *Config) { c.ACLs = append(c.ACLs, ACL{}) }, "not of the form", 2},
+		"ACL entry for no address": {func(c *Config) { c.ACLs[0].Ingress[0].CIDR = netip.Prefix{} }, "CIDR block that is none", 2},
+		"ACL of 41 entries": {func(c *Config) {
+			for len(c.ACLs[0].Ingress) < 41 {
+				c.ACLs[0].Ingress = append(c.ACLs[0].Ingress, c.ACLs[0].Ingress[0])
+			}
+		}, "behind entry 40", 2},
 		"guest of another lab":     {func(c *Config) { c.Guests[0].Netns = "ul-other-i-00000000000000001" }, "want ul-demo-i", 1},
 		"guest by path":            {func(c *Config) { c.Guests[0].Netns = "/run/netns/x" }, "want ul-demo-i", 1},
 		"guest named as a pod":     {func(c *Config) { c.Guests[0].Netns = "ul-demo-pod-web" }, "want ul-demo-i", 1},
@@ -215,5 +232,27 @@ func TestOneAtATime(t *testing.T) {
 	}
 	if err := f.Set(context.Background(), l.cfg); err == nil {
 		t.Error("Set of a closed fabric: no error")
+	}
+}
+
+// TestBadEntryEndsACL: what stands behind an entry that is not valid is left
+// out, as the entry may have denied it.
+func TestBadEntryEndsACL(t *testing.T) {
+	allow := ACLEntry{Protocol: 6, From: 1, To: 2, CIDR: netip.MustParsePrefix("10.0.0.0/8"), Allow: true}
+	bad := allow
+	bad.From = 3
+	six := ACLEntry{Protocol: AllProtocols, CIDR: netip.MustParsePrefix("::/0")}
+	got, errs := checkACLs([]ACL{{ID: aclOpen, Egress: []ACLEntry{six, allow, bad, allow}, Ingress: []ACLEntry{allow, six, allow}}})
+	if len(errs) != 1 || got[aclOpen].Count != [2]uint32{egress: 1, ingress: 2} {
+		t.Errorf("%d errors, %v entries", len(errs), got[aclOpen].Count)
+	}
+}
+
+// TestBadRouteEmptiesTable: without a route, a shorter one would be followed.
+func TestBadRouteEmptiesTable(t *testing.T) {
+	p := netip.MustParsePrefix
+	_, routes, errs := checkTables([]RouteTable{{ID: tableMain, Routes: []Route{{CIDR: p("10.0.0.0/16"), Local: true}, {CIDR: p("10.0.1.0/24"), Local: true, ENI: "eni-1"}}}})
+	if len(errs) != 1 || len(routes) != 1 || len(routes[0xa]) != 0 {
+		t.Errorf("errors %v, routes %v", errs, routes)
 	}
 }

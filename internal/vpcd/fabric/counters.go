@@ -12,7 +12,8 @@ import (
 type DropReason string
 
 // The reasons. Those of delivery are counted on the sender's ENI, except
-// DestAddress, which is the receiver's.
+// DestAddress, SGIngress and ACLIngress, which are the receiver's, and FlowsFull,
+// which is that of the ENI whose flow it would be.
 const (
 	NoInterface   DropReason = "no_interface"   // from a device that is no ENI's
 	Malformed     DropReason = "malformed"      // headers cut short or contradictory
@@ -29,6 +30,13 @@ const (
 	ARPSpoofed    DropReason = "arp_spoofed"    // sender fields are not the ENI's
 	ARPUnanswered DropReason = "arp_unanswered" // unknown or own address, gratuitous, reply
 	NotService    DropReason = "not_service"    // the fabric's stack sent what is no service's
+	SGEgress      DropReason = "sg_egress"      // the sender's security groups
+	SGIngress     DropReason = "sg_ingress"     // the receiver's security groups
+	Fragment      DropReason = "fragment"       // a later fragment whose first did not pass before it
+	FlowsFull     DropReason = "flows_full"     // no room to track one more flow
+	ACLEgress     DropReason = "acl_egress"     // the network ACL of the sender's subnet
+	ACLIngress    DropReason = "acl_ingress"    // the network ACL of the receiver's subnet
+	Blackhole     DropReason = "blackhole"      // a route whose target is not there
 )
 
 // dropReasons are the numbers that the programs count by.
@@ -48,6 +56,13 @@ var dropReasons = [bpfgen.FabricDropReasonDROP_REASONS]DropReason{
 	bpfgen.FabricDropReasonDROP_ARP_SPOOFED:    ARPSpoofed,
 	bpfgen.FabricDropReasonDROP_ARP_UNANSWERED: ARPUnanswered,
 	bpfgen.FabricDropReasonDROP_NOT_SERVICE:    NotService,
+	bpfgen.FabricDropReasonDROP_SG_EGRESS:      SGEgress,
+	bpfgen.FabricDropReasonDROP_SG_INGRESS:     SGIngress,
+	bpfgen.FabricDropReasonDROP_FRAGMENT:       Fragment,
+	bpfgen.FabricDropReasonDROP_FLOWS_FULL:     FlowsFull,
+	bpfgen.FabricDropReasonDROP_ACL_EGRESS:     ACLEgress,
+	bpfgen.FabricDropReasonDROP_ACL_INGRESS:    ACLIngress,
+	bpfgen.FabricDropReasonDROP_BLACKHOLE:      Blackhole,
 }
 
 // Counters are an ENI's, from its guest's point of view, since it was attached.

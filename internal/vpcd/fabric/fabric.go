@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -26,7 +27,7 @@ import (
 // the numbers of drop reasons, of the names of links. Another version's pins
 // are not adopted: Open removes them and Set makes every interface anew, at the
 // price of a short interruption.
-const layout = "v1"
+const layout = "v3"
 
 // Options say which lab's fabric it is, and where its state is pinned.
 type Options struct {
@@ -38,7 +39,7 @@ type Options struct {
 // Fabric is an open fabric.
 type Fabric struct {
 	names namespaces
-	pins  string // Options.BPFFS/v1
+	pins  string // Options.BPFFS and layout
 	log   *slog.Logger
 	lock  *os.File // the fabric's namespace, locked against other processes
 
@@ -50,7 +51,9 @@ type Fabric struct {
 	route *rtnetlink // in the fabric's namespace
 	// seen is what the maps hold; nil when it must be read from them. Nobody
 	// else writes to them, so it is read once and kept.
-	seen *contents
+	seen     *contents
+	policies ruleMaps[uint32]                 // by ifindex
+	acls     ruleMaps[bpfgen.FabricSubnetKey] // by subnet
 	// taps are the pinned links, by ENI.
 	taps map[vpc.ENIID]*tap
 	// nextIndex is the next fabric end's ifindex.
@@ -118,6 +121,22 @@ func (f *Fabric) open(o Options) error {
 	opts := &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: f.pins}}
 	if err := bpfgen.LoadFabricObjects(&f.objs, opts); err != nil {
 		return fmt.Errorf("load programs: %w", err)
+	}
+	f.policies = ruleMaps[uint32]{
+		what: "the rules of security groups", outer: f.objs.Policies, size: uint32(unsafe.Sizeof(bpfgen.FabricPolicy{})), kept: map[uint64]*ebpf.Map{},
+		version: func(m *ebpf.Map) (uint64, error) {
+			var p bpfgen.FabricPolicy
+			err := m.Lookup(uint32(0), &p)
+			return p.Version, err
+		},
+	}
+	f.acls = ruleMaps[bpfgen.FabricSubnetKey]{
+		what: "a network ACL", outer: f.objs.Acls, size: uint32(unsafe.Sizeof(bpfgen.FabricAcl{})), kept: map[uint64]*ebpf.Map{},
+		version: func(m *ebpf.Map) (uint64, error) {
+			var a bpfgen.FabricAcl
+			err := m.Lookup(uint32(0), &a)
+			return a.Version, err
+		},
 	}
 	// Key 0 counts what comes from no ENI.
 	if err := addCounter(f.objs.Counts, 0); err != nil {
@@ -294,6 +313,7 @@ func (f *Fabric) Close() error {
 		errs = append(errs, t.close())
 	}
 	f.taps = nil
+	errs = append(errs, f.policies.close(), f.acls.close())
 	if f.route != nil {
 		f.route.Close()
 		f.route = nil

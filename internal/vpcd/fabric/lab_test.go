@@ -138,14 +138,29 @@ func newLab(t testing.TB) *lab {
 		}
 	})
 	l.open()
-	vpcs := []netip.Prefix{netip.MustParsePrefix("10.0.0.0/16")}
 	l.cfg.Subnets = []Subnet{
-		{ID: subnetA, VNI: 1, CIDR: netip.MustParsePrefix("10.0.0.0/24"), VPCCIDRs: vpcs},
-		{ID: subnetB, VNI: 1, CIDR: netip.MustParsePrefix("10.0.1.0/24"), VPCCIDRs: vpcs},
-		{ID: subnetOther, VNI: 2, CIDR: netip.MustParsePrefix("10.0.0.0/24"), VPCCIDRs: vpcs},
+		{ID: subnetA, VNI: 1, CIDR: netip.MustParsePrefix("10.0.0.0/24"), Table: tableMain, ACL: aclOpen},
+		{ID: subnetB, VNI: 1, CIDR: netip.MustParsePrefix("10.0.1.0/24"), Table: tableMain, ACL: aclOpen},
+		{ID: subnetOther, VNI: 2, CIDR: netip.MustParsePrefix("10.0.0.0/24"), Table: tableOther, ACL: aclOpen},
 	}
+	local := []Route{{CIDR: netip.MustParsePrefix("10.0.0.0/16"), Local: true}}
+	l.cfg.Tables = []RouteTable{{ID: tableMain, Routes: local}, {ID: tableOther, Routes: local}}
+	pass := []ACLEntry{{Protocol: AllProtocols, CIDR: netip.MustParsePrefix("0.0.0.0/0"), Allow: true}}
+	l.cfg.ACLs = []ACL{{ID: aclOpen, Ingress: pass, Egress: pass}}
+	all := []Rule{{Protocol: AllProtocols, Peers: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}}}
+	l.cfg.Groups = []Group{{ID: groupOpen, Ingress: all, Egress: all}}
 	return l
 }
+
+// The route tables of the two VPCs, and an ACL that allows everything.
+const (
+	tableMain  vpc.RouteTableID = "rtb-0000000000000000a"
+	tableOther vpc.RouteTableID = "rtb-0000000000000000b"
+	aclOpen    vpc.NetworkACLID = "acl-0000000000000000f"
+)
+
+// groupOpen allows everything; add gives it to each interface.
+const groupOpen vpc.SecurityGroupID = "sg-0000000000000000f"
 
 const (
 	subnetA     vpc.SubnetID = "subnet-0000000000000000a"
@@ -185,7 +200,7 @@ func (l *lab) add(subnet vpc.SubnetID, primary string, more ...string) *host {
 	i := Interface{
 		ID: h.eni, Subnet: subnet, MAC: h.mac, Guest: h.ns, Primary: h.addr,
 		Addresses:       []netip.Prefix{netip.PrefixFrom(h.addr, 32)},
-		SourceDestCheck: true, Configure: true,
+		SourceDestCheck: true, Configure: true, Groups: []vpc.SecurityGroupID{groupOpen},
 	}
 	for _, s := range l.cfg.Subnets {
 		if s.ID == subnet {

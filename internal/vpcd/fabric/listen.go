@@ -81,7 +81,10 @@ func (l *listening) add(eni vpc.ENIID, inner net.Listener) *listener {
 
 func (l *listener) Close() error {
 	l.of.mu.Lock()
-	l.of.byENI[l.eni] = slices.DeleteFunc(l.of.byENI[l.eni], func(o *listener) bool { return o == l })
+	// After close and closeAll there is nothing to remove it from.
+	if open, ok := l.of.byENI[l.eni]; ok {
+		l.of.byENI[l.eni] = slices.DeleteFunc(open, func(o *listener) bool { return o == l })
+	}
 	l.of.mu.Unlock()
 	return l.Listener.Close()
 }

@@ -15,6 +15,8 @@ const (
 	flagCheck  = bpfgen.FabricEniFlagENI_SOURCE_DEST_CHECK
 	flagReady  = bpfgen.FabricEniFlagENI_READY
 	routeLocal = bpfgen.FabricRouteKindROUTE_LOCAL
+	routeENI   = bpfgen.FabricRouteKindROUTE_ENI
+	blackhole  = bpfgen.FabricRouteKindROUTE_BLACKHOLE
 )
 
 // contents is what the maps hold, or are to hold.
@@ -33,6 +35,8 @@ func (f *Fabric) read() (*contents, error) {
 		readMap(f.objs.Mappings, &c.mappings),
 		readMap(f.objs.Stations, &c.stations),
 		readMap(f.objs.Routes, &c.routes),
+		f.policies.read(),
+		f.acls.read(),
 	)
 	if err != nil {
 		return nil, err
@@ -91,19 +95,25 @@ func forwarding(d desired, index map[vpc.ENIID]int) *contents {
 		stations: map[bpfgen.FabricStation]bpfgen.FabricTarget{},
 		routes:   map[bpfgen.FabricRouteKey]bpfgen.FabricRoute{},
 	}
+	targets := map[vpc.ENIID]bpfgen.FabricTarget{}
 	for id, ifindex := range index {
 		p := d.ports[id]
 		t := bpfgen.FabricTarget{Ifindex: uint32(ifindex), Flags: p.flags(), Subnet: be32(p.subnet.CIDR.Addr()), Mac: [6]byte(p.MAC)}
+		targets[id] = t
 		for a := range each(p.Addresses) {
 			c.mappings[bpfgen.FabricAddress{Vni: p.VNI, Addr: a.As16()}] = t
 		}
 		c.stations[bpfgen.FabricStation{Vni: p.VNI, Subnet: t.Subnet, Mac: t.Mac}] = t
 	}
-	for cidr, vnis := range d.routes {
-		for _, vni := range vnis {
-			// 32 bits of VNI, 96 of the mapping prefix ::ffff:0:0.
-			k := bpfgen.FabricRouteKey{Prefixlen: uint32(32 + 96 + cidr.Bits()), Vni: vni, Addr: cidr.Addr().As16()}
-			c.routes[k] = bpfgen.FabricRoute{Kind: routeLocal}
+	for table, routes := range d.routes {
+		for _, r := range routes {
+			to := bpfgen.FabricRoute{Kind: blackhole}
+			if r.Local {
+				to.Kind = routeLocal
+			} else if t, ok := targets[r.ENI]; ok {
+				to = bpfgen.FabricRoute{Kind: routeENI, Target: t}
+			}
+			c.routes[routeKey(table, r.CIDR)] = to
 		}
 	}
 	return c
@@ -127,6 +137,7 @@ func (p *port) record(guest uint64) bpfgen.FabricEni {
 		Netmask:     netmask(p.subnet.CIDR),
 		Mac:         [6]byte(p.MAC),
 		DeviceIndex: uint16(p.DeviceIndex),
+		Table:       p.table,
 		Guest:       guest,
 	}
 	if p.Configure {
@@ -142,6 +153,7 @@ func (p *port) record(guest uint64) bpfgen.FabricEni {
 // changed in place.
 func sameIdentity(a, b bpfgen.FabricEni) bool {
 	a.Flags = a.Flags&^flagCheck | b.Flags&flagCheck
+	a.Table = b.Table
 	return a == b
 }
 

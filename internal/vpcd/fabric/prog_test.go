@@ -311,11 +311,18 @@ func TestSharedWithC(t *testing.T) {
 	for name, sizes := range map[string][2]int{
 		"address":   {binary.Size(bpfgen.FabricAddress{}), 20},
 		"target":    {binary.Size(bpfgen.FabricTarget{}), 20},
-		"eni":       {binary.Size(bpfgen.FabricEni{}), 72},
+		"eni":       {binary.Size(bpfgen.FabricEni{}), 80},
 		"station":   {binary.Size(bpfgen.FabricStation{}), 16},
-		"route_key": {binary.Size(bpfgen.FabricRouteKey{}), 24},
-		"route":     {binary.Size(bpfgen.FabricRoute{}), 4},
+		"route_key": {binary.Size(bpfgen.FabricRouteKey{}), 28},
+		"route":     {binary.Size(bpfgen.FabricRoute{}), 24},
 		"counters":  {binary.Size(bpfgen.FabricCounters{}), 32 + 8*len(dropReasons)},
+		"rule":      {binary.Size(bpfgen.FabricRule{}), 24},
+		"policy":    {binary.Size(bpfgen.FabricPolicy{}), 168 + 2*1000*24},
+		"flow_key":  {binary.Size(bpfgen.FabricFlowKey{}), 20},
+		"flow":      {binary.Size(bpfgen.FabricFlow{}), 72},
+		"acl_entry": {binary.Size(bpfgen.FabricAclEntry{}), 16},
+		"acl":       {binary.Size(bpfgen.FabricAcl{}), 16 + 2*40*16},
+		"fragment":  {binary.Size(bpfgen.FabricFragment{}), 16},
 	} {
 		if sizes[0] != sizes[1] {
 			t.Errorf("struct %s has %d bytes, layout %s has %d: give it a new version", name, sizes[0], layout, sizes[1])

@@ -1,6 +1,7 @@
 package fabric
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -41,7 +42,8 @@ func (f *Fabric) Set(ctx context.Context, c Config) error {
 }
 
 func (f *Fabric) set(ctx context.Context, want desired) error {
-	if f.seen == nil {
+	adopted := f.seen == nil
+	if adopted {
 		seen, err := f.read()
 		if err != nil {
 			return err
@@ -65,16 +67,22 @@ func (f *Fabric) set(ctx context.Context, want desired) error {
 	// and last something leads to it. An address that moves from one ENI to
 	// another that stays is rewritten in place.
 	stay := forwarding(want, kept)
-	if err := f.deleteStale(stay); err != nil {
+	if err := errors.Join(f.putRoutes(stay), f.deleteStale(stay)); err != nil {
 		return errors.Join(append(errs, err)...)
 	}
 	if err := f.removePorts(kept, doomed); err != nil {
+		return errors.Join(append(errs, err)...)
+	}
+	if err := f.forget(want, kept, adopted); err != nil {
 		return errors.Join(append(errs, err)...)
 	}
 	f.removeGuests(want, &errs)
 	f.repair(devices, kept, &errs)
 	index := maps.Clone(kept)
 	f.makePorts(ctx, want, guests, index, &errs)
+	if err := f.putRules(want, index); err != nil {
+		return errors.Join(append(errs, err)...)
+	}
 	if err := f.putWanted(want, guests, index); err != nil {
 		errs = append(errs, err)
 	}
@@ -147,8 +155,32 @@ func (f *Fabric) deleteStale(stay *contents) error {
 	return errors.Join(
 		deleteStale(f.objs.Mappings, f.seen.mappings, stay.mappings),
 		deleteStale(f.objs.Stations, f.seen.stations, stay.stations),
-		deleteStale(f.objs.Routes, f.seen.routes, stay.routes),
 	)
+}
+
+// putRoutes writes routes, the longest first, so that while they come no packet
+// follows a shorter one than it should.
+func (f *Fabric) putRoutes(want *contents) error {
+	for _, k := range slices.SortedFunc(maps.Keys(want.routes), func(a, b bpfgen.FabricRouteKey) int { return cmp.Compare(b.Prefixlen, a.Prefixlen) }) {
+		if err := putWanted(f.objs.Routes, f.seen.routes, map[bpfgen.FabricRouteKey]bpfgen.FabricRoute{k: want.routes[k]}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// deleteRoutes deletes the routes that are not wanted, the shortest first.
+func (f *Fabric) deleteRoutes(want *contents) error {
+	for _, k := range slices.SortedFunc(maps.Keys(f.seen.routes), func(a, b bpfgen.FabricRouteKey) int { return cmp.Compare(a.Prefixlen, b.Prefixlen) }) {
+		if _, ok := want.routes[k]; ok {
+			continue
+		}
+		if err := f.objs.Routes.Delete(k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("delete from map %s: %w", f.objs.Routes, err)
+		}
+		delete(f.seen.routes, k)
+	}
+	return nil
 }
 
 func (f *Fabric) putWanted(want desired, guests map[string]uint64, index map[vpc.ENIID]int) error {
@@ -159,11 +191,46 @@ func (f *Fabric) putWanted(want desired, guests map[string]uint64, index map[vpc
 	}
 	come := forwarding(want, index)
 	return errors.Join(
+		f.putRoutes(come), // before interfaces use another table
 		putWanted(f.objs.Enis, f.seen.enis, enis),
-		putWanted(f.objs.Routes, f.seen.routes, come.routes),
 		putWanted(f.objs.Stations, f.seen.stations, come.stations),
 		putWanted(f.objs.Mappings, f.seen.mappings, come.mappings),
+		f.deleteRoutes(come), // when no interface uses them
 	)
+}
+
+// forget removes the rules of who is gone, and the flows of interfaces that
+// are. adopted says that it is not known who came and went before.
+func (f *Fabric) forget(want desired, kept map[vpc.ENIID]int, adopted bool) error {
+	live := map[uint32]bool{}
+	for _, i := range kept {
+		live[uint32(i)] = true
+	}
+	gone, err := f.policies.remove(func(i uint32) bool { return live[i] })
+	if err != nil {
+		return err
+	}
+	if _, err := f.acls.remove(func(k bpfgen.FabricSubnetKey) bool { _, ok := want.acls[k]; return ok }); err != nil {
+		return err
+	}
+	if gone || adopted {
+		return f.purgeFlows(live)
+	}
+	return nil
+}
+
+// putRules gives fabric ends and subnets the rules that they are to have.
+func (f *Fabric) putRules(want desired, index map[vpc.ENIID]int) error {
+	policies := map[uint32]ruleSet{}
+	for id, i := range index {
+		p := want.ports[id].policy
+		policies[uint32(i)] = ruleSet{p.Version, p}
+	}
+	acls := map[bpfgen.FabricSubnetKey]ruleSet{}
+	for k, a := range want.acls {
+		acls[k] = ruleSet{a.Version, a}
+	}
+	return errors.Join(f.acls.put(acls), f.policies.put(policies))
 }
 
 // removePorts removes all that is not kept: devices, programs, records, counters,

@@ -71,7 +71,26 @@ func (l *lab) snapshot(numbers bool) []string {
 		line("station %+v: %s %+v", k, name[i], v)
 	}
 	for k, v := range c.routes {
+		i := v.Target.Ifindex
+		v.Target.Ifindex = 0
+		if i > 0 {
+			line("route %+v to %s", k, name[i])
+		}
 		line("route %+v %+v", k, v)
+	}
+	var ids map[uint32]uint32
+	if err := readMap(l.objs.Policies, &ids); err != nil {
+		l.t.Fatal(err)
+	}
+	for i, version := range l.policies.seen {
+		id := ids[i]
+		if !numbers {
+			id = 0
+		}
+		line("policy of %s: %x %d", name[i], version, id)
+	}
+	for k, version := range l.acls.seen {
+		line("ACL of %+v: %x", k, version)
 	}
 	var index uint32
 	var perCPU []byte
@@ -160,6 +179,10 @@ func (l *lab) fresh(t *testing.T, c Config) []string {
 	return f.snapshot(false)
 }
 
+func testGroup(n int) vpc.SecurityGroupID {
+	return vpc.SecurityGroupID(fmt.Sprintf("sg-%017x", n+1))
+}
+
 // TestPathIndependence goes from state to state at random, with accidents and
 // restarts in between, and compares each with one built at once.
 func TestPathIndependence(t *testing.T) {
@@ -170,8 +193,22 @@ func TestPathIndependence(t *testing.T) {
 	r := rand.New(rand.NewPCG(seed, 1))
 	config := func() Config {
 		c := Config{Subnets: slices.Clone(subnets)}
+		for g := range 3 {
+			c.Groups = append(c.Groups, Group{ID: testGroup(g), Ingress: []Rule{{Protocol: 6, From: r.IntN(2), To: 80, Group: testGroup(r.IntN(3))}}})
+		}
 		if r.IntN(4) == 0 {
-			c.Subnets[1].VPCCIDRs = []netip.Prefix{netip.MustParsePrefix("10.0.0.0/16"), netip.MustParsePrefix("10.1.0.0/16")}
+			c.Subnets[1].Table = "rtb-0000000000000000c"
+		}
+		for _, id := range []vpc.RouteTableID{tableMain, tableOther, "rtb-0000000000000000c"} {
+			t := RouteTable{ID: id, Routes: []Route{{CIDR: netip.MustParsePrefix("10.0.0.0/16"), Local: true}}}
+			for n := range r.IntN(3) {
+				t.Routes = append(t.Routes, Route{CIDR: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(r.IntN(4)), byte(n + 1), 0}), 24), ENI: vpc.ENIID(fmt.Sprintf("eni-%017x", r.IntN(6)))})
+			}
+			c.Tables = append(c.Tables, t)
+		}
+		c.ACLs = []ACL{{ID: aclOpen}}
+		for n := range r.IntN(3) {
+			c.ACLs[0].Egress = append(c.ACLs[0].Egress, ACLEntry{Protocol: 6, From: n, To: 80, CIDR: netip.MustParsePrefix("10.0.0.0/8"), Allow: r.IntN(2) == 0})
 		}
 		for g := range 3 {
 			if r.IntN(4) > 0 {
@@ -197,6 +234,9 @@ func TestPathIndependence(t *testing.T) {
 				ID: vpc.ENIID(fmt.Sprintf("eni-%017x", e)), VNI: s.VNI, Subnet: s.ID, MAC: net.HardwareAddr{2, 0xcc, 0, 0, byte(r.IntN(2)), byte(e)},
 				Guest: g, DeviceIndex: index, Primary: netip.AddrFrom4(base), SourceDestCheck: r.IntN(2) == 0, Configure: index == 0,
 				Addresses: []netip.Prefix{netip.PrefixFrom(netip.AddrFrom4(base), 32)},
+			}
+			for range r.IntN(3) {
+				i.Groups = append(i.Groups, testGroup(r.IntN(3)))
 			}
 			for range r.IntN(3) {
 				base[3] = byte(16 + 16*(r.IntN(12)))

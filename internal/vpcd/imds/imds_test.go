@@ -365,3 +365,22 @@ func FuzzToken(f *testing.F) {
 		}
 	})
 }
+
+func TestPublicAddresses(t *testing.T) {
+	f := setup(t)
+	n := &f.i.Interfaces[0]
+	public := netip.MustParseAddr
+	n.Elastic = []Elastic{{public("198.51.100.1"), n.Primary}, {public("198.51.100.9"), n.Secondary[0]}}
+	const eth0 = "/latest/meta-data/network/interfaces/macs/02:00:00:00:00:01"
+	for path, want := range map[string]string{
+		"/latest/meta-data/public-ipv4":               "198.51.100.1",
+		eth0 + "/public-ipv4s":                        "198.51.100.1\n198.51.100.9",
+		eth0 + "/ipv4-associations/":                  "198.51.100.1\n198.51.100.9",
+		eth0 + "/ipv4-associations/198.51.100.9":      n.Secondary[0].String(),
+		eth0 + "/ipv4-associations/" + "198.51.100.2": "404 Not Found",
+	} {
+		if got := f.get(path); got != want {
+			t.Errorf("%s: %q, want %q", path, got, want)
+		}
+	}
+}

@@ -60,7 +60,11 @@ type Interface struct {
 	GroupNames  []string // len(GroupNames) == len(GroupIDs)
 	OwnerID     string
 	Description string
+	Elastic     []Elastic // by private address
 }
+
+// Elastic is an Elastic IP address that leads to an address of an interface.
+type Elastic struct{ Public, Private netip.Addr }
 
 // primary returns the instance's first interface, or nil.
 func (i *Instance) primary() *Interface {

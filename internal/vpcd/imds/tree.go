@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -114,6 +115,11 @@ func (s *Server) metadata(i *Instance) dir {
 		d["local-ipv4"] = p.Primary.String()
 		d["mac"] = p.MAC
 		d["security-groups"] = strings.Join(p.GroupNames, "\n")
+		for _, x := range p.Elastic {
+			if x.Private == p.Primary {
+				d["public-ipv4"] = x.Public.String()
+			}
+		}
 	}
 	if i.Profile != "" {
 		d["iam"] = dir{
@@ -155,6 +161,15 @@ func (i *Instance) network(n *Interface) dir {
 	}
 	if len(n.VPCCIDRs) > 0 {
 		d["vpc-ipv4-cidr-block"] = n.VPCCIDRs[0].String()
+	}
+	if len(n.Elastic) > 0 {
+		of := dir{}
+		var public []netip.Addr
+		for _, x := range n.Elastic {
+			public = append(public, x.Public)
+			of[x.Public.String()] = x.Private.String()
+		}
+		d["public-ipv4s"], d["ipv4-associations"] = printed(public), of
 	}
 	if len(n.Prefixes) > 0 {
 		d["ipv4-prefix"] = printed(n.Prefixes)

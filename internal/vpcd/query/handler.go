@@ -35,6 +35,20 @@ func Handle[Req, Resp any](fn func(ctx context.Context, req *Req) (*Resp, error)
 	}
 }
 
+// Then returns a Handler that does as h does and, when that was without an
+// error, calls fn before it answers.
+func (h Handler) Then(fn func(ctx context.Context)) Handler {
+	call := h.call
+	h.call = func(ctx context.Context, req any) (any, error) {
+		resp, err := call(ctx, req)
+		if err == nil {
+			fn(ctx)
+		}
+		return resp, err
+	}
+	return h
+}
+
 // Invoke calls the function of h: for those who use a handler without HTTP. Req
 // and Resp must be those that h was made with.
 func Invoke[Req, Resp any](ctx context.Context, h Handler, req *Req) (*Resp, error) {

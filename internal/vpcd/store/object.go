@@ -146,8 +146,9 @@ type ENI struct {
 	Description      string
 	SourceDestCheck  bool
 	RequesterManaged bool
-	RequesterID      string // who made it: account id, or the service
-	Service          string // name of the managed service it belongs to, or ""
+	RequesterID      string           // who made it: account id, or the service
+	Service          string           // name of the managed service it belongs to, or ""
+	NAT              vpc.NATGatewayID `json:",omitempty"` // the NAT gateway that it belongs to; it has no groups
 	Conntrack        Conntrack
 	Attachment       *Attachment // nil when available
 	Created          time.Time
@@ -183,14 +184,23 @@ type Rule struct {
 	PrefixList  string
 	Group       vpc.SecurityGroupID
 	GroupOwner  string
+	GroupVPC    vpc.VPCID     // of a group of another VPC; "" for one of the same
+	Peering     vpc.PeeringID // by which the group of the other VPC was found
 	Description string
 }
 
 // SamePermission reports whether two rules allow the same: all but identifier
-// and description are equal.
+// and description, and by which peering the group was found, are equal.
 func (r Rule) SamePermission(o Rule) bool {
 	r.ID, o.ID, r.Description, o.Description = "", "", "", ""
+	r.GroupVPC, o.GroupVPC, r.Peering, o.Peering = "", "", "", ""
 	return r == o
+}
+
+// Stale reports whether a rule names a group of another VPC that is gone, or
+// that no active peering connection leads to: it matches nothing.
+func (s *State) Stale(g *Group, r Rule) bool {
+	return r.GroupVPC != "" && (s.Group(r.Group) == nil || s.PeeringBetween(g.VPC, r.GroupVPC) == nil)
 }
 
 // Token remembers the answer to a request that carried a client token.

@@ -22,6 +22,15 @@ type State struct {
 	ENIs         Table[vpc.ENIID, *ENI]
 	Groups       Table[vpc.SecurityGroupID, *Group]
 	Services     Table[string, *Service]
+	RouteTables  Table[vpc.RouteTableID, *RouteTable]
+	ACLs         Table[vpc.NetworkACLID, *NetworkACL]
+	Gateways     Table[vpc.GatewayID, *InternetGateway]
+	Addresses    Table[vpc.AllocationID, *Address]
+	NATs         Table[vpc.NATGatewayID, *NATGateway]
+	Peerings     Table[vpc.PeeringID, *Peering]
+	PrefixLists  Table[vpc.PrefixListID, *PrefixList]
+	DHCPOptions  Table[string, *DHCPOptions]
+	FlowLogs     Table[string, *FlowLog]
 	Tags         Table[string, map[string]string] // by resource id; no empty maps
 	tokens       Table[string, *Token]
 	lastVNI      uint32
@@ -34,6 +43,14 @@ type State struct {
 	held        Table[heldKey, *ENI]
 	interfaces  Table[string, int] // by zone
 	due         Table[dueKey, struct{}]
+
+	mainTables     Table[vpc.VPCID, vpc.RouteTableID]
+	explicitTables Table[string, vpc.RouteTableID] // by subnet or gateway
+	defaultACLs    Table[vpc.VPCID, vpc.NetworkACLID]
+	subnetACLs     Table[vpc.SubnetID, vpc.NetworkACLID]
+	vpcGateways    Table[vpc.VPCID, vpc.GatewayID]
+	publics        Table[netip.Addr, vpc.AllocationID]
+	elastics       Table[elasticKey, vpc.AllocationID]
 }
 
 type (
@@ -50,6 +67,10 @@ type (
 		card     int
 		device   int
 		eni      vpc.ENIID
+	}
+	elasticKey struct {
+		eni     vpc.ENIID
+		private netip.Addr
 	}
 	dueKey struct {
 		at int64 // ns
@@ -68,6 +89,15 @@ func emptyState(now time.Time) *State {
 		Groups:       Table[vpc.SecurityGroupID, *Group]{cmp: cmp.Compare[vpc.SecurityGroupID]},
 		Services:     Table[string, *Service]{cmp: strings.Compare},
 		Tags:         Table[string, map[string]string]{cmp: strings.Compare},
+		RouteTables:  newTable[vpc.RouteTableID, *RouteTable](),
+		ACLs:         newTable[vpc.NetworkACLID, *NetworkACL](),
+		Gateways:     newTable[vpc.GatewayID, *InternetGateway](),
+		Addresses:    newTable[vpc.AllocationID, *Address](),
+		NATs:         newTable[vpc.NATGatewayID, *NATGateway](),
+		Peerings:     newTable[vpc.PeeringID, *Peering](),
+		PrefixLists:  newTable[vpc.PrefixListID, *PrefixList](),
+		DHCPOptions:  newTable[string, *DHCPOptions](),
+		FlowLogs:     newTable[string, *FlowLog](),
 		tokens:       Table[string, *Token]{cmp: strings.Compare},
 
 		space: Table[vpc.SubnetID, *Space]{cmp: cmp.Compare[vpc.SubnetID]},
@@ -86,8 +116,19 @@ func emptyState(now time.Time) *State {
 		due: Table[dueKey, struct{}]{cmp: func(a, b dueKey) int {
 			return cmp.Or(cmp.Compare(a.at, b.at), cmp.Compare(a.id, b.id))
 		}},
+		mainTables:     newTable[vpc.VPCID, vpc.RouteTableID](),
+		explicitTables: newTable[string, vpc.RouteTableID](),
+		defaultACLs:    newTable[vpc.VPCID, vpc.NetworkACLID](),
+		subnetACLs:     newTable[vpc.SubnetID, vpc.NetworkACLID](),
+		vpcGateways:    newTable[vpc.VPCID, vpc.GatewayID](),
+		publics:        Table[netip.Addr, vpc.AllocationID]{cmp: netip.Addr.Compare},
+		elastics: Table[elasticKey, vpc.AllocationID]{cmp: func(a, b elasticKey) int {
+			return cmp.Or(cmp.Compare(a.eni, b.eni), a.private.Compare(b.private))
+		}},
 	}
 }
+
+func newTable[K cmp.Ordered, V any]() Table[K, V] { return Table[K, V]{cmp: cmp.Compare[K]} }
 
 // VPC, Subnet, Instance, ENI and Group return the object with this id, or nil.
 func (s *State) VPC(id vpc.VPCID) *VPC                    { v, _ := s.VPCs.Get(id); return v }
@@ -167,8 +208,8 @@ func holds(e *ENI, a netip.Addr) bool {
 	return false
 }
 
-// NextDue returns when the first of the attachments and instances that change
-// by themselves is due, and false when none is.
+// NextDue returns when the first of the objects that change by themselves is
+// due, and false when none is.
 func (s *State) NextDue() (time.Time, bool) {
 	for k := range s.due.All() {
 		return time.Unix(0, k.at), true
@@ -176,7 +217,8 @@ func (s *State) NextDue() (time.Time, bool) {
 	return time.Time{}, false
 }
 
-// DueBy returns the ids of the interfaces and instances due at now or before.
+// DueBy returns the ids of the objects due at now or before, first those due
+// first.
 func (s *State) DueBy(now time.Time) []string {
 	var ids []string
 	for k := range s.due.All() {

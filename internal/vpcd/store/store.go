@@ -15,7 +15,13 @@ import (
 
 // format is the layout of the file. A store opens what it wrote itself, and
 // refuses what a newer one did.
-const format = 1
+//
+//	1  VPCs, subnets, instances, interfaces, security groups, services
+//	2  also route tables, network ACLs and all that routes lead to
+const (
+	format       = 2
+	oldestFormat = 1
+)
 
 const (
 	bucketMeta        = "meta"
@@ -26,6 +32,15 @@ const (
 	bucketENI         = "eni"
 	bucketGroup       = "group"
 	bucketService     = "service"
+	bucketRouteTable  = "routetable"
+	bucketACL         = "acl"
+	bucketGateway     = "igw"
+	bucketAddress     = "address"
+	bucketNAT         = "nat"
+	bucketPeering     = "peering"
+	bucketPrefixList  = "prefixlist"
+	bucketDHCP        = "dhcp"
+	bucketFlowLog     = "flowlog"
 	bucketTags        = "tags"
 	bucketToken       = "token"
 
@@ -33,7 +48,8 @@ const (
 	keyLastVNI = "lastVNI"
 )
 
-var buckets = []string{bucketMeta, bucketVPC, bucketSubnet, bucketReservation, bucketInstance, bucketENI, bucketGroup, bucketService, bucketTags, bucketToken}
+var buckets = []string{bucketMeta, bucketVPC, bucketSubnet, bucketReservation, bucketInstance, bucketENI, bucketGroup, bucketService, bucketTags, bucketToken,
+	bucketRouteTable, bucketACL, bucketGateway, bucketAddress, bucketNAT, bucketPeering, bucketPrefixList, bucketDHCP, bucketFlowLog}
 
 // Store is the store.
 type Store struct {
@@ -194,25 +210,28 @@ func notify(c chan struct{}) {
 }
 
 func (s *Store) commit(writes []write) error {
-	return s.db.Update(func(b *bbolt.Tx) error {
-		for _, w := range writes {
-			bucket := b.Bucket([]byte(w.bucket))
-			if w.value == nil {
-				if err := bucket.Delete([]byte(w.key)); err != nil {
-					return fmt.Errorf("delete %s %s: %w", w.bucket, w.key, err)
-				}
-				continue
+	return s.db.Update(func(b *bbolt.Tx) error { return writeAll(b, writes) })
+}
+
+// writeAll writes to the buckets.
+func writeAll(b *bbolt.Tx, writes []write) error {
+	for _, w := range writes {
+		bucket := b.Bucket([]byte(w.bucket))
+		if w.value == nil {
+			if err := bucket.Delete([]byte(w.key)); err != nil {
+				return fmt.Errorf("delete %s %s: %w", w.bucket, w.key, err)
 			}
-			v, err := json.Marshal(w.value)
-			if err != nil {
-				return fmt.Errorf("encode %s %s: %w", w.bucket, w.key, err)
-			}
-			if err := bucket.Put([]byte(w.key), v); err != nil {
-				return fmt.Errorf("put %s %s: %w", w.bucket, w.key, err)
-			}
+			continue
 		}
-		return nil
-	})
+		v, err := json.Marshal(w.value)
+		if err != nil {
+			return fmt.Errorf("encode %s %s: %w", w.bucket, w.key, err)
+		}
+		if err := bucket.Put([]byte(w.key), v); err != nil {
+			return fmt.Errorf("put %s %s: %w", w.bucket, w.key, err)
+		}
+	}
+	return nil
 }
 
 // load makes the buckets that are missing and reads everything.
@@ -231,8 +250,8 @@ func (s *Store) load() (*State, error) {
 				return fmt.Errorf("decode the format: %w", err)
 			}
 		}
-		if have != format {
-			return fmt.Errorf("its format is %d, this vpcd knows %d; use the vpcd that wrote it, or remove the file", have, format)
+		if have < oldestFormat || have > format {
+			return fmt.Errorf("its format is %d, this vpcd knows %d to %d; use the vpcd that wrote it, or remove the file", have, oldestFormat, format)
 		}
 		if err := meta.Put([]byte(keyFormat), []byte(fmt.Sprint(format))); err != nil {
 			return fmt.Errorf("put the format: %w", err)
@@ -242,7 +261,20 @@ func (s *Store) load() (*State, error) {
 				return fmt.Errorf("decode the last VNI: %w", err)
 			}
 		}
-		return tx.loadTables(b)
+		if err := tx.loadTables(b); err != nil {
+			return err
+		}
+		// What older files lack.
+		for _, v := range tx.VPCs.All() {
+			tx.addDefaults(v)
+		}
+		for _, n := range tx.Subnets.All() {
+			tx.addDefaultACL(n)
+		}
+		if tx.err != nil {
+			return tx.err
+		}
+		return writeAll(b, tx.writes)
 	})
 	if err != nil {
 		return nil, err
@@ -260,6 +292,15 @@ func (t *Tx) loadTables(b *bbolt.Tx) error {
 		each(b, bucketENI, func(_ string, v *ENI) { t.addENI(v) }),
 		each(b, bucketGroup, func(_ string, v *Group) { t.Groups = t.Groups.with(v.ID, v) }),
 		each(b, bucketService, func(_ string, v *Service) { t.Services = t.Services.with(v.Name, v) }),
+		each(b, bucketRouteTable, func(_ string, v *RouteTable) { t.addRouteTable(v) }),
+		each(b, bucketACL, func(_ string, v *NetworkACL) { t.addACL(v) }),
+		each(b, bucketGateway, func(_ string, v *InternetGateway) { t.addGateway(v) }),
+		each(b, bucketAddress, func(_ string, v *Address) { t.addAddress(v) }),
+		each(b, bucketNAT, func(_ string, v *NATGateway) { t.addNAT(v) }),
+		each(b, bucketPeering, func(_ string, v *Peering) { t.addPeering(v) }),
+		each(b, bucketPrefixList, func(_ string, v *PrefixList) { t.PrefixLists = t.PrefixLists.with(v.ID, v) }),
+		each(b, bucketDHCP, func(_ string, v *DHCPOptions) { t.DHCPOptions = t.DHCPOptions.with(v.ID, v) }),
+		each(b, bucketFlowLog, func(_ string, v *FlowLog) { t.FlowLogs = t.FlowLogs.with(v.ID, v) }),
 		each(b, bucketTags, func(k string, v *map[string]string) { t.Tags = t.Tags.with(k, *v) }),
 		each(b, bucketToken, func(_ string, v *Token) { t.tokens = t.tokens.with(v.Key, v) }),
 	)

@@ -72,6 +72,16 @@ func objects(s *State) map[string]any {
 	for k, v := range s.Services.All() {
 		out["service "+k] = v
 	}
+	collect(out, s.Reservations)
+	collect(out, s.RouteTables)
+	collect(out, s.ACLs)
+	collect(out, s.Gateways)
+	collect(out, s.Addresses)
+	collect(out, s.NATs)
+	collect(out, s.Peerings)
+	collect(out, s.PrefixLists)
+	collect(out, s.DHCPOptions)
+	collect(out, s.FlowLogs)
 	for k, v := range s.Tags.All() {
 		out["tags "+k] = v
 	}
@@ -79,6 +89,12 @@ func objects(s *State) map[string]any {
 		out["token "+k] = v
 	}
 	return out
+}
+
+func collect[K ~string, V any](into map[string]any, t Table[K, V]) {
+	for k, v := range t.All() {
+		into[string(k)] = v
+	}
 }
 
 var addrs = cmp.Comparer(func(a, b netip.Addr) bool { return a == b })
@@ -298,6 +314,160 @@ func TestChangedCoalesces(t *testing.T) {
 			t.Error("a second trigger")
 		default:
 		}
+	}
+}
+
+// A file of the format before has VPCs without route tables and network ACLs.
+func TestOlderFormatIsCompleted(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "state.db")
+	s := open(t, path, Options{})
+	update(t, s, func(tx *Tx) {
+		network(tx)
+		v := *tx.VPC(testVPC)
+		v.DHCPOptions = "dopt-1"
+		tx.PutVPC(&v)
+	})
+	if s.View().DHCP("dopt-1") == nil {
+		t.Fatal("a VPC names DHCP options that are not there")
+	}
+	writes := []write{{bucketMeta, keyFormat, 1}}
+	for id := range s.View().RouteTables.All() {
+		writes = append(writes, write{bucketRouteTable, string(id), nil})
+	}
+	for id := range s.View().ACLs.All() {
+		writes = append(writes, write{bucketACL, string(id), nil})
+	}
+	writes = append(writes, write{bucketDHCP, "dopt-1", nil})
+	if err := s.commit(writes); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s = open(t, path, Options{})
+	v := s.View()
+	table, acl := v.TableOf(testSubnet), v.ACLOf(testSubnet)
+	if table == nil || table.Main() == nil || acl == nil || !acl.Default || len(acl.Entries) != 2 || len(acl.Associations) != 1 {
+		t.Fatalf("completed with %+v and %+v", table, acl)
+	}
+	if o := v.DHCP("dopt-1"); o == nil || !o.Default {
+		t.Errorf("DHCP options %+v", o)
+	}
+	// It is on file: the identifiers stay.
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(objects(v), objects(open(t, path, Options{}).View()), addrs, prefixes); d != "" {
+		t.Errorf("opened again (-first +second):\n%s", d)
+	}
+}
+
+func TestDefaultsGoWithTheirVPC(t *testing.T) {
+	s := open(t, filepath.Join(t.TempDir(), "state.db"), Options{})
+	update(t, s, network)
+	if v := s.View(); v.MainTable(testVPC) == nil || v.ACLOf(testSubnet) != v.DefaultACL(testVPC) || len(v.RoutesOf(v.TableOf(testSubnet))) != 1 {
+		t.Errorf("%+v", objects(v))
+	}
+	own := &RouteTable{ID: "rtb-1", VPC: testVPC, Associations: []RouteAssociation{{ID: "rtbassoc-1", Subnet: testSubnet}}}
+	update(t, s, func(tx *Tx) { tx.PutRouteTable(own) })
+	if s.View().TableOf(testSubnet).ID != "rtb-1" {
+		t.Error("the subnet's own table does not count")
+	}
+	second := &RouteTable{ID: "rtb-2", VPC: testVPC, Associations: own.Associations}
+	if err := s.Update(func(tx *Tx) error { tx.PutRouteTable(second); return nil }); !errors.Is(err, ErrConflict) {
+		t.Errorf("a second table of a subnet: %v", err)
+	}
+	update(t, s, func(tx *Tx) { tx.DeleteSubnet(testSubnet) })
+	if v := s.View(); len(v.RouteTable("rtb-1").Associations) != 0 || len(v.DefaultACL(testVPC).Associations) != 0 {
+		t.Error("a subnet that is gone has associations")
+	}
+	update(t, s, func(tx *Tx) { tx.DeleteRouteTable("rtb-1"); tx.DeleteVPC(testVPC) })
+	if v := s.View(); v.RouteTables.Len()+v.ACLs.Len() != 0 || v.mainTables.Len()+v.explicitTables.Len()+v.defaultACLs.Len()+v.subnetACLs.Len() != 0 {
+		t.Errorf("left behind: %+v", objects(v))
+	}
+}
+
+func TestElasticAddressesLeaveWithThePrivate(t *testing.T) {
+	s := open(t, filepath.Join(t.TempDir(), "state.db"), Options{})
+	second, third := netip.MustParseAddr("10.0.0.20"), netip.MustParseAddr("10.0.0.21")
+	update(t, s, func(tx *Tx) {
+		network(tx)
+		e := eni(9)
+		e.Secondary = []netip.Addr{second, third}
+		tx.PutENI(e)
+		for i, private := range []netip.Addr{e.Primary, second, third} {
+			tx.PutAddress(&Address{ID: vpc.AllocationID(fmt.Sprintf("eipalloc-%d", i)), Public: netip.AddrFrom4([4]byte{203, 0, 113, byte(i)}),
+				Association: "eipassoc", ENI: e.ID, Private: private})
+		}
+	})
+	if a := s.View().ElasticOf(eni(9).ID, second); a == nil || a.ID != "eipalloc-1" || s.View().ByPublic(a.Public) != a {
+		t.Errorf("%s leads to %+v", second, a)
+	}
+	if err := s.Update(func(tx *Tx) error {
+		tx.PutAddress(&Address{ID: "eipalloc-9", Public: netip.MustParseAddr("203.0.113.9"), ENI: eni(9).ID, Private: second})
+		return nil
+	}); !errors.Is(err, ErrConflict) {
+		t.Errorf("two addresses for one: %v", err)
+	}
+	update(t, s, func(tx *Tx) {
+		e := *tx.ENI(eni(9).ID)
+		e.Secondary = []netip.Addr{third}
+		tx.PutENI(&e)
+	})
+	if a := s.View().Address("eipalloc-1"); a.ENI != "" || a.Association != "" || s.View().ElasticOf(eni(9).ID, second) != nil {
+		t.Errorf("still associated: %+v", a)
+	}
+	update(t, s, func(tx *Tx) { tx.DeleteENI(eni(9).ID) })
+	for _, a := range s.View().Addresses.All() {
+		if a.ENI != "" {
+			t.Errorf("still associated: %+v", a)
+		}
+	}
+	if n := s.View().elastics.Len(); n != 0 {
+		t.Errorf("%d in the index", n)
+	}
+}
+
+// A route is a black hole as soon as what it leads to does not carry packets.
+func TestRouteState(t *testing.T) {
+	s := open(t, filepath.Join(t.TempDir(), "state.db"), Options{})
+	table := func() *RouteTable { return s.View().MainTable(testVPC) }
+	want := func(what string, to Target, want string) {
+		t.Helper()
+		if got := s.View().RouteState(table(), Route{Target: to}); got != want {
+			t.Errorf("%s: %s, want %s", what, got, want)
+		}
+	}
+	e := eni(9)
+	e.Attachment = &Attachment{ID: "eni-attach-1", Instance: "i-1", Status: Attached}
+	update(t, s, func(tx *Tx) {
+		network(tx)
+		tx.PutGateway(&InternetGateway{ID: "igw-1", VPC: testVPC})
+		tx.PutENI(e)
+		tx.PutENI(eni(10))
+		tx.PutInstance(&Instance{ID: "i-1", State: Running})
+		tx.PutNAT(&NATGateway{ID: "nat-1", VPC: testVPC, State: NATPending})
+		tx.PutPeering(&Peering{ID: "pcx-1", Requester: PeeringSide{VPC: testVPC}, Accepter: PeeringSide{VPC: "vpc-2"}, Status: PeeringPending})
+	})
+	want("local", Target{Local: true}, RouteActive)
+	want("gateway", Target{Gateway: "igw-1"}, RouteActive)
+	want("no gateway", Target{Gateway: "igw-2"}, RouteBlackhole)
+	want("NAT", Target{NAT: "nat-1"}, RouteActive)
+	want("running", Target{ENI: e.ID}, RouteActive)
+	want("unattached", Target{ENI: eni(10).ID}, RouteBlackhole)
+	want("pending", Target{Peering: "pcx-1"}, RouteBlackhole)
+	update(t, s, func(tx *Tx) {
+		tx.PutGateway(&InternetGateway{ID: "igw-1"})
+		tx.PutInstance(&Instance{ID: "i-1", State: Stopping})
+		tx.PutNAT(&NATGateway{ID: "nat-1", VPC: testVPC, State: NATDeleting})
+		tx.PutPeering(&Peering{ID: "pcx-1", Requester: PeeringSide{VPC: testVPC}, Accepter: PeeringSide{VPC: "vpc-2"}, Status: PeeringActive})
+	})
+	want("detached", Target{Gateway: "igw-1"}, RouteBlackhole)
+	want("stopped", Target{ENI: e.ID}, RouteBlackhole)
+	want("NAT deleted", Target{NAT: "nat-1"}, RouteBlackhole)
+	want("active", Target{Peering: "pcx-1"}, RouteActive)
+	if p := s.View().PeeringBetween("vpc-2", testVPC); p == nil || p.ID != "pcx-1" {
+		t.Errorf("peering %+v", p)
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"time"
 
 	"github.com/underlay-cni/underlay/internal/vpc"
 )
@@ -64,23 +65,33 @@ func (t *Tx) NewVNI() uint32 {
 	return t.lastVNI
 }
 
-// PutVPC adds or replaces a VPC.
+// PutVPC adds or replaces a VPC. A new one gets a main route table and a default
+// network ACL.
 func (t *Tx) PutVPC(v *VPC) {
 	t.VPCs = t.VPCs.with(v.ID, v)
 	t.put(bucketVPC, string(v.ID), v)
+	t.addDefaults(v)
 }
 
-// DeleteVPC removes a VPC and its tags.
+// DeleteVPC removes a VPC with what came with it, and the tags of all.
 func (t *Tx) DeleteVPC(id vpc.VPCID) {
+	if r := t.MainTable(id); r != nil {
+		t.DeleteRouteTable(r.ID)
+	}
+	if a := t.DefaultACL(id); a != nil {
+		t.DeleteACL(a.ID)
+	}
 	t.VPCs = t.VPCs.without(id)
 	t.put(bucketVPC, string(id), nil)
 	t.SetTags(string(id), nil)
 }
 
-// PutSubnet adds or replaces a subnet. The CIDR of a subnet never changes.
+// PutSubnet adds or replaces a subnet. The CIDR of a subnet never changes. A new
+// one is tied to the default network ACL of its VPC.
 func (t *Tx) PutSubnet(s *Subnet) {
 	t.addSubnet(s)
 	t.put(bucketSubnet, string(s.ID), s)
+	t.addDefaultACL(s)
 }
 
 func (t *Tx) addSubnet(s *Subnet) {
@@ -125,6 +136,7 @@ func (t *Tx) DeleteSubnet(id vpc.SubnetID) {
 			t.DeleteReservation(r.ID)
 		}
 	}
+	t.dropSubnet(id)
 	t.Subnets = t.Subnets.without(id)
 	t.space = t.space.without(id)
 	delete(t.own, id)
@@ -202,19 +214,18 @@ func (t *Tx) PutInstance(i *Instance) {
 }
 
 func (t *Tx) addInstance(i *Instance) {
-	if old := t.Instance(i.ID); old != nil && !old.Due.IsZero() {
-		t.due = t.due.without(dueKey{old.Due.UnixNano(), string(i.ID)})
+	var due time.Time
+	if old := t.Instance(i.ID); old != nil {
+		due = old.Due
 	}
-	if !i.Due.IsZero() {
-		t.due = t.due.with(dueKey{i.Due.UnixNano(), string(i.ID)}, struct{}{})
-	}
+	t.setDue(string(i.ID), due, i.Due)
 	t.Instances = t.Instances.with(i.ID, i)
 }
 
 // DeleteInstance removes an instance and its tags.
 func (t *Tx) DeleteInstance(id vpc.InstanceID) {
-	if old := t.Instance(id); old != nil && !old.Due.IsZero() {
-		t.due = t.due.without(dueKey{old.Due.UnixNano(), string(id)})
+	if old := t.Instance(id); old != nil {
+		t.setDue(string(id), old.Due, time.Time{})
 	}
 	t.Instances = t.Instances.without(id)
 	t.put(bucketInstance, string(id), nil)
@@ -222,9 +233,11 @@ func (t *Tx) DeleteInstance(id vpc.InstanceID) {
 }
 
 // PutENI adds or replaces an interface. When it takes what another has, the
-// transaction fails with ErrConflict.
+// transaction fails with ErrConflict. Elastic IP addresses leave with the private
+// address that they led to.
 func (t *Tx) PutENI(e *ENI) {
 	t.addENI(e)
+	t.dropElastics(e.ID, e)
 	t.put(bucketENI, string(e.ID), e)
 }
 
@@ -235,6 +248,7 @@ func (t *Tx) DeleteENI(id vpc.ENIID) {
 		t.releaseAddrs(old, nil)
 		t.unindexENI(old)
 	}
+	t.dropElastics(id, nil)
 	t.ENIs = t.ENIs.without(id)
 	t.put(bucketENI, string(id), nil)
 	t.SetTags(string(id), nil)

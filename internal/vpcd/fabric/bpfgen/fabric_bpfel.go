@@ -13,6 +13,25 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type FabricAcl struct {
+	_       structs.HostLayout
+	Version uint64
+	Count   [2]uint32
+	Entries [2][40]FabricAclEntry
+}
+
+type FabricAclEntry struct {
+	_            structs.HostLayout
+	Net          uint32
+	Mask         uint32
+	From         uint16
+	To           uint16
+	Protocol     uint8
+	AllProtocols uint8
+	Allow        uint8
+	Pad          uint8
+}
+
 type FabricAddress struct {
 	_    structs.HostLayout
 	Vni  uint32
@@ -25,8 +44,15 @@ type FabricCounters struct {
 	TxBytes   uint64
 	RxPackets uint64
 	RxBytes   uint64
-	Drops     [15]uint64
+	Drops     [22]uint64
 }
+
+type FabricDirection uint32
+
+const (
+	FabricDirectionEGRESS  FabricDirection = 0
+	FabricDirectionINGRESS FabricDirection = 1
+)
 
 type FabricDropReason uint32
 
@@ -46,7 +72,14 @@ const (
 	FabricDropReasonDROP_ARP_SPOOFED    FabricDropReason = 12
 	FabricDropReasonDROP_ARP_UNANSWERED FabricDropReason = 13
 	FabricDropReasonDROP_NOT_SERVICE    FabricDropReason = 14
-	FabricDropReasonDROP_REASONS        FabricDropReason = 15
+	FabricDropReasonDROP_SG_EGRESS      FabricDropReason = 15
+	FabricDropReasonDROP_SG_INGRESS     FabricDropReason = 16
+	FabricDropReasonDROP_FRAGMENT       FabricDropReason = 17
+	FabricDropReasonDROP_FLOWS_FULL     FabricDropReason = 18
+	FabricDropReasonDROP_ACL_EGRESS     FabricDropReason = 19
+	FabricDropReasonDROP_ACL_INGRESS    FabricDropReason = 20
+	FabricDropReasonDROP_BLACKHOLE      FabricDropReason = 21
+	FabricDropReasonDROP_REASONS        FabricDropReason = 22
 )
 
 type FabricEni struct {
@@ -59,6 +92,7 @@ type FabricEni struct {
 	Mac         [6]uint8
 	DeviceIndex uint16
 	Pad         uint32
+	Table       uint64
 	Guest       uint64
 	Id          [32]int8
 }
@@ -70,23 +104,104 @@ const (
 	FabricEniFlagENI_READY             FabricEniFlag = 2
 )
 
+type FabricFlow struct {
+	_             structs.HostLayout
+	Expires       uint64
+	Created       uint64
+	Version       uint64
+	Packets       [2]uint64
+	Bytes         [2]uint64
+	TcpTimeout    uint32
+	UdpTimeout    uint32
+	StreamTimeout uint32
+	Opener        uint8
+	Flags         [2]uint8
+	Pad           uint8
+}
+
+type FabricFlowKey struct {
+	_          structs.HostLayout
+	Ifindex    uint32
+	Local      uint32
+	Remote     uint32
+	LocalPort  uint16
+	RemotePort uint16
+	Protocol   uint8
+	Asked      uint8
+	Pad        [2]uint8
+}
+
+type FabricFragment struct {
+	_       structs.HostLayout
+	Expires uint64
+	Sport   uint16
+	Dport   uint16
+	Query   uint8
+	Pad     [3]uint8
+}
+
+type FabricFragmentKey struct {
+	_        structs.HostLayout
+	Ifindex  uint32
+	Saddr    uint32
+	Daddr    uint32
+	Id       uint16
+	Protocol uint8
+	Pad      uint8
+}
+
+type FabricOpenFlag uint32
+
+const (
+	FabricOpenFlagOPEN_TCP FabricOpenFlag = 1
+	FabricOpenFlagOPEN_UDP FabricOpenFlag = 2
+)
+
+type FabricPolicy struct {
+	_             structs.HostLayout
+	Version       uint64
+	Groups        [16]uint64
+	TcpTimeout    uint32
+	UdpTimeout    uint32
+	StreamTimeout uint32
+	Open          [2]uint32
+	Count         [2]uint32
+	Pad           uint32
+	Rules         [2][1000]FabricRule
+}
+
 type FabricRoute struct {
-	_    structs.HostLayout
-	Kind FabricRouteKind
+	_      structs.HostLayout
+	Kind   FabricRouteKind
+	Target FabricTarget
 }
 
 type FabricRouteKey struct {
 	_         structs.HostLayout
 	Prefixlen uint32
-	Vni       uint32
+	Table     [2]uint32
 	Addr      [16]uint8
 }
 
 type FabricRouteKind uint32
 
 const (
-	FabricRouteKindROUTE_LOCAL FabricRouteKind = 1
+	FabricRouteKindROUTE_LOCAL     FabricRouteKind = 1
+	FabricRouteKindROUTE_ENI       FabricRouteKind = 2
+	FabricRouteKindROUTE_BLACKHOLE FabricRouteKind = 3
 )
+
+type FabricRule struct {
+	_            structs.HostLayout
+	Group        uint64
+	Net          uint32
+	Mask         uint32
+	From         uint16
+	To           uint16
+	Protocol     uint8
+	AllProtocols uint8
+	Pad          [2]uint8
+}
 
 type FabricStation struct {
 	_      structs.HostLayout
@@ -94,6 +209,12 @@ type FabricStation struct {
 	Subnet uint32
 	Mac    [6]uint8
 	Pad    [2]uint8
+}
+
+type FabricSubnetKey struct {
+	_      structs.HostLayout
+	Vni    uint32
+	Subnet uint32
 }
 
 type FabricTarget struct {
@@ -109,16 +230,30 @@ type FabricTarget struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	FabricMapCounts      = "counts"
-	FabricMapEnis        = "enis"
-	FabricMapMappings    = "mappings"
-	FabricMapRoutes      = "routes"
-	FabricMapStations    = "stations"
-	FabricProgFromGuest  = "from_guest"
-	FabricProgToGuest    = "to_guest"
-	FabricVarDropReasons = "drop_reasons"
-	FabricVarMtu         = "mtu"
-	FabricVarRouterMac   = "router_mac"
+	FabricMapAcls                = "acls"
+	FabricMapCounts              = "counts"
+	FabricMapEnis                = "enis"
+	FabricMapFlows               = "flows"
+	FabricMapFragments           = "fragments"
+	FabricMapMappings            = "mappings"
+	FabricMapPolicies            = "policies"
+	FabricMapRoutes              = "routes"
+	FabricMapStations            = "stations"
+	FabricProgFromGuest          = "from_guest"
+	FabricProgToGuest            = "to_guest"
+	FabricVarClockOffset         = "clock_offset"
+	FabricVarDirections          = "directions"
+	FabricVarDropReasons         = "drop_reasons"
+	FabricVarFragmentTimeout     = "fragment_timeout"
+	FabricVarIcmpTimeout         = "icmp_timeout"
+	FabricVarMtu                 = "mtu"
+	FabricVarOpenFlags           = "open_flags"
+	FabricVarOtherTimeout        = "other_timeout"
+	FabricVarRouterMac           = "router_mac"
+	FabricVarShownAcl            = "shown_acl"
+	FabricVarShownPolicy         = "shown_policy"
+	FabricVarTcpClosedTimeout    = "tcp_closed_timeout"
+	FabricVarTcpHandshakeTimeout = "tcp_handshake_timeout"
 )
 
 // LoadFabric returns the embedded CollectionSpec for Fabric.
@@ -171,20 +306,34 @@ type FabricProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type FabricMapSpecs struct {
-	Counts   *ebpf.MapSpec `ebpf:"counts"`
-	Enis     *ebpf.MapSpec `ebpf:"enis"`
-	Mappings *ebpf.MapSpec `ebpf:"mappings"`
-	Routes   *ebpf.MapSpec `ebpf:"routes"`
-	Stations *ebpf.MapSpec `ebpf:"stations"`
+	Acls      *ebpf.MapSpec `ebpf:"acls"`
+	Counts    *ebpf.MapSpec `ebpf:"counts"`
+	Enis      *ebpf.MapSpec `ebpf:"enis"`
+	Flows     *ebpf.MapSpec `ebpf:"flows"`
+	Fragments *ebpf.MapSpec `ebpf:"fragments"`
+	Mappings  *ebpf.MapSpec `ebpf:"mappings"`
+	Policies  *ebpf.MapSpec `ebpf:"policies"`
+	Routes    *ebpf.MapSpec `ebpf:"routes"`
+	Stations  *ebpf.MapSpec `ebpf:"stations"`
 }
 
 // FabricVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type FabricVariableSpecs struct {
-	DropReasons *ebpf.VariableSpec `ebpf:"drop_reasons"`
-	Mtu         *ebpf.VariableSpec `ebpf:"mtu"`
-	RouterMac   *ebpf.VariableSpec `ebpf:"router_mac"`
+	ClockOffset         *ebpf.VariableSpec `ebpf:"clock_offset"`
+	Directions          *ebpf.VariableSpec `ebpf:"directions"`
+	DropReasons         *ebpf.VariableSpec `ebpf:"drop_reasons"`
+	FragmentTimeout     *ebpf.VariableSpec `ebpf:"fragment_timeout"`
+	IcmpTimeout         *ebpf.VariableSpec `ebpf:"icmp_timeout"`
+	Mtu                 *ebpf.VariableSpec `ebpf:"mtu"`
+	OpenFlags           *ebpf.VariableSpec `ebpf:"open_flags"`
+	OtherTimeout        *ebpf.VariableSpec `ebpf:"other_timeout"`
+	RouterMac           *ebpf.VariableSpec `ebpf:"router_mac"`
+	ShownAcl            *ebpf.VariableSpec `ebpf:"shown_acl"`
+	ShownPolicy         *ebpf.VariableSpec `ebpf:"shown_policy"`
+	TcpClosedTimeout    *ebpf.VariableSpec `ebpf:"tcp_closed_timeout"`
+	TcpHandshakeTimeout *ebpf.VariableSpec `ebpf:"tcp_handshake_timeout"`
 }
 
 // FabricObjects contains all objects after they have been loaded into the kernel.
@@ -207,18 +356,26 @@ func (o *FabricObjects) Close() error {
 //
 // It can be passed to LoadFabricObjects or ebpf.CollectionSpec.LoadAndAssign.
 type FabricMaps struct {
-	Counts   *ebpf.Map `ebpf:"counts"`
-	Enis     *ebpf.Map `ebpf:"enis"`
-	Mappings *ebpf.Map `ebpf:"mappings"`
-	Routes   *ebpf.Map `ebpf:"routes"`
-	Stations *ebpf.Map `ebpf:"stations"`
+	Acls      *ebpf.Map `ebpf:"acls"`
+	Counts    *ebpf.Map `ebpf:"counts"`
+	Enis      *ebpf.Map `ebpf:"enis"`
+	Flows     *ebpf.Map `ebpf:"flows"`
+	Fragments *ebpf.Map `ebpf:"fragments"`
+	Mappings  *ebpf.Map `ebpf:"mappings"`
+	Policies  *ebpf.Map `ebpf:"policies"`
+	Routes    *ebpf.Map `ebpf:"routes"`
+	Stations  *ebpf.Map `ebpf:"stations"`
 }
 
 func (m *FabricMaps) Close() error {
 	return _FabricClose(
+		m.Acls,
 		m.Counts,
 		m.Enis,
+		m.Flows,
+		m.Fragments,
 		m.Mappings,
+		m.Policies,
 		m.Routes,
 		m.Stations,
 	)
@@ -228,9 +385,19 @@ func (m *FabricMaps) Close() error {
 //
 // It can be passed to LoadFabricObjects or ebpf.CollectionSpec.LoadAndAssign.
 type FabricVariables struct {
-	DropReasons *ebpf.Variable `ebpf:"drop_reasons"`
-	Mtu         *ebpf.Variable `ebpf:"mtu"`
-	RouterMac   *ebpf.Variable `ebpf:"router_mac"`
+	ClockOffset         *ebpf.Variable `ebpf:"clock_offset"`
+	Directions          *ebpf.Variable `ebpf:"directions"`
+	DropReasons         *ebpf.Variable `ebpf:"drop_reasons"`
+	FragmentTimeout     *ebpf.Variable `ebpf:"fragment_timeout"`
+	IcmpTimeout         *ebpf.Variable `ebpf:"icmp_timeout"`
+	Mtu                 *ebpf.Variable `ebpf:"mtu"`
+	OpenFlags           *ebpf.Variable `ebpf:"open_flags"`
+	OtherTimeout        *ebpf.Variable `ebpf:"other_timeout"`
+	RouterMac           *ebpf.Variable `ebpf:"router_mac"`
+	ShownAcl            *ebpf.Variable `ebpf:"shown_acl"`
+	ShownPolicy         *ebpf.Variable `ebpf:"shown_policy"`
+	TcpClosedTimeout    *ebpf.Variable `ebpf:"tcp_closed_timeout"`
+	TcpHandshakeTimeout *ebpf.Variable `ebpf:"tcp_handshake_timeout"`
 }
 
 // FabricPrograms contains all programs after they have been loaded into the kernel.

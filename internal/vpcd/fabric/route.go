@@ -1,0 +1,90 @@
+package fabric
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"strconv"
+	"strings"
+
+	"github.com/underlay-cni/underlay/internal/vpc"
+	"github.com/underlay-cni/underlay/internal/vpcd/fabric/bpfgen"
+)
+
+// RouteTable is a route table. The longest route that matches wins.
+type RouteTable struct {
+	ID     vpc.RouteTableID
+	Routes []Route // with those to the VPC's own blocks
+}
+
+// Route is one route. What is within the sender's own subnet follows none.
+type Route struct {
+	CIDR netip.Prefix
+	// Local delivers to whatever interface holds the address; else the packet
+	// goes to the interface ENI, whose address it need not be. A route with
+	// neither, or to an interface that is not attached, drops what follows it.
+	Local bool
+	ENI   vpc.ENIID
+}
+
+// tableNumber is by which the programs know a route table: the last 16
+// hexadecimal digits of its ID. check refuses two tables with one number.
+func tableNumber(id vpc.RouteTableID) (uint64, error) {
+	if err := vpc.CheckID("rtb", string(id)); err != nil {
+		return 0, err
+	}
+	digits := strings.TrimPrefix(string(id), "rtb-")
+	n, err := strconv.ParseUint(digits[max(0, len(digits)-16):], 16, 64)
+	if err != nil {
+		return 0, fmt.Errorf("read number of %s: %w", id, err)
+	}
+	if n == 0 {
+		return 0, fmt.Errorf("route table %s has number 0, which means none", id)
+	}
+	return n, nil
+}
+
+// checkTables returns the routes of the tables that are valid, by number.
+func checkTables(tables []RouteTable) (numbers map[vpc.RouteTableID]uint64, routes map[uint64][]Route, errs []error) {
+	numbers, routes = map[vpc.RouteTableID]uint64{}, map[uint64][]Route{}
+	for _, t := range tables {
+		n, err := tableNumber(t.ID)
+		if _, ok := routes[n]; err == nil && ok {
+			err = errors.New("occurs twice, or has the same last 16 digits as another")
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("route table %s: %w", t.ID, err))
+			continue
+		}
+		numbers[t.ID], routes[n] = n, nil
+		seen := map[netip.Prefix]bool{}
+		for _, r := range t.Routes {
+			switch {
+			case !r.CIDR.IsValid():
+				err = errors.New("is to nowhere")
+			case seen[r.CIDR.Masked()]:
+				err = errors.New("is to where another is")
+			case r.Local && r.ENI != "":
+				err = errors.New("is local and leads to an interface")
+			default:
+				seen[r.CIDR.Masked()] = true
+				if r.CIDR.Addr().Is4() {
+					r.CIDR = r.CIDR.Masked()
+					routes[n] = append(routes[n], r)
+				}
+				continue
+			}
+			// Without it, a shorter route might be followed: nothing is.
+			errs = append(errs, fmt.Errorf("route table %s: route %+v %w; the table is left out", t.ID, r, err))
+			routes[n] = nil
+			break
+		}
+	}
+	return numbers, routes, errs
+}
+
+// routeKey is where a route stands in map routes.
+func routeKey(table uint64, to netip.Prefix) bpfgen.FabricRouteKey {
+	// 64 bits of table, 96 of the mapping prefix ::ffff:0:0.
+	return bpfgen.FabricRouteKey{Prefixlen: uint32(64 + 96 + to.Bits()), Table: [2]uint32{uint32(table), uint32(table >> 32)}, Addr: to.Addr().As16()}
+}
