@@ -30,6 +30,7 @@ var makes = map[string][]string{
 	"CreateNatGateway":              {"natgateway"},
 	"CreateVpcPeeringConnection":    {"vpc-peering-connection"},
 	"CreateDhcpOptions":             {"dhcp-options"},
+	"CreateFlowLogs":                {"vpc-flow-log"},
 }
 
 // Needs returns the IAM permissions that a call needs (Service Authorization
