@@ -42,7 +42,7 @@ bench: packages-test ## ratios, each measured interleaved in one run
 sim-tables: build ## the simulation of 2,000 and 10,000 nodes, into docs/bench/sim
 	@hack/sim-tables.sh
 
-generate: packages-generate ## regenerate BPF objects and the EC2 codec
+generate: packages-generate ## regenerate BPF objects, the EC2 codec and the list of its actions
 	@$(GO) generate ./...
 
 lint: ## golangci-lint, as .golangci.yml says
