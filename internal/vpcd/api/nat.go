@@ -168,11 +168,16 @@ func (a *API) deleteNATGateway(_ context.Context, req *query.DeleteNatGatewayReq
 		if err != nil {
 			return err
 		}
-		if old.State != store.NATPending && old.State != store.NATAvailable && old.State != store.NATFailed {
+		n := *old
+		now := a.now()
+		switch old.State {
+		case store.NATPending, store.NATAvailable:
+			n.State, n.Deleted, n.Due = store.NATDeleting, now, a.due(now)
+		case store.NATFailed: // nothing is left of it
+			n.State, n.Deleted, n.Due = store.NATDeleted, now, now.Add(natFor)
+		default:
 			return nil // it is on its way
 		}
-		n := *old
-		n.State, n.Deleted, n.Due = store.NATDeleting, a.now(), a.due(a.now())
 		tx.PutNAT(&n)
 		return nil
 	})
