@@ -62,7 +62,7 @@ kubernetes: packages-kubernetes build ## build Kubernetes' programs and images i
 sim-tables: build ## the simulation of 2,000 and 10,000 nodes, into docs/bench/sim
 	@hack/sim-tables.sh
 
-generate: packages-generate ## regenerate BPF objects and the EC2 codec
+generate: packages-generate ## regenerate BPF objects, the EC2 codec and the list of its actions
 	@$(GO) generate ./...
 
 manifests: ## the plain manifests and the table of values, from the Helm chart

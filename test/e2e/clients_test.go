@@ -117,7 +117,10 @@ func startVPCD(t *testing.T) *vpcdAlone {
 
 // newer are the actions that packaged versions of the AWS CLI and boto3 do not
 // know yet (2.9 and 1.26 do not). The Go SDK drives them.
-var newer = []string{"GetSecurityGroupsForVpc"}
+var newer = []string{
+	"GetSecurityGroupsForVpc",
+	"AssociateNatGatewayAddress", "DisassociateNatGatewayAddress", "AssignPrivateNatGatewayAddress", "UnassignPrivateNatGatewayAddress",
+}
 
 // complete fails the test for each action with a handler that no client drove
 // to success, but for those that the client does not know.

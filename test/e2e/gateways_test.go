@@ -88,6 +88,23 @@ func sdkGateways(t *testing.T, c *ec2.Client) {
 	if err := ec2.NewNatGatewayAvailableWaiter(c, func(o *ec2.NatGatewayAvailableWaiterOptions) { o.MinDelay, o.MaxDelay = time.Second/10, time.Second }).Wait(ctx, byID, sdkWait); err != nil {
 		t.Fatal(err)
 	}
+	second := ok[*ec2.AllocateAddressOutput](t)(c.AllocateAddress(ctx, &ec2.AllocateAddressInput{})).AllocationId
+	more := ok[*ec2.AssociateNatGatewayAddressOutput](t)(c.AssociateNatGatewayAddress(ctx, &ec2.AssociateNatGatewayAddressInput{NatGatewayId: nat, AllocationIds: []string{*second}}))
+	equal(t, more.NatGatewayAddresses[0].Status, types.NatGatewayAddressStatusAssociating)
+	less := ok[*ec2.DisassociateNatGatewayAddressOutput](t)(c.DisassociateNatGatewayAddress(ctx, &ec2.DisassociateNatGatewayAddressInput{
+		NatGatewayId: nat, AssociationIds: []string{*more.NatGatewayAddresses[0].AssociationId}, MaxDrainDurationSeconds: aws.Int32(1),
+	}))
+	equal(t, less.NatGatewayAddresses[0].Status, types.NatGatewayAddressStatusDisassociating)
+	private := ok[*ec2.CreateNatGatewayOutput](t)(c.CreateNatGateway(ctx, &ec2.CreateNatGatewayInput{SubnetId: subnet, ConnectivityType: types.ConnectivityTypePrivate})).NatGateway.NatGatewayId
+	if err := ec2.NewNatGatewayAvailableWaiter(c, func(o *ec2.NatGatewayAvailableWaiterOptions) { o.MinDelay, o.MaxDelay = time.Second/10, time.Second }).Wait(ctx,
+		&ec2.DescribeNatGatewaysInput{NatGatewayIds: []string{*private}}, sdkWait); err != nil {
+		t.Fatal(err)
+	}
+	own := ok[*ec2.AssignPrivateNatGatewayAddressOutput](t)(c.AssignPrivateNatGatewayAddress(ctx, &ec2.AssignPrivateNatGatewayAddressInput{NatGatewayId: private, PrivateIpAddressCount: aws.Int32(1)}))
+	ok[*ec2.UnassignPrivateNatGatewayAddressOutput](t)(c.UnassignPrivateNatGatewayAddress(ctx, &ec2.UnassignPrivateNatGatewayAddressInput{
+		NatGatewayId: private, PrivateIpAddresses: []string{*own.NatGatewayAddresses[0].PrivateIp},
+	}))
+	ok[*ec2.DeleteNatGatewayOutput](t)(c.DeleteNatGateway(ctx, &ec2.DeleteNatGatewayInput{NatGatewayId: private}))
 	ok[*ec2.DeleteNatGatewayOutput](t)(c.DeleteNatGateway(ctx, &ec2.DeleteNatGatewayInput{NatGatewayId: nat}))
 	lab.Eventually(t, sdkWait, "the NAT gateway is deleted", func() error {
 		if n := ok[*ec2.DescribeNatGatewaysOutput](t)(c.DescribeNatGateways(ctx, byID)).NatGateways[0]; n.State != types.NatGatewayStateDeleted {
@@ -95,7 +112,9 @@ func sdkGateways(t *testing.T, c *ec2.Client) {
 		}
 		return nil
 	})
-	ok[*ec2.ReleaseAddressOutput](t)(c.ReleaseAddress(ctx, &ec2.ReleaseAddressInput{AllocationId: address}))
+	for _, id := range []*string{address, second} {
+		ok[*ec2.ReleaseAddressOutput](t)(c.ReleaseAddress(ctx, &ec2.ReleaseAddressInput{AllocationId: id}))
+	}
 	ok[*ec2.DetachInternetGatewayOutput](t)(c.DetachInternetGateway(ctx, &ec2.DetachInternetGatewayInput{InternetGatewayId: igw, VpcId: vpc}))
 	ok[*ec2.DeleteInternetGatewayOutput](t)(c.DeleteInternetGateway(ctx, &ec2.DeleteInternetGatewayInput{InternetGatewayId: igw}))
 

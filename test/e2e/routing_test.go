@@ -37,6 +37,10 @@ func cliRouting(c cli) {
 	c.must("disassociate-route-table --association-id "+tied, "")
 	c.must("delete-route-table --route-table-id "+table, "")
 
+	log := c.must("create-flow-logs --resource-type NetworkInterface --resource-ids "+eni+" --traffic-type REJECT --log-destination-type s3 --log-destination arn:aws:s3:::logs"+
+		" --max-aggregation-interval 60 --destination-options FileFormat=parquet", "FlowLogIds[]")
+	c.want("parquet", "describe-flow-logs --flow-log-ids "+log, "FlowLogs[].DestinationOptions.FileFormat")
+	c.must("delete-flow-logs --flow-log-ids "+log, "")
 	c.must("delete-network-interface --network-interface-id "+eni, "")
 	c.must("delete-subnet --subnet-id "+subnet, "")
 	c.must("delete-network-acl --network-acl-id "+acl, "")
@@ -85,6 +89,14 @@ func sdkRouting(t *testing.T, c *ec2.Client) {
 	assoc = ok[*ec2.ReplaceRouteTableAssociationOutput](t)(c.ReplaceRouteTableAssociation(ctx, &ec2.ReplaceRouteTableAssociationInput{AssociationId: assoc, RouteTableId: main})).NewAssociationId
 	ok[*ec2.DisassociateRouteTableOutput](t)(c.DisassociateRouteTable(ctx, &ec2.DisassociateRouteTableInput{AssociationId: assoc}))
 	ok[*ec2.DeleteRouteTableOutput](t)(c.DeleteRouteTable(ctx, &ec2.DeleteRouteTableInput{RouteTableId: table}))
+
+	logs := ok[*ec2.CreateFlowLogsOutput](t)(c.CreateFlowLogs(ctx, &ec2.CreateFlowLogsInput{
+		ResourceType: types.FlowLogsResourceTypeSubnet, ResourceIds: []string{*subnet}, TrafficType: types.TrafficTypeAccept,
+		LogDestinationType: types.LogDestinationTypeS3, LogDestination: s("arn:aws:s3:::logs"), LogFormat: s("${pkt-srcaddr} ${flow-direction}"),
+	})).FlowLogIds
+	log := ok[*ec2.DescribeFlowLogsOutput](t)(c.DescribeFlowLogs(ctx, &ec2.DescribeFlowLogsInput{FlowLogIds: logs})).FlowLogs[0]
+	equal(t, *log.MaxAggregationInterval, 600)
+	equal(t, len(ok[*ec2.DeleteFlowLogsOutput](t)(c.DeleteFlowLogs(ctx, &ec2.DeleteFlowLogsInput{FlowLogIds: logs})).Unsuccessful), 0)
 
 	ok[*ec2.DeleteNetworkInterfaceOutput](t)(c.DeleteNetworkInterface(ctx, &ec2.DeleteNetworkInterfaceInput{NetworkInterfaceId: eni}))
 	ok[*ec2.DeleteSubnetOutput](t)(c.DeleteSubnet(ctx, &ec2.DeleteSubnetInput{SubnetId: subnet}))

@@ -29,19 +29,22 @@
 // # Quotas
 //
 // Limits of instance types, of addresses and of tags (50) are kept, and the
-// quotas of an account, which are settings (package chaos): interfaces per zone,
-// VPCs, subnets, CIDR blocks, groups and their rules. Of what an account has and
-// vpcd lacks (gateways, addresses in use in all of a VPC) there is no quota.
+// quotas of an account, which are settings (package chaos). Of the addresses in
+// use in all of a VPC there is no quota.
 //
 // # Life cycles
 //
-// Attachments go attaching → attached and detaching → gone, instances pending →
-// running and shutting-down → terminated → forgotten. Each waits for a time
-// that is stored with it; Run moves what is due, also what was due while no
-// vpcd ran.
+// Attachments go attaching → attached and detaching → gone; instances pending →
+// running, stopping → stopped, and shutting-down → terminated → forgotten; NAT
+// gateways pending → available or failed, and deleting → deleted → forgotten;
+// what a peering connection waits for expires, and what is over is forgotten.
+// Each waits for a time that is stored with it; Run moves what is due, also what
+// was due while no vpcd ran.
 //
 // # Concurrency
 //
 // Everything exported may be called from any goroutine. The API holds no state
 // of its own.
 package api
+
+//go:generate go run ./gen

@@ -4,7 +4,6 @@ import (
 	"context"
 	"iter"
 	"net/netip"
-	"slices"
 	"time"
 
 	"github.com/underlay-cni/underlay/internal/vpc"
@@ -120,16 +119,9 @@ func (a *API) makeNAT(tx *store.Tx, s *store.Subnet, want natWanted) (*store.NAT
 	if most := a.quota(chaos.QuotaNATs); beside >= most {
 		return nil, quotaReached("NatGatewayLimitExceeded", "NAT gateways of the availability zone", most)
 	}
-	var elastic []*store.Address
-	for _, id := range want.allocations {
-		x, err := findAddress(&tx.State, id)
-		if err != nil {
-			return nil, err
-		}
-		if x.ENI != "" || slices.Contains(elastic, x) {
-			return nil, query.Errorf("Resource.AlreadyAssociated", "Elastic IP address [%s] is already associated", x.ID)
-		}
-		elastic = append(elastic, x)
+	elastic, err := freeElastic(&tx.State, want.allocations)
+	if err != nil {
+		return nil, err
 	}
 	now := a.now()
 	n := &store.NATGateway{
@@ -168,11 +160,16 @@ func (a *API) deleteNATGateway(_ context.Context, req *query.DeleteNatGatewayReq
 		if err != nil {
 			return err
 		}
-		if old.State != store.NATPending && old.State != store.NATAvailable && old.State != store.NATFailed {
+		n := *old
+		now := a.now()
+		switch old.State {
+		case store.NATPending, store.NATAvailable:
+			n.State, n.Deleted, n.Due = store.NATDeleting, now, a.due(now)
+		case store.NATFailed: // nothing is left of it
+			n.State, n.Deleted, n.Due = store.NATDeleted, now, now.Add(natFor)
+		default:
 			return nil // it is on its way
 		}
-		n := *old
-		n.State, n.Deleted, n.Due = store.NATDeleting, a.now(), a.due(a.now())
 		tx.PutNAT(&n)
 		return nil
 	})
@@ -202,7 +199,7 @@ func settleNAT(tx *store.Tx, old *store.NATGateway, now time.Time) {
 		tx.DeleteNAT(n.ID)
 		return
 	default:
-		n.Due = time.Time{}
+		settleDrains(tx, &n, now)
 	}
 	tx.PutNAT(&n)
 }
@@ -219,22 +216,7 @@ func (v view) natGateway(n *store.NATGateway) query.NatGateway {
 	if !n.Deleted.IsZero() {
 		out.DeleteTime = moment(n.Deleted)
 	}
-	status := map[store.NATState]string{store.NATPending: "associating", store.NATDeleting: "disassociating", store.NATFailed: "failed"}[n.State]
-	if status == "" {
-		status = "succeeded"
-	}
-	out.NatGatewayAddressSet = collect(n.Addresses, func(x store.NATAddress) query.NatGatewayAddress {
-		q := query.NatGatewayAddress{
-			PrivateIp: new(x.Private.String()), NetworkInterfaceId: text(n.ENI), AllocationId: text(x.Allocation), IsPrimary: new(x.Primary), Status: &status,
-		}
-		if x.Public.IsValid() {
-			q.PublicIp = new(x.Public.String())
-		}
-		if e := v.Address(x.Allocation); e != nil && e.NAT == n.ID {
-			q.AssociationId = text(e.Association)
-		}
-		return q
-	})
+	out.NatGatewayAddressSet = v.natAddresses(n, n.Addresses, "")
 	return out
 }
 

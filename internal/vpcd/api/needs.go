@@ -9,6 +9,7 @@ import (
 	"github.com/underlay-cni/underlay/internal/vpc"
 	"github.com/underlay-cni/underlay/internal/vpcd/iam"
 	"github.com/underlay-cni/underlay/internal/vpcd/query"
+	"github.com/underlay-cni/underlay/internal/vpcd/store"
 )
 
 // makes lists what actions make, as kinds of resources: who makes something
@@ -30,6 +31,7 @@ var makes = map[string][]string{
 	"CreateNatGateway":              {"natgateway"},
 	"CreateVpcPeeringConnection":    {"vpc-peering-connection"},
 	"CreateDhcpOptions":             {"dhcp-options"},
+	"CreateFlowLogs":                {"vpc-flow-log"},
 }
 
 // Needs returns the IAM permissions that a call needs (Service Authorization
@@ -37,7 +39,8 @@ var makes = map[string][]string{
 // 2026): on each resource that it names and each kind that it makes; and, for
 // tags given at creation, ec2:CreateTags. Calls that read are on no resource in
 // particular. The resources of a call that names an attachment are the
-// interface and the instance.
+// interface and the instance, those of one that names an association are what it
+// ties together.
 func (a *API) Needs(c query.Call) []iam.Need {
 	name := c.Action.Name
 	action := "ec2:" + name
@@ -55,6 +58,10 @@ func (a *API) Needs(c query.Call) []iam.Need {
 			if e := a.store.View().ByAttachment(vpc.AttachmentID(id)); e != nil {
 				arns[a.arn("network-interface", string(e.ID))] = true
 				arns[a.arn("instance", string(e.Attachment.Instance))] = true
+			}
+		} else if tied := associated(a.store.View(), id); tied != nil {
+			for _, id := range tied {
+				arns[a.arn(resourceTypes[prefixOf(id)], id)] = true
 			}
 		} else if kind := resourceTypes[prefixOf(id)]; kind != "" {
 			arns[a.arn(kind, id)] = true
@@ -75,6 +82,28 @@ func (a *API) Needs(c query.Call) []iam.Need {
 		}
 	}
 	return needs
+}
+
+// associated returns the ids of what an association ties together, or nothing.
+func associated(s *store.State, id string) []string {
+	switch prefixOf(id) {
+	case "rtbassoc":
+		if t, i, err := findAssociation(s, id); err == nil {
+			x := t.Associations[i]
+			return slices.Concat([]string{string(t.ID)}, some(string(x.Subnet)), some(string(x.Gateway)))
+		}
+	case "aclassoc":
+		for _, l := range s.ACLs.All() {
+			if i := slices.IndexFunc(l.Associations, func(x store.ACLAssociation) bool { return x.ID == id }); i >= 0 {
+				return []string{string(l.ID), string(l.Associations[i].Subnet)}
+			}
+		}
+	case "eipassoc":
+		if x := byAssociation(s, id); x != nil {
+			return []string{string(x.ID), string(x.ENI)}
+		}
+	}
+	return nil
 }
 
 // eachID calls fn for each string below v whose field's name ends in Id.

@@ -8,6 +8,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/underlay-cni/underlay/internal/vpc"
 	"github.com/underlay-cni/underlay/internal/vpcd/query"
 )
 
@@ -18,6 +19,10 @@ func TestNeeds(t *testing.T) {
 	e := w.eni(subnet)
 	at := w.must("AttachNetworkInterface", "NetworkInterfaceId="+e, "InstanceId="+i, "DeviceIndex=1").get("attachmentId")
 	group := w.must("CreateSecurityGroup", "GroupName=g", "GroupDescription=g", "VpcId="+vpcID).get("groupId")
+	acl, table := w.store.View().DefaultACL(vpc.VPCID(vpcID)), w.store.View().MainTable(vpc.VPCID(vpcID))
+	w.online(vpcID)
+	address := w.elastic()
+	tied := w.must("AssociateAddress", "AllocationId="+address, "NetworkInterfaceId="+e).get("associationId")
 	eni, instance := "network-interface/"+e, "instance/"+i
 	tags := []string{"TagSpecification.1.ResourceType=network-interface", "TagSpecification.1.Tag.1.Key=a", "TagSpecification.1.Tag.1.Value=b"}
 	for _, c := range []struct {
@@ -34,6 +39,12 @@ func TestNeeds(t *testing.T) {
 		{"CreateNetworkInterface", append(tags, "SubnetId="+subnet, "Description=eni-00000000000000000"),
 			"CreateNetworkInterface network-interface/*, CreateNetworkInterface subnet/" + subnet + ", CreateTags network-interface/*"},
 		{"CreateTags", []string{"ResourceId.1=" + e, "ResourceId.2=" + i, "Tag.1.Key=a"}, "CreateTags " + instance + ", CreateTags " + eni},
+		{"ReplaceNetworkAclAssociation", []string{"AssociationId=" + acl.Associations[0].ID, "NetworkAclId=acl-00000000000000000"}, "ReplaceNetworkAclAssociation network-acl/acl-00000000000000000, " +
+			"ReplaceNetworkAclAssociation network-acl/" + string(acl.ID) + ", ReplaceNetworkAclAssociation subnet/" + subnet},
+		{"DisassociateRouteTable", []string{"AssociationId=" + table.Main().ID}, "DisassociateRouteTable route-table/" + string(table.ID)},
+		{"DisassociateAddress", []string{"AssociationId=" + tied}, "DisassociateAddress elastic-ip/" + address + ", DisassociateAddress " + eni},
+		{"DisassociateAddress", []string{"AssociationId=eipassoc-00000000000000000"}, "DisassociateAddress *"},
+		{"CreateNatGateway", []string{"SubnetId=" + subnet, "AllocationId=" + address}, "CreateNatGateway elastic-ip/" + address + ", CreateNatGateway natgateway/*, CreateNatGateway subnet/" + subnet},
 		{"CreateVpc", []string{"CidrBlock=10.0.0.0/16"}, "CreateVpc vpc/*"},
 		{"DetachNetworkInterface", []string{"AttachmentId=eni-attach-00000000000000000"}, "DetachNetworkInterface *"},
 	} {

@@ -3,7 +3,9 @@ package api
 import (
 	"context"
 	"fmt"
+	"maps"
 	"reflect"
+	"slices"
 	"strings"
 	"time"
 
@@ -121,18 +123,73 @@ func handle[Req, Resp any](action, honours string, fn func(ctx context.Context, 
 			panic(fmt.Sprintf("api: %s has no parameter %s", action, name))
 		}
 	}
-	return query.Handle(func(ctx context.Context, req *Req) (*Resp, error) {
+	h := query.Handle(func(ctx context.Context, req *Req) (*Resp, error) {
 		if err := g.check(reflect.ValueOf(req).Elem(), ""); err != nil {
 			return nil, err
 		}
 		return fn(ctx, req)
 	})
+	h.Refused, _ = g.refused(reflect.TypeFor[Req](), "")
+	return h
+}
+
+// Ignored is a parameter that an action accepts and that changes nothing.
+type Ignored struct {
+	Parameter string // NAME, or NAME=VALUE when it is that value alone
+	Why       string
+}
+
+// IgnoredBy lists the parameters that an action ignores, by name. The action
+// "*" stands for all of them.
+func IgnoredBy(action string) []Ignored {
+	var out []Ignored
+	for _, p := range slices.Sorted(maps.Keys(harmless[action])) {
+		out = append(out, Ignored{p, harmless[action][p]})
+	}
+	return out
 }
 
 // guard refuses what a handler does not honour.
 type guard struct {
 	action string
 	ok     map[string]bool
+}
+
+// refused lists what check refuses below t, a structure as one where all of it
+// is.
+func (g guard) refused(t reflect.Type, at string) (out []string, all bool) {
+	all = true
+	for f := range t.Fields() {
+		p := at + wireName(f)
+		switch s, structured := inner(f.Type); {
+		case p == at:
+			continue
+		case g.ok[p]:
+			all = false
+		case structured:
+			below, whole := g.refused(s, p+".")
+			if whole {
+				below = []string{p}
+			}
+			out, all = append(out, below...), all && whole
+		default:
+			if but := g.value(p); but != "" {
+				p, all = p+"≠"+but, false
+			}
+			out = append(out, p)
+		}
+	}
+	return out, all
+}
+
+// value returns the one value that a parameter may have, or "".
+func (g guard) value(p string) string {
+	for ok := range g.ok {
+		if v, found := strings.CutPrefix(ok, p+"="); found {
+			return v
+		}
+	}
+	return ""
 }
 
 var timeType = reflect.TypeFor[time.Time]()

@@ -4,6 +4,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
@@ -37,6 +38,15 @@ func TestGuard(t *testing.T) {
 	g := guard{action: "RunInstances", ok: ok}
 	nic := func(n query.RunInstancesNetworkInterface) query.RunInstancesRequest {
 		return query.RunInstancesRequest{NetworkInterface: []query.RunInstancesNetworkInterface{{DeviceIndex: new(int64(0))}, n}}
+	}
+	refused, _ := g.refused(reflect.TypeFor[query.RunInstancesRequest](), "")
+	for p, want := range map[string]bool{
+		"SubnetId": false, "KeyName": true, "NetworkInterface": false, "NetworkInterface.PrivateIpAddresses": false, "NetworkInterface.EnaQueueCount": true,
+		"EbsOptimized": false, "EbsOptimized≠false": true, "MaintenanceOptions": false, "MaintenanceOptions.AutoRecovery≠default": true, "Placement": true, "Placement.Tenancy": false,
+	} {
+		if got := slices.Contains(refused, p); got != want {
+			t.Errorf("%s is among the refused: %v, want %v", p, got, want)
+		}
 	}
 	for _, c := range []struct {
 		req     query.RunInstancesRequest

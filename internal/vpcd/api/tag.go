@@ -38,6 +38,7 @@ var resourceTypes = map[string]string{
 	"nat":      "natgateway",
 	"pcx":      "vpc-peering-connection",
 	"dopt":     "dhcp-options",
+	"fl":       "vpc-flow-log",
 }
 
 func (a *API) tagHandlers(h map[string]query.Handler) {
@@ -80,6 +81,8 @@ func resource(s *store.State, id string) error {
 		_, err = findPeering(s, id)
 	case "dopt":
 		_, err = findDHCP(s, id)
+	case "fl":
+		_, err = findFlowLog(s, id)
 	default:
 		err = query.Errorf("InvalidID", "The ID '%s' is not valid", id)
 	}

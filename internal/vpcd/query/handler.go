@@ -8,6 +8,10 @@ import (
 
 // Handler serves one action. Make it with Handle.
 type Handler struct {
+	// Refused are the parameters of the action that the function answers with
+	// an error, whatever their value or, as NAME≠VALUE, but for one value.
+	Refused []string
+
 	request, response reflect.Type // *Req, *Resp
 	call              func(ctx context.Context, req any) (any, error)
 }

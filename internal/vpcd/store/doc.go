@@ -20,6 +20,9 @@
 //     no second truth about addresses.
 //   - No address and no MAC of a VPC belongs to two interfaces: a transaction
 //     that tries is refused as a whole with ErrConflict.
+//   - Each VPC has one main route table and one default network ACL, which come
+//     and go with it; each subnet is tied to one network ACL, and to one route
+//     table at most; an Elastic IP leads to an address that its interface has.
 //
 // # Durability
 //

@@ -64,6 +64,7 @@ type NATAddress struct {
 	Allocation vpc.AllocationID // "" of a private NAT gateway
 	Public     netip.Addr       // what it was when the gateway was deleted, too
 	Primary    bool
+	Drains     time.Time // when it is taken away, of one whose connections may still end
 }
 
 // PeeringStatus is the status of a peering connection, spelled as EC2 does.

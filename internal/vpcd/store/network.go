@@ -155,10 +155,8 @@ type FlowLog struct {
 	ID              string // fl-…
 	Resource        string // vpc-…, subnet-… or eni-…
 	Traffic         string // ACCEPT, REJECT or ALL
-	DestinationType string // s3 or cloud-watch-logs
-	Destination     string // ARN of bucket and folder, or of the log group
-	LogGroup        string
-	Role            string // DeliverLogsPermissionArn
+	DestinationType string // s3
+	Destination     string // arn:aws:s3:::bucket/folder/
 	Format          string // ${version} ${account-id} …
 	Interval        int    // MaxAggregationInterval, seconds
 	FileFormat      string // plain-text or parquet

@@ -124,6 +124,16 @@ ec2.associate_dhcp_options(DhcpOptionsId="default", VpcId=peer)
 ec2.delete_dhcp_options(DhcpOptionsId=dopt)
 ec2.delete_vpc(VpcId=peer)
 
+# Flow logs
+to = dict(TrafficType="ALL", LogDestinationType="s3", LogDestination="arn:aws:s3:::logs/py/")
+made = ec2.create_flow_logs(ResourceType="VPC", ResourceIds=[vpc], **to)
+equal((len(made["FlowLogIds"]), made["Unsuccessful"]), (1, []))
+again = ec2.create_flow_logs(ResourceType="VPC", ResourceIds=[vpc], **to)["Unsuccessful"]
+equal([u["Error"]["Code"] for u in again], ["FlowLogAlreadyExists"])
+logs = ec2.get_paginator("describe_flow_logs").paginate(Filters=[{"Name": "resource-id", "Values": [vpc]}]).build_full_result()["FlowLogs"]
+equal([f["FlowLogId"] for f in logs], made["FlowLogIds"])
+equal(ec2.delete_flow_logs(FlowLogIds=made["FlowLogIds"])["Unsuccessful"], [])
+
 # All of it goes
 ec2.delete_network_interface(NetworkInterfaceId=eni)
 ec2.delete_subnet(SubnetId=subnet)
