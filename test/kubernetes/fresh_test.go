@@ -80,53 +80,108 @@ func TestAgentIsHeldToItsOwnNode(t *testing.T) {
 
 const conflist = "10-underlay.conflist"
 
-// Uninstalled, a node is as it was; installed where EC2 does not answer, it says
-// so and takes no pod; and once EC2 answers, all comes up.
+// absent returns an error while one of the paths is there.
+func absent(paths ...string) error {
+	for _, path := range paths {
+		if _, err := os.Stat(path); err == nil {
+			return fmt.Errorf("%s is there", path)
+		}
+	}
+	return nil
+}
+
+// leftOn returns an error while a node has anything that Underlay made.
+func (c *cluster) leftOn(n lab.Node) error {
+	if err := absent(filepath.Join(n.CNIConfDir, conflist), filepath.Join(n.CNIBinDir, "underlay-cni")); err != nil {
+		return err
+	}
+	for _, command := range []string{
+		"ip -4 rule show | grep -v -e '^0:' -e '^32766:' -e '^32767:'", // all but the kernel's own
+		"ip -4 route show table 30060",
+		"ip -o link show type veth | grep -v ': eth0@'",
+		"nft list tables | grep underlay",
+		"ls -A /sys/fs/bpf/underlay",
+	} {
+		if left := c.Underlay("node", "exec", n.Name, "--", "sh", "-c", "{ "+command+"; } 2>/dev/null || true"); left != "" {
+			return fmt.Errorf("%s: %s", command, left)
+		}
+	}
+	if enis, addresses := c.Held(n); enis != 1 || addresses != 1 {
+		return fmt.Errorf("EC2 has %d interfaces and %d addresses of it", enis, addresses)
+	}
+	k, err := get[node](c, "node", n.Name)
+	if err != nil {
+		return err
+	}
+	for name := range k.Metadata.Annotations {
+		if strings.Contains(name, "underlay.dev/") {
+			return fmt.Errorf("the Node has annotation %s", name)
+		}
+	}
+	return nil
+}
+
+// Underlay goes and comes while pods live, who do not notice; taken off the
+// nodes, it leaves them as they were; installed where EC2 does not answer, it
+// gives no pod to the node; and once EC2 answers, all comes up.
 func TestUninstallAndInstallAgain(t *testing.T) {
 	testenv.Require(t, "cluster")
-	c := newCluster(t, lab.Up(t, "--kubernetes", "--nodes", "1", "--kube-proxy", *proxy))
+	c := newCluster(t, lab.Up(t, "--kubernetes", "--nodes", "2", "--kube-proxy", *proxy))
 	c.awaitWhole()
-	n := c.Lab.Nodes[0]
 	chart := filepath.Join(c.Kubernetes.Source, "deploy/helm/underlay")
 	values := filepath.Join(c.Dir(), "kubernetes/values.json")
-	clean := holdings{ENIs: 1, Addresses: 1, Rules: 3} // local, main, default
+	gone := func() {
+		c.helm("uninstall", "underlay", "-n", "kube-system", "--wait", "--timeout=90s")
+		for _, n := range c.Lab.Nodes {
+			lab.Eventually(t, time.Minute, "plugin and config list leave "+n.Name, func() error {
+				return absent(filepath.Join(n.CNIConfDir, conflist), filepath.Join(n.CNIBinDir, "underlay-cni"))
+			})
+		}
+	}
 
-	// Pods first: an address in use is nobody's to take away.
+	ns := c.namespace("stays")
+	tr := c.startTraffic(t, ns)
+	gone()
+	tr.goesOn()
+	c.helm("install", "underlay", chart, "-n", "kube-system", "-f", values)
+	c.awaitWhole()
+	tr.goesOn()
+	tr.stop()
+
+	// No pod of Underlay's is left when it is taken off the nodes.
+	c.kubectl("delete", "pods", "--all", "-n", ns, "--now")
 	c.kubectl("scale", "deployment", "coredns", "-n", "kube-system", "--replicas=0")
 	c.awaitPods("kube-system", 0, time.Minute, "-l", "k8s-app=kube-dns")
-	c.helm("uninstall", "underlay", "-n", "kube-system", "--wait", "--timeout=90s")
-	lab.Eventually(t, 2*time.Minute, "the node is clean", func() error {
-		for _, path := range []string{filepath.Join(n.CNIConfDir, conflist), filepath.Join(n.CNIBinDir, "underlay-cni")} {
-			if _, err := os.Stat(path); err == nil {
-				return fmt.Errorf("%s is there", path)
-			}
+	c.helm("upgrade", "underlay", chart, "-n", "kube-system", "-f", values, "--set", "uninstall=true", "--set", "updateStrategy.rollingUpdate.maxUnavailable=100%")
+	c.kubectl("rollout", "status", "daemonset/underlay", "-n", "kube-system", "--timeout=3m")
+	for _, n := range c.Lab.Nodes {
+		if err := c.leftOn(n); err != nil {
+			t.Errorf("%s is not clean: %v", n.Name, err)
 		}
-		return nil
-	})
-	c.Underlay("node", "exec", n.Name, "--", "test", "!", "-e", "/etc/cni/net.d/"+conflist)
-	if t.Failed() {
-		return
 	}
-	_ = clean
+	gone()
 
 	c.helm("install", "underlay", chart, "-n", "kube-system", "-f", values, "--set", "ec2.endpoint=http://169.254.171.24:9")
 	c.kubectl("scale", "deployment", "coredns", "-n", "kube-system", "--replicas=1")
-	lab.Eventually(t, time.Minute, "an agent runs that is not Ready", func() error {
-		for _, p := range c.pods("kube-system", "-l", "app.kubernetes.io/name=underlay") {
-			if p.Status.Phase == "Running" && !p.ready() {
-				return nil
+	lab.Eventually(t, time.Minute, "agents run that are not Ready", func() error {
+		pods := c.pods("kube-system", "-l", "app.kubernetes.io/name=underlay")
+		for _, p := range pods {
+			if p.Status.Phase != "Running" || p.ready() {
+				return fmt.Errorf("%s is %s", p.Metadata.Name, p.Status.Phase)
 			}
 		}
-		return fmt.Errorf("none")
+		if len(pods) != len(c.Lab.Nodes) {
+			return fmt.Errorf("there are %d", len(pods))
+		}
+		return nil
 	})
-	if _, err := os.Stat(filepath.Join(n.CNIConfDir, conflist)); err == nil {
-		t.Error("the config list is there, though the agent cannot serve")
+	for _, n := range c.Lab.Nodes {
+		if err := absent(filepath.Join(n.CNIConfDir, conflist)); err != nil {
+			t.Errorf("%s: %v, though the agent cannot serve", n.Name, err)
+		}
 	}
 	c.helm("upgrade", "underlay", chart, "-n", "kube-system", "-f", values)
 	c.awaitWhole()
-	if _, err := os.Stat(filepath.Join(n.CNIConfDir, conflist)); err != nil {
-		t.Error(err)
-	}
 }
 
 // helm runs the helm that the lab was made with.
