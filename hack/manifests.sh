@@ -31,7 +31,7 @@ cat >"$out/underlay.yaml.head" <<'END'
 #
 # Before you apply it: set --cluster to your cluster's name, and give the nodes'
 # role the policy docs/reference/iam-policy.json. On Kubernetes before 1.30,
-# leave out the ValidatingAdmissionPolicy and its binding.
+# leave out the two ValidatingAdmissionPolicies and their bindings.
 #
 #   kubectl apply -f deploy/manifests/underlay.yaml
 #   kubectl -n kube-system rollout status daemonset/underlay
@@ -40,7 +40,8 @@ render "$out/underlay.yaml"
 
 cat >"$out/uninstall.yaml.head" <<'END'
 # Takes Underlay off the nodes: in place of the agents, this cleans each node and
-# stays. Made of deploy/helm/underlay (make manifests).
+# stays. Made of deploy/helm/underlay (make manifests). Drain the nodes first,
+# and set --cluster as it was: by it the interfaces are known.
 #
 #   kubectl apply -f deploy/manifests/uninstall.yaml
 #   kubectl -n kube-system rollout status daemonset/underlay      # ends when every node is clean

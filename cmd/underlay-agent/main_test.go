@@ -24,6 +24,14 @@ func TestFlags(t *testing.T) {
 		{"serve", "unexpected argument"},
 		{"--log-level loud", "loud"},
 		{"--nonsense", "not defined"},
+		{"--cni-conf /etc/cni/net.d/10-underlay.conflist", "go together"},
+		{"--cni-bin /opt/cni/bin", "go together"},
+		{"--cni-conf net.d/x.conflist --cni-bin /opt/cni/bin", "absolute paths"},
+		{"--cni-conf /etc/cni/net.d/x.conf --cni-bin /opt/cni/bin", "ends with .conflist"},
+		{"--kubeconfig /x", "wants --node-name"},
+		{"--proc-sys-net sys", "absolute path"},
+		{"--force", "not defined"},
+		{"uninstall now", "unexpected argument"},
 	} {
 		var out bytes.Buffer
 		if _, err := parseFlags(strings.Fields(tc.args), &out); !errors.Is(err, errUsage) || !strings.Contains(out.String(), tc.says) {
@@ -49,6 +57,9 @@ func TestRunSaysWhatIsMissing(t *testing.T) {
 	}{
 		{[]string{"--socket", filepath.Join(dir, "none", "agent.sock")}, "mkdir -p"},
 		{[]string{"--socket", filepath.Join(dir, "agent.sock"), "--bpffs", dir}, "mount -t bpf"},
+		{[]string{"uninstall", "--socket", filepath.Join(dir, "agent.sock"), "--bpffs", dir}, "mount -t bpf"},
+		{[]string{"--socket", filepath.Join(dir, "agent.sock"), "--cni-conf", dir + "/none/x.conflist", "--cni-bin", dir, "--plugin", "/proc/self/exe"}, "mkdir -p " + dir + "/none"},
+		{[]string{"--socket", filepath.Join(dir, "agent.sock"), "--cni-conf", dir + "/x.conflist", "--cni-bin", dir, "--plugin", dir + "/none"}, "name it with --plugin"},
 		{[]string{"--socket", filepath.Join(dir, "agent.sock"), "--bpffs", filepath.Join(dir, "a", "b")}, "mount -t bpf"},
 	} {
 		var out bytes.Buffer

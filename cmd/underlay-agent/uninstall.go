@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/underlay-cni/underlay/internal/agent"
+	"github.com/underlay-cni/underlay/internal/agentapi"
 	"github.com/underlay-cni/underlay/internal/agentapi/pipe"
 	"github.com/underlay-cni/underlay/internal/datapath"
 	"github.com/underlay-cni/underlay/internal/ec2"
@@ -22,7 +23,7 @@ import (
 
 const (
 	// lockTimeout is how long uninstall waits for an agent that is ending.
-	lockTimeout = 20 * time.Second
+	lockTimeout = 5 * time.Second
 	// cloudTimeout bounds the answers of IMDS, the API server and EC2's list;
 	// giving back is bounded per call by package ec2.
 	cloudTimeout = 15 * time.Second
@@ -45,7 +46,11 @@ func uninstall(ctx context.Context, o options, log *slog.Logger) error {
 		}
 		defer lock.Close()
 	}
-	used, err := datapath.InUse(o.bpffs)
+	released, err := spooled(o.socket)
+	if err != nil {
+		return err
+	}
+	used, err := datapath.InUse(o.bpffs, released)
 	if err != nil && !o.force {
 		return fmt.Errorf("look which pods have endpoints: %w; --force goes on without", err)
 	}
@@ -64,7 +69,7 @@ func uninstall(ctx context.Context, o options, log *slog.Logger) error {
 			log.Info("plugin removed", "op", "uninstall", "list", o.cniConf, "bin", o.cniBin)
 		}
 	}
-	removal, err := datapath.Remove(o.bpffs, o.force)
+	removal, err := datapath.Remove(o.bpffs, released, o.force)
 	var late *datapath.InUseError
 	if errors.As(err, &late) { // a pod came meanwhile
 		return errors.Join(append(errs, inUse(o, late))...)
@@ -85,6 +90,22 @@ func uninstall(ctx context.Context, o options, log *slog.Logger) error {
 	}
 	log.Info("node is clean", "op", "uninstall", "left", "net.ipv4.ip_forward, and rp_filter and MTU of the node's own interface, as they are: what they were before is not known, and others may rely on them")
 	return nil
+}
+
+// spooled returns which containers' releases the plugin has kept for an agent.
+// They stay where they are: if this ends half-way, an agent may come yet.
+func spooled(socket string) (func(containerID, ifName string) bool, error) {
+	type key struct{ containerID, ifName string }
+	released := map[key]bool{}
+	errKept := errors.New("kept")
+	err := agentapi.DrainSpool(socket, func(a agentapi.Attachment) error {
+		released[key{a.ContainerID, a.IfName}] = true
+		return errKept
+	})
+	if err != nil && !errors.Is(err, errKept) {
+		return nil, err
+	}
+	return func(containerID, ifName string) bool { return released[key{containerID, ifName}] }, nil
 }
 
 // inUse is what a person does about pods that live.

@@ -81,12 +81,13 @@ var (
 	descAddresses = prometheus.NewDesc("underlay_addresses", "Addresses of the pool, by state; primaries are not of it.", []string{"state"}, nil)
 	descWaiting   = prometheus.NewDesc("underlay_adds_waiting", "ADDs that wait for an address.", nil, nil)
 	descExhausted = prometheus.NewDesc("underlay_subnet_exhausted", "1 for a subnet of the node where EC2 found no free address, or no free prefix, when last asked.", []string{"subnet", "lacks"}, nil)
+	descNotices   = prometheus.NewDesc("underlay_notices_dropped_total", "What pods' users were not told, in Kubernetes' events, for want of room.", nil, nil)
 	descDrops     = prometheus.NewDesc("underlay_dropped_packets_total", "Packets that the node's programs dropped, by reason.", []string{"reason"}, nil)
 )
 
 // Describe implements prometheus.Collector.
 func (v *view) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descReady, descENIs, descAddresses, descWaiting, descExhausted, descDrops} {
+	for _, d := range []*prometheus.Desc{descReady, descENIs, descAddresses, descWaiting, descExhausted, descNotices, descDrops} {
 		ch <- d
 	}
 }
@@ -137,6 +138,9 @@ func (v *view) Collect(ch chan<- prometheus.Metric) {
 			gauge(descExhausted, n[0], string(id), "address")
 			gauge(descExhausted, n[1], string(id), "prefix")
 		}
+	}
+	if o := v.a.opts.Orchestrator; o != nil {
+		ch <- prometheus.MustNewConstMetric(descNotices, prometheus.CounterValue, float64(o.Dropped()))
 	}
 	drops, err := v.a.opts.Datapath.Counters()
 	if err != nil {

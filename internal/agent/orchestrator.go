@@ -20,6 +20,8 @@ type Orchestrator interface {
 	Tell(agentapi.Pod, Notice)
 	// Served says that a pod has what was told to be missing.
 	Served(agentapi.Pod)
+	// Dropped returns how many notices nobody will hear of, for want of room.
+	Dropped() uint64
 }
 
 // NodeStatus is how the node stands, as coarse as it may be told to a cluster

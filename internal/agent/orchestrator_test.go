@@ -2,6 +2,7 @@ package agent
 
 import (
 	"fmt"
+	"net/http/httptest"
 	"strings"
 	"sync"
 	"testing"
@@ -46,6 +47,8 @@ func (f *fakeOrchestrator) Served(p agentapi.Pod) {
 	f.served = append(f.served, p.Name)
 }
 
+func (f *fakeOrchestrator) Dropped() uint64 { return 7 }
+
 // take returns and forgets what was told.
 func (f *fakeOrchestrator) take() []string {
 	f.mu.Lock()
@@ -73,6 +76,11 @@ func TestNodeIsPublished(t *testing.T) {
 		}
 		if diff := cmp.Diff(NodeStatus{Ready: true, Addresses: 27, ENIs: 1, MaxENIs: 3, FreeAtLeast: 16}, o.last()); diff != "" {
 			t.Errorf("ready: %s", diff)
+		}
+		rec := httptest.NewRecorder()
+		r.a.Metrics().ServeHTTP(rec, httptest.NewRequest("GET", "/metrics", nil))
+		if !strings.Contains(rec.Body.String(), "underlay_notices_dropped_total 7") {
+			t.Errorf("metrics:\n%s", rec.Body)
 		}
 		// A pod that comes and goes moves nothing.
 		published := len(o.statuses)

@@ -87,9 +87,6 @@ type forward struct {
 // findKubernetes finds, or builds, what the cluster will run, before anything
 // of the lab is made: it may take long, and it may be missing.
 func (a *App) findKubernetes(ctx context.Context, b *builder) error {
-	if err := b.o.kube.check(); err != nil {
-		return err
-	}
 	var err error
 	if b.programs, err = cluster.FindPrograms(); err != nil {
 		return err

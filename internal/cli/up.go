@@ -119,6 +119,9 @@ func (a *App) up(ctx context.Context, o upOptions) (*labFile, error) {
 	if _, ok := vpc.LimitsOf(o.instanceType); !ok {
 		return nil, fmt.Errorf("--instance-type %s: EC2 has no such type; m5.large is one", o.instanceType)
 	}
+	if err := o.kube.check(); err != nil {
+		return nil, err
+	}
 	var policy []byte
 	if o.iamPolicy != "" {
 		var err error

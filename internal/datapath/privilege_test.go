@@ -64,7 +64,7 @@ func live(r role) error {
 	if err := d.Close(); err != nil {
 		return err
 	}
-	removed, err := Remove(r.BPFFS, false)
+	removed, err := Remove(r.BPFFS, nil, false)
 	if err == nil && (removed.Rules != 3 || !removed.Table || removed.Pins == 0) {
 		err = fmt.Errorf("removed %+v", removed)
 	}

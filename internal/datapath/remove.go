@@ -40,9 +40,10 @@ type Removal struct {
 // Any reports whether there was anything.
 func (r Removal) Any() bool { return r != Removal{} }
 
-// InUse returns the endpoints that pods have: live by their record, and with a
-// device. One whose network namespace went has lost it.
-func InUse(bpffs string) ([]Endpoint, error) {
+// InUse returns the endpoints that pods have: live by their record, with a
+// device (one whose network namespace went has lost it), and not among released:
+// those that the runtime gave up while no agent listened. released may be nil.
+func InUse(bpffs string, released func(containerID, ifName string) bool) ([]Endpoint, error) {
 	conn, err := nl.Dial()
 	if err != nil {
 		return nil, err
@@ -61,7 +62,7 @@ func InUse(bpffs string) ([]Endpoint, error) {
 		has := slices.ContainsFunc(links, func(l nl.Link) bool {
 			return l.Name == e.HostIfName && l.Index == e.HostIfIndex && ourGroup(l.Group)
 		})
-		if e.State == Live && has {
+		if e.State == Live && has && (released == nil || !released(e.ContainerID, e.IfName)) {
 			out = append(out, e)
 		}
 	}
@@ -75,10 +76,10 @@ func InUse(bpffs string) ([]Endpoint, error) {
 // be repeated. Nothing else is changed: devices of ENIs stay up with their
 // addresses, and sysctls stay as they are, since nobody knows what they were.
 //
-// While a pod has an endpoint it changes nothing and returns an *InUseError,
-// unless force is set: that cuts those pods off. It refuses a directory that
-// another process has open.
-func Remove(bpffs string, force bool) (Removal, error) {
+// While a pod has an endpoint, as InUse has it, it changes nothing and returns an
+// *InUseError, unless force is set: that cuts those pods off. It refuses a
+// directory that another process has open.
+func Remove(bpffs string, released func(containerID, ifName string) bool, force bool) (Removal, error) {
 	var r Removal
 	if _, err := os.Stat(bpffs); err == nil {
 		lock, err := lockPins(bpffs)
@@ -89,7 +90,7 @@ func Remove(bpffs string, force bool) (Removal, error) {
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return r, fmt.Errorf("look at %s: %w", bpffs, err)
 	}
-	used, err := InUse(bpffs)
+	used, err := InUse(bpffs, released)
 	if err != nil && !force {
 		return r, fmt.Errorf("look which pods have endpoints: %w", err)
 	}

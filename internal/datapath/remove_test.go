@@ -32,7 +32,7 @@ func (w *world) footprint() map[string]string {
 func (w *world) remove(force bool) (r Removal, err error) {
 	w.t.Helper()
 	doErr := nl.Do(nl.Path(w.node), func() error {
-		r, err = Remove(w.bpffs, force)
+		r, err = Remove(w.bpffs, w.released, force)
 		return nil
 	})
 	if doErr != nil {
@@ -75,6 +75,13 @@ func TestRemove(t *testing.T) {
 	if _, err := w.remove(false); !errors.As(err, &used) || len(used.Endpoints) != 1 || used.Endpoints[0].Addr != p.Addr {
 		t.Fatalf("one pod lives: %v", err)
 	}
+	// The runtime has given it up, and the namespace has not gone yet.
+	w.released = func(containerID, ifName string) bool { return containerID == p.ContainerID && ifName == p.IfName }
+	var still []Endpoint
+	if err := nl.Do(nl.Path(w.node), func() (err error) { still, err = InUse(w.bpffs, w.released); return err }); err != nil || len(still) != 0 {
+		t.Errorf("a released one counts: %v, %v", still, err)
+	}
+	w.released = nil
 	r, err := w.remove(true)
 	if err != nil || r.Links != 1 || r.Rules != 3 || r.Routes != 4 || !r.Table || r.Pins < 5 {
 		t.Errorf("forced: %+v, %v", r, err)

@@ -88,7 +88,8 @@ type world struct {
 	t          testing.TB
 	node, wire string // names of namespaces
 	bpffs      string
-	quiet      bool // do not log
+	quiet      bool                                  // do not log
+	released   func(containerID, ifName string) bool // see Remove
 }
 
 var (

@@ -21,7 +21,9 @@
 // MB resident with net/http alone (which the agent has anyway), 11.0 MB with
 // client-go's REST client and core/v1's types, as here, 19.8 MB with its
 // clientset of all API groups; program files of 5.8, 14.1 and 26.6 MB. So there
-// is no clientset, no informer and no dynamic client. client-go brings what is
+// is no clientset, no informer and no dynamic client. The whole agent, with 230
+// pods, its API server and 25 events posted, has 34 MB resident (38 MB at its
+// most), of which 15 MB are its own. client-go brings what is
 // not ours to write: finding the API server, TLS, tokens that are read again
 // when they are exchanged, Retry-After.
 //

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	admissionv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
@@ -159,13 +160,17 @@ func TestRightsAreTheLeast(t *testing.T) {
 			t.Errorf("bound to %+v", s)
 		}
 	}
-	// The policy is for this account, and denies when it cannot be evaluated.
-	p := r.Policy
-	if p == nil || r.PolicyUsed == nil || r.PolicyUsed.Spec.PolicyName != p.Name || *p.Spec.FailurePolicy != "Fail" {
-		t.Fatalf("policy %+v, binding %+v", p, r.PolicyUsed)
+	// The policies are for this account, and deny when they cannot be evaluated.
+	if len(r.Policies) != 2 || len(r.PoliciesUsed) != 2 {
+		t.Fatalf("%d policies, %d bindings", len(r.Policies), len(r.PoliciesUsed))
 	}
-	if got := p.Spec.MatchConditions[0].Expression; got != "request.userInfo.username == 'system:serviceaccount:kube-system:underlay'" {
-		t.Errorf("the policy is for %s", got)
+	for i, p := range r.Policies {
+		if used := r.PoliciesUsed[i].Spec; used.PolicyName != p.Name || !slices.Equal(used.ValidationActions, []admissionv1.ValidationAction{admissionv1.Deny}) || *p.Spec.FailurePolicy != admissionv1.Fail {
+			t.Errorf("policy %+v, binding %+v", p, used)
+		}
+		if got := p.Spec.MatchConditions[0].Expression; got != "request.userInfo.username == 'system:serviceaccount:kube-system:underlay'" {
+			t.Errorf("policy %s is for %s", p.Name, got)
+		}
 	}
 }
 
@@ -200,6 +205,7 @@ func env(c *corev1.Container) map[string]string {
 }
 
 func TestSettingsReachTheAgent(t *testing.T) {
+	policies := []string{"ValidatingAdmissionPolicy", "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding", "ValidatingAdmissionPolicyBinding"}
 	base := map[string]string{"NODE_NAME": "field spec.nodeName", "POD_NAMESPACE": "field metadata.namespace", "DAEMONSET_NAME": "underlay"}
 	for _, tc := range []struct {
 		values string
@@ -210,15 +216,15 @@ func TestSettingsReachTheAgent(t *testing.T) {
 	}{
 		{"/dev/null", "ghcr.io/underlay-cni/underlay:" + appVersion(t),
 			[]string{"--node-name=$(NODE_NAME)", "--cluster=default", "--imds=deny", "--hook=clsact", "--prefixes=false", "--log-level=info", "--metrics-listen=127.0.0.1:9464"},
-			nil, []string{"ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"}},
+			nil, policies},
 		{"testdata/eks-irsa.yaml", "ghcr.io/underlay-cni/underlay:" + appVersion(t),
 			[]string{"--cluster=prod", "--prefixes=true"},
-			map[string]string{"WARM_PREFIX_TARGET": "1", "MAX_ENI": "4"}, []string{"ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"}},
+			map[string]string{"WARM_PREFIX_TARGET": "1", "MAX_ENI": "4"}, policies},
 		{"testdata/lab.yaml", "ghcr.io/underlay-cni/underlay:lab-0123456789ab",
 			[]string{"--cluster=demo"},
 			map[string]string{"AWS_ENDPOINT_URL_EC2": "http://169.254.171.24:7424", "AWS_REGION": "us-east-1",
 				"AWS_ACCESS_KEY_ID": "secret underlay-ec2 AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY": "secret underlay-ec2 AWS_SECRET_ACCESS_KEY"},
-			[]string{"Secret", "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"}},
+			append([]string{"Secret"}, policies...)},
 		{"testdata/monitored.yaml", "registry.example.com:5000/net/underlay@sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
 			[]string{"--imds=allow", "--hook=tcx", "--log-level=debug", "--sweep=1h30m", "--metrics-listen=0.0.0.0:9999"},
 			map[string]string{"WARM_IP_TARGET": "0", "MINIMUM_IP_TARGET": "10", "WARM_ENI_TARGET": "1", "MAX_ENI": "2", "IP_COOLDOWN_PERIOD": "60", "GODEBUG": "gctrace=1"},
@@ -252,6 +258,29 @@ func TestSettingsReachTheAgent(t *testing.T) {
 				t.Errorf("objects:\n%s", diff)
 			}
 		})
+	}
+}
+
+// A value is a value, whatever YAML or the shell make of its signs.
+func TestOddValuesArriveWhole(t *testing.T) {
+	file := t.TempDir() + "/values.json"
+	odd := `{"cluster":{"name":"a: \"b\" # {c}"},"cni":{"confDir":"/etc/cni, {net}.d"},"ec2":{"accessKeyId":"yes","secretAccessKey":"a+b/c=: #"},"serviceAccount":{"annotations":{"eks.amazonaws.com/role-arn":"arn:aws:iam::1:role/x"}},"podAnnotations":{"n":"1"}}`
+	if err := os.WriteFile(file, []byte(odd), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r := render(t, "--values", file)
+	if args := r.agent(t).Args; !slices.Contains(args, `--cluster=a: "b" # {c}`) {
+		t.Errorf("args %q", args)
+	}
+	volumes := r.DaemonSet.Spec.Template.Spec.Volumes
+	if !slices.ContainsFunc(volumes, func(v corev1.Volume) bool { return v.HostPath.Path == "/etc/cni, {net}.d" }) {
+		t.Errorf("volumes %+v", volumes)
+	}
+	if r.Secret.StringData["AWS_ACCESS_KEY_ID"] != "yes" || r.Secret.StringData["AWS_SECRET_ACCESS_KEY"] != "a+b/c=: #" {
+		t.Errorf("secret %q", r.Secret.StringData)
+	}
+	if r.Account.Annotations["eks.amazonaws.com/role-arn"] != "arn:aws:iam::1:role/x" || r.DaemonSet.Spec.Template.Annotations["n"] != "1" {
+		t.Errorf("annotations %q, %q", r.Account.Annotations, r.DaemonSet.Spec.Template.Annotations)
 	}
 }
 

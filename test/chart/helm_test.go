@@ -61,8 +61,8 @@ type rendered struct {
 	Role         rbacv1.Role
 	Bindings     []rbacv1.RoleRef
 	Subjects     []rbacv1.Subject
-	Policy       *admissionv1.ValidatingAdmissionPolicy
-	PolicyUsed   *admissionv1.ValidatingAdmissionPolicyBinding
+	Policies     []*admissionv1.ValidatingAdmissionPolicy
+	PoliciesUsed []*admissionv1.ValidatingAdmissionPolicyBinding
 	Secret       *corev1.Secret
 	Service      *corev1.Service
 	Others       map[string]map[string]any // by kind
@@ -122,11 +122,11 @@ func (r *rendered) decode(t *testing.T, doc []byte) {
 	case "ClusterRoleBinding", "RoleBinding":
 		into = &binding
 	case "ValidatingAdmissionPolicy":
-		r.Policy = &admissionv1.ValidatingAdmissionPolicy{}
-		into = r.Policy
+		r.Policies = append(r.Policies, &admissionv1.ValidatingAdmissionPolicy{})
+		into = r.Policies[len(r.Policies)-1]
 	case "ValidatingAdmissionPolicyBinding":
-		r.PolicyUsed = &admissionv1.ValidatingAdmissionPolicyBinding{}
-		into = r.PolicyUsed
+		r.PoliciesUsed = append(r.PoliciesUsed, &admissionv1.ValidatingAdmissionPolicyBinding{})
+		into = r.PoliciesUsed[len(r.PoliciesUsed)-1]
 	case "Secret":
 		r.Secret = &corev1.Secret{}
 		into = r.Secret

@@ -59,10 +59,10 @@ func TestRefused(t *testing.T) {
 
 func TestOldClustersWithoutThePolicy(t *testing.T) {
 	r := render(t, "--kube-version", "v1.29.6-eks-1552ad0", "--set", "admissionPolicy.enabled=false")
-	if r.Policy != nil || r.PolicyUsed != nil {
+	if len(r.Policies)+len(r.PoliciesUsed) > 0 {
 		t.Error("a policy is made nevertheless")
 	}
-	if r := render(t, "--kube-version", "v1.30.4-eks-a737599"); r.Policy == nil {
+	if r := render(t, "--kube-version", "v1.30.4-eks-a737599"); len(r.Policies) == 0 {
 		t.Error("EKS 1.30 gets no policy")
 	}
 }

@@ -38,14 +38,17 @@ func TestAgentIsHeldToItsOwnNode(t *testing.T) {
 	annotate := `{"metadata":{"annotations":{"underlay.dev/free-addresses":"7"}}}`
 	label := `{"metadata":{"labels":{"node-restriction.kubernetes.io/tier":"secret"}}}`
 	up := `{"status":{"conditions":[{"type":"NetworkUnavailable","status":"False","reason":"UnderlayIsUp"}],"capacity":{"underlay.dev/pod-addresses":"27"}}}`
+	events := "/api/v1/namespaces/" + own.Namespace + "/events" + dry
+	notItsEvent := "posts Events in the name of its own node alone"
 	apps := "/apis/apps/v1/namespaces/" + own.Namespace + "/daemonsets/"
 
-	for _, c := range []struct {
+	type try struct {
 		name               string
 		as                 *apiClient
 		method, path, body string
 		refused            string // part of the message; "" when it is allowed
-	}{
+	}
+	tries := []try{
 		{"own annotation", bound, "PATCH", node(own) + dry, annotate, ""},
 		{"own startup taint", bound, "PATCH", node(own) + dry, taints(t, bound, node(own), "underlay.dev/agent-not-ready"), ""},
 		{"own status", bound, "PATCH", status(own), up, ""},
@@ -58,6 +61,13 @@ func TestAgentIsHeldToItsOwnNode(t *testing.T) {
 		{"own cordon", bound, "PATCH", node(own) + dry, `{"spec":{"unschedulable":true}}`, notItsPart},
 		{"foreign taint", bound, "PATCH", node(own) + dry, taints(t, bound, node(own), "example.com/dedicated"), notItsPart},
 		{"foreign annotation", bound, "PATCH", node(own) + dry, `{"metadata":{"annotations":{"example.com/owner":"nobody"}}}`, "may change no annotation but underlay.dev/…"},
+		{"event", bound, "POST", events, event(own, own.Node, "Pod", own.Pod), ""},
+		{"event on its node", bound, "POST", events, event(own, own.Node, "Node", own.Node), ""},
+		{"event in other's name", bound, "POST", events, event(own, other.Node, "Pod", other.Pod), notItsEvent},
+		{"event on other node", bound, "POST", events, event(own, own.Node, "Node", other.Node), notItsEvent},
+		{"event on a Secret", bound, "POST", events, event(own, own.Node, "Secret", "token"), notItsEvent},
+		{"event, token of no pod", unbound, "POST", events, event(own, own.Node, "Pod", own.Pod), notItsEvent},
+		{"list events", bound, "GET", events, "", rbac},
 		{"read its node", bound, "GET", node(own), "", ""},
 		{"read its DaemonSet", bound, "GET", apps + own.DaemonSet, "", ""},
 		{"read another DaemonSet", bound, "GET", apps + "kube-proxy", "", rbac},
@@ -65,11 +75,16 @@ func TestAgentIsHeldToItsOwnNode(t *testing.T) {
 		{"list pods", bound, "GET", "/api/v1/pods", "", rbac},
 		{"list secrets", bound, "GET", "/api/v1/namespaces/" + own.Namespace + "/secrets", "", rbac},
 		{"delete its node", bound, "DELETE", node(own) + dry, "", rbac},
-	} {
+	}
+	if path := foreignEvent(t); path != "" {
+		tries = append(tries, try{"event of somebody else", bound, "PATCH", path + dry, `{"reportingComponent":"underlay-agent","reportingInstance":"` + own.Node +
+			`","source":{"component":"underlay-agent","host":"` + own.Node + `"},"message":"taken over"}`, "may change its own Events alone"})
+	}
+	for _, c := range tries {
 		t.Run(c.name, func(t *testing.T) {
 			code, answer := c.as.do(t, c.method, c.path, c.body)
 			switch {
-			case c.refused == "" && code != http.StatusOK:
+			case c.refused == "" && code != http.StatusOK && code != http.StatusCreated:
 				t.Errorf("refused with %d: %s", code, answer)
 			case c.refused != "" && code != http.StatusForbidden:
 				t.Errorf("answered with %d, want 403: %.300s", code, answer)
@@ -83,6 +98,45 @@ func TestAgentIsHeldToItsOwnNode(t *testing.T) {
 	if out, err := kubectl("patch", "node", other.Node, "--dry-run=server", "-p", `{"metadata":{"labels":{"example.com/rack":"7"}}}`); err != nil {
 		t.Errorf("an administrator is refused: %s", out)
 	}
+}
+
+// event is an Event as the agent posts it, in the name of a node.
+func event(a agentPod, node, kind, name string) string {
+	b, err := json.Marshal(map[string]any{
+		"apiVersion": "v1", "kind": "Event", "metadata": map[string]any{"name": "underlay-admission-test", "namespace": a.Namespace},
+		"involvedObject": map[string]any{"apiVersion": "v1", "kind": kind, "name": name, "namespace": a.Namespace},
+		"reason":         "SubnetFull", "message": "a dry run", "type": "Warning",
+		"source": map[string]any{"component": "underlay-agent", "host": node}, "reportingComponent": "underlay-agent", "reportingInstance": node,
+	})
+	if err != nil { // strings
+		panic(err)
+	}
+	return string(b)
+}
+
+// foreignEvent returns the path of an Event on a pod that no agent posted, "" if
+// there is none.
+func foreignEvent(t *testing.T) string {
+	t.Helper()
+	out, err := kubectl("get", "events", "-A", "-o", "json", "--field-selector", "involvedObject.kind=Pod")
+	if err != nil {
+		t.Fatal(out)
+	}
+	var list struct {
+		Items []struct {
+			Metadata           struct{ Namespace, Name string }
+			ReportingComponent string
+		}
+	}
+	if err := json.Unmarshal([]byte(out), &list); err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range list.Items {
+		if e.ReportingComponent != "underlay-agent" {
+			return "/api/v1/namespaces/" + e.Metadata.Namespace + "/events/" + e.Metadata.Name
+		}
+	}
+	return ""
 }
 
 // taints is a patch that takes a taint from the node if it is there, and adds
@@ -191,7 +245,11 @@ func (c *apiClient) do(t *testing.T, method, path, body string) (code int, answe
 		t.Fatal(err)
 	}
 	req.Header.Set("Authorization", "Bearer "+c.token)
-	req.Header.Set("Content-Type", "application/strategic-merge-patch+json")
+	kind := "application/json"
+	if method == http.MethodPatch {
+		kind = "application/strategic-merge-patch+json"
+	}
+	req.Header.Set("Content-Type", kind)
 	resp, err := c.http.Do(req)
 	if err != nil {
 		t.Fatal(err)
