@@ -40,7 +40,8 @@ render "$out/underlay.yaml"
 
 cat >"$out/uninstall.yaml.head" <<'END'
 # Takes Underlay off the nodes: in place of the agents, this cleans each node and
-# stays. Made of deploy/helm/underlay (make manifests).
+# stays. Made of deploy/helm/underlay (make manifests). Drain the nodes first,
+# and set --cluster as it was: by it the interfaces are known.
 #
 #   kubectl apply -f deploy/manifests/uninstall.yaml
 #   kubectl -n kube-system rollout status daemonset/underlay      # ends when every node is clean

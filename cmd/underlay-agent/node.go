@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -40,6 +42,8 @@ type node struct {
 	log    *slog.Logger
 	target *install.Target // nil: somebody else installs
 	api    *kube.Client    // nil: there is no Kubernetes
+
+	before []string // configurations that the runtime takes before ours, as told last
 
 	mu     sync.Mutex
 	err    error            // why the plugin is not installed (any more)
@@ -83,16 +87,20 @@ func (n *node) install(ctx context.Context) {
 	defer tick.Stop()
 	for {
 		changed, err := n.target.Install()
-		switch {
-		case err != nil && err.Error() != told:
-			told = err.Error()
-			n.log.Warn("plugin not installed", "op", "install", "err", err)
-		case err == nil && changed:
+		if changed {
 			n.log.Info("plugin installed", "op", "install", "list", n.target.ConfList, "bin", n.target.Bin)
-			told = ""
 		}
 		if err != nil {
-			err = fmt.Errorf("%w; check that the agent can write to the runtime's folders", err)
+			err = fmt.Errorf("the CNI plugin is not installed: %w; check that the agent can write to the runtime's folders", err)
+		} else {
+			err = n.first()
+		}
+		switch {
+		case err == nil:
+			told = ""
+		case err.Error() != told:
+			told = err.Error()
+			n.log.Warn("node not ready", "op", "install", "err", err)
 		}
 		n.mu.Lock()
 		n.err = err
@@ -104,6 +112,25 @@ func (n *node) install(ctx context.Context) {
 		case <-tick.C:
 		}
 	}
+}
+
+// first returns an error while the runtime takes the AWS VPC CNI's list instead
+// of ours. Another's before ours may be meant so, and is told once.
+func (n *node) first() error {
+	before, foreign, err := n.target.Before()
+	if err != nil {
+		return fmt.Errorf("%w; check that the agent can read the runtime's folders", err)
+	}
+	if foreign != "" {
+		return fmt.Errorf("the runtime takes %s, of the AWS VPC CNI, before our %s; remove it from the node's CNI configuration folder", foreign, filepath.Base(n.target.ConfList))
+	}
+	if !slices.Equal(before, n.before) {
+		n.before = before
+		if len(before) > 0 {
+			n.log.Warn("the runtime takes another configuration before ours; remove it, unless it hands on to ours", "op", "install", "first", before[0], "ours", filepath.Base(n.target.ConfList))
+		}
+	}
+	return nil
 }
 
 // installed returns why the runtime does not have the plugin.

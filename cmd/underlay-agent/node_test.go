@@ -142,6 +142,27 @@ func TestInstallationThatFails(t *testing.T) {
 	}
 }
 
+// What the AWS VPC CNI left comes before ours in the order of names: the runtime
+// would ask an agent that is gone.
+func TestListOfAnother(t *testing.T) {
+	n, a := newTestNode(t)
+	aws := filepath.Join(filepath.Dir(n.target.ConfList), "10-aws.conflist")
+	if err := os.WriteFile(aws, []byte(`{"plugins":[{"type":"aws-cni"}]}`), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	n.orchestrator().Publish(agent.NodeStatus{Ready: true, Addresses: 27})
+	beside(t, func(ctx context.Context) { _ = n.run(ctx) })
+	beside(t, n.install)
+	eventually(t, "the reason", func() bool {
+		err := n.installed()
+		return err != nil && strings.Contains(err.Error(), "10-aws.conflist") && strings.Contains(err.Error(), "; remove it")
+	})
+	eventually(t, "the annotations", func() bool { return a.wrote("underlay.dev/enis") })
+	if a.wrote("/spec/taints/0") {
+		t.Error("pods may come, and would get their network from another")
+	}
+}
+
 func TestLeave(t *testing.T) {
 	for _, tc := range []struct {
 		name  string

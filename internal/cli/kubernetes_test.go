@@ -144,10 +144,10 @@ func TestMachineThatDoesNotStayUp(t *testing.T) {
 	}
 	state := filepath.Join(h.node("node-1"), "state.json")
 	for _, c := range []struct {
-		restarts int
-		says     string
-	}{{0, ""}, {2, ""}, {3, "kubelet on node-1 does not stay up: exit status 1, 3 times"}} {
-		st := cluster.State{Programs: []cluster.ProgramState{{Name: "kubelet", Restarts: c.restarts, LastEnd: "exit status 1"}}}
+		restarts, pid int
+		says          string
+	}{{0, 0, ""}, {2, 0, ""}, {3, 12, ""}, {3, 0, "kubelet on node-1 does not stay up: exit status 1, 3 times"}} {
+		st := cluster.State{Programs: []cluster.ProgramState{{Name: "kubelet", PID: c.pid, Restarts: c.restarts, LastEnd: "exit status 1"}}}
 		if err := writeJSON(state, st); err != nil {
 			t.Fatal(err)
 		}

@@ -18,7 +18,8 @@ type machineWatch struct {
 	api  *cluster.API
 }
 
-// manyEnds is after how many ends in a row a program is not waited for.
+// manyEnds is after how many ends a program that does not run just then is not
+// waited for. (One that runs may have ended while it had to wait for others.)
 const manyEnds = 3
 
 // await calls done until it returns nil, as long as the machines are well. The
@@ -61,7 +62,7 @@ func (w *machineWatch) ill(machine string) error {
 		return nil // not written yet
 	}
 	for _, p := range s.Programs {
-		if p.Restarts >= manyEnds {
+		if p.Restarts >= manyEnds && p.PID == 0 {
 			return &nodeError{log: w.programLog(machine, p.Name), err: fmt.Errorf("%s on %s does not stay up: %s, %d times", p.Name, machine, p.LastEnd, p.Restarts)}
 		}
 	}

@@ -261,6 +261,29 @@ func TestSettingsReachTheAgent(t *testing.T) {
 	}
 }
 
+// A value is a value, whatever YAML or the shell make of its signs.
+func TestOddValuesArriveWhole(t *testing.T) {
+	file := t.TempDir() + "/values.json"
+	odd := `{"cluster":{"name":"a: \"b\" # {c}"},"cni":{"confDir":"/etc/cni, {net}.d"},"ec2":{"accessKeyId":"yes","secretAccessKey":"a+b/c=: #"},"serviceAccount":{"annotations":{"eks.amazonaws.com/role-arn":"arn:aws:iam::1:role/x"}},"podAnnotations":{"n":"1"}}`
+	if err := os.WriteFile(file, []byte(odd), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r := render(t, "--values", file)
+	if args := r.agent(t).Args; !slices.Contains(args, `--cluster=a: "b" # {c}`) {
+		t.Errorf("args %q", args)
+	}
+	volumes := r.DaemonSet.Spec.Template.Spec.Volumes
+	if !slices.ContainsFunc(volumes, func(v corev1.Volume) bool { return v.HostPath.Path == "/etc/cni, {net}.d" }) {
+		t.Errorf("volumes %+v", volumes)
+	}
+	if r.Secret.StringData["AWS_ACCESS_KEY_ID"] != "yes" || r.Secret.StringData["AWS_SECRET_ACCESS_KEY"] != "a+b/c=: #" {
+		t.Errorf("secret %q", r.Secret.StringData)
+	}
+	if r.Account.Annotations["eks.amazonaws.com/role-arn"] != "arn:aws:iam::1:role/x" || r.DaemonSet.Spec.Template.Annotations["n"] != "1" {
+		t.Errorf("annotations %q, %q", r.Account.Annotations, r.DaemonSet.Spec.Template.Annotations)
+	}
+}
+
 // The secret key is in the Secret and nowhere else.
 func TestSecretStaysInItsSecret(t *testing.T) {
 	r := render(t, "--values", "testdata/lab.yaml")

@@ -19,7 +19,7 @@ var (
 	binDir     = flag.String("bin", "", "`folder` with e2e.test, ginkgo and kubectl, instead of building them")
 	replicas   = flag.Int("replicas", 40, "pods of the Deployment that is scaled up and down")
 	rounds     = flag.Int("rounds", 3, "how often it is")
-	dense      = flag.Int("dense", 20, "pods of the node whose status is checked against an independent count")
+	dense      = flag.Int("dense", 20, "pods of the node whose status is checked against an independent count; more than 25 take a lab with a larger node")
 )
 
 func TestMain(m *testing.M) {

@@ -114,6 +114,44 @@ func (t Target) List() []byte {
 	return append(b, '\n')
 }
 
+// Before returns the base names of the configurations that a runtime takes
+// instead of ours: it uses the first in the order of names (libcni's extensions
+// .conf, .conflist, .json). One that hands on to ours, such as Multus', belongs
+// there. foreign names the first of them, if any, that is the AWS VPC CNI's:
+// pods would get addresses that nobody hands out any more.
+func (t Target) Before() (names []string, foreign string, err error) {
+	dir := filepath.Dir(t.ConfList)
+	entries, err := os.ReadDir(dir) // sorted
+	if err != nil {
+		return nil, "", fmt.Errorf("look at the runtime's configurations: %w", err)
+	}
+	for _, e := range entries {
+		if e.Name() >= filepath.Base(t.ConfList) {
+			break
+		}
+		switch filepath.Ext(e.Name()) {
+		case ".conf", ".conflist", ".json":
+		default:
+			continue
+		}
+		names = append(names, e.Name())
+		var list struct {
+			Type    string
+			Plugins []struct{ Type string }
+		}
+		b, err := os.ReadFile(filepath.Join(dir, e.Name()))
+		if err != nil || json.Unmarshal(b, &list) != nil || foreign != "" {
+			continue // gone meanwhile, or the runtime's to complain about
+		}
+		for _, p := range append(list.Plugins, struct{ Type string }{list.Type}) {
+			if p.Type == "aws-cni" {
+				foreign = e.Name()
+			}
+		}
+	}
+	return names, foreign, nil
+}
+
 // put writes a file, unless it is as it should be, so that it is there whole or
 // not at all, and reports whether it wrote.
 func put(path string, content *io.SectionReader, mode fs.FileMode) (bool, error) {

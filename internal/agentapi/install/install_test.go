@@ -232,3 +232,24 @@ func TestVersionOfPortmap(t *testing.T) {
 		t.Errorf("%s says %s", portmap, out)
 	}
 }
+
+func TestBefore(t *testing.T) {
+	tg := target(t)
+	dir := filepath.Dir(tg.ConfList)
+	install(t, tg, true)
+	check := func(want []string, foreign string) {
+		t.Helper()
+		names, got, err := tg.Before()
+		if err != nil || !slices.Equal(names, want) || got != foreign {
+			t.Errorf("%q, %q, %v; want %q, %q", names, got, err, want, foreign)
+		}
+	}
+	check(nil, "")
+	write(t, dir+"/00-multus.conf", `{"type":"multus","delegates":[]}`)
+	write(t, dir+"/05-broken.json", `{`)
+	write(t, dir+"/09-notes.txt", `{"type":"aws-cni"}`)
+	write(t, dir+"/99-loopback.conf", `{"type":"aws-cni"}`) // after ours
+	check([]string{"00-multus.conf", "05-broken.json"}, "")
+	write(t, dir+"/10-aws.conflist", `{"plugins":[{"type":"aws-cni"},{"type":"egress-cni"}]}`)
+	check([]string{"00-multus.conf", "05-broken.json", "10-aws.conflist"}, "10-aws.conflist")
+}
