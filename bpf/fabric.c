@@ -398,7 +398,7 @@ static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct e
 {
 	__u32 ifindex = skb->ifindex;
 	struct station station = {};
-	struct target *t, *owner, *holder;
+	struct target *t, *owner, *holder, *named;
 	struct packet packet = {};
 	enum drop_reason reason;
 	struct counters *c;
@@ -452,7 +452,7 @@ static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct e
 		/* No route is followed to link-local addresses (VPC user guide). */
 		if (link_local(iph->daddr))
 			return drop(ifindex, DROP_NO_ROUTE);
-		holder = mapping(self->vni, iph->daddr);
+		named = holder = mapping(self->vni, iph->daddr);
 		r = route_to(self->table, iph->daddr);
 		if (!r)
 			return drop(ifindex, DROP_NO_ROUTE);
@@ -476,7 +476,7 @@ static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct e
 		t = bpf_map_lookup_elem(&stations, &station);
 		if (!t)
 			return drop(ifindex, DROP_UNKNOWN_MAC);
-		holder = mapping(self->vni, iph->daddr);
+		named = holder = mapping(self->vni, iph->daddr);
 		if (holder && holder->ifindex != t->ifindex)
 			holder = 0;
 		__builtin_memcpy(source, self->mac, 6);
@@ -488,7 +488,9 @@ static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct e
 	packet.packets = size.packets;
 	packet.bytes = size.bytes;
 	receiver = t->ifindex;
-	reason = gate(&packet, ifindex, EGRESS, holder ? receiver : 0);
+	if (!egress_groups_by_address)
+		named = holder;
+	reason = gate(&packet, ifindex, EGRESS, named ? named->ifindex : 0);
 	if (reason)
 		return drop(ifindex, reason);
 	crosses = t->subnet != self->subnet;

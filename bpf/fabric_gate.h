@@ -149,6 +149,13 @@ volatile const __u32 other_timeout = 600;
 /* How long fragments are waited for: Linux's own (net.ipv4.ipfrag_time). */
 volatile const __u32 fragment_timeout = 30;
 
+/*
+ * Whether an egress rule's group is that of whoever holds the destination, also
+ * if a middlebox receives the packet first. AWS says that a group is not known
+ * behind a middlebox, and speaks of the source.
+ */
+volatile const __u8 egress_groups_by_address = 1;
+
 /* Tests move the clock on by this, in ns. */
 volatile __u64 clock_offset;
 
@@ -507,9 +514,9 @@ static __always_inline int untracked(const struct policy *policy, __u32 directio
 
 /*
  * gate says whether an ENI's security groups let a packet pass: 0, or the
- * reason why not. peer is the ENI at the other end, 0 if the packet's address
- * is not its own: then no group is known (AWS: references to groups do not
- * reach through a middlebox).
+ * reason why not. peer is the ENI whose groups the rules may name, 0 if none is
+ * known: a source counts only with the ENI that sends from it (AWS: references
+ * to groups do not reach through a middlebox).
  */
 static __noinline int gate(struct packet *p, __u32 ifindex, __u32 direction, __u32 peer)
 {

@@ -34,6 +34,8 @@ type Options struct {
 	Lab    string // names the namespaces: ul-LAB-fabric, ul-LAB-i-…, ul-LAB-svc-…
 	BPFFS  string // a directory in a mounted bpffs; made if it is not there
 	Logger *slog.Logger
+	// Inferred holds from each Open on, for the flows that are there too.
+	Inferred Inferred
 }
 
 // Fabric is an open fabric.
@@ -118,8 +120,15 @@ func (f *Fabric) open(o Options) error {
 	if err := f.openNamespace(); err != nil {
 		return err
 	}
+	spec, err := bpfgen.LoadFabric()
+	if err != nil {
+		return fmt.Errorf("read programs: %w", err)
+	}
+	if err := o.Inferred.apply(spec); err != nil {
+		return err
+	}
 	opts := &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: f.pins}}
-	if err := bpfgen.LoadFabricObjects(&f.objs, opts); err != nil {
+	if err := spec.LoadAndAssign(&f.objs, opts); err != nil {
 		return fmt.Errorf("load programs: %w", err)
 	}
 	f.policies = ruleMaps[uint32]{

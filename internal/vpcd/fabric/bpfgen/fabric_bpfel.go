@@ -230,30 +230,31 @@ type FabricTarget struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	FabricMapAcls                = "acls"
-	FabricMapCounts              = "counts"
-	FabricMapEnis                = "enis"
-	FabricMapFlows               = "flows"
-	FabricMapFragments           = "fragments"
-	FabricMapMappings            = "mappings"
-	FabricMapPolicies            = "policies"
-	FabricMapRoutes              = "routes"
-	FabricMapStations            = "stations"
-	FabricProgFromGuest          = "from_guest"
-	FabricProgToGuest            = "to_guest"
-	FabricVarClockOffset         = "clock_offset"
-	FabricVarDirections          = "directions"
-	FabricVarDropReasons         = "drop_reasons"
-	FabricVarFragmentTimeout     = "fragment_timeout"
-	FabricVarIcmpTimeout         = "icmp_timeout"
-	FabricVarMtu                 = "mtu"
-	FabricVarOpenFlags           = "open_flags"
-	FabricVarOtherTimeout        = "other_timeout"
-	FabricVarRouterMac           = "router_mac"
-	FabricVarShownAcl            = "shown_acl"
-	FabricVarShownPolicy         = "shown_policy"
-	FabricVarTcpClosedTimeout    = "tcp_closed_timeout"
-	FabricVarTcpHandshakeTimeout = "tcp_handshake_timeout"
+	FabricMapAcls                  = "acls"
+	FabricMapCounts                = "counts"
+	FabricMapEnis                  = "enis"
+	FabricMapFlows                 = "flows"
+	FabricMapFragments             = "fragments"
+	FabricMapMappings              = "mappings"
+	FabricMapPolicies              = "policies"
+	FabricMapRoutes                = "routes"
+	FabricMapStations              = "stations"
+	FabricProgFromGuest            = "from_guest"
+	FabricProgToGuest              = "to_guest"
+	FabricVarClockOffset           = "clock_offset"
+	FabricVarDirections            = "directions"
+	FabricVarDropReasons           = "drop_reasons"
+	FabricVarEgressGroupsByAddress = "egress_groups_by_address"
+	FabricVarFragmentTimeout       = "fragment_timeout"
+	FabricVarIcmpTimeout           = "icmp_timeout"
+	FabricVarMtu                   = "mtu"
+	FabricVarOpenFlags             = "open_flags"
+	FabricVarOtherTimeout          = "other_timeout"
+	FabricVarRouterMac             = "router_mac"
+	FabricVarShownAcl              = "shown_acl"
+	FabricVarShownPolicy           = "shown_policy"
+	FabricVarTcpClosedTimeout      = "tcp_closed_timeout"
+	FabricVarTcpHandshakeTimeout   = "tcp_handshake_timeout"
 )
 
 // LoadFabric returns the embedded CollectionSpec for Fabric.
@@ -321,19 +322,20 @@ type FabricMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type FabricVariableSpecs struct {
-	ClockOffset         *ebpf.VariableSpec `ebpf:"clock_offset"`
-	Directions          *ebpf.VariableSpec `ebpf:"directions"`
-	DropReasons         *ebpf.VariableSpec `ebpf:"drop_reasons"`
-	FragmentTimeout     *ebpf.VariableSpec `ebpf:"fragment_timeout"`
-	IcmpTimeout         *ebpf.VariableSpec `ebpf:"icmp_timeout"`
-	Mtu                 *ebpf.VariableSpec `ebpf:"mtu"`
-	OpenFlags           *ebpf.VariableSpec `ebpf:"open_flags"`
-	OtherTimeout        *ebpf.VariableSpec `ebpf:"other_timeout"`
-	RouterMac           *ebpf.VariableSpec `ebpf:"router_mac"`
-	ShownAcl            *ebpf.VariableSpec `ebpf:"shown_acl"`
-	ShownPolicy         *ebpf.VariableSpec `ebpf:"shown_policy"`
-	TcpClosedTimeout    *ebpf.VariableSpec `ebpf:"tcp_closed_timeout"`
-	TcpHandshakeTimeout *ebpf.VariableSpec `ebpf:"tcp_handshake_timeout"`
+	ClockOffset           *ebpf.VariableSpec `ebpf:"clock_offset"`
+	Directions            *ebpf.VariableSpec `ebpf:"directions"`
+	DropReasons           *ebpf.VariableSpec `ebpf:"drop_reasons"`
+	EgressGroupsByAddress *ebpf.VariableSpec `ebpf:"egress_groups_by_address"`
+	FragmentTimeout       *ebpf.VariableSpec `ebpf:"fragment_timeout"`
+	IcmpTimeout           *ebpf.VariableSpec `ebpf:"icmp_timeout"`
+	Mtu                   *ebpf.VariableSpec `ebpf:"mtu"`
+	OpenFlags             *ebpf.VariableSpec `ebpf:"open_flags"`
+	OtherTimeout          *ebpf.VariableSpec `ebpf:"other_timeout"`
+	RouterMac             *ebpf.VariableSpec `ebpf:"router_mac"`
+	ShownAcl              *ebpf.VariableSpec `ebpf:"shown_acl"`
+	ShownPolicy           *ebpf.VariableSpec `ebpf:"shown_policy"`
+	TcpClosedTimeout      *ebpf.VariableSpec `ebpf:"tcp_closed_timeout"`
+	TcpHandshakeTimeout   *ebpf.VariableSpec `ebpf:"tcp_handshake_timeout"`
 }
 
 // FabricObjects contains all objects after they have been loaded into the kernel.
@@ -385,19 +387,20 @@ func (m *FabricMaps) Close() error {
 //
 // It can be passed to LoadFabricObjects or ebpf.CollectionSpec.LoadAndAssign.
 type FabricVariables struct {
-	ClockOffset         *ebpf.Variable `ebpf:"clock_offset"`
-	Directions          *ebpf.Variable `ebpf:"directions"`
-	DropReasons         *ebpf.Variable `ebpf:"drop_reasons"`
-	FragmentTimeout     *ebpf.Variable `ebpf:"fragment_timeout"`
-	IcmpTimeout         *ebpf.Variable `ebpf:"icmp_timeout"`
-	Mtu                 *ebpf.Variable `ebpf:"mtu"`
-	OpenFlags           *ebpf.Variable `ebpf:"open_flags"`
-	OtherTimeout        *ebpf.Variable `ebpf:"other_timeout"`
-	RouterMac           *ebpf.Variable `ebpf:"router_mac"`
-	ShownAcl            *ebpf.Variable `ebpf:"shown_acl"`
-	ShownPolicy         *ebpf.Variable `ebpf:"shown_policy"`
-	TcpClosedTimeout    *ebpf.Variable `ebpf:"tcp_closed_timeout"`
-	TcpHandshakeTimeout *ebpf.Variable `ebpf:"tcp_handshake_timeout"`
+	ClockOffset           *ebpf.Variable `ebpf:"clock_offset"`
+	Directions            *ebpf.Variable `ebpf:"directions"`
+	DropReasons           *ebpf.Variable `ebpf:"drop_reasons"`
+	EgressGroupsByAddress *ebpf.Variable `ebpf:"egress_groups_by_address"`
+	FragmentTimeout       *ebpf.Variable `ebpf:"fragment_timeout"`
+	IcmpTimeout           *ebpf.Variable `ebpf:"icmp_timeout"`
+	Mtu                   *ebpf.Variable `ebpf:"mtu"`
+	OpenFlags             *ebpf.Variable `ebpf:"open_flags"`
+	OtherTimeout          *ebpf.Variable `ebpf:"other_timeout"`
+	RouterMac             *ebpf.Variable `ebpf:"router_mac"`
+	ShownAcl              *ebpf.Variable `ebpf:"shown_acl"`
+	ShownPolicy           *ebpf.Variable `ebpf:"shown_policy"`
+	TcpClosedTimeout      *ebpf.Variable `ebpf:"tcp_closed_timeout"`
+	TcpHandshakeTimeout   *ebpf.Variable `ebpf:"tcp_handshake_timeout"`
 }
 
 // FabricPrograms contains all programs after they have been loaded into the kernel.
