@@ -496,6 +496,45 @@ static long match(__u64 turn, struct question *q)
 	return 0;
 }
 
+/* Whether a rule for 0.0.0.0/0 allows it: those rules come first. */
+static __always_inline int for_everybody(const struct policy *policy, __u32 direction,
+					 __u8 protocol, __u16 dport)
+{
+	struct question q = {};
+
+	q.rules = policy->rules[direction];
+	q.count = policy->count[direction];
+	q.protocol = protocol;
+	q.dport = dport;
+	bpf_loop(RULES / RULES_PER_TURN, match, &q, 0);
+	return q.allowed == 2;
+}
+
+/*
+ * untracked says whether the rules make the packet's flow one that needs no
+ * tracking: the one that the packet begins, or the one that it answers. The
+ * latter matters when the rules have changed since; taken for the beginning of a
+ * flow, the answer would have the flow tracked from then on, and no change would
+ * cut it. A TCP segment tells by SYN and ACK which of the two it does.
+ */
+static __always_inline int untracked(const struct policy *policy, __u32 direction,
+				     const struct tuple *t, __u8 tcp_flags)
+{
+	__u32 open = t->protocol == IPPROTO_TCP ? OPEN_TCP :
+		     t->protocol == IPPROTO_UDP ? OPEN_UDP : 0;
+	int begins = 1, answers = 1;
+
+	if (tcp_flags & TCP_SYN) {
+		begins = !(tcp_flags & TCP_ACK);
+		answers = !begins;
+	}
+	if (begins && (policy->open[!direction] & open) &&
+	    for_everybody(policy, direction, t->protocol, t->dport))
+		return 1;
+	return answers && (policy->open[direction] & open) &&
+	       for_everybody(policy, !direction, t->protocol, t->sport);
+}
+
 /*
  * gate says whether an ENI's security groups let a packet pass: 0, or the
  * reason why not. peer is the ENI whose groups the rules may name, 0 if none is
@@ -513,7 +552,6 @@ __noinline int gate(struct packet *p, __u32 ifindex, __u32 which, __u32 peer)
 	struct flow begun = {};
 	struct flow_key key;
 	struct flow *f;
-	__u32 open;
 
 	if (!p)
 		return refused;
@@ -540,7 +578,10 @@ __noinline int gate(struct packet *p, __u32 ifindex, __u32 which, __u32 peer)
 	if (p->is_error) {
 		set_flow_key(&key, ifindex, !direction, &p->about);
 		f = bpf_map_lookup_elem(&flows, &key);
-		if (f && f->expires > now && (!f->version || f->version == policy->version))
+		/* An untracked flow goes on if it is one by the rules of today. */
+		if (f && f->expires > now &&
+		    (!f->version || f->version == policy->version ||
+		     untracked(policy, !direction, &p->about, 0)))
 			return 0;
 		set_flow_key(&key, ifindex, direction, &p->tuple);
 	}
@@ -575,9 +616,7 @@ __noinline int gate(struct packet *p, __u32 ifindex, __u32 which, __u32 peer)
 		begun.flags[INGRESS] = p->tcp_flags;
 		begun.opener = INGRESS;
 	}
-	open = p->tuple.protocol == IPPROTO_TCP ? OPEN_TCP :
-	       p->tuple.protocol == IPPROTO_UDP ? OPEN_UDP : 0;
-	if (q.allowed == 2 && (policy->open[!direction] & open))
+	if (untracked(policy, direction, &p->tuple, p->tcp_flags))
 		begun.version = policy->version;
 	begun.expires = now + idle_timeout(&begun, p->tuple.protocol) * NSEC_PER_SEC;
 	/* An untracked flow is only spared the rules here: it needs no entry. */

@@ -188,6 +188,18 @@ func TestEmulatorAndProductShareNoJudgement(t *testing.T) {
 	}
 }
 
+// D4, once more: the model that the fabric is compared with is written from the
+// facts alone.
+func TestModelKnowsNoFabric(t *testing.T) {
+	for _, p := range list(t, "./test/vpcmodel") {
+		for _, dep := range p.Deps {
+			if strings.HasPrefix(dep, module) && dep != p.ImportPath && dep != module+"internal/vpc" && dep != module+"internal/packet" {
+				t.Errorf("%s depends on %s: the model would agree with what it is to judge", p.ImportPath, dep)
+			}
+		}
+	}
+}
+
 func TestPurePackagesArePure(t *testing.T) {
 	banned := []string{"os", "net", "net/http", "io/fs", "os/exec", "syscall", "sync", "context", "math/rand", "log/slog"}
 	clock := []string{"Now", "Since", "Until", "Sleep", "After", "AfterFunc", "Tick", "NewTimer", "NewTicker"}

@@ -213,6 +213,40 @@ func TestUntracked(t *testing.T) {
 	}
 }
 
+// TestUntrackedAfterAnotherChange: an untracked flow stays one when some other
+// rule changes, whichever of its packets comes first, and an error about it passes.
+func TestUntrackedAfterAnotherChange(t *testing.T) {
+	l := newLab(t)
+	a := l.add(subnetA, "10.0.0.4")
+	b := l.add(subnetB, "10.0.1.4")
+	a.groups(l.group(1, allTracked, allTracked))
+	b.groups(testGroup(2))
+	for _, c := range []struct {
+		name            string
+		protocol        int
+		request, answer []byte
+	}{
+		{"UDP", 17, dgram4(a.addr, b.addr, 1000, 80), dgram4(b.addr, a.addr, 80, 1000)},
+		{"TCP", 6, tcp4(a.addr, b.addr, 1000, 80, syn), tcp4(b.addr, a.addr, 80, 1000, syn|ack)},
+	} {
+		web := Rule{Protocol: c.protocol, From: 80, To: 80, Peers: everywhere}
+		other := Rule{Protocol: 47, Peers: prefixes("192.0.2.0/24")}
+		back := []Rule{{Protocol: c.protocol, From: 0, To: 65535, Peers: everywhere}}
+		l.group(2, []Rule{web}, back)
+		l.set()
+		l.forgetFlows()
+		a.wants(b, c.name+" request", c.request, "")
+		l.group(2, []Rule{web, other}, back)
+		l.set()
+		b.wants(a, c.name+" error", icmp4(b.addr, a.addr, 3, 3, 0, c.request...), "")
+		b.wants(a, c.name+" answer", c.answer, "")
+		l.group(2, []Rule{other}, back)
+		l.set()
+		a.wants(b, c.name+" request without its rule", c.request, SGIngress)
+		b.wants(a, c.name+" error without its rule", icmp4(b.addr, a.addr, 3, 3, 0, c.request...), SGEgress)
+	}
+}
+
 // TestIdleTimeouts lets flows be idle for a second less than their time, and
 // then for a second more.
 func TestIdleTimeouts(t *testing.T) {

@@ -1,0 +1,285 @@
+package differential
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/underlay-cni/underlay/internal/packet"
+	"github.com/underlay-cni/underlay/internal/vpc"
+	"github.com/underlay-cni/underlay/internal/vpcd/fabric"
+	"github.com/underlay-cni/underlay/test/vpcmodel"
+)
+
+// outcome of a script: what the model says and who received what.
+type outcome struct {
+	script   vpcmodel.Script
+	verdicts map[int]vpcmodel.Verdict // by index of the Send
+	received map[int]string           // "" if nobody, else who, as words
+	noise    int                      // frames that no script sent
+}
+
+// mismatches lists the Sends of which model and fabric say different things.
+func (o *outcome) mismatches() (out []int) {
+	for i, v := range o.verdicts {
+		if string(v.To) != o.received[i] {
+			out = append(out, i)
+		}
+	}
+	slices.Sort(out)
+	return out
+}
+
+// report writes the script as one that can be replayed, with both verdicts where
+// they differ.
+func (o *outcome) report() string {
+	var b strings.Builder
+	for i, st := range o.script {
+		b.WriteString(st.String())
+		if v, ok := o.verdicts[i]; ok {
+			fmt.Fprintf(&b, " # model: %s", v)
+			if string(v.To) != o.received[i] {
+				got := o.received[i]
+				if got == "" {
+					got = "nobody"
+				}
+				fmt.Fprintf(&b, "; FABRIC: received by %s", got)
+			}
+		}
+		b.WriteByte('\n')
+	}
+	return b.String()
+}
+
+// run builds a script's world in vpcd, sends its packets, and removes the world.
+func (s *stand) run(script vpcmodel.Script) (o *outcome, err error) {
+	c := newCloud(s.ctx, s.endpoint)
+	r := &runner{stand: s, cloud: c, ports: map[string]*port{}, sent: map[string]fragment{}, whole: map[int]int{},
+		out: &outcome{script: script, verdicts: map[int]vpcmodel.Verdict{}, received: map[int]string{}}}
+	defer func() {
+		for _, p := range r.ports {
+			p.close()
+		}
+		err = errors.Join(err, c.remove(s.terminated))
+	}()
+	for i, st := range script {
+		send, ok := st.(vpcmodel.Send)
+		if !ok {
+			if err := r.flush(); err != nil {
+				return nil, err
+			}
+			if err := c.apply(st); err != nil {
+				return nil, fmt.Errorf("statement %d, %q: %w", i+1, st, err)
+			}
+			r.settled = false
+			continue
+		}
+		r.batch = append(r.batch, sending{i, send})
+	}
+	return r.out, r.flush()
+}
+
+type sending struct {
+	index int
+	vpcmodel.Send
+}
+
+// fragment is a datagram on the wire, by its bytes: of which Send it is a part.
+type fragment struct {
+	index int
+	parts int // what it counts for: 1, or all when it is the datagram made whole
+}
+
+type runner struct {
+	*stand
+	cloud   *cloud
+	out     *outcome
+	ports   map[string]*port
+	settled bool
+	batch   []sending
+	sent    map[string]fragment
+	whole   map[int]int // parts of each Send
+}
+
+// flush sends the batch and collects what was received.
+func (r *runner) flush() error {
+	if len(r.batch) == 0 {
+		return nil
+	}
+	batch := r.batch
+	r.batch = nil
+	if err := r.refresh(); err != nil {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	err := onOneCPU(func() error {
+		for _, b := range batch {
+			if err := r.sendOne(b); err != nil {
+				return fmt.Errorf("statement %d, %q: %w", b.index+1, b.Send, err)
+			}
+		}
+		return r.sendMarker()
+	})
+	if err != nil {
+		return err
+	}
+	return r.collect(batch)
+}
+
+// refresh waits for the fabric and opens ports that are new.
+func (r *runner) refresh() error {
+	if r.settled {
+		return nil
+	}
+	r.settled = true
+	for name, p := range r.ports {
+		if !r.cloud.world.ENIs[vpc.ENIID(name)].Attached {
+			p.close()
+			delete(r.ports, name)
+		}
+	}
+	return r.openPorts(r.cloud, r.ports)
+}
+
+func (r *runner) sendOne(b sending) error {
+	v, err := b.Judge(r.cloud.world)
+	if err != nil {
+		return err
+	}
+	r.out.verdicts[b.index] = v
+	from := r.ports[string(b.From)]
+	if from == nil {
+		return fmt.Errorf("%s has no port", b.From)
+	}
+	to := packet.MAC(fabric.RouterMAC)
+	if b.Direct != "" {
+		if p := r.ports[string(b.Direct)]; p != nil {
+			to = packet.MAC(p.mac)
+		}
+	}
+	r.number++
+	parts := datagrams(&b.Packet, r.number)
+	r.whole[b.index] = len(parts)
+	for _, d := range parts {
+		r.sent[string(d)] = fragment{b.index, 1}
+	}
+	if b.Fragments > 1 {
+		r.sent[string(reassembled(parts))] = fragment{b.index, len(parts)}
+	}
+	for _, d := range parts {
+		if err := from.send(packet.Frame(packet.MAC(from.mac), to, packet.EtherTypeIPv4, d)); err != nil {
+			return fmt.Errorf("send: %w", err)
+		}
+	}
+	return nil
+}
+
+// reassembled is the datagram that fragments make.
+func reassembled(parts [][]byte) []byte {
+	first := parts[0]
+	var body []byte
+	for _, p := range parts {
+		body = append(body, p[20:]...)
+	}
+	h := first[:20]
+	return ip(addr(h[12:16]), addr(h[16:20]), h[9], uint16(h[4])<<8|uint16(h[5]), 0, body)
+}
+
+// collect empties all ports.
+func (r *runner) collect(batch []sending) error {
+	buf := make([]byte, 1<<14)
+	got := map[int]map[string]int{}
+	for name, p := range r.ports {
+		for {
+			frame, err := p.receive(buf)
+			if err != nil {
+				return fmt.Errorf("receive on %s: %w", name, err)
+			}
+			if frame == nil {
+				break
+			}
+			if len(frame) < 14 {
+				continue
+			}
+			f, ok := r.sent[string(frame[14:])]
+			if !ok {
+				r.out.noise++
+				continue
+			}
+			if got[f.index] == nil {
+				got[f.index] = map[string]int{}
+			}
+			who := name
+			if packet.MAC(frame[:6]) != packet.MAC(p.mac) {
+				who += " with another's MAC"
+			}
+			got[f.index][who] += f.parts
+		}
+	}
+	for _, b := range batch {
+		var who []string
+		for name, parts := range got[b.index] {
+			switch n := r.whole[b.index]; {
+			case parts == n:
+			case parts < n:
+				name += fmt.Sprintf(" (%d of %d fragments)", parts, n)
+			default:
+				name += fmt.Sprintf(" (%d times)", parts/n)
+			}
+			who = append(who, name)
+		}
+		slices.Sort(who)
+		r.out.received[b.index] = strings.Join(who, " and ")
+	}
+	return nil
+}
+
+// runAll runs scripts, several at once, and returns what became of each.
+func (s *stand) runAll(scripts []vpcmodel.Script) ([]*outcome, []error) {
+	outcomes, errs := make([]*outcome, len(scripts)), make([]error, len(scripts))
+	var group errgroup.Group
+	group.SetLimit(atOnce)
+	for i, script := range scripts {
+		group.Go(func() error {
+			outcomes[i], errs[i] = s.run(script)
+			return nil
+		})
+	}
+	_ = group.Wait() // errors are in errs
+	return outcomes, errs
+}
+
+// atOnce is how many scripts run at the same time.
+const atOnce = 10
+
+// differs runs a script and reports whether model and fabric still differ.
+func (s *stand) differs(script vpcmodel.Script) (*outcome, error) {
+	o, err := s.run(script)
+	if err != nil {
+		return nil, err
+	}
+	if len(o.mismatches()) == 0 {
+		return nil, nil
+	}
+	return o, nil
+}
+
+// minimal shrinks a script whose outcome has mismatches.
+func (s *stand) minimal(o *outcome, tries int) *outcome {
+	// What comes after the first mismatch had no part in it.
+	best := o
+	script := fit(o.script[:o.mismatches()[0]+1])
+	Shrink(script, tries, func(c vpcmodel.Script) bool {
+		o, err := s.differs(c)
+		if err != nil || o == nil {
+			return false
+		}
+		best = o
+		return true
+	})
+	return best
+}

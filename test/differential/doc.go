@@ -1,0 +1,18 @@
+// Package differential compares vpcd's fabric with the model of test/vpcmodel, on
+// real packets: worlds are made up at random, built in a running vpcd by the EC2
+// API, and each packet of their scripts is sent as a frame from inside its
+// instance. Who receives it must be who the model says.
+//
+//	seed ─▶ generate ─▶ script ─┬─▶ model ────────────────▶ verdicts ─┐
+//	                            └─▶ EC2 API, frames ─▶ who received ──┴─▶ equal?
+//	                                                                       │ no
+//	                                        smaller scripts that differ ◀──┘ shrink
+//
+// The instances' kernels take no part: their interfaces have no addresses, so
+// that nothing answers by itself. Frames go out and come in by packet sockets.
+// One batch is all packets between two changes; after it a frame between two
+// interfaces of a VPC of their own tells that the batch is through, since all are
+// sent by one thread on one CPU, whose queue keeps their order.
+//
+// What the fabric does not enforce yet, Enforced leaves out of worlds; a run says so.
+package differential

@@ -1,0 +1,46 @@
+package differential
+
+import (
+	"slices"
+	"testing"
+
+	"github.com/underlay-cni/underlay/test/vpcmodel"
+)
+
+// Each fact's script gives the verdicts that it names on the fabric as well.
+func TestFacts(t *testing.T) {
+	base, facts, err := vpcmodel.Facts()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var scripts []vpcmodel.Script
+	var run []vpcmodel.Fact
+	for _, f := range facts {
+		if f.Script == nil {
+			continue
+		}
+		script := slices.Concat(base, f.Script)
+		if lacks := Enforced.lacks(script); lacks != "" {
+			t.Run(f.Name, func(t *testing.T) { t.Skipf("the fabric does not enforce %s yet", lacks) })
+			continue
+		}
+		scripts, run = append(scripts, script), append(run, f)
+	}
+	outcomes, errs := newStand(t).runAll(scripts)
+	for i, f := range run {
+		t.Run(f.Name, func(t *testing.T) {
+			if errs[i] != nil {
+				t.Fatal(errs[i])
+			}
+			o := outcomes[i]
+			for i, st := range o.script {
+				if send, ok := st.(vpcmodel.Send); ok && !o.verdicts[i].Fits(send.Want) {
+					t.Errorf("%q: the model says %s", st, o.verdicts[i])
+				}
+			}
+			if len(o.mismatches()) > 0 {
+				t.Errorf("%s\n%s", f.Sentence, o.report())
+			}
+		})
+	}
+}

@@ -1,0 +1,76 @@
+package differential
+
+import (
+	"strings"
+
+	"github.com/underlay-cni/underlay/test/vpcmodel"
+)
+
+// Features are what worlds are made of besides VPCs, subnets, interfaces with
+// addresses and prefixes, their source/destination checks, and packets of all kinds.
+type Features struct {
+	Groups    bool // security groups; without, each interface has one that allows all
+	Lists     bool // prefix lists, in rules and routes
+	ACLs      bool
+	Tables    bool // route tables, and with them middleboxes
+	Peerings  bool
+	Fragments bool // fragments are judged with their datagram
+	Exempt    bool // the VPC's services
+	Clock     bool // the fabric's clock can be moved, so that idle flows can be tested
+}
+
+// Enforced are those that the fabric enforces. Whatever it learns is added here,
+// and nowhere else.
+var Enforced = Features{Groups: true, Lists: true, ACLs: true, Tables: true, Fragments: true}
+
+// Missing names what is not enforced, for the summary of a run.
+func (f Features) Missing() string {
+	var names []string
+	for name, there := range map[string]bool{
+		"security groups": f.Groups, "prefix lists": f.Lists, "network ACLs": f.ACLs, "route tables": f.Tables,
+		"peerings": f.Peerings, "fragments": f.Fragments, "exempt services": f.Exempt, "idle timeouts": f.Clock,
+	} {
+		if !there {
+			names = append(names, name)
+		}
+	}
+	return strings.Join(sorted(names), ", ")
+}
+
+// lacks names what a script needs and f does not have, or "".
+func (f Features) lacks(s vpcmodel.Script) string {
+	for _, st := range s {
+		needs, there := "", true
+		switch st := st.(type) {
+		case vpcmodel.Allow:
+			needs, there = "security groups", f.Groups
+			if st.List != "" {
+				needs, there = "prefix lists", f.Lists
+			}
+		case vpcmodel.SetList:
+			needs, there = "prefix lists", f.Lists
+		case vpcmodel.MakeACL:
+			needs, there = "network ACLs", f.ACLs
+		case vpcmodel.MakeTable:
+			needs, there = "route tables", f.Tables
+		case vpcmodel.MakePeering:
+			needs, there = "peerings", f.Peerings
+		case vpcmodel.Wait:
+			needs, there = "idle timeouts", f.Clock
+		case vpcmodel.Send:
+			if st.Fragments > 0 || st.Orphan {
+				needs, there = "fragments", f.Fragments
+			}
+			if strings.HasPrefix(st.Want, "service") {
+				needs, there = "exempt services", f.Exempt
+			}
+			if st.Length > vpcmodel.MTU {
+				needs, there = "an MTU below that of its links", false
+			}
+		}
+		if !there {
+			return needs
+		}
+	}
+	return ""
+}

@@ -1,0 +1,132 @@
+package vpcmodel
+
+import (
+	"net/netip"
+	"strings"
+
+	"github.com/underlay-cni/underlay/internal/vpc"
+)
+
+// services are the addresses that every VPC answers by itself: "Amazon DNS (.2,
+// 169.254.169.253), DHCP, IMDS, ECS task metadata 169.254.170.2, Windows KMS,
+// Time Sync 169.254.169.123, reserved VPC-router IPs".
+var services = []netip.Addr{
+	netip.AddrFrom4([4]byte{169, 254, 169, 253}), netip.AddrFrom4([4]byte{169, 254, 169, 254}),
+	netip.AddrFrom4([4]byte{169, 254, 170, 2}), netip.AddrFrom4([4]byte{169, 254, 169, 123}),
+	netip.AddrFrom4([4]byte{169, 254, 169, 250}), netip.AddrFrom4([4]byte{169, 254, 169, 251}),
+}
+
+// service reports whether a is an address that the VPC itself answers, for an
+// interface of the subnet: the above, the VPC's DNS ("VPC base+2"), the router.
+func (w *World) service(s *Subnet, a netip.Addr) bool {
+	for _, known := range services {
+		if a == known {
+			return true
+		}
+	}
+	dns := w.VPCs[s.VPC].CIDRs[0].Masked().Addr().Next().Next()
+	return a == dns || a == vpc.Router(s.CIDR)
+}
+
+// Send judges a packet, and remembers the flow that it begins or continues.
+func (w *World) Send(p *Packet) Verdict {
+	e := w.ENIs[p.From]
+	if e == nil || !e.Attached {
+		return Verdict{Where: AtSender, Rule: "detached", Why: "the interface is not attached"}
+	}
+	s := w.Subnets[e.Subnet]
+	// "Over-MTU packet: DF set -> dropped"; all packets here have it set unless
+	// they are fragments.
+	if p.Length > MTU {
+		return Verdict{Where: AtMTU, Rule: "mtu", Why: "longer than the MTU"}
+	}
+	// "Source/dest check (default on): … egress dropped unless src is one of them
+	// [the ENI's IPs (prefixes included)]".
+	if !e.NoCheck && !e.holds(p.Src, true) {
+		return Verdict{Where: AtSource, Rule: "source check", Why: "the source address is not the interface's"}
+	}
+	// "Not filtered by SG …. NACLs equally cannot block DNS .2 or IMDS".
+	if p.Direct == "" && w.service(s, p.Dst) {
+		return Verdict{Service: p.Dst, Rule: "service", Sender: Exempt}
+	}
+	// "port-less fragments need reassembly": a datagram is judged whole, by the
+	// ports of its first fragment; what cannot be made whole is not delivered.
+	if p.Orphan {
+		return Verdict{Where: AtFragment, Rule: "fragment", Why: "the first fragment never came"}
+	}
+
+	// "Egress gate of the sender AND ingress gate of the receiver, independent".
+	sent, kept := Verdict{}, clone(e.flows)
+	var why string
+	if sent.Sender, sent.Rule, why = w.gate(e, Out, p, nil); why != "" {
+		return Verdict{Where: AtEgress, Rule: "out " + sent.Rule, Why: string(e.ID) + ": " + why}
+	}
+	v := w.carry(e, s, p)
+	if v.Where == AtRoute && !w.Settings.TrackUnrouted || !v.Delivered() && !w.Settings.TrackUndelivered {
+		e.flows = kept
+	}
+	v.Sender = sent.Sender
+	v.Rules = append([]string{"out " + sent.Rule}, v.Rules...)
+	return v
+}
+
+// Peek is what Send would answer, without remembering anything.
+func (w *World) Peek(p *Packet) Verdict {
+	kept := map[*ENI][]*flow{}
+	for _, e := range w.ENIs {
+		kept[e] = e.flows
+		e.flows = clone(e.flows)
+	}
+	v := w.Send(p)
+	for e, flows := range kept {
+		e.flows = flows
+	}
+	return v
+}
+
+// clone copies flows, each by itself.
+func clone(flows []*flow) []*flow {
+	out := make([]*flow, len(flows))
+	for i, f := range flows {
+		c := *f
+		out[i] = &c
+	}
+	return out
+}
+
+// carry takes a packet from the sender's gate to the receiver.
+func (w *World) carry(e *ENI, s *Subnet, p *Packet) Verdict {
+	to, rule, why := w.route(e, p)
+	if why != "" {
+		return Verdict{Where: AtRoute, Rule: "route " + rule, Why: why}
+	}
+	rules := []string{"route " + rule}
+	// ACLs are "Applied only when traffic enters/leaves the SUBNET, not inside it".
+	if to.Subnet != e.Subnet {
+		if rule, why = w.acl(s, Out, p); why != "" {
+			return Verdict{Where: AtACLOut, Rule: "out " + rule, Rules: rules, Why: why}
+		}
+		rules = append(rules, "out "+rule)
+		if rule, why = w.acl(w.Subnets[to.Subnet], In, p); why != "" {
+			return Verdict{Where: AtACLIn, Rule: "in " + rule, Rules: rules, Why: why}
+		}
+		rules = append(rules, "in "+rule)
+	}
+	// "ingress dropped unless dst is one of the ENI's IPs (prefixes included)".
+	if !to.NoCheck && !to.holds(p.Dst, true) {
+		return Verdict{Where: AtDestination, Rule: "destination check", Rules: rules, Why: string(to.ID) + " does not have the address"}
+	}
+	t, rule, why := w.gate(to, In, p, e)
+	if why != "" {
+		return Verdict{Where: AtIngress, Rule: "in " + rule, Rules: rules, Why: string(to.ID) + ": " + why}
+	}
+	return Verdict{To: to.ID, Receiver: t, Rule: "in " + rule, Rules: append(rules, "in "+rule)}
+}
+
+func join[T ~string](ids []T) string {
+	names := make([]string, len(ids))
+	for i, id := range ids {
+		names[i] = string(id)
+	}
+	return strings.Join(names, ",")
+}
