@@ -2,6 +2,7 @@ package api
 
 import (
 	"context"
+	"errors"
 	"iter"
 	"regexp"
 	"slices"
@@ -148,7 +149,7 @@ func (a *API) checkFlowLog(s *store.State, f *store.FlowLog, prefix string) erro
 // unsuccessful describes why something was not done to one of several.
 func unsuccessful(id string, err error) query.UnsuccessfulItem {
 	reason := &query.StateReason{Code: new("InternalError"), Message: new(err.Error())}
-	if e, ok := err.(*query.Error); ok { // checks return it as it is
+	if e := new(query.Error); errors.As(err, &e) {
 		reason.Code, reason.Message = &e.Code, &e.Message
 	}
 	return query.UnsuccessfulItem{ResourceId: &id, Error: reason}

@@ -412,8 +412,8 @@ func (a *API) describePrefixLists(_ context.Context, req *query.DescribePrefixLi
 	if _, err := paging("DescribePrefixLists", req.Filter, len(req.PrefixListId), req.NextToken, req.MaxResults); err != nil {
 		return nil, err
 	}
-	for _, id := range req.PrefixListId {
-		return nil, query.Errorf("InvalidPrefixListId.NotFound", "The prefix list ID '%s' does not exist. Customer-managed ones are described by DescribeManagedPrefixLists.", id)
+	if len(req.PrefixListId) > 0 {
+		return nil, query.Errorf("InvalidPrefixListId.NotFound", "The prefix list ID '%s' does not exist. Customer-managed ones are described by DescribeManagedPrefixLists.", req.PrefixListId[0])
 	}
 	return &query.DescribePrefixListsResponse{PrefixListSet: []query.PrefixList{}}, nil
 }
