@@ -14,7 +14,7 @@ const (
 	TagCluster  = "cluster.k8s.amazonaws.com/name"     // value: the cluster's name
 	TagInstance = "node.k8s.amazonaws.com/instance_id" // value: the instance it was made for
 	TagNoManage = "node.k8s.amazonaws.com/no_manage"   // value "true": hands off
-	TagPool     = "underlay.io/security-group-pool"    // value: the pool's group set; absent: the node's own groups
+	TagPool     = "underlay.dev/security-group-pool"   // value: the pool's group set; absent: the node's own groups
 )
 
 // managed reports whether the ENI is ours to take addresses from.
