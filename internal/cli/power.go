@@ -142,6 +142,15 @@ func (m *poweredMachine) off(ctx context.Context, h home, f *labFile) error {
 
 // on powers the machine on, if it is off.
 func (m *poweredMachine) on(ctx context.Context, h home, f *labFile) error {
+	self, err := os.Executable()
+	if err != nil {
+		return fmt.Errorf("find our own program: %w", err)
+	}
+	if p, err := readProc(h.forwardPID()); m.name == cluster.ControlPlane && (err != nil || !p.alive()) {
+		if err := startForward(h, self, nil); err != nil {
+			return err
+		}
+	}
 	if p, err := readProc(h.initPID(m.name)); err == nil && p.alive() {
 		return nil
 	}
@@ -161,10 +170,6 @@ func (m *poweredMachine) on(ctx context.Context, h home, f *labFile) error {
 		return false, err
 	}); err != nil {
 		return fmt.Errorf("wait for its network namespace: %w", err)
-	}
-	self, err := os.Executable()
-	if err != nil {
-		return fmt.Errorf("find our own program: %w", err)
 	}
 	if *m.init, err = startMachine(h, self, m.name, *m.netns); err != nil {
 		return err
