@@ -131,6 +131,7 @@ func (b *builder) kubernetesNodes(cp ec2.LabInstance, netns map[string]string) {
 type kubeBuilder struct {
 	*builder
 	w machineWatch
+	l net.Listener // of the forwarder
 	c cluster.Config
 	k *Kubernetes
 }
@@ -142,6 +143,7 @@ func (b *builder) kubernetes(ctx context.Context) error {
 	if err := k.prepare(ctx); err != nil {
 		return err
 	}
+	defer k.l.Close() // the forwarder has it then
 	if err := k.start(ctx); err != nil {
 		return k.explain(err)
 	}
@@ -194,14 +196,14 @@ func (k *kubeBuilder) prepare(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	port, err := freePort()
-	if err != nil {
-		return err
+	// It is listened on from now on, so that no one else gets the port.
+	if k.l, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
+		return fmt.Errorf("listen for kubectl: %w", err)
 	}
 	cp := k.k.ControlPlane
 	k.c = cluster.Config{
 		Lab: k.home.name, Dir: k.home.dir(), Data: k.home.data(), Artifacts: k.artifacts, Programs: k.programs,
-		Proxy: k.o.kube.proxy, CNI: k.o.kube.cni, MaxPods: pods.EKS, LocalPort: port,
+		Proxy: k.o.kube.proxy, CNI: k.o.kube.cni, MaxPods: pods.EKS, LocalPort: k.l.Addr().(*net.TCPAddr).Port,
 		ControlPlane: cluster.Machine{Name: cp.Name, InstanceID: cp.InstanceID, IP: cp.IP, Region: region},
 	}
 	api := ec2.NewLab(k.f.Lab.Endpoint, region)
@@ -229,7 +231,7 @@ func (k *kubeBuilder) prepare(ctx context.Context) error {
 		return err
 	}
 	return writeJSON(k.home.forwardFile(), forward{
-		Listen: fmt.Sprintf("127.0.0.1:%d", port), Netns: cp.Netns, To: netip.AddrPortFrom(cp.IP, 6443).String(),
+		Listen: k.l.Addr().String(), Netns: cp.Netns, To: netip.AddrPortFrom(cp.IP, 6443).String(),
 	})
 }
 
@@ -247,19 +249,34 @@ func (k *kubeBuilder) start(ctx context.Context) error {
 	if cp.Init, err = startMachine(k.home, k.self, cp.Name, cp.Netns); err != nil {
 		return err
 	}
-	cmd := newCommand(k.self, "forward", "--config", k.home.forwardFile())
-	cmd.Env = cleanEnv()
-	p, _, err := background(cmd, "", k.home.forwardLog())
-	if err != nil {
-		return err
-	}
-	if err := writeJSON(k.home.forwardPID(), p); err != nil {
+	if err := startForward(k.home, k.self, k.l); err != nil {
 		return err
 	}
 	if k.w.api, err = cluster.NewAPI(k.k.Kubeconfig); err != nil {
 		return err
 	}
 	return k.home.save(&k.f)
+}
+
+// startForward starts the forwarder, on a listener that is open already or,
+// when l is nil, where it was before.
+func startForward(h home, self string, l net.Listener) error {
+	cmd := newCommand(self, "forward", "--config", h.forwardFile())
+	cmd.Env = cleanEnv()
+	if t, ok := l.(*net.TCPListener); ok {
+		f, err := t.File()
+		if err != nil {
+			return fmt.Errorf("hand the listener to the forwarder: %w", err)
+		}
+		defer f.Close()
+		cmd.Args = append(cmd.Args, "--inherit")
+		cmd.ExtraFiles = []*os.File{f}
+	}
+	p, _, err := background(cmd, "", h.forwardLog())
+	if err != nil {
+		return err
+	}
+	return writeJSON(h.forwardPID(), p)
 }
 
 // startMachine starts the first process of a machine and returns its pid.
@@ -408,15 +425,6 @@ func (k *kubeBuilder) explain(err error) error {
 		k.log = ne.log
 	}
 	return err
-}
-
-func freePort() (int, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return 0, fmt.Errorf("find a free port: %w", err)
-	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port, nil
 }
 
 func readJSON(path string, v any) error {

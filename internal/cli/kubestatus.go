@@ -51,6 +51,9 @@ func collectKubernetes(ctx context.Context, h home, f *labFile) *kubernetesStatu
 	if s.APIServer.Healthy = err == nil; err != nil {
 		s.APIServer.Error = err.Error()
 	}
+	if p, perr := readProc(h.forwardPID()); perr != nil || !p.alive() {
+		s.APIServer.Error = "the forwarder to it has ended; start it anew with: underlay node boot " + k.ControlPlane.Name + " --name " + f.Lab.Name
+	}
 	names := []string{k.ControlPlane.Name}
 	for _, n := range f.Lab.Nodes {
 		names = append(names, n.Name)

@@ -35,6 +35,7 @@ underlay up --kubernetes and underlay node boot start it.`,
 // forwardCommand carries connections into the control plane's namespace.
 func (a *App) forwardCommand() *cobra.Command {
 	var config string
+	var inherit bool
 	c := &cobra.Command{
 		Use:     "forward",
 		Short:   "Carry TCP connections into a network namespace",
@@ -47,7 +48,13 @@ func (a *App) forwardCommand() *cobra.Command {
 			if err := readJSON(config, &f); err != nil {
 				return fmt.Errorf("read what to forward: %w", err)
 			}
-			l, err := net.Listen("tcp", f.Listen)
+			var l net.Listener
+			var err error
+			if inherit {
+				l, err = net.FileListener(os.NewFile(3, "listener"))
+			} else {
+				l, err = net.Listen("tcp", f.Listen)
+			}
 			if err != nil {
 				return fmt.Errorf("listen on %s: %w", f.Listen, err)
 			}
@@ -55,6 +62,7 @@ func (a *App) forwardCommand() *cobra.Command {
 		},
 	}
 	c.Flags().StringVar(&config, "config", "", "a file that says from where to where")
+	c.Flags().BoolVar(&inherit, "inherit", false, "the listener is open already, as file descriptor 3")
 	return c
 }
 

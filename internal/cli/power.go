@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/underlay-cni/underlay/internal/agentapi"
 	"github.com/underlay-cni/underlay/internal/cli/cluster"
 	"github.com/underlay-cni/underlay/internal/ec2"
 	"github.com/underlay-cni/underlay/internal/vpc"
@@ -57,7 +58,7 @@ Ready. A node that is on already stays as it is.`,
 				if err := m.on(ctx, h, f); err != nil {
 					return fmt.Errorf("boot %s: %w; see: underlay logs %s%s", m.name, err, m.name, a.labFlag())
 				}
-				if err := a.awaitBoot(ctx, h, f, m.name, began); err != nil {
+				if err := awaitBoot(ctx, h, f, m.name); err != nil {
 					return fmt.Errorf("boot %s: it is on, but %w; see: underlay logs %s%s", m.name, err, m.name, a.labFlag())
 				}
 				done(m.name + " is Ready")
@@ -141,6 +142,15 @@ func (m *poweredMachine) off(ctx context.Context, h home, f *labFile) error {
 
 // on powers the machine on, if it is off.
 func (m *poweredMachine) on(ctx context.Context, h home, f *labFile) error {
+	self, err := os.Executable()
+	if err != nil {
+		return fmt.Errorf("find our own program: %w", err)
+	}
+	if p, err := readProc(h.forwardPID()); m.name == cluster.ControlPlane && (err != nil || !p.alive()) {
+		if err := startForward(h, self, nil); err != nil {
+			return err
+		}
+	}
 	if p, err := readProc(h.initPID(m.name)); err == nil && p.alive() {
 		return nil
 	}
@@ -161,19 +171,15 @@ func (m *poweredMachine) on(ctx context.Context, h home, f *labFile) error {
 	}); err != nil {
 		return fmt.Errorf("wait for its network namespace: %w", err)
 	}
-	self, err := os.Executable()
-	if err != nil {
-		return fmt.Errorf("find our own program: %w", err)
-	}
 	if *m.init, err = startMachine(h, self, m.name, *m.netns); err != nil {
 		return err
 	}
 	return h.save(f)
 }
 
-// awaitBoot waits until a machine serves again: a node has told of itself
-// since, and is Ready, if a CNI is there to make it so.
-func (a *App) awaitBoot(ctx context.Context, h home, f *labFile, name string, since time.Time) error {
+// awaitBoot waits until a machine serves again: a node's kubelet has told of
+// this boot, and the node is Ready, if a CNI is there to make it so.
+func awaitBoot(ctx context.Context, h home, f *labFile, name string) error {
 	api, err := cluster.NewAPI(f.Lab.Kubernetes.Kubeconfig)
 	if err != nil {
 		return err
@@ -185,17 +191,25 @@ func (a *App) awaitBoot(ctx context.Context, h home, f *labFile, name string, si
 		if name == cluster.ControlPlane {
 			return api.Ready(ctx)
 		}
+		state, err := cluster.ReadState(h.dir(), name)
+		if err != nil {
+			return err
+		}
 		nodes, err := api.Nodes(ctx)
 		if err != nil {
 			return err
 		}
 		for _, n := range nodes {
-			// Kubernetes tells times in whole seconds.
-			if n.Name == name && n.Heartbeat.Before(since.Truncate(time.Second)) {
+			if n.Name == name && n.BootID != state.BootID {
 				return errors.New("its kubelet has not said anything yet")
 			}
 			if n.Name == name && !n.Ready && f.Lab.Kubernetes.CNI != cluster.CNINone {
 				return errors.New("it is not Ready: " + n.Why)
+			}
+			if n.Name == name && f.Lab.Kubernetes.CNI == cluster.CNIUnderlay {
+				// The config list of before is still there, so that the kubelet
+				// does not wait for the agent; pods do.
+				return agentServes(ctx, f, name)
 			}
 			if n.Name == name {
 				return nil
@@ -203,4 +217,18 @@ func (a *App) awaitBoot(ctx context.Context, h home, f *labFile, name string, si
 		}
 		return errors.New("it has not registered")
 	})
+}
+
+// agentServes returns nil when the agent of a node does.
+func agentServes(ctx context.Context, f *labFile, name string) error {
+	n, err := f.node(name)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	if err := (&agentapi.Client{Socket: n.AgentSocket}).Status(ctx); err != nil {
+		return fmt.Errorf("its agent does not serve: %w", err)
+	}
+	return nil
 }

@@ -34,6 +34,9 @@ func (w *machineWatch) await(ctx context.Context, machines []string, done func()
 		if ctx.Err() == nil {
 			last = err
 		}
+		if p, err := readProc(w.home.forwardPID()); err != nil || !p.alive() {
+			return false, &nodeError{log: w.home.forwardLog(), err: errors.New("the forwarder to the API server ended")}
+		}
 		for _, m := range machines {
 			if err := w.ill(m); err != nil {
 				return false, err

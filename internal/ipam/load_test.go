@@ -203,6 +203,7 @@ func TestBackAtTheFloorWithinFiveMinutes(t *testing.T) {
 // one that was just needed.
 func TestBackAtTheFloorAfterRounds(t *testing.T) {
 	w := newWorld(t, "m5.large", 1)
+	w.callLatency = time.Second // much happens while a call is on its way
 	w.start()
 	id := RequestID(0)
 	for range 3 {

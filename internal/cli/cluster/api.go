@@ -115,10 +115,10 @@ func (a *API) Version(ctx context.Context) (string, error) {
 
 // NodeCondition is what Kubernetes says of a node.
 type NodeCondition struct {
-	Name      string
-	Ready     bool
-	Why       string // it is not ready
-	Heartbeat time.Time
+	Name   string
+	Ready  bool
+	Why    string // it is not ready
+	BootID string // of the life that its kubelet has told this in
 }
 
 // Nodes returns the nodes that have registered.
@@ -139,9 +139,10 @@ func (a *API) Nodes(ctx context.Context) ([]NodeCondition, error) {
 					Status  string `json:"status"`
 					Reason  string `json:"reason"`
 					Message string `json:"message"`
-					// In whole seconds.
-					LastHeartbeatTime time.Time `json:"lastHeartbeatTime"`
 				} `json:"conditions"`
+				NodeInfo struct {
+					BootID string `json:"bootID"`
+				} `json:"nodeInfo"`
 			} `json:"status"`
 		} `json:"items"`
 	}
@@ -150,12 +151,12 @@ func (a *API) Nodes(ctx context.Context) ([]NodeCondition, error) {
 	}
 	var nodes []NodeCondition
 	for _, i := range list.Items {
-		n := NodeCondition{Name: i.Metadata.Name, Why: "the kubelet has not said anything about it"}
+		n := NodeCondition{Name: i.Metadata.Name, BootID: i.Status.NodeInfo.BootID, Why: "the kubelet has not said anything about it"}
 		for _, c := range i.Status.Conditions {
 			if c.Type != "Ready" {
 				continue
 			}
-			n.Heartbeat, n.Ready, n.Why = c.LastHeartbeatTime, c.Status == "True", ""
+			n.Ready, n.Why = c.Status == "True", ""
 			if !n.Ready {
 				n.Why = c.Reason + ": " + c.Message
 			}

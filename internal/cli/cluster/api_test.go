@@ -65,9 +65,9 @@ func TestNodes(t *testing.T) {
 	api := anAPI(t, map[string]string{"/api/v1/nodes": `{"items":[
 		{"metadata":{"name":"node-1"},"status":{"conditions":[
 			{"type":"MemoryPressure","status":"False"},
-			{"type":"Ready","status":"True","lastHeartbeatTime":"2026-03-01T12:00:00Z"}]}},
+			{"type":"Ready","status":"True","message":"kubelet is posting"}],"nodeInfo":{"bootID":"b-1"}}},
 		{"metadata":{"name":"node-2"},"spec":{"taints":[{"key":"underlay.dev/agent-not-ready"}]},"status":{"conditions":[
-			{"type":"Ready","status":"True","lastHeartbeatTime":"2026-03-01T12:00:00Z"}]}},
+			{"type":"Ready","status":"True"}]}},
 		{"metadata":{"name":"node-3"},"status":{"conditions":[
 			{"type":"Ready","status":"False","reason":"KubeletNotReady","message":"cni plugin not initialized"}]}},
 		{"metadata":{"name":"node-4"}}]}`})
@@ -76,8 +76,8 @@ func TestNodes(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := []NodeCondition{
-		{Name: "node-1", Ready: true, Heartbeat: aDay},
-		{Name: "node-2", Why: "the agent does not serve there yet (taint underlay.dev/agent-not-ready)", Heartbeat: aDay},
+		{Name: "node-1", Ready: true, BootID: "b-1"},
+		{Name: "node-2", Why: "the agent does not serve there yet (taint underlay.dev/agent-not-ready)"},
 		{Name: "node-3", Why: "KubeletNotReady: cni plugin not initialized"},
 		{Name: "node-4", Why: "the kubelet has not said anything about it"},
 	}

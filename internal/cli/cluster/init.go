@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -50,7 +51,8 @@ func Init(ctx context.Context, home string, out io.Writer) error {
 			return err
 		}
 	}
-	if err := s.mountAll(); err != nil {
+	bootID := newBootID()
+	if err := s.mountAll(bootID); err != nil {
 		return err
 	}
 	if s.Private {
@@ -74,6 +76,7 @@ func Init(ctx context.Context, home string, out io.Writer) error {
 	sup := &supervisor{
 		spec: s, reap: newReaper(), state: filepath.Join(home, stateFile),
 		log: slog.New(slog.NewTextHandler(out, nil)),
+		now: State{BootID: bootID},
 	}
 	go sup.reap.Run(ctx, sigchld)
 	sup.log.Info("machine starts", "machine", s.Machine, "lab", s.Lab)
@@ -82,6 +85,15 @@ func Init(ctx context.Context, home string, out io.Writer) error {
 	<-ctx.Done()
 	sup.log.Info("machine ends")
 	return nil
+}
+
+// newBootID returns a random UUID (RFC 9562, version 4), as the kernel makes
+// one at its start.
+func newBootID() string {
+	var b [16]byte
+	_, _ = rand.Read(b[:]) // never fails
+	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80
+	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
 }
 
 func raiseFiles() error {

@@ -30,7 +30,7 @@ func sortBinds(b []Bind) {
 
 // mountAll makes the view of the file system that a machine has. It runs in a
 // mount namespace and a PID namespace of its own, as the first process there.
-func (s *Spec) mountAll() error {
+func (s *Spec) mountAll(bootID string) error {
 	if err := unix.Mount("", "/", "", unix.MS_PRIVATE|unix.MS_REC, ""); err != nil {
 		return fmt.Errorf("keep mounts to ourselves: %w", err)
 	}
@@ -43,7 +43,7 @@ func (s *Spec) mountAll() error {
 		return err
 	}
 	if s.Private {
-		if err := cover(); err != nil {
+		if err := cover(bootID); err != nil {
 			return err
 		}
 	}
@@ -140,9 +140,12 @@ func mountCgroups(hs []hierarchy) error {
 	return nil
 }
 
-// cover lays files over the kernel parameters in covered, with their values.
-func cover() error {
-	for _, name := range covered {
+// cover lays files over the kernel parameters in covered, with their values,
+// and over the boot ID: that a kubelet has another one than before is how
+// Kubernetes learns that a node was rebooted.
+func cover(bootID string) error {
+	const boot = "kernel/random/boot_id"
+	for _, name := range append([]string{boot}, covered...) {
 		path := filepath.Join("/proc/sys", name)
 		b, err := os.ReadFile(path)
 		if errors.Is(err, os.ErrNotExist) {
@@ -150,6 +153,9 @@ func cover() error {
 		}
 		if err != nil {
 			return fmt.Errorf("cover %s: %w", path, err)
+		}
+		if name == boot {
+			b = []byte(bootID + "\n")
 		}
 		file := filepath.Join("/run/node-sysctl", strings.ReplaceAll(name, "/", "."))
 		if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {

@@ -98,6 +98,7 @@ func describe(ws unix.WaitStatus) string {
 
 // State is what a machine's first process writes about itself to state.json.
 type State struct {
+	BootID   string         `json:"bootID"`          // of this life of the machine
 	Step     string         `json:"step"`            // what it does: "starting kubelet"; "" when all is started
 	Error    string         `json:"error,omitempty"` // of that step
 	Programs []ProgramState `json:"programs"`

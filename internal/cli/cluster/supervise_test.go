@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"testing"
@@ -135,4 +136,12 @@ func TestProgramsAreKeptRunning(t *testing.T) {
 		p := state().Programs[2]
 		return p.PID > 0 && p.PID != first && p.Restarts == 1 && p.LastEnd == "killed by SIGKILL"
 	})
+}
+
+func TestBootIDs(t *testing.T) {
+	form := regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$`)
+	a, b := newBootID(), newBootID()
+	if a == b || !form.MatchString(a) || !form.MatchString(b) {
+		t.Errorf("boot IDs %q and %q", a, b)
+	}
 }
