@@ -130,7 +130,7 @@ func (b *builder) kubernetesNodes(cp ec2.LabInstance, netns map[string]string) {
 // kubeBuilder makes the Kubernetes of a lab whose instances run.
 type kubeBuilder struct {
 	*builder
-	w machineWatch
+	w *machineWatch
 	l net.Listener // of the forwarder
 	c cluster.Config
 	k *Kubernetes
@@ -138,13 +138,16 @@ type kubeBuilder struct {
 
 // kubernetes starts the cluster and waits until it can be used.
 func (b *builder) kubernetes(ctx context.Context) error {
-	k := &kubeBuilder{builder: b, w: machineWatch{home: b.home}, k: b.f.Lab.Kubernetes}
+	k := &kubeBuilder{builder: b, w: &machineWatch{home: b.home, machines: []string{cluster.ControlPlane}}, k: b.f.Lab.Kubernetes}
+	for _, n := range b.f.Lab.Nodes {
+		k.w.machines = append(k.w.machines, n.Name)
+	}
 	done := b.p.step("Kubernetes control plane")
 	if err := k.prepare(ctx); err != nil {
 		return err
 	}
 	defer k.l.Close() // the forwarder has it then
-	if err := k.start(ctx); err != nil {
+	if err := k.start(); err != nil {
 		return k.explain(err)
 	}
 	if err := k.awaitAPI(ctx); err != nil {
@@ -210,7 +213,7 @@ func (k *kubeBuilder) prepare(ctx context.Context) error {
 	for _, n := range k.f.Lab.Nodes {
 		m := cluster.Machine{Name: n.Name, InstanceID: n.InstanceID, Type: k.o.instanceType, Zone: k.zones[n.InstanceID], Region: region, IP: n.IP}
 		if k.o.kube.cni == cluster.CNIPtp {
-			if m.Prefixes, err = api.DelegatePrefixes(ctx, vpc.InstanceID(n.InstanceID), (pods.EKS+12)/13); err != nil {
+			if m.Prefixes, err = api.DelegatePrefixes(ctx, vpc.InstanceID(n.InstanceID), (pods.EKS+cluster.PtpPodsPerPrefix-1)/cluster.PtpPodsPerPrefix); err != nil {
 				return err
 			}
 		}
@@ -231,12 +234,12 @@ func (k *kubeBuilder) prepare(ctx context.Context) error {
 		return err
 	}
 	return writeJSON(k.home.forwardFile(), forward{
-		Listen: k.l.Addr().String(), Netns: cp.Netns, To: netip.AddrPortFrom(cp.IP, 6443).String(),
+		Listen: k.l.Addr().String(), Netns: cp.Netns, To: netip.AddrPortFrom(cp.IP, cluster.APIPort).String(),
 	})
 }
 
 // start starts the first process of every machine, and the forwarder.
-func (k *kubeBuilder) start(ctx context.Context) error {
+func (k *kubeBuilder) start() error {
 	for i := range k.f.Lab.Nodes {
 		n := &k.f.Lab.Nodes[i]
 		var err error
@@ -308,7 +311,7 @@ func startMachine(h home, self, name, netns string) (int, error) {
 func (k *kubeBuilder) awaitAPI(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, 3*time.Minute, errors.New("the API server was not ready within three minutes"))
 	defer cancel()
-	return k.w.await(ctx, []string{cluster.ControlPlane}, func() error {
+	return k.w.await(ctx, func() error {
 		if err := k.w.api.Ready(ctx); err != nil {
 			return err
 		}
@@ -386,11 +389,7 @@ func (k *kubeBuilder) tool(ctx context.Context, in []byte, name string, args ...
 func (k *kubeBuilder) awaitNodes(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, 4*time.Minute, errors.New("the nodes were not Ready within four minutes"))
 	defer cancel()
-	var names []string
-	for _, n := range k.c.Nodes {
-		names = append(names, n.Name)
-	}
-	return k.w.await(ctx, names, func() error {
+	return k.w.await(ctx, func() error {
 		nodes, err := k.w.api.Nodes(ctx)
 		if err != nil {
 			return err
@@ -399,7 +398,8 @@ func (k *kubeBuilder) awaitNodes(ctx context.Context) error {
 		for _, n := range nodes {
 			registered[n.Name] = n
 		}
-		for _, name := range names {
+		for _, m := range k.c.Nodes {
+			name := m.Name
 			n, ok := registered[name]
 			if !ok {
 				return &nodeError{log: k.w.programLog(name, "kubelet"), err: fmt.Errorf("%s has not registered", name)}
@@ -415,7 +415,7 @@ func (k *kubeBuilder) awaitNodes(ctx context.Context) error {
 func (k *kubeBuilder) awaitDNS(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, 2*time.Minute, errors.New("CoreDNS was not ready within two minutes"))
 	defer cancel()
-	return k.w.await(ctx, nil, func() error { return k.w.api.DeploymentReady(ctx, "kube-system", "coredns") })
+	return k.w.await(ctx, func() error { return k.w.api.DeploymentReady(ctx, "kube-system", "coredns") })
 }
 
 // explain makes the log that an error names the one that is shown.

@@ -186,8 +186,8 @@ func awaitBoot(ctx context.Context, h home, f *labFile, name string) error {
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, 2*time.Minute, errors.New("it was not Ready within two minutes"))
 	defer cancel()
-	w := &machineWatch{home: h, api: api}
-	return w.await(ctx, []string{name}, func() error {
+	w := &machineWatch{home: h, api: api, machines: []string{name}}
+	return w.await(ctx, func() error {
 		if name == cluster.ControlPlane {
 			return api.Ready(ctx)
 		}

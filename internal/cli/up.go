@@ -197,7 +197,7 @@ func (h home) checkAbsent() error {
 	switch {
 	case err == nil && f.State == stateUp:
 		return fmt.Errorf("lab %s is already up (at %s); take it down first with: underlay down%s", h.name, f.Lab.Endpoint, flag)
-	case err == nil || !errors.Is(err, errNoLab) || len(h.namespaces()) > 0 || exists(h.dir()):
+	case err == nil || !errors.Is(err, errNoLab) || h.found():
 		return fmt.Errorf("lab %s is half there, from an up that was cut off; clear it away with: underlay down%s", h.name, flag)
 	}
 	return nil

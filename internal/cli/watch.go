@@ -14,8 +14,9 @@ import (
 // machineWatch waits for what the machines of a cluster do, and notices when
 // they never will.
 type machineWatch struct {
-	home home
-	api  *cluster.API
+	home     home
+	api      *cluster.API
+	machines []string
 }
 
 // manyEnds is after how many ends a program that does not run just then is not
@@ -24,7 +25,7 @@ const manyEnds = 3
 
 // await calls done until it returns nil, as long as the machines are well. The
 // error then has a log that explains it, when there is one.
-func (w *machineWatch) await(ctx context.Context, machines []string, done func() error) error {
+func (w *machineWatch) await(ctx context.Context, done func() error) error {
 	var last error
 	err := poll(ctx, 150*time.Millisecond, func() (bool, error) {
 		err := done()
@@ -37,7 +38,7 @@ func (w *machineWatch) await(ctx context.Context, machines []string, done func()
 		if p, err := readProc(w.home.forwardPID()); err != nil || !p.alive() {
 			return false, &nodeError{log: w.home.forwardLog(), err: errors.New("the forwarder to the API server ended")}
 		}
-		for _, m := range machines {
+		for _, m := range w.machines {
 			if err := w.ill(m); err != nil {
 				return false, err
 			}

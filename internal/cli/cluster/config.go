@@ -22,8 +22,8 @@ const (
 	clusterDomain = "cluster.local"
 )
 
-// apiPort is where the API server listens in the control plane's namespace.
-const apiPort = 6443
+// APIPort is where the API server listens in the control plane's namespace.
+const APIPort = 6443
 
 // Taint keeps pods off a node until its agent serves; the agent removes it.
 const Taint = "underlay.dev/agent-not-ready"
@@ -110,7 +110,7 @@ func (c *Config) pki(name string) string { return filepath.Join(c.home(ControlPl
 
 // apiURL is the API server as nodes and the control plane reach it.
 func (c *Config) apiURL() string {
-	return "https://" + netip.AddrPortFrom(c.ControlPlane.IP, apiPort).String()
+	return "https://" + netip.AddrPortFrom(c.ControlPlane.IP, APIPort).String()
 }
 
 // Write makes the certificates, kubeconfigs, configurations and specifications
@@ -140,7 +140,7 @@ func (c *Config) Write(now time.Time) error {
 	if err != nil {
 		return err
 	}
-	local := "https://" + netip.AddrPortFrom(loopback, apiPort).String()
+	local := "https://" + netip.AddrPortFrom(loopback, APIPort).String()
 
 	etc := &files{dir: filepath.Dir(c.pki("ca.crt"))}
 	etc.pair("ca", caPair)

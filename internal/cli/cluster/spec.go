@@ -129,7 +129,7 @@ func (c *Config) controlPlaneSpec() *Spec {
 	)
 	etcd.Ready = &Probe{TCP: "127.0.0.1:2379"}
 	api := program("kube-apiserver", filepath.Join(c.Artifacts.Bin, "kube-apiserver"),
-		"--advertise-address="+c.ControlPlane.IP.String(), "--bind-address=0.0.0.0", fmt.Sprintf("--secure-port=%d", apiPort),
+		"--advertise-address="+c.ControlPlane.IP.String(), "--bind-address=0.0.0.0", fmt.Sprintf("--secure-port=%d", APIPort),
 		"--etcd-servers=http://127.0.0.1:2379", "--service-cluster-ip-range="+serviceCIDR, "--allow-privileged=true",
 		"--client-ca-file="+c.pki("ca.crt"), "--tls-cert-file="+c.pki("apiserver.crt"), "--tls-private-key-file="+c.pki("apiserver.key"),
 		"--kubelet-client-certificate="+c.pki("kubelet-client.crt"), "--kubelet-client-key="+c.pki("kubelet-client.key"), "--kubelet-certificate-authority="+c.pki("ca.crt"),
@@ -144,7 +144,7 @@ func (c *Config) controlPlaneSpec() *Spec {
 		"--enable-aggregator-routing=true",
 		"--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction", "--profiling=false",
 	)
-	api.Ready = &Probe{HTTPS: fmt.Sprintf("https://127.0.0.1:%d/readyz", apiPort), CA: c.pki("ca.crt")}
+	api.Ready = &Probe{HTTPS: fmt.Sprintf("https://127.0.0.1:%d/readyz", APIPort), CA: c.pki("ca.crt")}
 	controllers := program("kube-controller-manager", filepath.Join(c.Artifacts.Bin, "kube-controller-manager"),
 		"--kubeconfig="+c.pki("controller-manager.conf"), "--authentication-kubeconfig="+c.pki("controller-manager.conf"), "--authorization-kubeconfig="+c.pki("controller-manager.conf"),
 		"--service-account-private-key-file="+c.pki("service-account.key"), "--root-ca-file="+c.pki("ca.crt"),
@@ -215,9 +215,13 @@ func (c *Config) nodeSpec(n Machine) (*Spec, error) {
 	return s, nil
 }
 
+// PtpPodsPerPrefix is how many pods a /28 serves with CNIPtp: of its sixteen
+// addresses host-local leaves out three, as of a subnet: the first, the last,
+// and the gateway.
+const PtpPodsPerPrefix = 13
+
 // ptpConflist is the CNI project's own way to give pods addresses out of
-// prefixes that are the node's. Of the sixteen addresses of a prefix it leaves
-// out three, as of a subnet: the first, the last, and the gateway.
+// prefixes that are the node's.
 func ptpConflist(prefixes []netip.Prefix) (string, error) {
 	pool := []object{}
 	for _, p := range prefixes {
