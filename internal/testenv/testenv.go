@@ -18,8 +18,9 @@ const PluginDir = "/usr/lib/cni"
 // Require skips the test unless the machine has each of needs: "root" (uid 0
 // with CAP_NET_ADMIN), "bpf" (BPF programs may be loaded), "aws" (the AWS CLI),
 // "boto3" (Python 3 with the AWS SDK), "portmap" (the CNI project's plugin, in
-// PluginDir, and iptables, with which it works), "containerd" (with ctr and runc)
-// or "podman". A need that the environment variable TEST_REQUIRE names
+// PluginDir, and iptables, with which it works), "containerd" (with ctr and runc),
+// "podman" or "clang" (clang-14 and libbpf's headers, with which the BPF programs
+// are compiled). A need that the environment variable TEST_REQUIRE names
 // (comma-separated) is no reason to skip: the test fails instead, so that nothing
 // goes unseen where everything is meant to run.
 func Require(t testing.TB, needs ...string) {
@@ -78,6 +79,11 @@ func lacking(need string) string {
 			if _, err := exec.LookPath(program); err != nil {
 				return program + " is not there; apt-get install containerd runc"
 			}
+		}
+	case "clang":
+		_, err := os.Stat("/usr/include/bpf/bpf_helpers.h")
+		if Tool("clang-14") == "" || err != nil {
+			return "clang-14 or libbpf's headers are not there; apt-get install clang-14 libbpf-dev"
 		}
 	case "podman":
 		if Tool("podman") == "" {
