@@ -513,26 +513,26 @@ static __always_inline int for_everybody(const struct policy *policy, __u32 dire
 /*
  * untracked says whether the rules make the packet's flow one that needs no
  * tracking: the one that the packet begins, or the one that it answers. The
- * latter matters when the rules have changed since; taken for the beginning of a
- * flow, the answer would have the flow tracked from then on, and no change would
- * cut it. A TCP segment tells by SYN and ACK which of the two it does.
+ * latter matters when nothing is known of the flow any more; taken for the
+ * beginning of one, the answer would have it tracked from then on, and no change
+ * would cut it. A SYN of no known flow answers none.
  */
 static __always_inline int untracked(const struct policy *policy, __u32 direction,
-				     const struct tuple *t, __u8 tcp_flags)
+				     const struct tuple *t, int opens)
 {
 	__u32 open = t->protocol == IPPROTO_TCP ? OPEN_TCP :
 		     t->protocol == IPPROTO_UDP ? OPEN_UDP : 0;
-	int begins = 1, answers = 1;
 
-	if (tcp_flags & TCP_SYN) {
-		begins = !(tcp_flags & TCP_ACK);
-		answers = !begins;
-	}
-	if (begins && (policy->open[!direction] & open) &&
+	if ((policy->open[!direction] & open) &&
 	    for_everybody(policy, direction, t->protocol, t->dport))
 		return 1;
-	return answers && (policy->open[direction] & open) &&
+	return !opens && (policy->open[direction] & open) &&
 	       for_everybody(policy, !direction, t->protocol, t->sport);
+}
+
+static __always_inline int is_syn(const struct packet *p)
+{
+	return (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
 }
 
 /*
@@ -558,11 +558,12 @@ __noinline int gate(struct packet *p, __u32 ifindex, __u32 which, __u32 peer)
 	set_flow_key(&key, ifindex, direction, &p->tuple);
 	f = bpf_map_lookup_elem(&flows, &key);
 	/* Once it is closed, a SYN begins another connection. */
-	if (f && f->expires > now &&
-	    !((p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN && closed(f))) {
+	if (f && f->expires > now && !(is_syn(p) && closed(f))) {
 		if (f->version) {
 			policy = policy_of(ifindex);
-			if (policy && policy->version == f->version) {
+			if (policy && (policy->version == f->version ||
+				       untracked(policy, direction, &p->tuple, 0))) {
+				f->version = policy->version;
 				see(f, direction, p, now);
 				return 0;
 			}
@@ -616,7 +617,7 @@ __noinline int gate(struct packet *p, __u32 ifindex, __u32 which, __u32 peer)
 		begun.flags[INGRESS] = p->tcp_flags;
 		begun.opener = INGRESS;
 	}
-	if (untracked(policy, direction, &p->tuple, p->tcp_flags))
+	if (untracked(policy, direction, &p->tuple, is_syn(p)))
 		begun.version = policy->version;
 	begun.expires = now + idle_timeout(&begun, p->tuple.protocol) * NSEC_PER_SEC;
 	/* An untracked flow is only spared the rules here: it needs no entry. */

@@ -20,8 +20,9 @@ const PluginDir = "/usr/lib/cni"
 // "boto3" (Python 3 with the AWS SDK), "portmap" (the CNI project's plugin, in
 // PluginDir, and iptables, with which it works), "containerd" (with ctr and runc),
 // "podman", "kubernetes" (kubectl, and KUBECONFIG of a cluster with Underlay, as
-// `underlay env` prints it) or "cluster" (labs with a Kubernetes may be made:
-// TEST_KUBERNETES is set). A need that the environment variable TEST_REQUIRE names
+// `underlay env` prints it), "cluster" (labs with a Kubernetes may be made:
+// TEST_KUBERNETES is set) or "clang" (clang-14 and libbpf's headers, with which the
+// BPF programs are compiled). A need that the environment variable TEST_REQUIRE names
 // (comma-separated) is no reason to skip: the test fails instead, so that nothing
 // goes unseen where everything is meant to run.
 func Require(t testing.TB, needs ...string) {
@@ -80,6 +81,11 @@ func lacking(need string) string {
 			if _, err := exec.LookPath(program); err != nil {
 				return program + " is not there; apt-get install containerd runc"
 			}
+		}
+	case "clang":
+		_, err := os.Stat("/usr/include/bpf/bpf_helpers.h")
+		if Tool("clang-14") == "" || err != nil {
+			return "clang-14 or libbpf's headers are not there; apt-get install clang-14 libbpf-dev"
 		}
 	case "podman":
 		if Tool("podman") == "" {

@@ -49,7 +49,7 @@ func BenchmarkFabric(b *testing.B) {
 		{"crr", connectionsPerSecond},
 		{"udp64", datagramsPerSecond},
 	} {
-		rows = append(rows, compare(b, "fabric/"+m.name, kernel,
+		rows = append(rows, Compare(b, "fabric/"+m.name, kernel,
 			func() float64 { return perCPUSecond(b, m.measure, heavy) },
 			func() float64 { return perCPUSecond(b, m.measure, routed) }))
 	}
@@ -61,7 +61,7 @@ func BenchmarkFabric(b *testing.B) {
 		{"crr", connectionsPerSecond},
 		{"udp64", datagramsPerSecond},
 	} {
-		rows = append(rows, compare(b, "fabric-300-rules/"+m.name, few,
+		rows = append(rows, Compare(b, "fabric-300-rules/"+m.name, few,
 			func() float64 { return perCPUSecond(b, m.measure, heavy) },
 			func() float64 { return perCPUSecond(b, m.measure, light) }))
 	}
@@ -73,11 +73,11 @@ func BenchmarkFabric(b *testing.B) {
 		{"crr", connectionsPerSecond},
 		{"udp64", datagramsPerSecond},
 	} {
-		rows = append(rows, compare(b, "fabric-10000-addresses/"+m.name, "the same pair without them; higher is better",
+		rows = append(rows, Compare(b, "fabric-10000-addresses/"+m.name, "the same pair without them; higher is better",
 			func() float64 { crowd(true); return perCPUSecond(b, m.measure, heavy) },
 			func() float64 { crowd(false); return perCPUSecond(b, m.measure, heavy) }))
 	}
-	if err := write("../../docs/bench/fabric.json", rows); err != nil {
+	if err := Write("../../docs/bench/fabric.json", rows); err != nil {
 		b.Fatal(err)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/underlay-cni/underlay/internal/packet"
 	"github.com/underlay-cni/underlay/internal/vpc"
 	"github.com/underlay-cni/underlay/test/vpcmodel"
 )
@@ -19,6 +20,12 @@ func (g *generator) change() {
 
 func (g *generator) tryChange() bool {
 	f := g.features
+	if f.Groups && (g.emphasis == onGroups || g.emphasis == onAll) && g.chance(0.5) {
+		if g.chance(0.3) {
+			return g.openPort(pick(g, g.groups("")))
+		}
+		return g.cut()
+	}
 	d := vpcmodel.Direction(g.chance(0.5))
 	e := pick(g, g.enis(""))
 	kind := g.IntN(16)
@@ -74,6 +81,37 @@ func (g *generator) tryChange() bool {
 	}
 }
 
+// cut revokes what lets an untracked flow pass, and has it go on.
+func (g *generator) cut() bool {
+	if len(g.past) == 0 {
+		return false
+	}
+	p := pick(g, g.past)
+	v := g.world.Peek(&p.packet)
+	e, d := g.world.ENIs[p.to], vpcmodel.In
+	if v.Sender == vpcmodel.Untracked && g.chance(0.7) {
+		e, d = g.world.ENIs[p.packet.From], vpcmodel.Out
+	} else if v.Receiver != vpcmodel.Untracked {
+		return false
+	}
+	done := false
+	for _, id := range e.Groups {
+		for _, r := range slices.Clone(g.world.Groups[id].Rules[d]) {
+			if id != g.open[g.world.Groups[id].VPC] && r.CIDR.IsValid() && r.CIDR.Bits() == 0 && (r.Proto == -1 || r.Proto == int(p.packet.Proto)) {
+				done = g.do(vpcmodel.Revoke{Group: id, Dir: d, Rule: r}) || done
+			}
+		}
+	}
+	if done {
+		again := p.packet
+		if again.Proto == packet.ProtoTCP {
+			again.Flags = vpcmodel.ACK
+		}
+		g.queue = append(g.queue, again)
+	}
+	return done
+}
+
 // routed reports whether a route is by a prefix list: its entries then stay, as
 // some cannot be routes.
 func (g *generator) routed() bool {
@@ -105,7 +143,13 @@ func (g *generator) revoke(id vpc.SecurityGroupID, d vpcmodel.Direction) bool {
 	if len(rules) == 0 {
 		return false
 	}
-	return g.do(vpcmodel.Revoke{Group: id, Dir: d, Rule: pick(g, rules)})
+	r := pick(g, rules)
+	for range 3 { // what everybody may makes untracked flows, which are then cut
+		if o := pick(g, rules); o.CIDR.IsValid() && o.CIDR.Bits() == 0 {
+			r = o
+		}
+	}
+	return g.do(vpcmodel.Revoke{Group: id, Dir: d, Rule: r})
 }
 
 func (g *generator) acls(v vpc.VPCID) (out []vpcmodel.ACLID) {

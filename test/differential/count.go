@@ -46,6 +46,8 @@ func kinds(rule string) []string {
 		return []string{words[0] + " group " + words[2], words[0] + " group " + words[3]}
 	case len(words) == 4 && words[1] == "acl":
 		return []string{words[0] + " acl " + words[3]}
+	case len(words) == 2 && words[1] == "cut":
+		return []string{"cut"}
 	default:
 		return []string{rule}
 	}
@@ -71,7 +73,10 @@ func wanted(f Features) map[string]string {
 			}
 			w[d+" flow"] = "+"
 			w[d+" related"] = "+"
+			w[d+" untracked"] = "+"
 		}
+		w["in group forwarded"] = "-"
+		w["cut"] = "-"
 	}
 	if f.ACLs {
 		for _, d := range []string{"in", "out"} {

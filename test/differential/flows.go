@@ -18,7 +18,9 @@ const candidates = 12
 // that were tried least.
 func (g *generator) send() {
 	best := g.candidate()
-	if g.chance(0.8) {
+	if n := len(g.queue); n > 0 {
+		best, g.queue = &g.queue[n-1], g.queue[:n-1]
+	} else if g.chance(0.8) {
 		score := g.score(best)
 		for range candidates {
 			if p := g.candidate(); g.score(p) > score {
@@ -139,8 +141,25 @@ func (g *generator) aimed() *vpcmodel.Packet {
 		from, to = other, e
 	}
 	p := &vpcmodel.Packet{From: from.ID, Src: g.inside(from, far), Dst: g.inside(to, far)}
+	if forwards := g.middlebox(v); forwards != nil && forwards != to && g.chance(0.4) {
+		p.From = forwards.ID // it may send what is another's
+	}
 	g.matching(p, m)
 	return p
+}
+
+// middlebox is an ENI of a VPC with the check off, or nil.
+func (g *generator) middlebox(v vpc.VPCID) *vpcmodel.ENI {
+	var all []vpc.ENIID
+	for _, id := range g.enis(v) {
+		if g.world.ENIs[id].NoCheck {
+			all = append(all, id)
+		}
+	}
+	if len(all) == 0 {
+		return nil
+	}
+	return g.world.ENIs[pick(g, all)]
 }
 
 // within finds an ENI other than e that has an address in one of the blocks, or
@@ -291,9 +310,6 @@ func (g *generator) followUp() *vpcmodel.Packet {
 			About: &vpcmodel.Quote{Src: p.Src, Dst: p.Dst, Proto: p.Proto, SrcPort: p.SrcPort, DstPort: p.DstPort, Ident: p.Ident}}
 		if g.chance(0.3) && q.About.SrcPort > 0 {
 			q.About.SrcPort++ // about a packet that was never sent
-			if v := g.world.Peek(q); v.Sender == vpcmodel.Related || v.Receiver == vpcmodel.Related {
-				return nil // of an untracked flow, if there were one: either verdict is right
-			}
 		}
 		return q
 	case mine:

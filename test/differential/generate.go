@@ -21,8 +21,9 @@ type generator struct {
 
 	emphasis emphasis
 	vpcs     []vpc.VPCID
-	next     int      // ID of the next packet
-	past     []passed // the last packets that were delivered
+	next     int               // ID of the next packet
+	queue    []vpcmodel.Packet // to be sent next
+	past     []passed          // the last packets that were delivered
 	open     map[vpc.VPCID]vpc.SecurityGroupID
 	counts   Counts
 	wanted   map[string]string
@@ -38,6 +39,9 @@ const (
 	onRoutes
 	onAll
 )
+
+// emphases are those of the worlds of consecutive seeds.
+var emphases = []emphasis{onGroups, onACLs, onRoutes, onACLs, onGroups, onACLs, onAll}
 
 // chanceOf are, by emphasis, the chances that an interface has groups of its own
 // instead of one that allows all, that a subnet has an ACL, and a route table.
@@ -61,7 +65,7 @@ func Generate(seed uint64, features Features, flows int) vpcmodel.Script {
 		world: vpcmodel.NewWorld(vpcmodel.Defaults()), open: map[vpc.VPCID]vpc.SecurityGroupID{},
 		counts: Counts{}, wanted: wanted(features),
 	}
-	g.emphasis = []emphasis{onGroups, onACLs, onRoutes, onACLs, onGroups, onACLs, onAll}[seed%7]
+	g.emphasis = emphases[seed%uint64(len(emphases))]
 	g.build()
 	for g.next < flows {
 		for range 1 + g.IntN(3) {
@@ -136,6 +140,9 @@ func (g *generator) build() {
 	if g.features.Groups {
 		// Only now, so that references of both sides of the peering find their groups.
 		for _, id := range g.groups("") {
+			if g.chance(0.4) {
+				g.openPort(id)
+			}
 			for _, d := range []vpcmodel.Direction{vpcmodel.In, vpcmodel.Out} {
 				for range 1 + g.IntN(3) {
 					g.allow(id, d)
@@ -150,7 +157,7 @@ func (g *generator) build() {
 	}
 	for _, e := range g.enis("") {
 		g.setGroups(e)
-		if g.chance(0.2) {
+		if g.chance(0.3) {
 			g.do(vpcmodel.SetCheck{ENI: e})
 		}
 	}
@@ -305,6 +312,16 @@ func (g *generator) allow(id vpc.SecurityGroupID, d vpcmodel.Direction) bool {
 		return false
 	}
 	return g.do(vpcmodel.Allow{Group: id, Dir: d, Rule: g.rule(x.VPC)})
+}
+
+// openPort has a group let everybody in at a port, and all out: such flows go
+// untracked.
+func (g *generator) openPort(id vpc.SecurityGroupID) bool {
+	port := pick(g, ports)
+	proto := int(pick(g, []uint8{packet.ProtoTCP, packet.ProtoUDP}))
+	in := g.do(vpcmodel.Allow{Group: id, Dir: vpcmodel.In, Rule: vpcmodel.Rule{Match: vpcmodel.Match{Proto: proto, From: port, To: port}, CIDR: prefix("0.0.0.0/0")}})
+	out := g.do(vpcmodel.Allow{Group: id, Dir: vpcmodel.Out, Rule: vpcmodel.Rule{Match: vpcmodel.Match{Proto: -1, From: -1, To: -1}, CIDR: prefix("0.0.0.0/0")}})
+	return in || out
 }
 
 func (g *generator) setList(id vpcmodel.ListID) bool {

@@ -52,6 +52,12 @@ type stand struct {
 // tests sweep, should this process be killed.
 func newStand(t testing.TB) *stand {
 	t.Helper()
+	return newStandWith(t, func(string) {})
+}
+
+// newStandWith is newStand; before is told the lab's name before vpcd starts.
+func newStandWith(t testing.TB, before func(lab string)) *stand {
+	t.Helper()
 	testenv.Require(t, "root", "bpf")
 	name := fmt.Sprintf("t%dx%d", os.Getpid(), 500+stands.Add(1))
 	root := filepath.Join("/run/underlay", name)
@@ -67,6 +73,7 @@ func newStand(t testing.TB) *stand {
 			t.Error(err)
 		}
 	})
+	before(name)
 	s := &stand{}
 	ctx, cancel := context.WithCancel(context.Background())
 	s.ctx = ctx

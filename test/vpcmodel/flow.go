@@ -7,10 +7,12 @@ import (
 	"github.com/underlay-cni/underlay/internal/packet"
 )
 
-// flow is a tracked flow of one ENI, as its first packet began it.
+// flow is a flow of one ENI, as its first packet began it. Of untracked ones it is
+// remembered that they are, and nothing that would let a packet pass.
 type flow struct {
-	first Packet    // tuple of the first packet
-	dir   Direction // of the first packet
+	first     Packet    // tuple of the first packet
+	dir       Direction // of the first packet
+	untracked bool
 
 	last      time.Duration // when its last packet passed
 	began     time.Duration // when its initiator's last packet passed
@@ -123,19 +125,32 @@ func (w *World) track(e *ENI, d Direction, p *Packet) bool {
 		for _, other := range w.ENIs {
 			if other.Instance == e.Instance {
 				other.flows = slices.DeleteFunc(other.flows, func(f *flow) bool { return w.idle(other, f) })
-				n += len(other.flows)
+				for _, f := range other.flows {
+					if !f.untracked {
+						n++
+					}
+				}
 			}
 		}
 		if n >= w.Settings.MaxTracked {
 			return false
 		}
 	}
-	// What it follows on is over.
+	w.begin(e, d, p)
+	return true
+}
+
+// begin remembers a flow. What it follows on is over.
+func (w *World) begin(e *ENI, d Direction, p *Packet) *flow {
 	e.flows = slices.DeleteFunc(e.flows, func(f *flow) bool { return f.dir == d && f.continuedBy(p) || f.dir != d && f.answeredBy(p) })
 	f := &flow{first: *p, dir: d}
 	w.touch(f, d, p)
 	e.flows = append(e.flows, f)
-	return true
+	return f
+}
+
+func (e *ENI) forget(f *flow) {
+	e.flows = slices.DeleteFunc(e.flows, func(g *flow) bool { return g == f })
 }
 
 // related: "ICMP frag-needed is delivered for tracked flows / untracked / if ICMP
@@ -146,8 +161,6 @@ func (w *World) related(e *ENI, d Direction, p *Packet) bool {
 	if quoted.Src != p.Dst {
 		return false
 	}
-	if f := w.find(e, !d, quoted); f != nil {
-		return true
-	}
-	return w.untracked(e, !d, quoted) && w.allowed(e, !d, quoted, nil) != nil
+	f := w.find(e, !d, quoted)
+	return f != nil && (!f.untracked || w.untracked(e, !d, quoted, true))
 }

@@ -14,11 +14,21 @@ import (
 //
 // why is "" when the packet passes.
 func (w *World) gate(e *ENI, d Direction, p *Packet, far *ENI) (t Tracking, rule, why string) {
-	// "tracked flow continues until it times out or ends", whatever the rules
-	// say by now; the reply of a tracked flow passes the same way.
-	if f := w.find(e, d, p); f != nil {
+	f := w.find(e, d, p)
+	cut := false
+	switch {
+	case f == nil:
+	case !f.untracked:
+		// "tracked flow continues until it times out or ends", whatever the rules
+		// say by now; the reply of a tracked flow passes the same way.
 		w.touch(f, d, p)
 		return Tracked, "flow", ""
+	case w.untracked(e, d, p, true):
+		w.touch(f, d, p)
+		return Untracked, "untracked", ""
+	default:
+		cut = true
+		e.forget(f) // "untracked flow is cut at once": what follows is judged as anything else
 	}
 	if p.About != nil {
 		if w.related(e, d, p) {
@@ -27,11 +37,15 @@ func (w *World) gate(e *ENI, d Direction, p *Packet, far *ENI) (t Tracking, rule
 	}
 	// "Allow only; union of all groups on the ENI".
 	r := w.allowed(e, d, p, far)
+	if r == nil && cut {
+		return "", "cut", "the rules no longer allow this untracked flow"
+	}
 	if r == nil {
 		return "", w.denial(e, d, p, far), "no rule of " + join(e.Groups) + " allows it"
 	}
 	rule = "group " + r.kind()
-	if w.untracked(e, d, p) {
+	if w.untracked(e, d, p, false) {
+		w.begin(e, d, p).untracked = true
 		return Untracked, rule, ""
 	}
 	if p.Proto == packet.ProtoTCP && p.Flags&(SYN|ACK|RST|FIN) != SYN && !w.Settings.MidStream {
@@ -72,6 +86,9 @@ func (w *World) denial(e *ENI, d Direction, p *Packet, far *ENI) string {
 		}
 		for i := range g.Rules[d] {
 			r := &g.Rules[d][i]
+			if r.Match.matches(p) && d == In && w.peerMatches(e, Out, r, p.reverse(), nil) {
+				return "group forwarded" // the address is right, the sender is not its holder
+			}
 			if r.Match.matches(p) || w.peerMatches(e, d, r, p, far) {
 				kind = "group " + r.kind()
 			}
@@ -175,23 +192,19 @@ func (w *World) direct(e *ENI, d Direction, a netip.Addr, other *ENI) bool {
 // other direction allows 0.0.0.0/0 all ports 0-65535 -> untracked. ICMP always
 // tracked."
 //
-// Nothing is remembered of an untracked flow, so a packet of one is known by what
-// the rules say of the flow that it begins, or of the flow that it answers;
-// otherwise an answer would begin a tracked flow, and an untracked one could not be
-// "cut at once". A TCP segment tells by SYN and ACK which of the two it does.
-func (w *World) untracked(e *ENI, d Direction, p *Packet) bool {
+// A packet belongs to an untracked flow when that holds for the flow that it
+// begins, or for the flow that it answers: otherwise an answer could begin a tracked
+// flow, and an untracked one could not be "cut at once". A SYN that is known to
+// belong to no flow answers none.
+func (w *World) untracked(e *ENI, d Direction, p *Packet, known bool) bool {
 	if !p.ports() {
 		return false
 	}
 	begins := w.anybody(e, d, p) && w.anyPort(e, !d, p)
-	answers := w.anybody(e, !d, p.reverse()) && w.anyPort(e, d, p)
-	if p.Proto == packet.ProtoTCP && p.Flags&SYN != 0 {
-		if p.Flags&ACK == 0 {
-			return begins
-		}
-		return answers
+	if p.Proto == packet.ProtoTCP && p.Flags&(SYN|ACK) == SYN && !known {
+		return begins
 	}
-	return begins || answers
+	return begins || w.anybody(e, !d, p.reverse()) && w.anyPort(e, d, p)
 }
 
 // anybody reports whether a rule for everybody allows p.

@@ -66,7 +66,7 @@ func (w *World) Send(p *Packet) Verdict {
 		e.flows = kept
 	}
 	v.Sender = sent.Sender
-	v.Rules = append([]string{"out " + sent.Rule}, v.Rules...)
+	v.Rules = append(passed(Out, sent.Rule, sent.Sender), v.Rules...)
 	return v
 }
 
@@ -120,7 +120,15 @@ func (w *World) carry(e *ENI, s *Subnet, p *Packet) Verdict {
 	if why != "" {
 		return Verdict{Where: AtIngress, Rule: "in " + rule, Rules: rules, Why: string(to.ID) + ": " + why}
 	}
-	return Verdict{To: to.ID, Receiver: t, Rule: "in " + rule, Rules: append(rules, "in "+rule)}
+	return Verdict{To: to.ID, Receiver: t, Rule: "in " + rule, Rules: append(rules, passed(In, rule, t)...)}
+}
+
+// passed names, for counts, what let a packet through a gate.
+func passed(d Direction, rule string, t Tracking) []string {
+	if t == Untracked {
+		return []string{d.String() + " " + rule, d.String() + " untracked"}
+	}
+	return []string{d.String() + " " + rule}
 }
 
 func join[T ~string](ids []T) string {

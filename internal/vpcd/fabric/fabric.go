@@ -120,7 +120,7 @@ func (f *Fabric) open(o Options) error {
 	if err := f.openNamespace(); err != nil {
 		return err
 	}
-	spec, err := bpfgen.LoadFabric()
+	spec, err := loadSpec(o.Lab)
 	if err != nil {
 		return fmt.Errorf("read programs: %w", err)
 	}

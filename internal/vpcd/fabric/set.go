@@ -27,7 +27,7 @@ import (
 // the process's death) leaves some of the changes made, each of them whole or
 // to be repaired by the next.
 func (f *Fabric) Set(ctx context.Context, c Config) error {
-	want, bad := check(f.names, c)
+	want, bad := check(f.names, faulty(f.names.lab, c))
 
 	f.mu.Lock()
 	defer f.mu.Unlock()

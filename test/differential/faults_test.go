@@ -1,0 +1,198 @@
+//go:build planted
+
+package differential
+
+import (
+	"bytes"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/underlay-cni/underlay/internal/testenv"
+	"github.com/underlay-cni/underlay/internal/vpcd/fabric"
+)
+
+// fault is one that the comparison must find: a change of the programs' source,
+// or of what the compiler of rules gives to the kernel.
+type fault struct {
+	name     string
+	on       emphasis // the worlds that are likely to show it
+	file     string   // below bpf/
+	old, new string   // old occurs exactly once
+	config   func(*fabric.Config)
+}
+
+var faults = []fault{
+	{name: "no egress gate", on: onGroups, file: "fabric.c", old: "reason = gate(&packet, ifindex, EGRESS, named ? named->ifindex : 0);", new: "reason = 0;"},
+	{name: "no ingress gate", on: onGroups, file: "fabric.c", old: "reason = gate(&packet, receiver, INGRESS, owner ? ifindex : 0);", new: "reason = 0;"},
+	{name: "the receiver's egress rules at its ingress gate", on: onGroups, file: "fabric_gate.h", old: "q.rules = policy->rules[direction];\n\tq.count = policy->count[direction];\n\tq.address =", new: "q.rules = policy->rules[EGRESS];\n\tq.count = policy->count[EGRESS];\n\tq.address ="},
+	{name: "last port of a range left out", on: onGroups, file: "fabric_gate.h", old: "q->dport > r->to", new: "q->dport >= r->to"},
+	{name: "source port compared", on: onGroups, file: "fabric_gate.h", old: "q.dport = p->tuple.dport;", new: "q.dport = p->tuple.sport;"},
+	{name: "ICMP code ignored", on: onGroups, file: "fabric_gate.h", old: "(r->to != ANY && r->to != q->code)", new: "0"},
+	{name: "protocol ignored", on: onGroups, file: "fabric_gate.h", old: "if (r->protocol != q->protocol)", new: "if (0)"},
+	{name: "group references through middleboxes", on: onAll, file: "fabric.c", old: "INGRESS, owner ? ifindex : 0);", new: "INGRESS, ifindex);"},
+	{name: "only the first group of an interface is referred to", on: onGroups, file: "fabric_gate.h", old: "for (int k = 0; k < GROUPS; k++)", new: "for (int k = 0; k < 1; k++)"},
+	{name: "untracked flows outlive their rule", on: onGroups, file: "fabric_gate.h", old: "if (policy && (policy->version == f->version ||", new: "if (policy && (1 ||"},
+	{name: "tracked flows end with their rule", on: onGroups, file: "fabric_gate.h", old: "\tif (f->version) {\n", new: "\tif (1) {\n"},
+	{name: "answers are not known for such", on: onGroups, file: "fabric_gate.h", old: "k->local_port = t->dport;\n\t\tk->remote_port = t->sport;\n\t}", new: "k->local_port = t->sport;\n\t\tk->remote_port = t->dport;\n\t}"},
+	{name: "everything untracked", on: onGroups, file: "fabric_gate.h", old: "if (untracked(policy, direction, &p->tuple, is_syn(p)))", new: "if (1)"},
+	{name: "ICMP errors belong to no flow", on: onGroups, file: "fabric_gate.h", old: "\tp->is_error = 1;", new: "\tp->is_error = 0;"},
+	{name: "ICMP errors about anything", on: onGroups, file: "fabric_gate.h", old: "\tif (p->is_error) {\n", new: "\tif (p->is_error)\n\t\treturn 0;\n\tif (p->is_error) {\n"},
+	{name: "ICMP identifier ignored", on: onGroups, file: "fabric_gate.h", old: "t->sport = (__u16)icmp[4] << 8 | icmp[5];", new: "t->sport = 0;"},
+	{name: "fragments without their first pass", on: onGroups, file: "fabric_gate.h", old: "\t\t\treturn DROP_FRAGMENT;", new: "\t\t\treturn 0;"},
+	{name: "later fragments are judged without ports", on: onGroups, file: "fabric_gate.h", old: "p->tuple.dport = first->dport;", new: "p->tuple.dport = 0;"},
+	{name: "ACLs within the subnet", on: onACLs, file: "fabric.c", old: "crosses = t->subnet != self->subnet;", new: "crosses = 1;"},
+	{name: "no ACL at the receiver's subnet", on: onACLs, file: "fabric.c", old: "if (crosses && !acl_allows(&packet, self->vni, t->subnet, INGRESS))", new: "if (0)"},
+	{name: "ACLs allow what no entry matches", on: onACLs, file: "fabric_acl.h", old: "struct acl_question q = {};", new: "struct acl_question q = {.allow = 1};"},
+	{name: "the sender's address compared by egress ACLs", on: onACLs, file: "fabric_acl.h", old: "direction == EGRESS ? p->tuple.daddr : p->tuple.saddr", new: "p->tuple.saddr"},
+	{name: "routes hold within the subnet", on: onRoutes, file: "fabric.c", old: " || (iph->daddr & self->netmask) == self->subnet)", new: ")"},
+	{name: "no destination check", on: onRoutes, file: "fabric.c", old: "if (!holder && (t->flags & ENI_SOURCE_DEST_CHECK))", new: "if (0)"},
+	{name: "no source check", on: onRoutes, file: "fabric.c", old: "if (!owner && (self->flags & ENI_SOURCE_DEST_CHECK))", new: "if (0)"},
+
+	{name: "the last rule of each group is lost", on: onGroups, config: eachGroup(func(g *fabric.Group) {
+		if n := len(g.Ingress); n > 1 { // the markers' group has one
+			g.Ingress = g.Ingress[:n-1]
+		}
+	})},
+	{name: "a prefix list counts by its first entry", on: onGroups, config: eachRule(func(r *fabric.Rule) {
+		r.Peers = r.Peers[:min(1, len(r.Peers))]
+	})},
+	{name: "CIDR blocks a bit too wide", on: onGroups, config: eachRule(func(r *fabric.Rule) {
+		for i, p := range r.Peers {
+			if p.Bits() > 0 {
+				r.Peers[i] = netip.PrefixFrom(p.Addr(), p.Bits()-1).Masked()
+			}
+		}
+	})},
+	{name: "references mean nobody", on: onGroups, config: eachRule(func(r *fabric.Rule) {
+		if r.Group != "" {
+			r.Group = "sg-00000000000000001"
+		}
+	})},
+	{name: "entries of ACLs in reverse", on: onACLs, config: func(c *fabric.Config) {
+		for i := range c.ACLs {
+			c.ACLs[i].Ingress = slices.Clone(c.ACLs[i].Ingress)
+			c.ACLs[i].Egress = slices.Clone(c.ACLs[i].Egress)
+			slices.Reverse(c.ACLs[i].Ingress)
+			slices.Reverse(c.ACLs[i].Egress)
+		}
+	}},
+	{name: "the first route of a table is lost", on: onRoutes, config: func(c *fabric.Config) {
+		for i := range c.Tables {
+			c.Tables[i].Routes = slices.DeleteFunc(slices.Clone(c.Tables[i].Routes), func(r fabric.Route) bool { return !r.Local })
+		}
+	}},
+	{name: "delegated prefixes are not delivered to", on: onRoutes, config: func(c *fabric.Config) {
+		for i := range c.Interfaces {
+			c.Interfaces[i].Addresses = slices.DeleteFunc(slices.Clone(c.Interfaces[i].Addresses), func(p netip.Prefix) bool { return !p.IsSingleIP() })
+		}
+	}},
+}
+
+func eachGroup(change func(*fabric.Group)) func(*fabric.Config) {
+	return func(c *fabric.Config) {
+		for i := range c.Groups {
+			change(&c.Groups[i])
+		}
+	}
+}
+
+func eachRule(change func(*fabric.Rule)) func(*fabric.Config) {
+	return eachGroup(func(g *fabric.Group) {
+		for _, rules := range []*[]fabric.Rule{&g.Ingress, &g.Egress} {
+			*rules = slices.Clone(*rules)
+			for i := range *rules {
+				(*rules)[i].Peers = slices.Clone((*rules)[i].Peers)
+				change(&(*rules)[i])
+			}
+		}
+	})
+}
+
+// object compiles the fabric's programs with the fault, as bpfgen does without.
+func (f fault) object(t *testing.T) []byte {
+	t.Helper()
+	if f.file == "" {
+		return nil
+	}
+	dir := t.TempDir()
+	sources, err := filepath.Glob("../../bpf/fabric*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range sources {
+		source, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if filepath.Base(path) == f.file {
+			if n := bytes.Count(source, []byte(f.old)); n != 1 {
+				t.Fatalf("%s has %q %d times: the fault must be planted elsewhere by now", f.file, f.old, n)
+			}
+			source = bytes.ReplaceAll(source, []byte(f.old), []byte(f.new))
+		}
+		if err := os.WriteFile(filepath.Join(dir, filepath.Base(path)), source, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	out := filepath.Join(dir, "fabric.o")
+	cmd := exec.Command("clang-14", "-target", "bpfel", "-O2", "-g", "-Wno-everything", "-I/usr/include/x86_64-linux-gnu", "-c", filepath.Join(dir, "fabric.c"), "-o", out)
+	if said, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("compile: %v\n%s", err, said)
+	}
+	object, err := os.ReadFile(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return object
+}
+
+// worldsPerFault bounds how many worlds a fault may stay unseen in.
+const worldsPerFault = 8
+
+// Each fault shows in a few worlds of the kind that it is about.
+func TestFaults(t *testing.T) {
+	testenv.Require(t, "root", "bpf", "clang")
+	for _, f := range faults {
+		t.Run(f.name, func(t *testing.T) {
+			t.Parallel()
+			s := newStandWith(t, func(lab string) { fabric.Plant(lab, fabric.Fault{Object: f.object(t), Config: f.config}) })
+			sent, seed := 0, uint64(0)
+			for range worldsPerFault {
+				for emphases[seed%uint64(len(emphases))] != f.on {
+					seed++
+				}
+				o, err := s.run(Generate(seed, Enforced, 250))
+				if err != nil {
+					t.Fatal(err)
+				}
+				if bad := o.mismatches(); len(bad) > 0 {
+					for i := range o.verdicts {
+						if i <= bad[0] {
+							sent++
+						}
+					}
+					t.Logf("caught by packet %d: %s", sent, o.said(bad[0]))
+					return
+				}
+				sent += len(o.verdicts)
+				seed++
+			}
+			t.Errorf("not caught by %d packets in %d worlds", sent, worldsPerFault)
+		})
+	}
+}
+
+// said is what model and fabric say of one packet.
+func (o *outcome) said(i int) string {
+	who := o.received[i]
+	if who == "" {
+		who = "nobody"
+	}
+	return fmt.Sprintf("%s; model: %s; received by %s", strings.TrimSpace(o.script[i].String()), o.verdicts[i], who)
+}
