@@ -31,6 +31,7 @@ func live(r role) error {
 	}
 	defer d.Close()
 	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
 	watched := make(chan error, 1)
 	go func() { watched <- d.Watch(ctx, func() {}) }()
 	err = d.SetENIs(ctx, enis)

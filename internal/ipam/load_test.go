@@ -198,6 +198,32 @@ func TestBackAtTheFloorWithinFiveMinutes(t *testing.T) {
 	}
 }
 
+// The same after pods that came and went in rounds, so that their addresses
+// linger to different times: that one is returned does not make its interface
+// one that was just needed.
+func TestBackAtTheFloorAfterRounds(t *testing.T) {
+	w := newWorld(t, "m5.large", 1)
+	w.callLatency = time.Second // much happens while a call is on its way
+	w.start()
+	id := RequestID(0)
+	for range 3 {
+		first := id + 1
+		for range 20 {
+			id++
+			w.add(id, Pool{})
+		}
+		w.pass(25 * time.Second)
+		for i := first; i <= id; i++ {
+			w.send(Released{At: w.now, Addr: w.got(i)})
+			w.pass(300 * time.Millisecond)
+		}
+	}
+	w.pass(5 * time.Minute)
+	if n := w.held(); n != 2 || len(w.enis) != 1 {
+		t.Errorf("%d addresses on %d interfaces are held, want the node's own and the floor on one", n, len(w.enis))
+	}
+}
+
 // A hundred pods that come and go one after the other live on few addresses,
 // and EC2 hears little of them.
 func TestChurnCostsFewCalls(t *testing.T) {

@@ -65,7 +65,10 @@ func (p *step) age() {
 		if !e.Managed {
 			continue
 		}
-		idle := e.Call == 0 && e.Phase != Retiring
+		// To give something back needs nothing: who returns one address after the
+		// other would else keep the interface each time.
+		c := s.Calls[e.Call]
+		idle := (e.Call == 0 || c != nil && c.Kind == CallUnassign) && e.Phase != Retiring
 		for _, a := range e.Addrs {
 			switch a.State {
 			case Cooling:
@@ -78,7 +81,7 @@ func (p *step) age() {
 					a.State, a.Since = Free, p.now
 				}
 			}
-			idle = idle && a.State == Free && !a.Foreign()
+			idle = idle && (a.State == Free || a.State == Returning) && !a.Foreign()
 		}
 		if !idle {
 			e.NoNeed = time.Time{}

@@ -31,7 +31,7 @@ func run(t *testing.T, o Options, fn func(*fakeAPI, *Client)) {
 }
 
 func settle(d time.Duration) {
-	time.Sleep(d) // virtual
+	<-time.After(d) // virtual
 	synctest.Wait()
 }
 

@@ -93,11 +93,14 @@ func newAPI(t testing.TB, kubeconfig string) *api {
 func (a *api) podReady(t testing.TB, name, node string) time.Duration {
 	t.Helper()
 	const pods = "/api/v1/namespaces/default/pods"
-	watch, err := a.client.Get(a.server + pods + "?watch=true&timeoutSeconds=60&fieldSelector=metadata.name%3D" + name)
+	watch, err := a.client.Get(a.server + pods + "?watch=true&resourceVersion=0&timeoutSeconds=60&fieldSelector=metadata.name%3D" + name)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer watch.Body.Close()
+	if watch.StatusCode != http.StatusOK {
+		t.Fatalf("watch pod %s: %s", name, watch.Status)
+	}
 	manifest, err := json.Marshal(map[string]any{
 		"apiVersion": "v1", "kind": "Pod", "metadata": map[string]any{"name": name},
 		"spec": map[string]any{
@@ -120,11 +123,21 @@ func (a *api) podReady(t testing.TB, name, node string) time.Duration {
 	}
 	events := json.NewDecoder(watch.Body)
 	for {
-		var e struct{ Object pod }
+		var e struct {
+			Type   string
+			Object json.RawMessage
+		}
 		if err := events.Decode(&e); err != nil {
 			t.Fatalf("pod %s was not Ready within a minute: %v", name, err)
 		}
-		if e.Object.ready() {
+		if e.Type == "ERROR" {
+			t.Fatalf("watch pod %s: %s", name, e.Object)
+		}
+		var p pod
+		if err := json.Unmarshal(e.Object, &p); err != nil {
+			t.Fatal(err)
+		}
+		if p.ready() {
 			return time.Since(start)
 		}
 	}

@@ -81,9 +81,11 @@ func (c *cluster) allHoldings() map[string]holdings {
 const giveBack = 7 * time.Minute
 
 // A Deployment that comes and goes leaves nothing behind. It has a lab of its
-// own, in which nothing else comes and goes.
+// own, in which nothing else comes and goes, and waits for minutes there: beside
+// upstream's specs.
 func TestScaleUpAndDown(t *testing.T) {
 	testenv.Require(t, "cluster")
+	t.Parallel()
 	c := newCluster(t, lab.Up(t, upArgs()...))
 	c.awaitWhole()
 	ns := c.namespace("scale")
@@ -97,7 +99,7 @@ spec:
   template:
     metadata: {labels: {app: many}}
     spec:
-      terminationGracePeriodSeconds: 0
+      terminationGracePeriodSeconds: 1 # with 0 they would be gone from the API before they are from the node
       containers: [{name: c, image: %q, args: [pause]}]
 `, agnhost))
 	scale := func(n int) []pod {

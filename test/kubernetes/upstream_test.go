@@ -17,6 +17,7 @@ import (
 // Upstream's specs are the judge that knows nothing of us.
 func TestUpstream(t *testing.T) {
 	testenv.Require(t, "cluster")
+	t.Parallel()
 	ledger, err := upstream.ReadLedger("../../hack/kubernetes/e2e/specs.txt")
 	if err != nil {
 		t.Fatal(err)
