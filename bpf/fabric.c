@@ -197,9 +197,11 @@ struct arp_packet {
 static __always_inline int drop(__u32 ifindex, enum drop_reason reason)
 {
 	struct counters *c = bpf_map_lookup_elem(&counts, &ifindex);
+	__u64 i = (__u32)reason;
 
-	if (c && reason < DROP_REASONS)
-		c->drops[reason]++; /* per CPU, and programs do not nest on one */
+	asm volatile("" : "+r"(i)); /* one register for the check and the access */
+	if (c && i < DROP_REASONS)
+		c->drops[i]++; /* per CPU, and programs do not nest on one */
 	return TCX_DROP;
 }
 

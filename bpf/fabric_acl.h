@@ -60,40 +60,55 @@ struct acl_question {
 	__u8 allow; /* the answer; no entry: deny */
 };
 
-static long acl_match(__u64 i, struct acl_question *q)
-{
-	const struct acl_entry *e;
+#define ENTRIES_PER_TURN 8
+_Static_assert(ACL_ENTRIES % ENTRIES_PER_TURN == 0, "the last turn is as long as the others");
 
-	if (i >= ACL_ENTRIES || i >= q->count)
-		return 1;
-	e = &q->entries[i];
+static __always_inline int entry_concerns(const struct acl_entry *e, const struct acl_question *q)
+{
 	if ((q->address & e->mask) != e->net)
 		return 0;
-	if (!e->all_protocols) {
-		if (e->protocol != q->protocol)
-			return 0;
-		if (q->protocol == IPPROTO_TCP || q->protocol == IPPROTO_UDP) {
-			if (q->dport < e->from || q->dport > e->to)
-				return 0;
-		} else if (q->protocol == IPPROTO_ICMP) {
-			if ((e->from != ANY && e->from != q->type) || (e->to != ANY && e->to != q->code))
-				return 0;
-		}
-	}
-	q->allow = e->allow;
+	if (e->all_protocols)
+		return 1;
+	if (e->protocol != q->protocol)
+		return 0;
+	if (q->protocol == IPPROTO_TCP || q->protocol == IPPROTO_UDP)
+		return q->dport >= e->from && q->dport <= e->to;
+	if (q->protocol == IPPROTO_ICMP)
+		return (e->from == ANY || e->from == q->type) && (e->to == ANY || e->to == q->code);
 	return 1;
 }
 
-/* acl_allows says whether a subnet's ACL lets a packet leave or enter it. */
-static __noinline int acl_allows(const struct packet *p, __u32 vni, __be32 subnet, __u32 direction)
+static long acl_match(__u64 turn, struct acl_question *q)
 {
+	__u64 first = turn * ENTRIES_PER_TURN;
+	const struct acl_entry *e;
+
+	if (first > ACL_ENTRIES - ENTRIES_PER_TURN)
+		return 1;
+	e = &q->entries[first];
+#pragma unroll
+	for (int k = 0; k < ENTRIES_PER_TURN; k++) {
+		if (first + k >= q->count)
+			return 1;
+		if (entry_concerns(&e[k], q)) {
+			q->allow = e[k].allow;
+			return 1;
+		}
+	}
+	return 0;
+}
+
+/* acl_allows says whether a subnet's ACL lets a packet leave or enter it. */
+__noinline int acl_allows(const struct packet *p, __u32 vni, __be32 subnet, __u32 which)
+{
+	__u32 direction = which & INGRESS; /* 0 or 1, as the verifier sees */
 	struct subnet_key key = {.vni = vni, .subnet = subnet};
 	struct acl_question q = {};
 	__u32 zero = 0;
 	struct acl *acl;
 	void *inner;
 
-	if (direction > INGRESS)
+	if (!p)
 		return 0;
 	inner = bpf_map_lookup_elem(&acls, &key);
 	acl = inner ? bpf_map_lookup_elem(inner, &zero) : 0;
@@ -106,6 +121,6 @@ static __noinline int acl_allows(const struct packet *p, __u32 vni, __be32 subne
 	q.protocol = p->tuple.protocol;
 	q.type = p->icmp_type;
 	q.code = p->icmp_code;
-	bpf_loop(ACL_ENTRIES, acl_match, &q, 0);
+	bpf_loop(ACL_ENTRIES / ENTRIES_PER_TURN, acl_match, &q, 0);
 	return q.allow;
 }

@@ -437,29 +437,31 @@ struct question {
 	__u8 allowed; /* 1: yes, 2: by a rule for 0.0.0.0/0 */
 };
 
-static long match(__u64 i, struct question *q)
-{
-	const struct rule *r;
+/* Rules per turn of the loop: a turn is a call, which costs more than a rule. */
+#define RULES_PER_TURN 8
+_Static_assert(RULES % RULES_PER_TURN == 0, "the last turn is as long as the others");
 
-	if (i >= RULES || i >= q->count)
+/* concerns tells whether a rule is about the packet's protocol and ports. */
+static __always_inline int concerns(const struct rule *r, const struct question *q)
+{
+	if (r->all_protocols)
 		return 1;
-	r = &q->rules[i];
-	if (!r->all_protocols) {
-		if (r->protocol != q->protocol)
-			return 0;
-		if (q->protocol == IPPROTO_TCP || q->protocol == IPPROTO_UDP) {
-			if (q->dport < r->from || q->dport > r->to)
-				return 0;
-		} else if (q->protocol == IPPROTO_ICMP) {
-			if ((r->from != ANY && r->from != q->type) || (r->to != ANY && r->to != q->code))
-				return 0;
-		}
-	}
+	if (r->protocol != q->protocol)
+		return 0;
+	if (q->protocol == IPPROTO_TCP || q->protocol == IPPROTO_UDP)
+		return q->dport >= r->from && q->dport <= r->to;
+	if (q->protocol == IPPROTO_ICMP)
+		return (r->from == ANY || r->from == q->type) && (r->to == ANY || r->to == q->code);
+	return 1;
+}
+
+/* match_peer asks whether a rule is about the peer. */
+static __noinline int match_peer(const struct rule *r, struct question *q)
+{
 	if (!r->group) {
-		if ((q->address & r->mask) != r->net)
-			return 0;
-		q->allowed = r->mask ? 1 : 2;
-		return 1;
+		if ((q->address & r->mask) == r->net)
+			q->allowed = r->mask ? 1 : 2;
+		return 0;
 	}
 	if (!q->peer)
 		return 0;
@@ -467,8 +469,29 @@ static long match(__u64 i, struct question *q)
 	for (int k = 0; k < GROUPS; k++) {
 		if (q->peer->groups[k] == r->group) {
 			q->allowed = 1;
-			return 1;
+			break;
 		}
+	}
+	return 0;
+}
+
+static long match(__u64 turn, struct question *q)
+{
+	__u64 first = turn * RULES_PER_TURN;
+	const struct rule *r;
+
+	if (first > RULES - RULES_PER_TURN)
+		return 1;
+	r = &q->rules[first];
+#pragma unroll
+	for (int k = 0; k < RULES_PER_TURN; k++) {
+		if (first + k >= q->count)
+			return 1;
+		if (!concerns(&r[k], q))
+			continue;
+		match_peer(&r[k], q);
+		if (q->allowed)
+			return 1;
 	}
 	return 0;
 }
@@ -483,7 +506,7 @@ static __always_inline int for_everybody(const struct policy *policy, __u32 dire
 	q.count = policy->count[direction];
 	q.protocol = protocol;
 	q.dport = dport;
-	bpf_loop(RULES, match, &q, 0);
+	bpf_loop(RULES / RULES_PER_TURN, match, &q, 0);
 	return q.allowed == 2;
 }
 
@@ -516,10 +539,12 @@ static __always_inline int is_syn(const struct packet *p)
  * gate says whether an ENI's security groups let a packet pass: 0, or the
  * reason why not. peer is the ENI whose groups the rules may name, 0 if none is
  * known: a source counts only with the ENI that sends from it (AWS: references
- * to groups do not reach through a middlebox).
+ * to groups do not reach through a middlebox). Not static: so it is verified by
+ * itself and once.
  */
-static __noinline int gate(struct packet *p, __u32 ifindex, __u32 direction, __u32 peer)
+__noinline int gate(struct packet *p, __u32 ifindex, __u32 which, __u32 peer)
 {
+	__u32 direction = which & INGRESS; /* 0 or 1, as the verifier sees */
 	enum drop_reason refused = direction == EGRESS ? DROP_SG_EGRESS : DROP_SG_INGRESS;
 	__u64 now = now_ns();
 	struct policy *policy = 0;
@@ -528,7 +553,7 @@ static __noinline int gate(struct packet *p, __u32 ifindex, __u32 direction, __u
 	struct flow_key key;
 	struct flow *f;
 
-	if (direction > INGRESS)
+	if (!p)
 		return refused;
 	set_flow_key(&key, ifindex, direction, &p->tuple);
 	f = bpf_map_lookup_elem(&flows, &key);
@@ -570,7 +595,7 @@ static __noinline int gate(struct packet *p, __u32 ifindex, __u32 direction, __u
 	q.protocol = p->tuple.protocol;
 	q.type = p->icmp_type;
 	q.code = p->icmp_code;
-	bpf_loop(RULES, match, &q, 0);
+	bpf_loop(RULES / RULES_PER_TURN, match, &q, 0);
 	if (!q.allowed)
 		return refused;
 	/* An error, or an answer that nobody asked for, has no answer itself. */

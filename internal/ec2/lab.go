@@ -54,8 +54,9 @@ const (
 )
 
 // Network makes a VPC with a subnet in a zone of its own for each of subnets,
-// and three security groups: nodes talk to all within the VPC, VMs and the
-// database answer on their port to whoever carries the nodes' group.
+// and three security groups, which the VPC enforces: nodes talk to all within
+// the VPC, VMs and the database answer on their port to whoever carries the
+// nodes' group (VMs echo requests too), and to nobody else.
 func (l *Lab) Network(ctx context.Context, name string, cidr netip.Prefix, subnets []netip.Prefix) (LabNetwork, error) {
 	var n LabNetwork
 	v, err := l.c.CreateVpc(ctx, &awsec2.CreateVpcInput{

@@ -5,14 +5,15 @@
 //
 //	guest netns                      fabric netns                    guest netns
 //	 eth0 ──veth── e5k2… ── from_guest: source check, route,  ──redirect_peer──▶ eth0
-//	                        mapping, destination check, MACs
+//	                        mapping, egress gate, ACLs, destination
+//	                        check, ingress gate, MACs
 //	 eth0 ──veth── e5k2… ── from_guest ─▶ stack ─▶ socket bound to e5k2…
 //	      ◀─────────────── to_guest ◀── (169.254.169.254, 169.254.171.24)
 //
 // It owns everything of a lab in the kernel that is not inside a node: the
 // fabric's namespace, the guests' namespaces, the pairs, and what is pinned
-// below Options.BPFFS (maps in v1/, one TCX link per pair and direction in
-// v1/links/). It shares no judgement with the node: what a VPC delivers is
+// below Options.BPFFS (maps in v3/, one TCX link per pair and direction in
+// v3/links/). It shares no judgement with the node: what a VPC delivers is
 // decided here alone.
 //
 // # Invariants
@@ -26,6 +27,13 @@
 //     changed in place.
 //   - The guest's end belongs to the guest: it is written to only before the
 //     interface is ready.
+//   - What an ENI's security groups allow, and a subnet's ACL, is replaced whole:
+//     no frame is judged by half of it, and when Set returns none by what was
+//     before. An ENI or subnet without either passes nothing.
+//   - Tracked flows are the kernel's: they outlive the process, and the rules
+//     that let them begin, and end with their interface.
+//   - What of a Config is not valid is left out so that less is allowed, never
+//     more.
 //   - A frame is delivered to one guest, or to the fabric's own stack if it is
 //     for a service, or dropped and counted under a [DropReason].
 //   - The process is not in the packets' way: its death and the next Open lose
