@@ -16,3 +16,5 @@
 //
 // What the fabric does not enforce yet, Enforced leaves out of worlds; a run says so.
 package differential
+
+//go:generate go run ./ledger

@@ -20,7 +20,7 @@ func TestFacts(t *testing.T) {
 			continue
 		}
 		script := slices.Concat(base, f.Script)
-		if lacks := Enforced.lacks(script); lacks != "" {
+		if lacks := Enforced.Lacks(script); lacks != "" {
 			t.Run(f.Name, func(t *testing.T) { t.Skipf("the fabric does not enforce %s yet", lacks) })
 			continue
 		}

@@ -37,8 +37,8 @@ func (f Features) Missing() string {
 	return strings.Join(sorted(names), ", ")
 }
 
-// lacks names what a script needs and f does not have, or "".
-func (f Features) lacks(s vpcmodel.Script) string {
+// Lacks names what a script needs and f does not have, or "".
+func (f Features) Lacks(s vpcmodel.Script) string {
 	for _, st := range s {
 		needs, there := "", true
 		switch st := st.(type) {
