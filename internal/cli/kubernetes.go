@@ -54,6 +54,9 @@ type kubernetesOptions struct {
 }
 
 func (o kubernetesOptions) check() error {
+	if !o.on {
+		return nil // what its flags say concerns nobody
+	}
 	if !slices.Contains(cluster.ProxyModes, o.proxy) {
 		return fmt.Errorf("--kube-proxy %s is not known; use %s", o.proxy, strings.Join(cluster.ProxyModes, " or "))
 	}
