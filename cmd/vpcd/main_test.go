@@ -111,7 +111,7 @@ func TestRefusals(t *testing.T) {
 		{"chaos set --endpoint " + url + " --latency soon", "invalid argument"},
 		{"chaos set --endpoint " + url + " --fail MakeCoffee=X:1", "no such action"},
 		{"chaos set --endpoint " + url + " --fail none --fail *=X:1", "write ACTION=CODE:COUNT"},
-		{"chaos set --endpoint " + url + " --quota interfaces=3", "there are cidrs-per-vpc"},
+		{"chaos set --endpoint " + url + " --quota interfaces=3", "there are acls-per-vpc"},
 		{"chaos set --endpoint " + url + " --quota vpcs=some", "write NAME=N"},
 		{"chaos set --endpoint " + url + " --quota groups-per-interface=17", "no more than 16"},
 		{"chaos set --endpoint " + url + " --quota groups-per-interface=16 --quota rules-per-group=100", "product of 1000"},
