@@ -215,11 +215,12 @@ func (d *Datapath) putIface(e *Endpoint, flags uint32) error {
 	if err != nil {
 		return fmt.Errorf("count CPUs: %w", err)
 	}
-	err = d.objs.IfaceStats.Update(&index, make([]bpfgen.NodeIfaceCounters, cpus), ebpf.UpdateNoExist)
+	none := make([]bpfgen.NodeIfaceCounters, cpus)
+	err = nl.AwaitMemory(func() error { return d.objs.IfaceStats.Update(&index, none, ebpf.UpdateNoExist) })
 	if err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
 		return fmt.Errorf("make counters of %s: %w", e.HostIfName, err)
 	}
-	if err := d.objs.Ifaces.Update(&index, &v, ebpf.UpdateAny); err != nil {
+	if err := nl.AwaitMemory(func() error { return d.objs.Ifaces.Update(&index, &v, ebpf.UpdateAny) }); err != nil {
 		return fmt.Errorf("enter %s into the map of interfaces: %w", e.HostIfName, err)
 	}
 	return nil

@@ -342,7 +342,7 @@ func (d *Datapath) commit(e *Endpoint, how ebpf.MapUpdateFlags) error {
 		return err
 	}
 	k := addrKey(e.Addr)
-	if err := d.objs.Endpoints.Update(&k, r, how); err != nil {
+	if err := nl.AwaitMemory(func() error { return d.objs.Endpoints.Update(&k, r, how) }); err != nil {
 		return fmt.Errorf("record %s as %s: %w", e.Addr, e.State, err)
 	}
 	return nil

@@ -6,6 +6,7 @@ import (
 
 	"github.com/cilium/ebpf"
 
+	"github.com/underlay-cni/underlay/internal/nl"
 	"github.com/underlay-cni/underlay/internal/vpc"
 	"github.com/underlay-cni/underlay/internal/vpcd/fabric/bpfgen"
 )
@@ -78,7 +79,7 @@ func putWanted[K, V comparable](m *ebpf.Map, have, want map[K]V) error {
 		if old, ok := have[k]; ok && old == v {
 			continue
 		}
-		if err := m.Put(k, v); err != nil {
+		if err := nl.AwaitMemory(func() error { return m.Put(k, v) }); err != nil {
 			return fmt.Errorf("write map %s: %w", m, err)
 		}
 		have[k] = v
@@ -171,7 +172,7 @@ func eniID(r bpfgen.FabricEni) vpc.ENIID {
 // addCounter makes the counters of a fabric end; those that are there stay.
 func addCounter(m *ebpf.Map, index uint32) error {
 	zero := make([]bpfgen.FabricCounters, ebpf.MustPossibleCPU())
-	if err := m.Update(index, zero, ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
+	if err := nl.AwaitMemory(func() error { return m.Update(index, zero, ebpf.UpdateNoExist) }); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
 		return fmt.Errorf("make counters: %w", err)
 	}
 	return nil

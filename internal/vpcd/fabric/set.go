@@ -349,7 +349,7 @@ func (f *Fabric) makePort(p *port, guest uint64) (_ int, err error) {
 	}
 	half := record
 	half.Flags &^= flagReady
-	if err := f.objs.Enis.Put(uint32(index), half); err != nil {
+	if err := nl.AwaitMemory(func() error { return f.objs.Enis.Put(uint32(index), half) }); err != nil {
 		return 0, fmt.Errorf("write record: %w", err)
 	}
 	f.seen.enis[uint32(index)] = half
@@ -364,7 +364,7 @@ func (f *Fabric) makePort(p *port, guest uint64) (_ int, err error) {
 			return 0, err
 		}
 	}
-	if err := f.objs.Enis.Put(uint32(index), record); err != nil {
+	if err := nl.AwaitMemory(func() error { return f.objs.Enis.Put(uint32(index), record) }); err != nil {
 		return 0, fmt.Errorf("write record: %w", err)
 	}
 	f.seen.enis[uint32(index)] = record
