@@ -50,6 +50,7 @@ spec:
 		netns[name] = c.netns(p)
 	}
 	at := func(p pod) netip.AddrPort { return netip.AddrPortFrom(p.ip(), heldPort) }
+	c.openVM()
 
 	tr := &traffic{t: t, streams: map[string]*lab.Stream{}}
 	inB := lab.Listen(t, netns["b"], at(pods["b"]))
@@ -70,6 +71,26 @@ spec:
 	tr.streams["across"] = lab.StartStream(t, netns["a"], netns["b"], pods["b"].ip())
 	tr.streams["within"] = lab.StartStream(t, netns["a"], netns["c"], pods["c"].ip())
 	return tr
+}
+
+// openVM lets the VPC in to heldPort of vm-1, whose security group knows nothing
+// of it.
+func (c *cluster) openVM() {
+	c.t.Helper()
+	var interfaces struct {
+		NetworkInterfaces []struct{ Groups []struct{ GroupId string } } //nolint:revive // EC2's spelling
+	}
+	c.AWS(&interfaces, "ec2", "describe-network-interfaces", "--filters", "Name=private-ip-address,Values="+c.OutsideIP("vm-1").String())
+	if len(interfaces.NetworkInterfaces) != 1 || len(interfaces.NetworkInterfaces[0].Groups) != 1 {
+		c.t.Fatalf("vm-1: %+v", interfaces)
+	}
+	group, port := interfaces.NetworkInterfaces[0].Groups[0].GroupId, strconv.Itoa(heldPort)
+	var open struct{ SecurityGroups []struct{} }
+	c.AWS(&open, "ec2", "describe-security-groups", "--filters", "Name=group-id,Values="+group, "Name=ip-permission.from-port,Values="+port)
+	if len(open.SecurityGroups) > 0 {
+		return
+	}
+	c.AWS(&struct{}{}, "ec2", "authorize-security-group-ingress", "--group-id", group, "--protocol", "tcp", "--port", port, "--cidr", "10.0.0.0/16")
 }
 
 // goesOn fails the test unless every connection is whole and carries more.
