@@ -50,13 +50,13 @@ E2E_PROXY ?= nftables
 E2E_RUN ?= .
 E2E_OUT ?= /tmp/underlay-e2e
 E2E_FOCUS ?=
-e2e-k8s: packages-test packages-kubernetes ## on a real Kubernetes: upstream's network specs, and checks of our own (builds it once: 20 to 30 minutes)
+e2e-k8s: packages-test packages-kubernetes ## on a real Kubernetes: upstream's network specs, and checks of our own (builds it once: 5 to 30 minutes)
 	@TEST_KUBERNETES=1 $(GO) test -count=1 -v -timeout 85m -run '$(E2E_RUN)' ./test/kubernetes -proxy $(E2E_PROXY) -out $(E2E_OUT) -focus '$(E2E_FOCUS)'
 
 bench-k8s: packages-test packages-kubernetes ## pod created to Ready, as a ratio to ptp with host-local
 	@TEST_KUBERNETES=1 $(GO) test -count=1 -v -timeout 60m -run '^$$' -bench . -benchtime 1x ./test/kubernetes
 
-kubernetes: packages-kubernetes build ## build Kubernetes' programs and images into the cache (20 to 30 minutes once)
+kubernetes: packages-kubernetes build ## build Kubernetes' programs and images into the cache (5 to 30 minutes once)
 	@bin/underlay kubernetes build
 
 sim-tables: build ## the simulation of 2,000 and 10,000 nodes, into docs/bench/sim
