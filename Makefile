@@ -26,7 +26,7 @@ GOLANGCI := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 .PHONY: help build demo test bench e2e-k8s bench-k8s kubernetes sim-tables generate manifests image lint verify packages-test packages-demo packages-kubernetes packages-generate clean
 
 help: ## show this help
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 build: ## all commands, into bin/ (the first time compiles the AWS SDK: minutes)
 	@echo "building into bin/ (the first build compiles the AWS SDK and takes minutes)" >&2
