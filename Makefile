@@ -46,12 +46,13 @@ bench: packages-test ## ratios, each measured interleaved in one run
 
 # What E2E_RUN names, in a lab with kube-proxy in the mode E2E_PROXY; logs and
 # reports go to E2E_OUT. E2E_FOCUS: only those of upstream's specs that match.
+# E2E_FLAGS: further flags of the tests, as -secondary.
 E2E_PROXY ?= nftables
 E2E_RUN ?= .
 E2E_OUT ?= /tmp/underlay-e2e
 E2E_FOCUS ?=
 e2e-k8s: packages-test packages-kubernetes ## on a real Kubernetes: upstream's network specs, and checks of our own (builds it once: 5 to 30 minutes)
-	@TEST_KUBERNETES=1 $(GO) test -count=1 -v -timeout 85m -run '$(E2E_RUN)' ./test/kubernetes -proxy $(E2E_PROXY) -out $(E2E_OUT) -focus '$(E2E_FOCUS)'
+	@TEST_KUBERNETES=1 $(GO) test -count=1 -v -timeout 85m -run '$(E2E_RUN)' ./test/kubernetes -proxy $(E2E_PROXY) -out $(E2E_OUT) -focus '$(E2E_FOCUS)' $(E2E_FLAGS)
 
 bench-k8s: packages-test packages-kubernetes ## pod created to Ready, as a ratio to ptp with host-local
 	@TEST_KUBERNETES=1 $(GO) test -count=1 -v -timeout 60m -run '^$$' -bench . -benchtime 1x ./test/kubernetes
