@@ -74,7 +74,7 @@ func (a *App) demo(ctx context.Context, keep bool) (err error) {
 	}
 	d.say("A VPC in one process, two nodes with an agent each, a VM and a database:")
 	d.shell("underlay up" + a.labFlag())
-	if d.lab, err = a.up(ctx, upOptions{nodes: 2, instanceType: "m5.large", listen: defaultListen}); err != nil {
+	if d.lab, err = a.up(ctx, upOptions{nodes: 2, zones: 2, instanceType: "m5.large", listen: defaultListen}); err != nil {
 		return err
 	}
 	made := a.now()
