@@ -1,6 +1,7 @@
 package vpcmodel
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -185,6 +186,48 @@ func (w *World) peered(a, b vpc.VPCID) bool {
 		}
 	}
 	return false
+}
+
+// Clone returns a world that is the same and shares nothing that a statement or a
+// packet changes.
+func (w *World) Clone() *World {
+	c := *w
+	c.VPCs, c.Subnets, c.Peerings = copies(w.VPCs), copies(w.Subnets), copies(w.Peerings)
+	c.ENIs, c.Groups, c.ACLs, c.Tables = copies(w.ENIs), copies(w.Groups), copies(w.ACLs), copies(w.Tables)
+	c.Lists = maps.Clone(w.Lists) // their entries are replaced, never changed
+	for _, v := range c.VPCs {
+		v.CIDRs = slices.Clone(v.CIDRs)
+	}
+	for _, e := range c.ENIs {
+		e.Others, e.Groups, e.flows = slices.Clone(e.Others), slices.Clone(e.Groups), clone(e.flows)
+	}
+	for _, g := range c.Groups {
+		g.Rules = lists(g.Rules)
+	}
+	for _, a := range c.ACLs {
+		a.Entries = lists(a.Entries)
+	}
+	for _, t := range c.Tables {
+		t.Routes = slices.Clone(t.Routes)
+	}
+	return &c
+}
+
+func copies[K comparable, V any](m map[K]*V) map[K]*V {
+	out := make(map[K]*V, len(m))
+	for k, v := range m {
+		c := *v
+		out[k] = &c
+	}
+	return out
+}
+
+func lists[K comparable, V any](m map[K][]V) map[K][]V {
+	out := make(map[K][]V, len(m))
+	for k, v := range m {
+		out[k] = slices.Clone(v)
+	}
+	return out
 }
 
 // vpcOf returns the VPC that an ENI is in.
