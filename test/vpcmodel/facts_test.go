@@ -57,7 +57,7 @@ func TestParseSaysWhatIsWrong(t *testing.T) {
 		"allow g1 in tcp x 10.0.0.0/8":                    `"x" is no range of ports`,
 		"send 1 e1 tcp 10.0.0.4:1 > 10.0.0.5:2 SQ":        "none of the flags",
 		"send 1 e1 tcp 10.0.0.4:1 10.0.0.5:2 S":           "want >",
-		"route t1 10.0.0.0/8 igw i1":                      "want eni or peer",
+		"route t1 10.0.0.0/8 cow i1":                      "want eni, peer, igw or nat",
 		"send 1 e1 banana 10.0.0.4 > 10.0.0.5":            "is no protocol",
 		"send one e1 tcp 10.0.0.4:1 > 10.0.0.5:2 S":       "is not a number",
 		"send 1 e1 icmp 10.0.0.4 > 10.0.0.5 x/0 ident 1":  "neither a number nor any",
