@@ -234,6 +234,10 @@ func (c *cloud) make(st vpcmodel.Statement) error {
 		return c.assign("UnassignPrivateIpAddresses", s.ENI, s.CIDR)
 	case vpcmodel.Detach:
 		return c.detach(s.ENI)
+	case vpcmodel.Attach:
+		device := c.devices[s.To]
+		c.devices[s.To]++
+		return c.attach(vpcmodel.MakeENI{ID: s.ENI, Instance: s.To}, id(c, s.ENI), device)
 	case vpcmodel.SetList:
 		return c.setList(s)
 	case vpcmodel.Wait:

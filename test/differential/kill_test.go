@@ -158,7 +158,7 @@ func TestKilled(t *testing.T) {
 	t.Logf("-seed %d", first)
 	var worlds []*watched
 	for i := range killedWorlds {
-		w, err := k.watch(first+uint64(i), Enforced)
+		w, err := k.watch(first+uint64(i), Enforced, false)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -184,7 +184,8 @@ func TestKilled(t *testing.T) {
 		}
 	}
 	up := func() error { return k.up(ctx) }
-	var changes, calls, rounds, sure, received atomic.Int64
+	var changes, calls, rounds atomic.Int64
+	var total tally // the probing goroutine's until it ends
 	for _, w := range worlds {
 		group.Go(func() error {
 			for !stopped() {
@@ -208,12 +209,11 @@ func TestKilled(t *testing.T) {
 	group.Go(func() error {
 		for !stopped() {
 			for _, w := range worlds {
-				s, r, err := w.probe(16)
+				n, err := w.probe(16)
 				if err != nil {
 					return err
 				}
-				sure.Add(int64(s))
-				received.Add(int64(r))
+				total.add(n)
 			}
 			if err := lasting.probe(); err != nil {
 				return err
@@ -286,19 +286,18 @@ func TestKilled(t *testing.T) {
 	}
 	for _, w := range worlds {
 		for range 10 {
-			s, r, err := w.probe(50)
+			n, err := w.probe(50)
 			if err != nil {
 				t.Fatal(err)
 			}
-			if s != 50 {
-				t.Errorf("%d of 50 verdicts are open at the end", 50-s)
+			if n.sure != 50 {
+				t.Errorf("%d of 50 verdicts are open at the end", 50-n.sure)
 			}
-			sure.Add(int64(s))
-			received.Add(int64(r))
+			total.add(n)
 		}
 	}
 	t.Logf("%d kills, %d of them while it started; %d changes of rules and %d calls answered; %d packets whose verdict was sure, %d received; %d packets of lasting flows",
-		*kills, early, changes.Load(), calls.Load(), sure.Load(), received.Load(), lasting.sent)
+		*kills, early, changes.Load(), calls.Load(), total.sure, total.received, lasting.sent)
 }
 
 // lasting is a TCP flow that its receiver tracks, and nothing else lets pass: the
@@ -309,7 +308,7 @@ type lasting struct {
 	sent               int
 }
 
-func (k *killable) layLasting() (*lasting, error) {
+func (s *stand) layLasting() (*lasting, error) {
 	script, err := vpcmodel.Parse(`
 vpc l1 10.254.0.0/16
 subnet l2 l1 10.254.1.0/24
@@ -329,7 +328,7 @@ revoke lh in tcp 80 10.254.0.0/16
 	if err != nil {
 		return nil, err
 	}
-	l := &lasting{watched: &watched{stand: k.stand, cloud: newCloud(k.ctx, k.endpoint), ports: map[string]*port{}}}
+	l := &lasting{watched: &watched{stand: s, cloud: newCloud(s.ctx, s.endpoint), ports: map[string]*port{}}}
 	for _, st := range script {
 		send, ok := st.(vpcmodel.Send)
 		if !ok {

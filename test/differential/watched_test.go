@@ -17,7 +17,7 @@ import (
 )
 
 // watched is a world that changes while packets are judged by it. One goroutine
-// changes it, one probes it; both may be at it at the same time.
+// changes it, others probe it.
 //
 //	asked:   s1 s2 s3 s4 s5
 //	                ▲     ▲
@@ -29,16 +29,17 @@ import (
 type watched struct {
 	*stand
 	cloud   *cloud
-	changes *generator // of the changing goroutine
+	changes *generator // of the goroutine that changes it
 
 	mu       sync.Mutex
 	asked    []vpcmodel.Statement
 	answered int
 
-	probes *generator // of the probing goroutine; its world is that after `at` statements
-	at     int
-	ports  map[string]*port
-	tuples map[flowKind]uint16 // source ports that were used
+	probing sync.Mutex // guards what follows
+	probes  *generator // its world is that after `at` statements
+	at      int
+	ports   map[string]*port
+	tuples  map[flowKind]uint16 // source ports that were used
 }
 
 // flowKind is a tuple but for the source port.
@@ -48,11 +49,12 @@ type flowKind struct {
 	port     uint16
 }
 
-// watch makes a world in vpcd.
-func (s *stand) watch(seed uint64, f Features) (*watched, error) {
+// watch makes a world in vpcd; with moves, its changes include those of interfaces
+// between instances.
+func (s *stand) watch(seed uint64, f Features, moves bool) (*watched, error) {
 	g := &generator{
-		Rand: rand.New(rand.NewPCG(seed, 2)), features: f, world: vpcmodel.NewWorld(vpcmodel.Defaults()),
-		open: map[vpc.VPCID]vpc.SecurityGroupID{}, counts: Counts{}, wanted: wanted(f), emphasis: onAll,
+		moves: moves, Rand: rand.New(rand.NewPCG(seed, 2)), features: f, world: vpcmodel.NewWorld(vpcmodel.Defaults()),
+		open: map[vpc.VPCID]vpc.SecurityGroupID{}, counts: Counts{}, wanted: wanted(f), emphasis: onAll, second: map[vpc.ENIID]bool{},
 	}
 	g.build()
 	w := &watched{stand: s, cloud: newCloud(s.ctx, s.endpoint), changes: g, ports: map[string]*port{}, tuples: map[flowKind]uint16{}}
@@ -170,28 +172,108 @@ func (f *finding) Error() string {
 	return b.String()
 }
 
-// probe sends n packets, each the first of a flow of its own, and returns an error
-// if one of them met what it should not, how many met what each of the open rules
-// says, and how many were received.
-func (w *watched) probe(n int) (sure, received int, err error) {
+// tally counts packets.
+type tally struct {
+	sent     int
+	sure     int // whose verdict is the same by all rules that were open
+	received int
+	decisive int // whose verdict is another than before the last answered change
+}
+
+func (t *tally) add(o tally) {
+	t.sent, t.sure, t.received, t.decisive = t.sent+o.sent, t.sure+o.sure, t.received+o.received, t.decisive+o.decisive
+}
+
+// advance brings the probes' world to where all answered statements are applied. It
+// returns the world of before, nil if that is the same.
+func (w *watched) advance() (old *vpcmodel.World, err error) {
 	w.mu.Lock()
-	lo := w.answered
-	before := slices.Clone(w.asked[w.at:lo])
+	answered := slices.Clone(w.asked[w.at:w.answered])
 	w.mu.Unlock()
-	for _, st := range before {
+	if len(answered) > 0 {
+		old = w.probes.world.Clone()
+	}
+	for _, st := range answered {
 		if err := st.Apply(w.probes.world); err != nil {
-			return 0, 0, fmt.Errorf("%q: %w", st, err)
+			return nil, fmt.Errorf("%q: %w", st, err)
+		}
+		w.at++
+		// The port of a detached interface stays, to see whether it receives.
+		if a, ok := st.(vpcmodel.Attach); ok {
+			w.drop(string(a.ENI))
 		}
 	}
-	w.at = lo
+	for name, e := range w.probes.world.ENIs {
+		if e.Attached && w.ports[string(name)] == nil {
+			return old, w.openSome()
+		}
+	}
+	return old, nil
+}
+
+func (w *watched) drop(name string) {
+	if p := w.ports[name]; p != nil {
+		p.close()
+		delete(w.ports, name)
+	}
+}
+
+// openSome opens the ports of interfaces that have been attached.
+func (w *watched) openSome() error {
+	namespaces, err := w.settle()
+	if err != nil {
+		return err
+	}
+	for name, e := range w.probes.world.ENIs {
+		if e.Attached && w.ports[string(name)] == nil {
+			p, err := openPort(namespaces[w.cloud.ids[string(e.Instance)]], w.cloud.macs[name])
+			if err != nil && w.leaving(name) {
+				continue
+			} else if err != nil {
+				return err
+			}
+			w.ports[string(name)] = p
+		}
+	}
+	return nil
+}
+
+// leaving reports whether a call to detach an interface is open.
+func (w *watched) leaving(e vpc.ENIID) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.ContainsFunc(w.asked[w.at:], func(st vpcmodel.Statement) bool {
+		d, ok := st.(vpcmodel.Detach)
+		return ok && d.ENI == e
+	})
+}
+
+// probe sends n packets, each the first of a flow of its own, and returns an error
+// if one of them met what it should not.
+func (w *watched) probe(n int) (t tally, err error) {
+	w.probing.Lock()
+	defer w.probing.Unlock()
+	old, err := w.advance()
+	if err != nil {
+		return t, err
+	}
+	lo := w.at
 	packets := make([]*vpcmodel.Packet, n)
 	for i := range packets {
 		packets[i] = w.fresh()
+		for tries := 0; old != nil && i%2 == 0 && tries < 30; tries++ {
+			if old.Peek(packets[i]).To != w.probes.world.Peek(packets[i]).To {
+				t.decisive++
+				break
+			}
+			packets[i] = w.fresh()
+		}
 	}
 	got, err := w.sendAll(packets)
 	if err != nil {
-		return 0, 0, err
+		return t, err
 	}
+	t.sent = n
 	w.mu.Lock()
 	open := slices.Clone(w.asked[lo:])
 	script := slices.Clone(w.asked[:lo])
@@ -210,22 +292,22 @@ func (w *watched) probe(n int) (sure, received int, err error) {
 			world = world.Clone()
 		}
 		if err := open[k].Apply(world); err != nil {
-			return 0, 0, fmt.Errorf("%q: %w", open[k], err)
+			return t, fmt.Errorf("%q: %w", open[k], err)
 		}
 	}
 	for i, p := range packets {
 		same := !slices.ContainsFunc(verdicts[i], func(v vpcmodel.Verdict) bool { return v.To != verdicts[i][0].To })
 		if !slices.ContainsFunc(verdicts[i], func(v vpcmodel.Verdict) bool { return string(v.To) == got[i] }) {
-			return 0, 0, &finding{*p, verdicts[i], got[i], open, script}
+			return t, &finding{*p, verdicts[i], got[i], open, script}
 		}
 		if same {
-			sure++
+			t.sure++
 		}
 		if got[i] != "" {
-			received++
+			t.received++
 		}
 	}
-	return sure, received, nil
+	return t, nil
 }
 
 // fresh is the first packet of a flow that was never there: TCP or UDP, from a
@@ -235,6 +317,9 @@ func (w *watched) fresh() *vpcmodel.Packet {
 		p := w.probes.aimed()
 		if p == nil || w.probes.chance(0.3) {
 			p = w.probes.newFlow()
+		}
+		if w.ports[string(p.From)] == nil {
+			continue
 		}
 		if p.Proto != packet.ProtoTCP && p.Proto != packet.ProtoUDP || p.Fragments > 0 || p.Orphan || p.Direct != "" {
 			continue
@@ -260,7 +345,10 @@ func (w *watched) sendAll(packets []*vpcmodel.Packet) ([]string, error) {
 			d := datagrams(p, w.number)[0]
 			sent[string(d)] = i
 			from := w.ports[string(p.From)]
-			if err := from.send(packet.Frame(packet.MAC(from.mac), packet.MAC(fabric.RouterMAC), packet.EtherTypeIPv4, d)); err != nil {
+			err := from.send(packet.Frame(packet.MAC(from.mac), packet.MAC(fabric.RouterMAC), packet.EtherTypeIPv4, d))
+			if err != nil && w.leaving(p.From) {
+				continue
+			} else if err != nil {
 				return fmt.Errorf("send %s: %w", p, err)
 			}
 		}
@@ -274,7 +362,9 @@ func (w *watched) sendAll(packets []*vpcmodel.Packet) ([]string, error) {
 	for name, p := range w.ports {
 		for {
 			frame, err := p.receive(buf)
-			if err != nil {
+			if err != nil && (w.leaving(vpc.ENIID(name)) || !w.probes.world.ENIs[vpc.ENIID(name)].Attached) {
+				break
+			} else if err != nil {
 				return nil, fmt.Errorf("receive on %s: %w", name, err)
 			}
 			if frame == nil {
