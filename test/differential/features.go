@@ -23,7 +23,7 @@ type Features struct {
 
 // Enforced are those that the fabric enforces. Whatever it learns is added here,
 // and nowhere else.
-var Enforced = Features{Groups: true, Lists: true, ACLs: true, Tables: true, Fragments: true}
+var Enforced = Features{Groups: true, Lists: true, ACLs: true, Tables: true, Peerings: true, Fragments: true}
 
 // Missing names what is not enforced, for the summary of a run.
 func (f Features) Missing() string {

@@ -465,6 +465,9 @@ func (s AddRoute) Apply(w *World) error {
 		if x == nil || x.A != t.VPC && x.B != t.VPC {
 			return fmt.Errorf("no peering %s of %s", s.Peering, t.VPC)
 		}
+		if !x.Active {
+			return fmt.Errorf("peering %s has failed or is deleted", s.Peering)
+		}
 	}
 	if slices.ContainsFunc(t.Routes, s.Route.destination) {
 		return fmt.Errorf("%s has a route to that already", s.Table)
