@@ -11,6 +11,8 @@
  * Addresses are keys of 16 bytes, IPv4 mapped (::ffff:a.b.c.d); what a key
  * means depends on its VNI, the number of the VPC.
  */
+#include <stddef.h>
+
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
 #include <linux/if_packet.h>
@@ -46,6 +48,7 @@ enum drop_reason {
 	DROP_ACL_EGRESS, /* the network ACL of the sender's subnet */
 	DROP_ACL_INGRESS, /* the network ACL of the receiver's subnet */
 	DROP_BLACKHOLE, /* a route whose target is gone, or is not of these wires */
+	DROP_LINKLOCAL_ALLOWANCE, /* more packets to link-local services than an ENI may send */
 	DROP_REASONS, /* how many there are */
 };
 
@@ -83,7 +86,7 @@ struct eni {
 	__be32 configured; /* the address that Set gave the guest end, 0: none */
 	__u8 mac[6];
 	__u16 device_index; /* the guest end is called eth%u */
-	__u32 pad;
+	__be32 resolver; /* the VPC's own address of its resolver, 0: it has none */
 	__u64 table; /* number of its subnet's route table */
 	__u64 guest; /* inode of the guest's namespace when the pair was made */
 	char id[32]; /* "eni-…", for who reads the map */
@@ -258,13 +261,6 @@ static __always_inline int link_local(__be32 ip)
 	return (ip & bpf_htonl(0xffff0000)) == bpf_htonl(0xa9fe0000);
 }
 
-/* The services that listen in the fabric's namespace: IMDS and the EC2 API. */
-static __always_inline int is_service(__be32 ip)
-{
-	return ip == bpf_htonl(0xa9fea9fe) /* 169.254.169.254 */ ||
-	       ip == bpf_htonl(0xa9feab18) /* 169.254.171.24 */;
-}
-
 /* What a frame is on the wire: its packets, their IP bytes, the longest one. */
 struct size {
 	__u64 packets;
@@ -307,6 +303,8 @@ static __always_inline void measure(struct __sk_buff *skb, const struct iphdr *i
 		s->bytes = length + (s->packets - 1) * headers;
 	}
 }
+
+#include "fabric_service.h"
 
 /*
  * deliver hands the frame to the guest behind t. The headers in front of data
@@ -373,7 +371,7 @@ static __always_inline int from_guest_arp(struct __sk_buff *skb, const struct en
 		return drop(ifindex, DROP_ARP_UNANSWERED);
 
 	router = self->subnet + bpf_htonl(1); /* no carry: a subnet is even */
-	if (target == router || link_local(target)) {
+	if (target == router || link_local(target) || is_resolver(self, target)) {
 		load_router_mac(answer);
 	} else {
 		if ((target & self->netmask) != self->subnet)
@@ -442,15 +440,10 @@ static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct e
 
 	load_router_mac(router);
 	if (same_mac(eth->h_dest, router)) {
-		if (is_service(iph->daddr)) {
-			c = bpf_map_lookup_elem(&counts, &ifindex);
-			if (c) {
-				c->tx_packets += size.packets;
-				c->tx_bytes += size.bytes;
-			}
-			bpf_skb_change_type(skb, PACKET_HOST);
-			return TCX_PASS;
-		}
+		if (!within_allowance(ifindex, self, iph->daddr, size.packets))
+			return drop(ifindex, DROP_LINKLOCAL_ALLOWANCE);
+		if (is_service(self, iph->daddr))
+			return from_guest_service(skb, self, iph, &size);
 		/* No route is followed to link-local addresses (VPC user guide). */
 		if (link_local(iph->daddr))
 			return drop(ifindex, DROP_NO_ROUTE);
@@ -565,6 +558,7 @@ int to_guest(struct __sk_buff *skb)
 	struct iphdr *iph;
 	struct size size;
 	struct eni *self;
+	int resolver;
 
 	self = bpf_map_lookup_elem(&enis, &ifindex);
 	if (!self)
@@ -578,7 +572,8 @@ int to_guest(struct __sk_buff *skb)
 	iph = (void *)(eth + 1);
 	if ((void *)(iph + 1) > (void *)(long)skb->data_end)
 		return drop(ifindex, DROP_MALFORMED);
-	if (!is_service(iph->saddr))
+	resolver = self->resolver && iph->saddr == RESOLVER_ALIAS;
+	if (!resolver && !is_service(self, iph->saddr))
 		return drop(ifindex, DROP_NOT_SERVICE);
 	measure(skb, iph, &size);
 	__builtin_memcpy(eth->h_dest, self->mac, 6);
@@ -588,5 +583,8 @@ int to_guest(struct __sk_buff *skb)
 		c->rx_packets += size.packets;
 		c->rx_bytes += size.bytes;
 	}
+	if (resolver &&
+	    readdress(skb, iph, offsetof(struct iphdr, saddr), RESOLVER_ALIAS, self->resolver))
+		return drop(ifindex, DROP_MALFORMED);
 	return TCX_PASS;
 }

@@ -297,15 +297,10 @@ func (a *API) describeNetworkInterfaces(_ context.Context, req *query.DescribeNe
 
 // dnsName returns the private DNS name of an address.
 func (a *API) dnsName(addr netip.Addr) string {
-	return "ip-" + strings.ReplaceAll(addr.String(), ".", "-") + "." + a.domain()
+	return vpc.PrivateName(addr, a.region)
 }
 
-func (a *API) domain() string {
-	if a.region == "us-east-1" {
-		return "ec2.internal"
-	}
-	return a.region + ".compute.internal"
-}
+func (a *API) domain() string { return vpc.PrivateDomain(a.region) }
 
 func (v view) eni(e *store.ENI) query.NetworkInterface {
 	out := query.NetworkInterface{

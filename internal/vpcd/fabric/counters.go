@@ -37,6 +37,9 @@ const (
 	ACLEgress     DropReason = "acl_egress"     // the network ACL of the sender's subnet
 	ACLIngress    DropReason = "acl_ingress"    // the network ACL of the receiver's subnet
 	Blackhole     DropReason = "blackhole"      // a route whose target is not there
+
+	// LinkLocalAllowance has the name of the counter of AWS's network driver.
+	LinkLocalAllowance DropReason = "linklocal_allowance_exceeded" // more to link-local services than an ENI may send
 )
 
 // dropReasons are the numbers that the programs count by.
@@ -63,6 +66,8 @@ var dropReasons = [bpfgen.FabricDropReasonDROP_REASONS]DropReason{
 	bpfgen.FabricDropReasonDROP_ACL_EGRESS:     ACLEgress,
 	bpfgen.FabricDropReasonDROP_ACL_INGRESS:    ACLIngress,
 	bpfgen.FabricDropReasonDROP_BLACKHOLE:      Blackhole,
+
+	bpfgen.FabricDropReasonDROP_LINKLOCAL_ALLOWANCE: LinkLocalAllowance,
 }
 
 // Counters are an ENI's, from its guest's point of view, since it was attached.

@@ -141,6 +141,9 @@ func (p *port) record(guest uint64) bpfgen.FabricEni {
 		Table:       p.table,
 		Guest:       guest,
 	}
+	if p.subnet.Resolver.IsValid() {
+		r.Resolver = be32(p.subnet.Resolver)
+	}
 	if p.Configure {
 		r.Configured = be32(p.Primary)
 	}
@@ -155,6 +158,7 @@ func (p *port) record(guest uint64) bpfgen.FabricEni {
 func sameIdentity(a, b bpfgen.FabricEni) bool {
 	a.Flags = a.Flags&^flagCheck | b.Flags&flagCheck
 	a.Table = b.Table
+	a.Resolver = b.Resolver
 	return a == b
 }
 
