@@ -48,10 +48,11 @@ static __always_inline int is_resolver(const struct eni *self, __be32 ip)
 	return self->resolver && (ip == self->resolver || ip == RESOLVER_ADDR);
 }
 
-/* What the fabric's stack answers. */
-static __always_inline int is_service(const struct eni *self, __be32 ip)
+/* What the fabric's stack answers. The resolver is silent to a ping, as AWS's is. */
+static __always_inline int is_service(const struct eni *self, __be32 ip, __u8 protocol)
 {
-	return ip == IMDS_ADDR || ip == ENDPOINT_ADDR || is_resolver(self, ip);
+	return ip == IMDS_ADDR || ip == ENDPOINT_ADDR ||
+	       (is_resolver(self, ip) && (protocol == IPPROTO_UDP || protocol == IPPROTO_TCP));
 }
 
 /* within_allowance takes the cost of packets to ip out of the ENI's budget. */
@@ -112,24 +113,12 @@ static __always_inline int readdress(struct __sk_buff *skb, const struct iphdr *
 				   BPF_F_PSEUDO_HDR | BPF_F_MARK_MANGLED_0 | 4);
 }
 
-/*
- * from_guest_service hands the fabric's stack what a guest sends to a service.
- * The resolver takes UDP and TCP alone, as AWS's answers no ping.
- */
+/* from_guest_service hands the fabric's stack what a guest sends to a service. */
 static __always_inline int from_guest_service(struct __sk_buff *skb, const struct eni *self,
-					      const struct iphdr *iph, const struct size *s)
+					      const struct iphdr *iph)
 {
 	__u32 ifindex = skb->ifindex;
-	struct counters *c;
 
-	if (is_resolver(self, iph->daddr) && iph->protocol != IPPROTO_TCP &&
-	    iph->protocol != IPPROTO_UDP)
-		return drop(ifindex, DROP_NO_TARGET);
-	c = bpf_map_lookup_elem(&counts, &ifindex);
-	if (c) {
-		c->tx_packets += s->packets;
-		c->tx_bytes += s->bytes;
-	}
 	bpf_skb_change_type(skb, PACKET_HOST);
 	if (self->resolver && iph->daddr == self->resolver &&
 	    readdress(skb, iph, offsetof(struct iphdr, daddr), self->resolver, RESOLVER_ALIAS))
