@@ -47,8 +47,8 @@ type Options struct {
 	// Inferred and LinkLocalPPS are the fabric's, see fabric.Options.
 	Inferred     fabric.Inferred
 	LinkLocalPPS int
-	Logger   *slog.Logger
-	Ready    func(listen net.Addr) // called once the EC2 API answers; may be nil
+	Logger       *slog.Logger
+	Ready        func(listen net.Addr) // called once the EC2 API answers; may be nil
 }
 
 // Run serves a VPC until ctx ends. The fabric stays when it returns.

@@ -37,7 +37,7 @@ type Subnet struct {
 	HostType string // ip-name or resource-name: how instances launched here are named
 	// ResourceNameA says that the names of instances launched here resolve.
 	ResourceNameA bool `json:",omitempty"`
-	Created  time.Time
+	Created       time.Time
 }
 
 // Reservation sets addresses of a subnet aside: none of them is given to an
