@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/underlay-cni/underlay/internal/vpcd"
+	"github.com/underlay-cni/underlay/internal/vpcd/fabric"
 )
 
 // defaultListen is where the EC2 API is, for servers and for clients.
@@ -107,6 +108,15 @@ GET http://LISTEN/_vpcd/health answers 200 once everything stands.`,
 			if len(o.Account) != 12 || strings.Trim(o.Account, "0123456789") != "" {
 				return fmt.Errorf("--account %q: an account id has 12 digits", o.Account)
 			}
+			if o.LinkLocalPPS == 0 || o.LinkLocalPPS < -1 {
+				return fmt.Errorf("--linklocal-pps %d: give a number of packets above 0, or -1 for any number", o.LinkLocalPPS)
+			}
+			if err := o.Inferred.Check(); err != nil {
+				return fmt.Errorf("%w; give one such as 30s", err)
+			}
+			if i := o.Inferred; min(i.TCPHandshake, i.TCPClosed, i.ICMP, i.Fragments) == 0 {
+				return errors.New("a timeout of 0 would forget a flow at once; give 1s or more")
+			}
 			if !o.NoFabric {
 				if err := needRoot("vpcd serve"); err != nil {
 					return fmt.Errorf("%w, or --no-fabric for the API alone", err)
@@ -128,6 +138,12 @@ GET http://LISTEN/_vpcd/health answers 200 once everything stands.`,
 	f.IntVar(&o.Zones, "zones", 3, "number of its availability zones")
 	f.StringVar(&o.Account, "account", "123456789012", "the account that owns everything")
 	f.StringArrayVar(&o.Policies, "iam-policy", nil, "FILE with an IAM policy that calls must be allowed by, or ACCESSKEY=FILE for who signs with that key; repeatable")
+	f.IntVar(&o.LinkLocalPPS, "linklocal-pps", 1024, "packets per second that an interface may send to link-local services: DNS, IMDS and NTP together; -1 for any number")
+	f.DurationVar(&o.Inferred.TCPHandshake, "tcp-handshake-timeout", fabric.DefaultInferred.TCPHandshake, "how long a security group remembers a TCP connection that is not established")
+	f.DurationVar(&o.Inferred.TCPClosed, "tcp-closed-timeout", fabric.DefaultInferred.TCPClosed, "… a TCP connection that is closed")
+	f.DurationVar(&o.Inferred.ICMP, "icmp-timeout", fabric.DefaultInferred.ICMP, "… an ICMP query")
+	f.DurationVar(&o.Inferred.Fragments, "fragment-timeout", fabric.DefaultInferred.Fragments, "… the first fragment of a datagram, which the later ones follow")
+	f.BoolVar(&o.Inferred.ReceiverGroups, "egress-groups-by-receiver", false, "a group in an egress rule means the interface that receives the packet, a middlebox too, instead of the one that has its destination")
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error; debug logs each request")
 	return c
 }

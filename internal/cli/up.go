@@ -264,6 +264,11 @@ func (b *builder) build(ctx context.Context) error {
 	if err := h.save(&b.f); err != nil {
 		return err
 	}
+	// As DHCP would say, for what is run inside.
+	resolv := fmt.Sprintf("nameserver %s\nsearch %s\n", vpc.Resolver(vpcCIDR), vpc.PrivateDomain(region))
+	if err := writeFile(h.resolvConf(), []byte(resolv), 0o644); err != nil {
+		return err
+	}
 	if b.policy != nil {
 		// A copy: what is changed later does not change a lab that runs.
 		if err := writeFile(h.iamPolicy(), b.policy, 0o644); err != nil {
@@ -389,7 +394,9 @@ func (b *builder) machines(ctx context.Context) error {
 		b.kubernetesNodes(running[len(ids)+1], netns)
 	}
 	vm = running[len(ids)]
-	db, err := newAdmin(b.f.Lab.Endpoint).createManagedService(ctx, "db-1", string(net.Subnets[len(net.Subnets)-1].ID), []string{string(net.Database)}, "managed database db-1")
+	db, err := newAdmin(b.f.Lab.Endpoint).createManagedService(ctx, serviceSpec{
+		name: "db-1", kind: kindDatabase, subnet: string(net.Subnets[len(net.Subnets)-1].ID), groups: []string{string(net.Database)},
+	})
 	if err != nil {
 		return err
 	}
@@ -431,27 +438,15 @@ type nodeError struct {
 func (e *nodeError) Error() string { return e.err.Error() }
 func (e *nodeError) Unwrap() error { return e.err }
 
-// servers starts what answers on the outside machines. They are processes of
-// their own: nobody's end but down's ends them.
+// servers starts what answers on the outside machines.
 func (b *builder) servers(ctx context.Context) error {
 	ports := map[string]int{"db-1": ec2.LabDatabasePort, "vm-1": ec2.LabVMPort}
 	for _, o := range b.f.Lab.Outside {
-		port := ports[o.Name]
-		s := server{On: o.Name, Port: port, Log: b.home.outsideLog(o.Name)}
-		cmd := newCommand(b.self, "serve-tcp", "--name", b.home.name, "--server-name", o.Name, "--listen", fmt.Sprintf(":%d", port))
-		cmd.Env = cleanEnv()
-		var exited func() error
-		var err error
-		if s.Proc, exited, err = background(cmd, o.Netns, s.Log); err != nil {
-			return err
+		b.log = b.home.outsideLog(o.Name)
+		s, err := b.home.startServer(ctx, o, serviceSpec{port: ports[o.Name]})
+		if s.Proc.PID > 0 {
+			b.f.Servers = append(b.f.Servers, s)
 		}
-		b.f.Servers = append(b.f.Servers, s)
-		b.log = s.Log
-		err = whileAlive(ctx, "the server on "+o.Name, exited, func(ctx context.Context) error {
-			ctx, cancel := context.WithTimeoutCause(ctx, 10*time.Second, fmt.Errorf("the server on %s did not start within 10 s", o.Name))
-			defer cancel()
-			return poll(ctx, 5*time.Millisecond, func() (bool, error) { lines, err := tail(s.Log, 1); return len(lines) > 0, err })
-		})
 		if err != nil {
 			return err
 		}

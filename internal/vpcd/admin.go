@@ -47,14 +47,16 @@ type Health struct {
 // ManagedService is the body of POST /_vpcd/managed-services.
 type ManagedService struct {
 	Name             string   `json:"name"`
+	Kind             string   `json:"kind"` // "database" (also ""), or "load-balancer"
 	SubnetID         string   `json:"subnetId"`
 	SecurityGroupIDs []string `json:"securityGroupIds"`
-	Description      string   `json:"description"`
+	Description      string   `json:"description"` // of the interface; "" is what AWS writes
 }
 
-// ManagedServiceInfo answers it.
+// ManagedServiceInfo answers it, and is one of GET /_vpcd/managed-services.
 type ManagedServiceInfo struct {
 	Name               string `json:"name"`
+	Kind               string `json:"kind"`
 	NetworkInterfaceID string `json:"networkInterfaceId"`
 	PrivateIPAddress   string `json:"privateIpAddress"`
 	Netns              string `json:"netns"` // path; "" without a fabric
@@ -97,6 +99,7 @@ func (a *admin) wrap(next http.Handler) http.Handler {
 	handle("GET instances", a.instances)
 	handle("GET counters", a.counters)
 	handle("GET calls", func(*http.Request) (any, error) { return a.calls.all(), nil })
+	handle("GET managed-services", a.services)
 	handle("POST managed-services", a.createService)
 	handle("DELETE managed-services/{name}", a.deleteService)
 	mux.HandleFunc(AdminPath, func(w http.ResponseWriter, r *http.Request) {
@@ -267,7 +270,7 @@ func (a *admin) createService(r *http.Request) (any, error) {
 	if err := decode(r, &m); err != nil {
 		return nil, err
 	}
-	want := api.ManagedService{Name: m.Name, Subnet: vpc.SubnetID(m.SubnetID), Description: m.Description}
+	want := api.ManagedService{Name: m.Name, Kind: api.ServiceKind(m.Kind), Subnet: vpc.SubnetID(m.SubnetID), Description: m.Description}
 	for _, g := range m.SecurityGroupIDs {
 		want.Groups = append(want.Groups, vpc.SecurityGroupID(g))
 	}
@@ -278,10 +281,24 @@ func (a *admin) createService(r *http.Request) (any, error) {
 	if err := a.settled(r.Context()); err != nil {
 		return nil, err
 	}
+	return a.service(e), nil
+}
+
+// service describes the managed service of an interface.
+func (a *admin) service(e *store.ENI) ManagedServiceInfo {
 	return ManagedServiceInfo{
-		Name: m.Name, NetworkInterfaceID: string(e.ID), PrivateIPAddress: e.Primary.String(),
-		Netns: a.netns(names{a.options.Name}.service(m.Name)),
-	}, nil
+		Name: e.Service, Kind: string(api.KindOf(e)), NetworkInterfaceID: string(e.ID), PrivateIPAddress: e.Primary.String(),
+		Netns: a.netns(names{a.options.Name}.service(e.Service)),
+	}
+}
+
+func (a *admin) services(*http.Request) (any, error) {
+	state := a.store.View()
+	out := []ManagedServiceInfo{}
+	for _, s := range state.Services.All() {
+		out = append(out, a.service(state.ENI(s.ENI)))
+	}
+	return out, nil
 }
 
 func (a *admin) deleteService(r *http.Request) (any, error) {

@@ -19,6 +19,7 @@ import (
 	"github.com/underlay-cni/underlay/internal/vpc"
 	"github.com/underlay-cni/underlay/internal/vpcd/api"
 	"github.com/underlay-cni/underlay/internal/vpcd/chaos"
+	"github.com/underlay-cni/underlay/internal/vpcd/dns"
 	"github.com/underlay-cni/underlay/internal/vpcd/fabric"
 	"github.com/underlay-cni/underlay/internal/vpcd/iam"
 	"github.com/underlay-cni/underlay/internal/vpcd/imds"
@@ -43,8 +44,11 @@ type Options struct {
 	Zones    int      // 0 is 3
 	Account  string   // "" is 123456789012
 	Policies []string // files with IAM policies, FILE or ACCESSKEY=FILE: see package iam
-	Logger   *slog.Logger
-	Ready    func(listen net.Addr) // called once the EC2 API answers; may be nil
+	// Inferred and LinkLocalPPS are the fabric's, see fabric.Options.
+	Inferred     fabric.Inferred
+	LinkLocalPPS int
+	Logger       *slog.Logger
+	Ready        func(listen net.Addr) // called once the EC2 API answers; may be nil
 }
 
 // Run serves a VPC until ctx ends. The fabric stays when it returns.
@@ -94,16 +98,22 @@ func Run(ctx context.Context, o Options) (err error) {
 	servers := []*http.Server{httpServer(adm.wrap(ec2Handler), o.Logger)}
 	jobs := []func(context.Context) error{ec2.Run}
 	if !o.NoFabric {
-		f, openErr := fabric.Open(fabric.Options{Lab: o.Name, BPFFS: o.BPFFS, Logger: o.Logger})
+		f, openErr := fabric.Open(fabric.Options{Lab: o.Name, BPFFS: o.BPFFS, Logger: o.Logger, Inferred: o.Inferred, LinkLocalPPS: o.LinkLocalPPS})
 		if openErr != nil {
 			return fmt.Errorf("open the fabric: %w", openErr)
 		}
 		defer closing(&err, f)
+		datagrams, listenErr := f.ListenResolver()
+		if listenErr != nil {
+			return listenErr
+		}
+		resolver := &dns.Server{Region: dns.Region{Name: o.Region}, View: state.View, Logger: o.Logger}
 		inside := httpServer(ec2Handler, o.Logger) // no /_vpcd/ for instances
 		adm.fabric = &reconciler{
 			names: names{o.Name}, store: state, net: f, now: time.Now, log: o.Logger, ec2: inside, changed: state.Changed(), again: make(chan struct{}, 1),
 			exists:     nl.ExistsNamed,
 			mappingLag: func() time.Duration { return control.Get().MappingLag },
+			dns:        resolver,
 			imds: func(id vpc.InstanceID) *imds.Server {
 				return imds.New(imds.Config{Instance: id, Source: source, Key: key, Logger: o.Logger})
 			},
@@ -112,7 +122,12 @@ func Run(ctx context.Context, o Options) (err error) {
 		adm.fabric.internet = out.isThere
 		source.mapped = adm.fabric.mapped
 		servers = append(servers, inside)
-		jobs = append(jobs, adm.fabric.Run, out.Run, func(ctx context.Context) error { return expire(ctx, f, o.Logger) })
+		jobs = append(jobs, adm.fabric.Run, out.Run,
+			func(ctx context.Context) error { return expire(ctx, f, o.Logger) },
+			func(context.Context) error {
+				return dns.ServeUDP(resolver, datagrams, func(c fabric.Client) vpc.ENIID { return c.ENI })
+			},
+			func(ctx context.Context) error { <-ctx.Done(); return datagrams.Close() })
 	}
 
 	group, ctx := errgroup.WithContext(ctx)
@@ -138,7 +153,7 @@ func Run(ctx context.Context, o Options) (err error) {
 // for packets between interfaces that stand.
 var enforced = []string{
 	"AuthorizeSecurityGroupEgress", "AuthorizeSecurityGroupIngress", "RevokeSecurityGroupEgress", "RevokeSecurityGroupIngress",
-	"ModifySecurityGroupRules", "ModifyManagedPrefixList", "ModifyNetworkInterfaceAttribute",
+	"ModifySecurityGroupRules", "ModifyManagedPrefixList", "ModifyNetworkInterfaceAttribute", "ModifyVpcAttribute",
 	"CreateNetworkAclEntry", "ReplaceNetworkAclEntry", "DeleteNetworkAclEntry", "ReplaceNetworkAclAssociation",
 	"AssignPrivateIpAddresses", "UnassignPrivateIpAddresses", "AttachNetworkInterface", "DetachNetworkInterface",
 	"CreateRoute", "ReplaceRoute", "DeleteRoute", "AssociateRouteTable", "DisassociateRouteTable", "ReplaceRouteTableAssociation",
