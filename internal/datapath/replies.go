@@ -19,11 +19,13 @@ import (
 
 // Who asks a port of the node that others translate to a pod (portmap, NodePort)
 // knows the node's address. The pod's answer gets it back after routing only, so
-// that it would leave by the pod's ENI, where the VPC drops it: the answer must
-// go by the ENI that has the address which was asked. Two chains see to that:
+// that it would leave by the pod's ENI, where the VPC drops it; that of a pod of
+// another node, which comes back by an ENI, would leave by the primary one. The
+// answer must go by the ENI that has the address which was asked. Two chains see
+// to that:
 //
-//	replies     prerouting, after conntrack: from a pod, in reply to what was
-//	            translated → translated
+//	replies     prerouting, after conntrack: in reply to what was translated
+//	            → translated
 //	translated  no ENI's mark: by the main table, as the node's own packets; or
 //	            the mark of the secondary ENI whose primary address was asked
 //
@@ -35,7 +37,7 @@ const (
 	translatedChain = "translated"
 
 	// Comments of the rules that do not depend on the ENIs.
-	toReplies = "replies of what others translated"
+	toReplies = "replies to what others translated"
 	byMain    = "by the main table"
 )
 
@@ -170,11 +172,9 @@ func eachAttribute(m netlink.Message, fn func(*netlink.AttributeDecoder)) error 
 	return attrs.Err()
 }
 
-// toTranslated sends a pod's packet in reply to a translated one on.
+// toTranslated sends a packet in reply to a translated one on.
 func toTranslated() []expr.Any {
 	return []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyIIFGROUP, Register: 1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.NativeEndian.PutUint32(LinkGroup)},
 		&expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{directionReply}},
 		&expr.Ct{Key: expr.CtKeySTATUS, Register: 1},
