@@ -127,6 +127,11 @@ func newFleet(t testing.TB, opts Options) *fleet {
 	}`, strings.Join(counters, "\n"), strings.Join(sources, ";"), strings.Join(publics, ", ")))
 
 	f.d, f.farD = f.world.openWith(opts, fleetENIs(0)), f.far.openWith(opts, fleetENIs(10))
+	for _, d := range []*Datapath{f.d, f.farD} {
+		if err := d.SetVPC(ctx, []netip.Prefix{fleetVPC}); err != nil {
+			t.Fatal(err)
+		}
+	}
 	f.near0, f.near1 = f.pod(f.d, 0, 129, 0), f.pod(f.d, 1, 129, 0)
 	f.far0, f.far1 = f.pod(f.farD, 10, 129, 0), f.pod(f.farD, 11, 129, 0)
 	return f

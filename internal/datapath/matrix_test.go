@@ -47,7 +47,7 @@ type matrix struct {
 
 func newMatrix(t *testing.T, w way, p proxy) *matrix {
 	t.Helper()
-	var opts Options
+	opts := Options{SNAT: SNATByENI}
 	w.options(&opts)
 	m := &matrix{fleet: newFleet(t, opts), way: w, services: map[string]service{}}
 	var all []service
@@ -226,6 +226,16 @@ func TestMatrix(t *testing.T) {
 				reach{"the node", m.node, "", at(node[0], 18080), node[0]},
 			)
 		})
+		t.Run("outside", func(t *testing.T) {
+			m.check(t,
+				reach{"pod to the internet", m.near0.ns, "", at(inetIP, webPort), node[0]},
+				reach{"pod of a secondary ENI to the internet", m.near1.ns, "", at(inetIP, webPort), node[1]},
+				reach{"node to the internet", m.node, "", at(inetIP, webPort), node[0]},
+				reach{"pod to a private range", m.near1.ns, "", at(privateIP, webPort), m.near1.Addr},
+				reach{"pod to a shared range", m.near1.ns, "", at(sharedIP, webPort), m.near1.Addr},
+			)
+			m.liveCIDR(t)
+		})
 		t.Run("one tuple twice", func(t *testing.T) { m.collide(t) })
 		t.Run("path MTU", func(t *testing.T) { m.pathMTUs(t) })
 		t.Run("TTL", func(t *testing.T) { m.ttls(t) })
@@ -250,6 +260,43 @@ func TestMatrix(t *testing.T) {
 		})
 		t.Run("forward policy drop", func(t *testing.T) { m.forwardDrop(t) })
 	})
+}
+
+// liveCIDR adds a range to the VPC while pods speak to it.
+func (m *matrix) liveCIDR(t *testing.T) {
+	set := func(cidrs ...netip.Prefix) {
+		t.Helper()
+		for _, d := range []*Datapath{m.d, m.farD} {
+			if err := d.SetVPC(ctx, cidrs); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	begun := reach{"before it is of the VPC", m.near1.ns, "", at(laterIP, webPort), fleetENIs(0)[1].Primary}
+	m.check(t, begun)
+	c, err := m.talk(m.near1.ns, "tcp4", netip.AddrPort{}, begun.to, patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	set(fleetVPC, laterVPC)
+	m.check(t, reach{"when it is", m.near1.ns, "", begun.to, m.near1.Addr})
+	if err := c.goOn(100_000); err != nil {
+		t.Errorf("a connection from before: %v", err)
+	}
+	kept, err := m.talk(m.near1.ns, "tcp4", netip.AddrPort{}, begun.to, patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kept.Close()
+	set(fleetVPC)
+	begun.what = "when it no longer is"
+	m.check(t, begun)
+	for _, conv := range []*talk{c, kept} {
+		if err := conv.goOn(100_000); err != nil {
+			t.Errorf("a connection of %s from before: %v", conv.seen, err)
+		}
+	}
 }
 
 // portmap gives a port of node 0 to a pod, as the plugin does behind us.
