@@ -43,6 +43,12 @@ type Options struct {
 	// the kind that an agent before used; towards Clsact, a pod loses what it is
 	// sent within some 0.2 ms.
 	Hook Hook
+	// SNAT is by which address pods speak to networks outside of the VPC, once
+	// SetVPC has said what that is; "": SNATNone.
+	SNAT SNAT
+	// SNATExclude are ranges that are joined to the VPC although their addresses
+	// are public: pods speak to them under their own.
+	SNATExclude []netip.Prefix
 	// ProcSysNet is where /proc/sys/net can be written; "": /proc/sys/net. The
 	// files are those of the network namespace of who opens them, wherever
 	// they are mounted; in a container without privileges /proc/sys is
@@ -79,8 +85,11 @@ type Datapath struct {
 	wake, urgent chan struct{}
 	stopReaper   func() // waits until it has ended; nil: it was not started
 
-	// eniMu is held while the ENIs are set.
-	eniMu sync.Mutex
+	// eniMu is held while the ENIs or the VPC's ranges are set, and guards what
+	// they were set to; present is nil before.
+	eniMu   sync.Mutex
+	present map[int]ENI
+	vpc     []netip.Prefix // sorted
 
 	// mu guards the fields below, which are read from the maps by Open and
 	// follow them.
@@ -132,6 +141,9 @@ func Open(opts Options) (*Datapath, error) {
 		byKey:   map[key]netip.Addr{},
 		tombs:   map[key]netip.Addr{},
 		indexes: map[int]key{},
+	}
+	if err := checkSNAT(opts.SNAT, opts.SNATExclude); err != nil {
+		return nil, err
 	}
 	if err := d.open(); err != nil {
 		return nil, errors.Join(err, d.Close())

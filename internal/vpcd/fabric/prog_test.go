@@ -320,7 +320,7 @@ func TestSharedWithC(t *testing.T) {
 		"eni":       {binary.Size(bpfgen.FabricEni{}), 80},
 		"station":   {binary.Size(bpfgen.FabricStation{}), 16},
 		"route_key": {binary.Size(bpfgen.FabricRouteKey{}), 28},
-		"route":     {binary.Size(bpfgen.FabricRoute{}), 24},
+		"route":     {binary.Size(bpfgen.FabricRoute{}), 28},
 		"counters":  {binary.Size(bpfgen.FabricCounters{}), 32 + 8*len(dropReasons)},
 		"rule":      {binary.Size(bpfgen.FabricRule{}), 24},
 		"policy":    {binary.Size(bpfgen.FabricPolicy{}), 168 + 2*1000*24},
