@@ -91,6 +91,8 @@ type Datapath struct {
 	// eniMu is held while the ENIs are set.
 	eniMu sync.Mutex
 
+	policies policies
+
 	// netMu is held while the networks are set.
 	netMu sync.Mutex
 

@@ -40,17 +40,18 @@ type NodeConn struct {
 	Allowed    [2]uint8
 	Audit      [2]uint8
 	Flags      uint8
-	Pad        [4]uint8
+	Generation uint32
 }
 
 type NodeConnFlag uint32
 
 const (
-	NodeConnFlagCONN_SEEN    NodeConnFlag = 1
-	NodeConnFlagCONN_SENDER  NodeConnFlag = 4
-	NodeConnFlagCONN_LOCAL   NodeConnFlag = 16
-	NodeConnFlagCONN_MIDFLOW NodeConnFlag = 32
-	NodeConnFlagCONN_DENIED  NodeConnFlag = 64
+	NodeConnFlagCONN_SEEN      NodeConnFlag = 1
+	NodeConnFlagCONN_SENDER    NodeConnFlag = 4
+	NodeConnFlagCONN_LOCAL     NodeConnFlag = 16
+	NodeConnFlagCONN_MIDFLOW   NodeConnFlag = 32
+	NodeConnFlagCONN_DENIED    NodeConnFlag = 64
+	NodeConnFlagCONN_UNTRACKED NodeConnFlag = 128
 )
 
 type NodeConnKey struct {
@@ -234,8 +235,9 @@ type NodeNetKey struct {
 type NodeNodeConst uint32
 
 const (
-	NodeNodeConstNODE_MARK_MASK NodeNodeConst = 12358
-	NodeNodeConstNODE_LAYOUT    NodeNodeConst = 2
+	NodeNodeConstNODE_MARK_MASK     NodeNodeConst = 12358
+	NodeNodeConstNODE_LAYOUT        NodeNodeConst = 2
+	NodeNodeConstNODE_POLICY_TABLES NodeNodeConst = 16384
 )
 
 type NodePathCount uint32
@@ -252,12 +254,44 @@ const (
 	NodePathCountPATH_COUNTS       NodePathCount = 8
 )
 
+type NodePolicyEndpoint struct {
+	_       structs.HostLayout
+	Ifindex uint32
+	Flags   uint32
+	Table   [2]uint32
+	Epoch   [2]uint32
+}
+
+type NodePolicyFlags uint32
+
+const (
+	NodePolicyFlagsPOLICY_STACK NodePolicyFlags = 1
+)
+
 type NodeProvenance uint32
 
 const (
 	NodeProvenancePROVENANCE_STACK  NodeProvenance = 1
 	NodeProvenancePROVENANCE_DIRECT NodeProvenance = 2
 )
+
+type NodeScratch struct {
+	_      structs.HostLayout
+	Packet struct {
+		_        structs.HostLayout
+		Tuple    NodeTuple
+		Key      NodeConnKey
+		Now      uint64
+		Packets  uint32
+		Bytes    uint32
+		Id       uint32
+		End      uint8
+		Flags    uint8
+		TcpFlags uint8
+		Ttl      uint8
+	}
+	Conn NodeConn
+}
 
 type NodeTuple struct {
 	_        structs.HostLayout
@@ -282,12 +316,15 @@ const (
 	NodeMapEnis                  = "enis"
 	NodeMapEvents                = "events"
 	NodeMapFragments             = "fragments"
-	NodeMapFresh                 = "fresh"
 	NodeMapIfaceStats            = "iface_stats"
 	NodeMapIfaces                = "ifaces"
 	NodeMapMeta                  = "meta"
 	NodeMapNets                  = "nets"
 	NodeMapPaths                 = "paths"
+	NodeMapPolicyEndpoints       = "policy_endpoints"
+	NodeMapPolicyGeneration      = "policy_generation"
+	NodeMapPolicyTables          = "policy_tables"
+	NodeMapScratch               = "scratch"
 	NodeMapSlots                 = "slots"
 	NodeProgFromEni              = "from_eni"
 	NodeProgFromPod              = "from_pod"
@@ -364,20 +401,23 @@ type NodeProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type NodeMapSpecs struct {
-	Conns      *ebpf.MapSpec `ebpf:"conns"`
-	Drops      *ebpf.MapSpec `ebpf:"drops"`
-	Endpoints  *ebpf.MapSpec `ebpf:"endpoints"`
-	Ends       *ebpf.MapSpec `ebpf:"ends"`
-	Enis       *ebpf.MapSpec `ebpf:"enis"`
-	Events     *ebpf.MapSpec `ebpf:"events"`
-	Fragments  *ebpf.MapSpec `ebpf:"fragments"`
-	Fresh      *ebpf.MapSpec `ebpf:"fresh"`
-	IfaceStats *ebpf.MapSpec `ebpf:"iface_stats"`
-	Ifaces     *ebpf.MapSpec `ebpf:"ifaces"`
-	Meta       *ebpf.MapSpec `ebpf:"meta"`
-	Nets       *ebpf.MapSpec `ebpf:"nets"`
-	Paths      *ebpf.MapSpec `ebpf:"paths"`
-	Slots      *ebpf.MapSpec `ebpf:"slots"`
+	Conns            *ebpf.MapSpec `ebpf:"conns"`
+	Drops            *ebpf.MapSpec `ebpf:"drops"`
+	Endpoints        *ebpf.MapSpec `ebpf:"endpoints"`
+	Ends             *ebpf.MapSpec `ebpf:"ends"`
+	Enis             *ebpf.MapSpec `ebpf:"enis"`
+	Events           *ebpf.MapSpec `ebpf:"events"`
+	Fragments        *ebpf.MapSpec `ebpf:"fragments"`
+	IfaceStats       *ebpf.MapSpec `ebpf:"iface_stats"`
+	Ifaces           *ebpf.MapSpec `ebpf:"ifaces"`
+	Meta             *ebpf.MapSpec `ebpf:"meta"`
+	Nets             *ebpf.MapSpec `ebpf:"nets"`
+	Paths            *ebpf.MapSpec `ebpf:"paths"`
+	PolicyEndpoints  *ebpf.MapSpec `ebpf:"policy_endpoints"`
+	PolicyGeneration *ebpf.MapSpec `ebpf:"policy_generation"`
+	PolicyTables     *ebpf.MapSpec `ebpf:"policy_tables"`
+	Scratch          *ebpf.MapSpec `ebpf:"scratch"`
+	Slots            *ebpf.MapSpec `ebpf:"slots"`
 }
 
 // NodeVariableSpecs contains global variables before they are loaded into the kernel.
@@ -423,20 +463,23 @@ func (o *NodeObjects) Close() error {
 //
 // It can be passed to LoadNodeObjects or ebpf.CollectionSpec.LoadAndAssign.
 type NodeMaps struct {
-	Conns      *ebpf.Map `ebpf:"conns"`
-	Drops      *ebpf.Map `ebpf:"drops"`
-	Endpoints  *ebpf.Map `ebpf:"endpoints"`
-	Ends       *ebpf.Map `ebpf:"ends"`
-	Enis       *ebpf.Map `ebpf:"enis"`
-	Events     *ebpf.Map `ebpf:"events"`
-	Fragments  *ebpf.Map `ebpf:"fragments"`
-	Fresh      *ebpf.Map `ebpf:"fresh"`
-	IfaceStats *ebpf.Map `ebpf:"iface_stats"`
-	Ifaces     *ebpf.Map `ebpf:"ifaces"`
-	Meta       *ebpf.Map `ebpf:"meta"`
-	Nets       *ebpf.Map `ebpf:"nets"`
-	Paths      *ebpf.Map `ebpf:"paths"`
-	Slots      *ebpf.Map `ebpf:"slots"`
+	Conns            *ebpf.Map `ebpf:"conns"`
+	Drops            *ebpf.Map `ebpf:"drops"`
+	Endpoints        *ebpf.Map `ebpf:"endpoints"`
+	Ends             *ebpf.Map `ebpf:"ends"`
+	Enis             *ebpf.Map `ebpf:"enis"`
+	Events           *ebpf.Map `ebpf:"events"`
+	Fragments        *ebpf.Map `ebpf:"fragments"`
+	IfaceStats       *ebpf.Map `ebpf:"iface_stats"`
+	Ifaces           *ebpf.Map `ebpf:"ifaces"`
+	Meta             *ebpf.Map `ebpf:"meta"`
+	Nets             *ebpf.Map `ebpf:"nets"`
+	Paths            *ebpf.Map `ebpf:"paths"`
+	PolicyEndpoints  *ebpf.Map `ebpf:"policy_endpoints"`
+	PolicyGeneration *ebpf.Map `ebpf:"policy_generation"`
+	PolicyTables     *ebpf.Map `ebpf:"policy_tables"`
+	Scratch          *ebpf.Map `ebpf:"scratch"`
+	Slots            *ebpf.Map `ebpf:"slots"`
 }
 
 func (m *NodeMaps) Close() error {
@@ -448,12 +491,15 @@ func (m *NodeMaps) Close() error {
 		m.Enis,
 		m.Events,
 		m.Fragments,
-		m.Fresh,
 		m.IfaceStats,
 		m.Ifaces,
 		m.Meta,
 		m.Nets,
 		m.Paths,
+		m.PolicyEndpoints,
+		m.PolicyGeneration,
+		m.PolicyTables,
+		m.Scratch,
 		m.Slots,
 	)
 }
