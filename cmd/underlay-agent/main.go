@@ -23,6 +23,7 @@ import (
 	"github.com/underlay-cni/underlay/internal/datapath"
 	"github.com/underlay-cni/underlay/internal/ec2"
 	"github.com/underlay-cni/underlay/internal/imds"
+	"github.com/underlay-cni/underlay/internal/ipam"
 )
 
 func main() {
@@ -60,6 +61,8 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
+	aws := tune
+	tune = func(c *ipam.Config) { aws(c); c.SetLinger = o.linger }
 	if err := preflight(o); err != nil {
 		return err
 	}

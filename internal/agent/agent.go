@@ -37,6 +37,7 @@ type Datapath interface {
 type EC2 interface {
 	Interfaces(ctx context.Context, instance vpc.InstanceID, tag string) ([]vpc.ENI, error)
 	Subnet(context.Context, vpc.SubnetID) (vpc.Subnet, error)
+	SecurityGroups(ctx context.Context, in vpc.VPCID, ids []vpc.SecurityGroupID, names []string) ([]vpc.SecurityGroup, error)
 	Limits(ctx context.Context, instanceType string) (vpc.InstanceLimits, error)
 	AssignAddresses(ctx context.Context, id vpc.ENIID, n int) ([]netip.Addr, error)
 	AssignPrefixes(ctx context.Context, id vpc.ENIID, n int) ([]netip.Prefix, error)
@@ -90,6 +91,7 @@ type Agent struct {
 	log     *slog.Logger
 	started time.Time
 	metrics *metrics
+	groups  *groupBook
 	locks   keyLocks
 	spoolMu sync.Mutex // one drain of the spool at a time
 
@@ -101,6 +103,7 @@ type Agent struct {
 	waitsFor  string // what the start waits for, and the next step; "" when ready
 	refuses   bool   // what it waits for does not pass by itself: nobody need wait with us
 	identity  imds.Identity
+	client    EC2                 // nil before the node is identified
 	config    ipam.Config         // the zero value before the node is identified
 	incidents []agentapi.Incident // the latest first
 	endpoints map[key]datapath.Endpoint
@@ -121,7 +124,7 @@ func New(opts Options) *Agent {
 	}
 	a := &Agent{
 		opts: opts, log: opts.Logger, started: time.Now(),
-		post: make(chan func(*owner)), ready: make(chan struct{}), done: make(chan struct{}),
+		groups: newGroupBook(), post: make(chan func(*owner)), ready: make(chan struct{}), done: make(chan struct{}),
 		waitsFor: "the agent is starting; ask again in a second", endpoints: map[key]datapath.Endpoint{}, subnets: map[vpc.SubnetID]netip.Prefix{},
 	}
 	a.metrics = newMetrics(a)
@@ -235,7 +238,7 @@ func (a *Agent) identify(ctx context.Context, o *owner) (ipam.Config, error) {
 		a.opts.Tune(&cfg)
 	}
 	a.mu.Lock()
-	a.identity, a.config = id, cfg
+	a.identity, a.config, a.client = id, cfg, o.ec2
 	a.subnets[id.Subnet] = id.SubnetCIDR
 	a.waitsFor = "waiting for EC2 to list the node's interfaces; ask again in a second"
 	a.mu.Unlock()

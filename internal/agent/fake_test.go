@@ -36,8 +36,11 @@ type fakeCloud struct {
 	since  map[vpc.ENIID]time.Time // of the attachment
 	seq    int
 	writes []string
+	asked  int                     // for groups
 	fail   func(call string) error // nil: go on
 	noIMDS error
+	groups []vpc.SecurityGroup
+	rules  []vpc.SecurityGroupRule
 
 	latency, attach, lag time.Duration
 }
@@ -124,6 +127,19 @@ func (c *fakeCloud) Interfaces(ctx context.Context, instance vpc.InstanceID, tag
 
 func (c *fakeCloud) Subnet(ctx context.Context, id vpc.SubnetID) (vpc.Subnet, error) {
 	return vpc.Subnet{ID: id, CIDR: testCIDR}, nil
+}
+
+func (c *fakeCloud) SecurityGroups(ctx context.Context, in vpc.VPCID, ids []vpc.SecurityGroupID, names []string) (out []vpc.SecurityGroup, err error) {
+	err = c.call(ctx, "describe-groups", false, func() error {
+		c.asked++
+		for _, g := range c.groups {
+			if slices.Contains(ids, g.ID) || g.VPC == in && slices.Contains(names, g.Name) {
+				out = append(out, g)
+			}
+		}
+		return nil
+	})
+	return out, err
 }
 
 func (c *fakeCloud) Limits(ctx context.Context, t string) (vpc.InstanceLimits, error) {
