@@ -48,6 +48,9 @@ func (a *Agent) Inspect(ctx context.Context) (*agentapi.Inspection, error) {
 		in.Reason = "EC2 no longer lists addresses that pods use; recreate the pods with a problem"
 	}
 	in.Healthy = in.Reason == ""
+	if a.gate != nil {
+		in.Policy = a.gate.status()
+	}
 
 	eps, err := a.opts.Datapath.Endpoints()
 	if err != nil {

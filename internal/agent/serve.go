@@ -100,11 +100,10 @@ func (a *Agent) add(ctx context.Context, at *agentapi.Attachment, timeout time.D
 			a.release(ans.addr.reply.Addr, time.Now(), true)
 			return nil, agentapi.Errorf(agentapi.CodeTryAgain, "%s, where the pod was to have its address, carries security groups %s and no longer %s; try again", ans.addr.reply.ENI, ans.groups, set)
 		}
-		ep, err := a.opts.Datapath.Add(ctx, datapath.Endpoint{
+		ep, err := a.attach(ctx, k, deadline, datapath.Endpoint{
 			ContainerID: at.ContainerID, IfName: at.IfName, Netns: at.Netns, Addr: ans.addr.reply.Addr, ENI: ans.addr.reply.ENI, ENIIndex: ans.addr.index,
 			PodNamespace: at.Pod.Namespace, PodName: at.Pod.Name, PodUID: at.Pod.UID, Groups: ans.groups}, netns)
 		if err == nil {
-			a.remember(k, ep)
 			a.log.Info("endpoint added", "pod", at.Pod.String(), "ip", ep.Addr, "eni", ep.ENI, "if", ep.HostIfName, "container", at.ContainerID)
 			return result(ep), nil
 		}
@@ -117,6 +116,46 @@ func (a *Agent) add(ctx context.Context, at *agentapi.Attachment, timeout time.D
 			continue
 		}
 		return nil, datapathError(err, at)
+	}
+}
+
+// ruleTime is what an ADD has at least, once it has its address, to learn the
+// rules of its security groups.
+const ruleTime = 5 * time.Second
+
+// attach makes the endpoint in the kernel, with its policy.
+func (a *Agent) attach(ctx context.Context, k key, deadline time.Time, ep datapath.Endpoint, netns *os.File) (datapath.Endpoint, error) {
+	if least := time.Now().Add(ruleTime); deadline.Before(least) {
+		deadline = least
+	}
+	ctx, cancel := context.WithDeadline(ctx, deadline)
+	defer cancel()
+	ep, err := a.opts.Datapath.Add(ctx, ep, netns)
+	if err == nil {
+		a.remember(k, ep)
+	}
+	if a.gate != nil {
+		a.gate.leave(k) // it is among the endpoints now, or not there
+	}
+	return ep, err
+}
+
+// BeforeReady puts the policy of an endpoint into the kernel before its first
+// packet passes. It is for datapath.Options.
+func (a *Agent) BeforeReady(ctx context.Context, ep datapath.Endpoint) error {
+	if a.gate == nil {
+		return nil
+	}
+	return a.gate.admit(ctx, ep)
+}
+
+// keepGate keeps the endpoints' policy up to date, from when the node's
+// interfaces are known.
+func (a *Agent) keepGate(ctx context.Context) {
+	select {
+	case <-a.ready:
+		a.gate.run(ctx)
+	case <-ctx.Done():
 	}
 }
 
@@ -279,6 +318,9 @@ func (a *Agent) del(ctx context.Context, k key) error {
 		a.incident("del", err.Error())
 	}
 	a.forget(k)
+	if a.gate != nil {
+		a.gate.changed()
+	}
 	a.release(ep.Addr, ep.Released, false)
 	a.log.Info("endpoint deleted", "pod", podName(ep), "ip", ep.Addr, "eni", ep.ENI, "container", k.containerID)
 	return nil

@@ -134,21 +134,22 @@ type Result struct {
 
 // Inspection is the agent's view of its node at one moment.
 type Inspection struct {
-	Version    string     `json:"version"`
-	Node       Node       `json:"node"`
-	Healthy    bool       `json:"healthy"`
-	Reason     string     `json:"reason,omitempty"` // why it is not healthy, and the next step
-	Since      time.Time  `json:"since"`            // start of this agent process
-	LastErrors []Incident `json:"lastErrors"`
-	ENIs       []ENI      `json:"enis"`
-	Addresses  []Address  `json:"addresses"`
-	Omitted    int        `json:"omitted,omitempty"` // free addresses left out of Addresses to keep the message small
-	Endpoints  []Endpoint `json:"endpoints"`
-	Waiting    int        `json:"waiting"` // ADDs that wait for an address
-	Sets       []GroupSet `json:"groupSets"`
-	SetsLeft   int        `json:"groupSetsLeft"` // how many further sets of security groups the node has interfaces for
-	Counters   Counters   `json:"counters"`
-	Limits     Limits     `json:"limits"`
+	Version    string       `json:"version"`
+	Node       Node         `json:"node"`
+	Healthy    bool         `json:"healthy"`
+	Reason     string       `json:"reason,omitempty"` // why it is not healthy, and the next step
+	Since      time.Time    `json:"since"`            // start of this agent process
+	LastErrors []Incident   `json:"lastErrors"`
+	ENIs       []ENI        `json:"enis"`
+	Addresses  []Address    `json:"addresses"`
+	Omitted    int          `json:"omitted,omitempty"` // free addresses left out of Addresses to keep the message small
+	Endpoints  []Endpoint   `json:"endpoints"`
+	Waiting    int          `json:"waiting"` // ADDs that wait for an address
+	Sets       []GroupSet   `json:"groupSets"`
+	Policy     *GroupPolicy `json:"groupPolicy,omitempty"`
+	SetsLeft   int          `json:"groupSetsLeft"` // how many further sets of security groups the node has interfaces for
+	Counters   Counters     `json:"counters"`
+	Limits     Limits       `json:"limits"`
 }
 
 // Node is the instance the agent runs on.
@@ -200,6 +201,18 @@ type GroupSet struct {
 	Waiting int        `json:"waiting"`           // pods that wait for one
 	Until   *time.Time `json:"until,omitempty"`   // when the first idle interface goes back unless a pod comes
 	Drifted int        `json:"drifted,omitempty"` // interfaces whose groups somebody has changed: they get no further pod
+}
+
+// GroupPolicy is how the node judges by security groups what the VPC does not
+// see: the traffic between its own pods.
+type GroupPolicy struct {
+	Mode         string     `json:"mode"`   // "vpc": what comes over the wire the VPC has judged
+	Judged       int        `json:"judged"` // pods
+	Groups       int        `json:"groups"` // whose rules are read
+	Rules        int        `json:"rules"`
+	Read         *time.Time `json:"read,omitempty"` // when they were read last
+	EverySeconds float64    `json:"everySeconds,omitempty"`
+	Error        string     `json:"error,omitempty"` // of the last read
 }
 
 // Counts is a number of addresses by state.
