@@ -21,6 +21,8 @@
  */
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
+#include <linux/in.h>
+#include <linux/in6.h>
 #include <linux/ip.h>
 #include <linux/pkt_cls.h>
 #include <stdbool.h>
@@ -41,6 +43,9 @@ enum node_const {
 	NODE_MARK_MASK = 0x3046,
 	/* Version of the maps' layout, in map `meta`. */
 	NODE_LAYOUT = 1,
+	/* Size of map policy_tables; its number 0 is nobody's. Endpoints with equal
+	 * policy share a table; while one is exchanged for another both are there. */
+	NODE_POLICY_TABLES = 16384,
 };
 
 enum drop_reason {
@@ -169,10 +174,14 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } drops SEC(".maps");
 
+#include "node_conn.h"
+#include "node_policy.h"
+
 /* Keeps types in the object's BTF that no map or program names. */
 enum node_const node_const_btf SEC(".bss.btf") = 0;
 enum drop_reason drop_reason_btf SEC(".bss.btf") = 0;
 enum iface_flags iface_flags_btf SEC(".bss.btf") = 0;
+enum policy_flags policy_flags_btf SEC(".bss.btf") = 0;
 
 /* ARP for IPv4 over Ethernet (RFC 826). linux/if_arp.h hides the addresses, and
  * its includes do not compile for the BPF target. */

@@ -82,6 +82,8 @@ type Datapath struct {
 	// eniMu is held while the ENIs are set.
 	eniMu sync.Mutex
 
+	policies policies
+
 	// mu guards the fields below, which are read from the maps by Open and
 	// follow them.
 	mu      sync.Mutex
@@ -226,7 +228,8 @@ func (d *Datapath) Close() error {
 		d.stopReaper()
 	}
 	errs := []error{d.objs.FromPod.Close(), d.objs.ToPod.Close()}
-	for _, m := range []*ebpf.Map{d.objs.Meta, d.objs.Endpoints, d.objs.Ifaces, d.objs.IfaceStats, d.objs.Drops} {
+	for _, m := range []*ebpf.Map{d.objs.Meta, d.objs.Endpoints, d.objs.Ifaces, d.objs.IfaceStats, d.objs.Drops,
+		d.objs.PolicyTables, d.objs.PolicyEndpoints, d.objs.PolicyGeneration} {
 		errs = append(errs, m.Close())
 	}
 	for _, c := range []*nl.Conn{d.conn, d.slow} {

@@ -155,6 +155,9 @@ func (d *Datapath) shut(e *Endpoint) (owns bool, err error) {
 	if err != nil {
 		err = fmt.Errorf("remove %s from the map of interfaces: %w", e.HostIfName, err)
 	}
+	if owns && err == nil {
+		err = d.dropPolicy(index)
+	}
 	return owns, errors.Join(err, d.reach(context.Background(), "gone from maps"))
 }
 

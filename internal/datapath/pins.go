@@ -15,7 +15,7 @@ import (
 
 // What is pinned below Options.BPFFS:
 //
-//	maps/{meta,endpoints,ifaces,iface_stats,drops}
+//	maps/{meta,endpoints,ifaces,iface_stats,drops,policy_tables,policy_endpoints,policy_generation}
 //	links/<host interface>_from_pod, links/<host interface>_to_pod
 func mapDir(bpffs string) string  { return filepath.Join(bpffs, "maps") }
 func linkDir(bpffs string) string { return filepath.Join(bpffs, "links") }

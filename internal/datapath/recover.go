@@ -151,6 +151,8 @@ func (d *Datapath) sweep(keep map[string]*Endpoint, links map[string]nl.Link) er
 		}
 	}
 
+	errs = append(errs, d.recoverPolicies(wanted))
+
 	routes, err := d.conn.Routes(PodTable)
 	errs = append(errs, err)
 	var b nl.Batch

@@ -96,22 +96,40 @@ type NodeLayoutMeta struct {
 type NodeNodeConst uint32
 
 const (
-	NodeNodeConstNODE_MARK_MASK NodeNodeConst = 12358
-	NodeNodeConstNODE_LAYOUT    NodeNodeConst = 1
+	NodeNodeConstNODE_MARK_MASK     NodeNodeConst = 12358
+	NodeNodeConstNODE_LAYOUT        NodeNodeConst = 1
+	NodeNodeConstNODE_POLICY_TABLES NodeNodeConst = 16384
+)
+
+type NodePolicyEndpoint struct {
+	_       structs.HostLayout
+	Ifindex uint32
+	Flags   uint32
+	Table   [2]uint32
+	Epoch   [2]uint32
+}
+
+type NodePolicyFlags uint32
+
+const (
+	NodePolicyFlagsPOLICY_STACK NodePolicyFlags = 1
 )
 
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	NodeMapDrops       = "drops"
-	NodeMapEndpoints   = "endpoints"
-	NodeMapIfaceStats  = "iface_stats"
-	NodeMapIfaces      = "ifaces"
-	NodeMapMeta        = "meta"
-	NodeProgFromPod    = "from_pod"
-	NodeProgToPod      = "to_pod"
-	NodeVarImdsAllowed = "imds_allowed"
+	NodeMapDrops            = "drops"
+	NodeMapEndpoints        = "endpoints"
+	NodeMapIfaceStats       = "iface_stats"
+	NodeMapIfaces           = "ifaces"
+	NodeMapMeta             = "meta"
+	NodeMapPolicyEndpoints  = "policy_endpoints"
+	NodeMapPolicyGeneration = "policy_generation"
+	NodeMapPolicyTables     = "policy_tables"
+	NodeProgFromPod         = "from_pod"
+	NodeProgToPod           = "to_pod"
+	NodeVarImdsAllowed      = "imds_allowed"
 )
 
 // LoadNode returns the embedded CollectionSpec for Node.
@@ -164,11 +182,14 @@ type NodeProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type NodeMapSpecs struct {
-	Drops      *ebpf.MapSpec `ebpf:"drops"`
-	Endpoints  *ebpf.MapSpec `ebpf:"endpoints"`
-	IfaceStats *ebpf.MapSpec `ebpf:"iface_stats"`
-	Ifaces     *ebpf.MapSpec `ebpf:"ifaces"`
-	Meta       *ebpf.MapSpec `ebpf:"meta"`
+	Drops            *ebpf.MapSpec `ebpf:"drops"`
+	Endpoints        *ebpf.MapSpec `ebpf:"endpoints"`
+	IfaceStats       *ebpf.MapSpec `ebpf:"iface_stats"`
+	Ifaces           *ebpf.MapSpec `ebpf:"ifaces"`
+	Meta             *ebpf.MapSpec `ebpf:"meta"`
+	PolicyEndpoints  *ebpf.MapSpec `ebpf:"policy_endpoints"`
+	PolicyGeneration *ebpf.MapSpec `ebpf:"policy_generation"`
+	PolicyTables     *ebpf.MapSpec `ebpf:"policy_tables"`
 }
 
 // NodeVariableSpecs contains global variables before they are loaded into the kernel.
@@ -198,11 +219,14 @@ func (o *NodeObjects) Close() error {
 //
 // It can be passed to LoadNodeObjects or ebpf.CollectionSpec.LoadAndAssign.
 type NodeMaps struct {
-	Drops      *ebpf.Map `ebpf:"drops"`
-	Endpoints  *ebpf.Map `ebpf:"endpoints"`
-	IfaceStats *ebpf.Map `ebpf:"iface_stats"`
-	Ifaces     *ebpf.Map `ebpf:"ifaces"`
-	Meta       *ebpf.Map `ebpf:"meta"`
+	Drops            *ebpf.Map `ebpf:"drops"`
+	Endpoints        *ebpf.Map `ebpf:"endpoints"`
+	IfaceStats       *ebpf.Map `ebpf:"iface_stats"`
+	Ifaces           *ebpf.Map `ebpf:"ifaces"`
+	Meta             *ebpf.Map `ebpf:"meta"`
+	PolicyEndpoints  *ebpf.Map `ebpf:"policy_endpoints"`
+	PolicyGeneration *ebpf.Map `ebpf:"policy_generation"`
+	PolicyTables     *ebpf.Map `ebpf:"policy_tables"`
 }
 
 func (m *NodeMaps) Close() error {
@@ -212,6 +236,9 @@ func (m *NodeMaps) Close() error {
 		m.IfaceStats,
 		m.Ifaces,
 		m.Meta,
+		m.PolicyEndpoints,
+		m.PolicyGeneration,
+		m.PolicyTables,
 	)
 }
 
