@@ -46,7 +46,7 @@ type gatekeeper struct {
 }
 
 type applied struct {
-	addr   netip.Addr
+	link   int // the host's interface index: no two endpoints ever have the same
 	digest policy.Digest
 	judged bool
 }
@@ -68,23 +68,27 @@ func (g *gatekeeper) admit(ctx context.Context, ep datapath.Endpoint) error {
 	g.joining[k] = ep
 	g.joinMu.Unlock()
 	for {
-		// Whoever is at it may have had us in its view already.
+		var err error
 		g.mu.Lock()
-		err := g.apply(ctx)
-		was, done := g.applied[k]
+		// Whoever was at it while we waited may have had us in its view already.
+		done := g.applied[k].link == ep.HostIfIndex
+		if !done {
+			err = g.apply(ctx)
+			done = g.applied[k].link == ep.HostIfIndex
+		}
 		g.mu.Unlock()
 		var more *needRules
 		switch {
+		case done: // others may have failed; they are tried again
+			return nil
 		case errors.As(err, &more):
 			if _, err := g.book.await(ctx, more.groups); err != nil {
 				return err
 			}
-		case done && was.addr == ep.Addr:
-			return nil // others may have failed; they are tried again
 		case err != nil:
 			return err
 		default:
-			return fmt.Errorf("no policy for %s", ep.Addr)
+			return fmt.Errorf("the endpoint of %s is gone", ep.Addr)
 		}
 	}
 }
@@ -129,7 +133,7 @@ func (g *gatekeeper) run(ctx context.Context) {
 	}
 }
 
-// needRules says that rules have to be read first. Nothing was changed.
+// needRules says that rules have to be read first.
 type needRules struct{ groups []vpc.SecurityGroupID }
 
 func (e *needRules) Error() string {
@@ -141,6 +145,7 @@ type member struct {
 	ep     datapath.Endpoint
 	groups vpc.GroupSet
 	asked  bool // for them
+	joins  bool // its ADD is under way, its gate shut
 }
 
 // members returns the node's endpoints, those whose ADD is under way included.
@@ -149,14 +154,18 @@ func (g *gatekeeper) members(ctx context.Context) (map[key]member, error) {
 	g.a.mu.Lock()
 	maps.Copy(eps, g.a.endpoints)
 	g.a.mu.Unlock()
+	joins := map[key]bool{}
 	g.joinMu.Lock()
-	maps.Copy(eps, g.joining)
+	for k, ep := range g.joining {
+		joins[k] = eps[k].HostIfIndex != ep.HostIfIndex
+		eps[k] = ep
+	}
 	g.joinMu.Unlock()
 	out := make(map[key]member, len(eps))
 	err := g.a.ask(ctx, func(o *owner) {
 		own := o.state.Primary()
 		for k, ep := range eps {
-			m := member{ep: ep, groups: ep.Groups}
+			m := member{ep: ep, groups: ep.Groups, joins: joins[k]}
 			if e := o.state.ENI(ep.ENI); e != nil {
 				m.groups, m.asked = e.Groups, e.Pool.Groups != ""
 			} else {
@@ -169,7 +178,7 @@ func (g *gatekeeper) members(ctx context.Context) (map[key]member, error) {
 }
 
 // apply makes everybody's tables and puts those in place that have changed. mu
-// is held. On a *needRules nothing has changed, and the rules are on their way.
+// is held. A *needRules says that some wait for rules, which are on their way.
 func (g *gatekeeper) apply(ctx context.Context) error {
 	members, err := g.members(ctx)
 	if err != nil {
@@ -183,12 +192,17 @@ func (g *gatekeeper) apply(ctx context.Context) error {
 	needed := neededGroups(members)
 	g.book.want(needed)
 	read, _ := g.book.current()
+	var errs []error
 	if !read.holds(needed) {
-		return &needRules{needed}
+		// Those whose gates are shut wait for them; nobody waits for those.
+		errs = append(errs, &needRules{needed})
+		maps.DeleteFunc(members, func(_ key, m member) bool { return m.joins && m.asked })
+		if needed = neededGroups(members); !read.holds(needed) {
+			return errs[0]
+		}
 	}
 	in := input(members, read)
 	compiler := policy.NewCompiler(in)
-	var errs []error
 	for k, m := range members {
 		var t policy.Tables
 		if len(needed) > 0 {
@@ -201,14 +215,19 @@ func (g *gatekeeper) apply(ctx context.Context) error {
 				continue
 			}
 		}
-		now := applied{addr: m.ep.Addr}
+		now := applied{link: m.ep.HostIfIndex}
 		if table := t.Gates[policy.Groups]; table != nil {
 			now.digest, now.judged = table.Digest, true
 		}
 		if was, ok := g.applied[k]; ok && was == now {
 			continue
 		}
-		if err := g.put(m.ep, t); err != nil {
+		err := g.put(m.ep, t)
+		if errors.Is(err, datapath.ErrNotFound) {
+			delete(g.applied, k) // deleted meanwhile
+			continue
+		}
+		if err != nil {
 			delete(g.applied, k)
 			errs = append(errs, fmt.Errorf("put the policy of %s in place: %w", m.ep.Addr, err))
 			continue
