@@ -222,14 +222,14 @@ static __always_inline __u64 equal64(__u64 a, __u64 b)
 #define NOWHERE	0xffffffff
 
 #define POLICY_MAX_LEVELS	5
-#define POLICY_MAX_LEVELS6	10
+#define POLICY_MAX_LEVELS6	8
 
 /*
  * policy_rank returns the number of the interval that a key is in: intervals are
  * given by their last keys, in a complete tree of 16 per cell, whose inner nodes
  * have the last of each child.
  */
-static __always_inline __u32 policy_rank(void *table, __u32 first, __u32 levels, __u32 key)
+static __noinline __u32 policy_rank(void *table, __u32 first, __u32 levels, __u32 key)
 {
 	__u32 node = 0, inner = 0, width = 1, n = 0;
 	struct policy_cell *c;
@@ -240,8 +240,11 @@ static __always_inline __u32 policy_rank(void *table, __u32 first, __u32 levels,
 			return NOWHERE;
 		n = 0;
 #pragma unroll
-		for (int i = 0; i < 16; i++)
+		for (int i = 0; i < 16; i++) {
 			n += less32(c->w[i], key);
+			/* One after the other, in few registers. */
+			asm volatile("" : "+r"(n));
+		}
 		if (level + 1 >= levels)
 			break;
 		node = node * 16 + 1 + n;
@@ -252,7 +255,7 @@ static __always_inline __u32 policy_rank(void *table, __u32 first, __u32 levels,
 }
 
 /* The same with 4 keys of two words per cell. */
-static __always_inline __u32 policy_rank6(void *table, __u32 first, __u32 levels, __u64 hi, __u64 lo)
+static __noinline __u32 policy_rank6(void *table, __u32 first, __u32 levels, __u64 hi, __u64 lo)
 {
 	__u32 node = 0, inner = 0, width = 1, n = 0;
 	struct policy_cell *c;
@@ -263,8 +266,10 @@ static __always_inline __u32 policy_rank6(void *table, __u32 first, __u32 levels
 			return NOWHERE;
 		n = 0;
 #pragma unroll
-		for (int i = 0; i < 4; i++)
+		for (int i = 0; i < 4; i++) {
 			n += less64(c->d[2 * i], hi) | (equal64(c->d[2 * i], hi) & less64(c->d[2 * i + 1], lo));
+			asm volatile("" : "+r"(n));
+		}
 		if (level + 1 >= levels)
 			break;
 		node = node * 4 + 1 + n;
@@ -274,8 +279,8 @@ static __always_inline __u32 policy_rank6(void *table, __u32 first, __u32 levels
 	return (node - inner) * 4 + n;
 }
 
-/* Cells of a bitmap at most: 8 of 512 rules. */
-#define POLICY_MAX_EACH	8
+/* Cells of a bitmap at most, of 512 rules each. */
+#define POLICY_MAX_EACH	4
 
 /* The number of the lowest bit that is set: how many are below it. */
 static __always_inline __u32 lowest_bit(__u64 x)
@@ -283,28 +288,39 @@ static __always_inline __u32 lowest_bit(__u64 x)
 	return __builtin_popcountll((x & -x) - 1);
 }
 
-/* policy_common returns the number of the first rule that two bitmaps share, or
- * -1. */
-static __noinline int policy_common(void *table, __u32 bitmaps, __u32 each, __u32 a, __u32 b)
+/* policy_common returns the id of the first rule that is in both of two bitmaps, 0
+ * if none is. That it is read from the table, and no number counted here, lets
+ * the verifier forget by which way it came. */
+static __noinline __u32 policy_common(void *table, const struct policy_direction *d, __u32 a, __u32 b)
 {
-	for (__u32 i = 0; i < POLICY_MAX_EACH; i++) {
-		struct policy_cell *x, *y;
+	struct policy_cell *x = 0, *y = 0;
+	__u32 each = d->each, i, word = 0;
+	__u64 any = 0, both = 0;
 
+	for (i = 0; i < POLICY_MAX_EACH; i++) {
 		if (i >= each)
-			break;
-		x = policy_cell(table, bitmaps + a * each + i);
-		y = policy_cell(table, bitmaps + b * each + i);
+			return 0;
+		x = policy_cell(table, d->bitmaps + a * each + i);
+		y = policy_cell(table, d->bitmaps + b * each + i);
 		if (!x || !y)
-			break;
+			return 0;
 #pragma unroll
-		for (int k = 0; k < 8; k++) {
-			__u64 both = x->d[k] & y->d[k];
-
-			if (both)
-				return i * 512 + k * 64 + lowest_bit(both);
-		}
+		for (int k = 0; k < 8; k++)
+			any |= x->d[k] & y->d[k];
+		if (any)
+			break;
 	}
-	return -1;
+	if (!any || !x || !y)
+		return 0;
+#pragma unroll
+	for (int k = 7; k >= 0; k--) {
+		__u64 w = x->d[k] & y->d[k];
+		__u64 here = equal64(w, 0) - 1; /* all ones unless w is 0 */
+
+		both = (w & here) | (both & ~here);
+		word = (k & here) | (word & ~here);
+	}
+	return policy_word(table, d->rules, i * 512 + word * 64 + lowest_bit(both));
 }
 
 static __always_inline bool is_v4(const struct addr *a)
@@ -326,16 +342,17 @@ static __always_inline bool same_addr(const struct addr *a, const struct addr *b
 #define OPEN_POLICY_TCP	1
 #define OPEN_POLICY_UDP	4
 
-/* policy_gate asks one table. */
-static __noinline int policy_gate(const struct tuple *t, __u32 number, __u32 direction, __u32 gate,
+/* policy_gate asks one table. Not static: it is verified by itself and once. */
+__noinline int policy_gate(const struct tuple *t, __u32 number, __u32 direction, __u32 gate,
 				  struct verdict *v)
 {
 	struct policy_direction *d, *other;
-	__u32 address, everybody, port, open, rank, want;
+	__u32 address, everybody, port, open, rank, rule, want;
 	const struct addr *remote;
 	void *table;
-	int bit;
 
+	if (!t || !v)
+		return 0;
 	/* What cannot be looked up is denied. */
 	gate &= 1;
 	v->allow[gate] = 0;
@@ -388,26 +405,25 @@ static __noinline int policy_gate(const struct tuple *t, __u32 number, __u32 dir
 	port = policy_word(table, d->port_bitmaps, rank);
 
 	/* Bitmap 0 is empty. */
-	bit = address && port ? policy_common(table, d->bitmaps, d->each, address, port) : -1;
-	if (bit < 0) {
+	rule = address && port ? policy_common(table, d, address, port) : 0;
+	if (!rule) {
 		v->allow[gate] = v->audit[gate] = d->mode == MODE_AUDIT;
 		v->rule[gate] = d->fallback;
 		return 0;
 	}
 	v->allow[gate] = 1;
-	v->rule[gate] = policy_word(table, d->rules, bit);
+	v->rule[gate] = rule;
 	if (gate != GATE_GROUPS || !open || !everybody)
 		return 0;
 	other = (void *)policy_cell(table, direction ? 1 : 2);
 	if (other && (other->open & (is_v4(remote) ? open : open << 1)))
-		v->untracked = policy_common(table, d->bitmaps, d->each, everybody, port) >= 0;
+		v->untracked = policy_common(table, d, everybody, port) != 0;
 	return 0;
 }
 
 /*
  * policy_judge asks both gates of the endpoint at host veth ifindex about the
- * first packet of a flow; ask is of enum policy_ask. Not static: it is verified by
- * itself and once. An endpoint without a table for a gate is not judged by it:
+ * first packet of a flow; ask is of enum policy_ask. Not static, as above. An endpoint without a table for a gate is not judged by it:
  * whether it must have one is IFACE_READY's business. It returns 0.
  */
 __noinline int policy_judge(const struct tuple *t, __u32 ifindex, __u32 ask, struct verdict *v)

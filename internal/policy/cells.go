@@ -19,13 +19,13 @@ const (
 	DigestAt = 16
 	// MaxRules is how many rules a direction can have; AWS's quotas allow a
 	// set of groups 1000.
-	MaxRules = 4096
+	MaxRules = 2048
 
 	words      = CellSize / 4        // 32-bit words in a cell
 	bitsInCell = CellSize * 8        // rules in a cell of a bitmap
 	keys6      = CellSize / 16       // IPv6 addresses in a cell
 	maxLevels  = 5                   // of trees of words: 16^5 intervals
-	maxLevels6 = 10                  // of trees of IPv6 addresses: 4^10
+	maxLevels6 = 8                  // of trees of IPv6 addresses: 4^8
 	headCells  = 3                   // header, egress, ingress
 	maxCells   = 64 << 20 / CellSize // 64 MiB
 )
