@@ -660,16 +660,20 @@ static __always_inline __u32 origin_of(__u32 slot, const struct addr *src)
 
 /* Judges what a pod sends, where it leaves the stack: by the address that it had
  * in the pod. */
-static __noinline int judge_origin(struct conn *c, const struct packet *p, __u32 end, __u32 ifindex,
+static __noinline int judge_origin(struct conn *c, struct packet *p, __u32 end, __u32 ifindex,
 				   __u32 groups)
 {
 	struct iface *pod = bpf_map_lookup_elem(&ifaces, &ifindex);
-	struct tuple t = p->tuple;
+	struct addr seen = p->tuple.src;
+	int reason;
 
 	if (!pod)
 		return 0; /* it was deleted meanwhile */
-	t.src = pod->addr;
-	return judge(c, &t, end, ifindex, POLICY_EGRESS | ask_groups(groups || pod->flags & IFACE_GROUPS));
+	/* In place: a copy would take more stack than there is. */
+	p->tuple.src = pod->addr;
+	reason = judge(c, &p->tuple, end, ifindex, POLICY_EGRESS | ask_groups(groups || pod->flags & IFACE_GROUPS));
+	p->tuple.src = seen;
+	return reason;
 }
 
 /*
