@@ -127,7 +127,8 @@ struct endpoint {
 	__u32 peer_ifindex;
 	__u32 mtu;
 	__u8 mac[6];
-	__u8 pad[2];
+	__u8 stack_only;	/* 1: none of its flows bypasses the stack */
+	__u8 pad;
 	__u8 container_id[128];
 	__u8 ifname[16];
 	__u8 host_ifname[16];

@@ -215,6 +215,9 @@ func (d *Datapath) putIface(e *Endpoint, flags uint32) error {
 		return err
 	}
 	v := bpfgen.NodeIface{Addr: addrKey(e.Addr), Mark: Mark(e.ENIIndex), Flags: flags, Eni: uint32(e.ENIIndex), Slot: slot}
+	if e.StackOnly {
+		v.Flags |= uint32(bpfgen.NodeIfaceFlagsIFACE_STACK)
+	}
 	copy(v.PodMac[:], e.MAC)
 	copy(v.HostMac[:], hostMAC)
 	// Its counters first; those that are there go on.

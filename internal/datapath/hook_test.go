@@ -18,6 +18,7 @@ import (
 // what we drop they never see.
 func TestOthersProgramsRun(t *testing.T) {
 	w := newWorld(t)
+	w.stackOnly = true // what our programs forward ends with them
 	d := w.open(Options{})
 	a := w.addPod(d, 1)
 	w.echo(w.wire, farIP)

@@ -389,6 +389,7 @@ func TestManyAtOnce(t *testing.T) {
 // Of the mark, only our bits change; another's program behind ours is asked.
 func TestMarkBits(t *testing.T) {
 	w := newWorld(t)
+	w.stackOnly = true
 	d := w.open(Options{})
 	a := w.addPod(d, 1)
 	type skb struct { // struct __sk_buff of linux/bpf.h up to ifindex

@@ -111,7 +111,8 @@ type NodeEndpoint struct {
 	PeerIfindex  uint32
 	Mtu          uint32
 	Mac          [6]uint8
-	Pad          [2]uint8
+	StackOnly    uint8
+	Pad          uint8
 	ContainerId  [128]uint8
 	Ifname       [16]uint8
 	HostIfname   [16]uint8
