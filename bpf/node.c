@@ -205,6 +205,7 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } slots SEC(".maps");
 
+#include "node_tuple.h"
 #include "node_conn.h"
 #include "node_policy.h"
 #include "node_event.h"
@@ -244,7 +245,7 @@ struct arp_ether {
 #define IMDS_IPV4	bpf_htonl(0xa9fea9fe)	/* 169.254.169.254 */
 
 /* Counts a packet that is dropped, and tells who watches; p may be 0. */
-static __noinline int drop_packet(struct __sk_buff *skb, __u32 ifindex, __u32 reason,
+__noinline int drop_packet(struct __sk_buff *skb, __u32 ifindex, __u32 reason,
 				  const struct packet *p)
 {
 	struct event e = { .reason = reason };
@@ -346,7 +347,9 @@ static __always_inline bool stale(const struct conn *c, const struct packet *p, 
 {
 	__u32 had = c->ifindex[end & 1];
 
-	return conn_over(c, p->now) || conn_again(c, p) || (c->flags & CONN_DENIED) ||
+	/* What was refused is judged anew when it is tried again, by the same end. */
+	return conn_over(c, p->now) || conn_again(c, p) ||
+	       ((c->flags & CONN_DENIED) && ((p->end & 1) == c->opener || (p->flags & PACKET_OPENS))) ||
 	       (had && ifindex && had != ifindex);
 }
 
@@ -389,7 +392,7 @@ static long make_room_of(struct bpf_map *map, struct conn_key *key, struct conn 
 	return ++r->looked >= ROOM_LOOKS;
 }
 
-static __noinline int make_room(__u64 now)
+__noinline int make_room(__u64 now)
 {
 	struct room r = { .now = now };
 
@@ -400,13 +403,15 @@ static __noinline int make_room(__u64 now)
 	return r.found;
 }
 
-/* Enters a flow that begins in the place of old, if there is one. It returns the
- * entry, or 0 if there is no room. */
-static __noinline struct conn *put(struct packet *p, struct conn *n, struct conn *old)
+/* Enters a flow that begins in the place of old, if there is one. It returns 0 or
+ * the reason to drop. */
+__noinline int put(struct packet *p, struct conn *n, struct conn *old)
 {
 	__u64 how = old ? BPF_ANY : BPF_NOEXIST;
 	long err;
 
+	if (!p || !n)
+		return DROP_CONNTRACK_FULL;
 	if (old && (old->flags & CONN_DENIED) && (n->flags & CONN_DENIED)) {
 		/* Refused again: it goes on counting. */
 		n->created_ns = old->created_ns;
@@ -422,56 +427,115 @@ static __noinline struct conn *put(struct packet *p, struct conn *n, struct conn
 		err = bpf_map_update_elem(&conns, &p->key, n, how);
 	if (err && err != -EEXIST) {
 		count(PATH_NO_ROOM);
-		p->reason = DROP_CONNTRACK_FULL;
-		return 0;
+		return DROP_CONNTRACK_FULL;
 	}
 	if (!err && !(n->flags & CONN_DENIED)) {
 		count(n->provenance == PROVENANCE_DIRECT ? PATH_BEGUN_DIRECT : PATH_BEGUN_STACK);
 		if (n->flags & CONN_MIDFLOW)
 			count(PATH_MIDFLOW);
 	}
-	return bpf_map_lookup_elem(&conns, &p->key);
-}
-
-/* Beside what policy_judge is asked: the groups' gate counts too. */
-#define ASK_GROUPS	8
-
-static __always_inline __u32 ask_groups(bool yes)
-{
-	return yes ? ASK_GROUPS : 0;
+	return 0;
 }
 
 /*
- * Asks the gates of a pod about a flow, and keeps what they say: of the pod that
- * is this end, for what it sends or receives. It returns 0 or the reason to drop.
+ * Asks gates about a flow, and keeps what they say: of the pod here that is this
+ * end, with ask of enum policy_ask. Bits of gates are those of enum gate. It
+ * returns 0 or the reason to drop.
  */
-static __noinline int judge(struct conn *c, const struct tuple *t, __u32 end, __u32 ifindex,
-			    __u32 ask)
+__noinline int judge(struct conn *c, const struct tuple *t, __u32 end, __u32 ask, __u32 gates)
 {
-	struct verdict v;
+	struct verdict v = {};
 	int reason = 0;
 
+	if (!c || !t)
+		return DROP_POLICY_NETPOL;
 	end &= 1;
-	policy_judge(t, ifindex, ask & ~ASK_GROUPS, &v);
-	c->judged[end] = 1 << GATE_NETPOL;
-	c->allowed[end] = v.allow[GATE_NETPOL] ? 1 << GATE_NETPOL : 0;
-	c->audit[end] = v.audit[GATE_NETPOL] ? 1 << GATE_NETPOL : 0;
-	c->verdict[end][GATE_NETPOL].rule = v.rule[GATE_NETPOL];
-	c->verdict[end][GATE_NETPOL].epoch = v.epoch[GATE_NETPOL];
-	if (!v.allow[GATE_NETPOL])
-		reason = DROP_POLICY_NETPOL;
-	if (ask & ASK_GROUPS) {
-		c->judged[end] |= 1 << GATE_GROUPS;
-		if (v.allow[GATE_GROUPS])
-			c->allowed[end] |= 1 << GATE_GROUPS;
+	policy_judge(t, c->ifindex[end], ask, &v);
+	if (!c->generation)
+		c->generation = v.generation;
+	if (v.stack && c->provenance == PROVENANCE_DIRECT)
+		c->provenance = PROVENANCE_STACK;
+#pragma unroll
+	for (int g = 0; g < GATES; g++) {
+		if (!(gates & (1 << g)))
+			continue;
+		c->judged[end] |= 1 << g;
+		c->allowed[end] &= ~(1 << g);
+		c->audit[end] &= ~(1 << g);
+		if (v.allow[g])
+			c->allowed[end] |= 1 << g;
 		else
-			reason = DROP_POLICY_GROUPS;
-		if (v.audit[GATE_GROUPS])
-			c->audit[end] |= 1 << GATE_GROUPS;
-		c->verdict[end][GATE_GROUPS].rule = v.rule[GATE_GROUPS];
-		c->verdict[end][GATE_GROUPS].epoch = v.epoch[GATE_GROUPS];
+			reason = g == GATE_GROUPS ? DROP_POLICY_GROUPS : DROP_POLICY_NETPOL;
+		if (v.audit[g])
+			c->audit[end] |= 1 << g;
+		c->verdict[end][g].rule = v.rule[g];
+		c->verdict[end][g].epoch = v.epoch[g];
+		if (g == GATE_GROUPS && v.untracked)
+			c->flags |= CONN_UNTRACKED;
 	}
 	return reason;
+}
+
+#define NETPOL		(1 << GATE_NETPOL)
+#define BOTH_GATES	(1 << GATE_NETPOL | 1 << GATE_GROUPS)
+
+/*
+ * Compares a flow's verdicts with what policy says now, after some policy changed:
+ * NetworkPolicy's are renewed, those of groups only where AWS does not track. It
+ * returns 0 or the reason to drop.
+ */
+__noinline int renew(struct conn *c, const struct packet *p)
+{
+	__u32 now = policy_now(), opener, gates;
+	struct iface *pod;
+	struct tuple t;
+	int reason = 0;
+
+	if (!c || !p)
+		return 0;
+	opener = c->opener & 1;
+	t = p->tuple;
+	if ((p->end & 1) != opener) { /* as the flow's first packet had it */
+		t.src = p->tuple.dst;
+		t.dst = p->tuple.src;
+		if (!t.query) {
+			t.sport = p->tuple.dport;
+			t.dport = p->tuple.sport;
+		}
+	}
+#pragma unroll
+	for (__u32 end = 0; end < 2; end++) {
+		__u32 ifindex = c->ifindex[end];
+
+		gates = 0;
+		if (!c->judged[end] || !ifindex)
+			continue;
+		if (c->verdict[end][GATE_NETPOL].epoch != policy_epoch(ifindex, GATE_NETPOL))
+			gates |= 1 << GATE_NETPOL;
+		if ((c->flags & CONN_UNTRACKED) && (c->judged[end] & (1 << GATE_GROUPS)) &&
+		    c->verdict[end][GATE_GROUPS].epoch != policy_epoch(ifindex, GATE_GROUPS))
+			gates |= 1 << GATE_GROUPS;
+		if (!gates || reason)
+			continue;
+		if (end == opener) {
+			pod = bpf_map_lookup_elem(&ifaces, &ifindex);
+			if (pod)
+				t.src = pod->addr;
+		}
+		reason = judge(c, &t, end, end == opener ? POLICY_EGRESS : POLICY_INGRESS, gates);
+	}
+	c->generation = now;
+	if (reason)
+		c->flags |= CONN_DENIED;
+	return reason;
+}
+
+/* The gate that refused a flow. */
+static __always_inline int refused_by(const struct conn *c)
+{
+	__u32 denied = (c->judged[0] & ~c->allowed[0]) | (c->judged[1] & ~c->allowed[1]);
+
+	return denied & (1 << GATE_GROUPS) ? DROP_POLICY_GROUPS : DROP_POLICY_NETPOL;
 }
 
 static __always_inline struct eni *eni_of(const struct iface *pod)
@@ -486,18 +550,23 @@ static __always_inline bool in_subnet(const struct eni *eni, const struct addr *
 	return eni && eni->mask && (v4_of(a) & eni->mask) == eni->subnet;
 }
 
-/* A flow that a pod begins. */
-static __noinline struct conn *begin_from_pod(struct __sk_buff *skb, struct packet *p, struct iface *pod,
-					      struct conn *old)
+/* Enters a flow that a pod begins. It returns 0 or the reason to drop. */
+__noinline int begin_from_pod(struct __sk_buff *skb, struct packet *p, const struct iface *pod,
+			      struct conn *old)
 {
-	__u32 end = p->end & 1, peer, way;
-	struct eni *eni = eni_of(pod);
+	struct conn *n;
 	struct iface *other;
-	struct conn *n = conn_new(p, PROVENANCE_STACK);
-	int reason = 0;
+	__u32 end, peer, way;
+	struct eni *eni;
+	int reason;
 
+	if (!p || !pod)
+		return DROP_MALFORMED;
+	n = conn_new(p, PROVENANCE_STACK);
 	if (!n)
-		return 0;
+		return DROP_CONNTRACK_FULL;
+	eni = eni_of(pod);
+	end = p->end & 1;
 	n->ifindex[end] = skb->ifindex;
 	n->flags |= CONN_SENDER << end;
 	if (eni && (eni->flags & ENI_DIRECT) && !(pod->flags & IFACE_STACK) &&
@@ -524,16 +593,17 @@ static __noinline struct conn *begin_from_pod(struct __sk_buff *skb, struct pack
 	}
 	if (n->provenance == PROVENANCE_DIRECT) {
 		/* What takes the stack is judged where it leaves it. */
-		reason = judge(n, &p->tuple, end, skb->ifindex,
-			       POLICY_EGRESS | ask_groups(n->flags & CONN_LOCAL || pod->flags & IFACE_GROUPS));
+		reason = judge(n, &p->tuple, end, POLICY_EGRESS,
+			       n->flags & CONN_LOCAL || pod->flags & IFACE_GROUPS ? BOTH_GATES : NETPOL);
 		if (!reason && (n->flags & CONN_LOCAL))
-			reason = judge(n, &p->tuple, 1 - end, n->ifindex[1 - end], POLICY_INGRESS | ASK_GROUPS);
+			reason = judge(n, &p->tuple, 1 - end, POLICY_INGRESS, BOTH_GATES);
+		if (n->provenance != PROVENANCE_DIRECT)
+			n->flags &= ~CONN_LOCAL; /* the policy wants it so */
 		if (reason)
 			n->flags |= CONN_DENIED;
 	} else {
 		n->ifindex[1 - end] = 0;
 	}
-	p->reason = reason;
 	return put(p, n, old);
 }
 
@@ -544,7 +614,7 @@ int from_pod(struct __sk_buff *skb)
 	__u32 ifindex = skb->ifindex, reason, peer;
 	struct iface_counters *stats;
 	struct iface *ep, *other;
-	struct packet p = {};
+	struct packet *p = packet_new();
 	struct ethhdr *eth;
 	struct iphdr *ip;
 	struct eni *eni;
@@ -553,7 +623,7 @@ int from_pod(struct __sk_buff *skb)
 	int v6 = 0;
 
 	ep = bpf_map_lookup_elem(&ifaces, &ifindex);
-	if (!ep)
+	if (!ep || !p)
 		return drop(skb, ifindex, DROP_UNKNOWN_INTERFACE);
 	if (!(ep->flags & IFACE_READY) || !(ep->mark & NODE_MARK_MASK))
 		return drop(skb, ifindex, DROP_NOT_READY);
@@ -595,24 +665,28 @@ int from_pod(struct __sk_buff *skb)
 		if (ip->daddr == IMDS_IPV4 && !imds_allowed)
 			return drop(skb, ifindex, DROP_IMDS);
 	}
-	reason = read_packet(skb, &p, v6, 1);
+	reason = read_packet(skb, p, v6, 1);
 	if (reason)
 		return drop(skb, ifindex, reason);
-	if (v6 && !same_addr(&p.tuple.src, &ep->addr))
+	if (v6 && !same_addr(&p->tuple.src, &ep->addr))
 		return drop(skb, ifindex, DROP_SOURCE_ADDRESS);
 
-	c = find(skb, &p, v6);
-	if (!c || stale(c, &p, p.end, ifindex))
-		c = begin_from_pod(skb, &p, ep, c);
-	if (!c)
-		return drop_packet(skb, ifindex, p.reason, &p);
-	if (!c->ifindex[p.end & 1])
-		c->ifindex[p.end & 1] = ifindex;
-	if (!(c->flags & (CONN_SENDER << (p.end & 1))))
-		c->flags |= CONN_SENDER << (p.end & 1);
-	conn_see(c, &p, true);
+	c = find(skb, p, v6);
+	if (!c || stale(c, p, p->end, ifindex)) {
+		reason = begin_from_pod(skb, p, ep, c);
+		c = bpf_map_lookup_elem(&conns, &p->key);
+		if (reason || !c)
+			return drop_packet(skb, ifindex, DROP_CONNTRACK_FULL, p);
+	}
+	if (!c->ifindex[p->end & 1])
+		c->ifindex[p->end & 1] = ifindex;
+	if (!(c->flags & (CONN_SENDER << (p->end & 1))))
+		c->flags |= CONN_SENDER << (p->end & 1);
+	conn_see(c, p, true);
+	if (c->generation && c->generation != policy_now())
+		renew(c, p);
 	if (c->flags & CONN_DENIED)
-		return drop_packet(skb, ifindex, p.reason, &p);
+		return drop_packet(skb, ifindex, refused_by(c), p);
 
 	stats = bpf_map_lookup_elem(&iface_stats, &ifindex);
 	if (stats) {
@@ -621,16 +695,16 @@ int from_pod(struct __sk_buff *skb)
 	}
 	if (direct_enabled && c->provenance == PROVENANCE_DIRECT) {
 		if (c->flags & CONN_LOCAL) {
-			peer = c->ifindex[1 - (p.end & 1)];
+			peer = c->ifindex[1 - (p->end & 1)];
 			other = bpf_map_lookup_elem(&ifaces, &peer);
-			if (other && (other->flags & IFACE_READY) && !must_take_stack(skb, &p, peer) &&
+			if (other && (other->flags & IFACE_READY) && !must_take_stack(skb, p, peer) &&
 			    lower_ttl(skb)) {
 				count(PATH_DIRECT);
 				return enter_pod(skb, peer, other);
 			}
 		} else {
 			eni = eni_of(ep);
-			if (eni && (eni->flags & ENI_DIRECT) && !must_take_stack(skb, &p, eni->ifindex) &&
+			if (eni && (eni->flags & ENI_DIRECT) && !must_take_stack(skb, p, eni->ifindex) &&
 			    lower_ttl(skb)) {
 				count(PATH_DIRECT);
 				return leave_by_eni(skb, eni);
@@ -661,19 +735,72 @@ static __always_inline __u32 origin_of(__u32 slot, const struct addr *src)
 
 /* Judges what a pod sends, where it leaves the stack: by the address that it had
  * in the pod. */
-static __noinline int judge_origin(struct conn *c, struct packet *p, __u32 end, __u32 ifindex,
+__noinline int judge_origin(struct conn *c, const struct packet *p, __u32 end, __u32 ifindex,
 				   __u32 groups)
 {
 	struct iface *pod = bpf_map_lookup_elem(&ifaces, &ifindex);
-	struct addr seen = p->tuple.src;
-	int reason;
+	struct tuple t;
 
-	if (!pod)
+	if (!pod || !c || !p)
 		return 0; /* it was deleted meanwhile */
-	/* In place: a copy would take more stack than there is. */
-	p->tuple.src = pod->addr;
-	reason = judge(c, &p->tuple, end, ifindex, POLICY_EGRESS | ask_groups(groups || pod->flags & IFACE_GROUPS));
-	p->tuple.src = seen;
+	t = p->tuple;
+	t.src = pod->addr;
+	return judge(c, &t, end, POLICY_EGRESS, groups || pod->flags & IFACE_GROUPS ? BOTH_GATES : NETPOL);
+}
+
+/* Judges a flow where it leaves the stack: what a pod here, `from`, sends, and what
+ * another, `to`, receives; either may be 0. */
+__noinline int judge_stack(struct __sk_buff *skb, struct conn *c, const struct packet *p, __u32 from,
+				  __u32 to)
+{
+	__u32 end, me, groups = 0, ask = POLICY_INGRESS;
+	struct iface *pod = 0;
+	int reason = 0;
+
+	if (!c || !p)
+		return DROP_POLICY_NETPOL;
+	end = p->end & 1;
+	me = 1 - end;
+	if (to) {
+		pod = bpf_map_lookup_elem(&ifaces, &to);
+		if (!pod)
+			return 0;
+		groups = (from && in_subnet(eni_of(pod), &p->tuple.src)) || pod->flags & IFACE_GROUPS;
+		/* What the node's own processes send came by no device (D10). */
+		if (!from && !skb->ingress_ifindex)
+			ask |= POLICY_FROM_HOST;
+	}
+	if (from && !c->judged[end])
+		reason = judge_origin(c, p, end, from, groups);
+	if (!reason && to && !c->judged[me])
+		reason = judge(c, &p->tuple, me, ask, groups ? BOTH_GATES : NETPOL);
+	return reason;
+}
+
+/* A flow whose beginning was not seen may have begun at either end: if it could
+ * not at the one that is seen first, it is judged as the other's. */
+__noinline int judge_midflow(struct conn *c, const struct packet *p, __u32 from, __u32 to)
+{
+	struct tuple t;
+	__u32 end, me;
+	int reason = 0;
+
+	if (!c || !p)
+		return DROP_POLICY_NETPOL;
+	end = p->end & 1;
+	me = 1 - end;
+	t = p->tuple;
+	t.src = p->tuple.dst;
+	t.dst = p->tuple.src;
+	t.sport = p->tuple.dport;
+	t.dport = p->tuple.sport;
+	c->opener = me;
+	if (to)
+		reason = judge(c, &t, me, POLICY_EGRESS, NETPOL);
+	if (!reason && from)
+		reason = judge(c, &t, end, POLICY_INGRESS, NETPOL);
+	if (reason)
+		c->opener = end;
 	return reason;
 }
 
@@ -682,13 +809,16 @@ static __noinline int judge_origin(struct conn *c, struct packet *p, __u32 end, 
  * It finds or begins the flow, which is the stack's unless it is known to be
  * another's, and judges it. It returns 0 or the reason to drop.
  */
-static __noinline int out_of_stack(struct __sk_buff *skb, struct packet *p, __u32 from, __u32 to)
+__noinline int out_of_stack(struct __sk_buff *skb, struct packet *p, __u32 from, __u32 to)
 {
-	__u32 end = p->end & 1, me = 1 - end, groups = 0;
-	struct iface *pod = 0;
 	struct conn *c, *n = 0, *old;
 	int reason = 0;
+	__u32 end, me;
 
+	if (!p)
+		return DROP_MALFORMED;
+	end = p->end & 1;
+	me = 1 - end;
 	c = bpf_map_lookup_elem(&conns, &p->key);
 	old = c;
 	if (c && stale(c, p, to ? me : end, to ? to : from))
@@ -703,36 +833,32 @@ static __noinline int out_of_stack(struct __sk_buff *skb, struct packet *p, __u3
 			return DROP_CONNTRACK_FULL;
 		c = n;
 	}
-	if (to) {
-		pod = bpf_map_lookup_elem(&ifaces, &to);
-		groups = pod && from && in_subnet(eni_of(pod), &p->tuple.src);
-		groups = groups || (pod && pod->flags & IFACE_GROUPS);
-	}
-	if (c->opener == end) {
-		if (from && !c->judged[end])
-			reason = judge_origin(c, p, end, from, to ? groups : 0);
-		/* What the node's own processes send came by no device (D10). */
-		if (!reason && to && !c->judged[me] && (from || skb->ingress_ifindex))
-			reason = judge(c, &p->tuple, me, to, POLICY_INGRESS | ask_groups(groups));
-	}
 	if (to && !c->ifindex[me])
 		c->ifindex[me] = to;
-	if (!to && from && !c->ifindex[end])
+	if (from && !c->ifindex[end])
 		c->ifindex[end] = from;
 	if (!to)
 		c->eni_ifindex = skb->ifindex;
 	else if (!c->eni_ifindex && !from)
 		c->eni_ifindex = skb->ingress_ifindex;
-	if (reason)
-		c->flags |= CONN_DENIED;
+	if (c->generation && c->generation != policy_now())
+		renew(c, p);
+	if (!(c->flags & CONN_DENIED) && c->opener == end) {
+		reason = judge_stack(skb, c, p, from, to);
+		if (reason && (c->flags & CONN_MIDFLOW) && !(p->flags & PACKET_OPENS) &&
+		    !(c->flags & (CONN_SEEN << me)))
+			reason = judge_midflow(c, p, from, to);
+		if (reason)
+			c->flags |= CONN_DENIED;
+	}
 	if (n) {
-		p->reason = reason;
-		c = put(p, n, old);
-		if (!c)
-			return p->reason;
+		reason = put(p, n, old);
+		c = bpf_map_lookup_elem(&conns, &p->key);
+		if (reason || !c)
+			return DROP_CONNTRACK_FULL;
 	}
 	conn_see(c, p, to && !(c->flags & (CONN_SENDER << end)));
-	return reason;
+	return c->flags & CONN_DENIED ? refused_by(c) : 0;
 }
 
 SEC("tc")
@@ -740,12 +866,12 @@ int to_pod(struct __sk_buff *skb)
 {
 	__u32 ifindex = skb->ifindex, reason, slot = skb->tc_index, from;
 	struct iface_counters *stats;
-	struct packet p = {};
+	struct packet *p = packet_new();
 	struct iface *ep;
 	int v6 = 0;
 
 	ep = bpf_map_lookup_elem(&ifaces, &ifindex);
-	if (!ep)
+	if (!ep || !p)
 		return drop(skb, ifindex, DROP_UNKNOWN_INTERFACE);
 	if (!(ep->flags & IFACE_READY))
 		return drop(skb, ifindex, DROP_NOT_READY);
@@ -761,15 +887,15 @@ int to_pod(struct __sk_buff *skb)
 		v6 = 1;
 	}
 	if (v6 || skb->protocol == bpf_htons(ETH_P_IP)) {
-		reason = read_packet(skb, &p, v6, 1);
+		reason = read_packet(skb, p, v6, 1);
 		if (reason)
 			return drop(skb, ifindex, reason);
-		from = origin_of(slot, &p.tuple.src);
-		if (p.flags & PACKET_ERROR)
-			find(skb, &p, v6);
-		reason = out_of_stack(skb, &p, from, ifindex);
+		from = origin_of(slot, &p->tuple.src);
+		if (p->flags & PACKET_ERROR)
+			find(skb, p, v6);
+		reason = out_of_stack(skb, p, from, ifindex);
 		if (reason)
-			return drop_packet(skb, ifindex, reason, &p);
+			return drop_packet(skb, ifindex, reason, p);
 		if (!from)
 			count(PATH_STACK);
 	}
@@ -786,12 +912,12 @@ SEC("tc")
 int to_eni(struct __sk_buff *skb)
 {
 	__u32 slot = skb->tc_index, reason, from;
-	struct packet p = {};
+	struct packet *p = packet_new();
 	struct addr src;
 	__be32 saddr;
 
 	skb->tc_index = 0;
-	if (slot == TC_DIRECT)
+	if (slot == TC_DIRECT || !p)
 		return TC_ACT_UNSPEC;
 	if (skb->protocol != bpf_htons(ETH_P_IP) ||
 	    bpf_skb_load_bytes(skb, ETH_HLEN + offsetof(struct iphdr, saddr), &saddr, sizeof(saddr)))
@@ -801,42 +927,46 @@ int to_eni(struct __sk_buff *skb)
 	if (!from)
 		return TC_ACT_UNSPEC; /* the node's own */
 
-	reason = read_packet(skb, &p, 0, 1);
-	if (!reason && (p.flags & PACKET_ERROR))
-		find(skb, &p, 0);
+	reason = read_packet(skb, p, 0, 1);
+	if (!reason && (p->flags & PACKET_ERROR))
+		find(skb, p, 0);
 	if (!reason)
-		reason = out_of_stack(skb, &p, from, 0);
+		reason = out_of_stack(skb, p, from, 0);
 	if (reason)
-		return drop_packet(skb, from, reason, &p);
+		return drop_packet(skb, from, reason, p);
 	return TC_ACT_UNSPEC;
 }
 
-/* A flow that begins with a packet from the VPC to a pod here; 0 if the stack
- * must say what becomes of it, or p->reason is set. */
-static __noinline struct conn *begin_from_eni(struct __sk_buff *skb, struct packet *p, struct conn *old)
+/* Enters a flow that begins with a packet from the VPC to a pod here. It returns 0,
+ * the reason to drop, or -1 if the stack must say what becomes of the packet. */
+__noinline int begin_from_eni(struct __sk_buff *skb, struct packet *p, struct conn *old)
 {
-	__u32 end = p->end & 1, me = 1 - end, to = local_pod(&p->tuple.dst);
+	__u32 me, to;
 	struct iface *pod;
 	struct eni *eni;
 	struct conn *n;
+	int reason;
 
-	p->reason = 0;
+	if (!p)
+		return -1;
+	me = 1 - (p->end & 1);
+	to = local_pod(&p->tuple.dst);
 	if (!to)
-		return 0;
+		return -1;
 	pod = bpf_map_lookup_elem(&ifaces, &to);
 	if (!pod || !(pod->flags & IFACE_READY) || (pod->flags & IFACE_STACK))
-		return 0;
+		return -1;
 	eni = eni_of(pod);
 	if (!eni || !(eni->flags & ENI_DIRECT) || eni->ifindex != skb->ifindex ||
 	    !plain_opening(skb, p) || !in_vpc(&p->tuple.src) || ask_fib(skb, &p->tuple, 0) != to)
-		return 0;
+		return -1;
 	n = conn_new(p, PROVENANCE_DIRECT);
 	if (!n)
-		return 0;
+		return -1;
 	n->ifindex[me] = to;
 	n->eni_ifindex = eni->ifindex;
-	p->reason = judge(n, &p->tuple, me, to, POLICY_INGRESS | ask_groups(pod->flags & IFACE_GROUPS));
-	if (p->reason)
+	reason = judge(n, &p->tuple, me, POLICY_INGRESS, pod->flags & IFACE_GROUPS ? BOTH_GATES : NETPOL);
+	if (reason)
 		n->flags |= CONN_DENIED;
 	return put(p, n, old);
 }
@@ -845,29 +975,32 @@ SEC("tc")
 int from_eni(struct __sk_buff *skb)
 {
 	__u32 to, me;
-	struct packet p = {};
+	struct packet *p = packet_new();
 	struct iface *pod;
 	struct conn *c;
+	int reason;
 
 	/* What another node, or another namespace of this machine, left there. */
 	skb->tc_index = 0;
-	if (skb->protocol != bpf_htons(ETH_P_IP) || skb->vlan_present)
+	if (skb->protocol != bpf_htons(ETH_P_IP) || skb->vlan_present || !p)
 		return TC_ACT_UNSPEC;
 	/* What cannot be read, the stack drops, or to_pod. */
-	if (read_packet(skb, &p, 0, 1))
+	if (read_packet(skb, p, 0, 1))
 		return TC_ACT_UNSPEC;
-	c = bpf_map_lookup_elem(&conns, &p.key);
-	me = 1 - (p.end & 1);
-	if (!c || stale(c, &p, 0, 0)) {
-		if (p.flags & PACKET_ERROR)
+	c = bpf_map_lookup_elem(&conns, &p->key);
+	me = 1 - (p->end & 1);
+	if (!c || stale(c, p, 0, 0)) {
+		if (p->flags & PACKET_ERROR)
 			return TC_ACT_UNSPEC;
-		c = begin_from_eni(skb, &p, c);
-		if (!c)
-			return p.reason ? drop_packet(skb, local_pod(&p.tuple.dst), p.reason, &p) :
-					  TC_ACT_UNSPEC;
+		reason = begin_from_eni(skb, p, c);
+		if (reason < 0)
+			return TC_ACT_UNSPEC;
+		c = bpf_map_lookup_elem(&conns, &p->key);
+		if (reason || !c)
+			return drop_packet(skb, local_pod(&p->tuple.dst), DROP_CONNTRACK_FULL, p);
 	}
 	if (c->provenance != PROVENANCE_DIRECT || !direct_enabled || (c->flags & CONN_LOCAL)) {
-		conn_see(c, &p, false);
+		conn_see(c, p, false);
 		return TC_ACT_UNSPEC;
 	}
 	to = c->ifindex[me & 1];
@@ -875,13 +1008,15 @@ int from_eni(struct __sk_buff *skb)
 		/* Of a pod here, by way of the wire, or of a pod that is gone: the
 		 * stack finds whose the address is now. */
 		return TC_ACT_UNSPEC;
-	if (!(pod->flags & IFACE_READY) || must_take_stack(skb, &p, to)) {
+	if (!(pod->flags & IFACE_READY) || must_take_stack(skb, p, to)) {
 		count(PATH_EXCEPTION);
 		return TC_ACT_UNSPEC;
 	}
-	conn_see(c, &p, !(c->flags & (CONN_SENDER << (p.end & 1))));
+	conn_see(c, p, !(c->flags & (CONN_SENDER << (p->end & 1))));
+	if (c->generation && c->generation != policy_now())
+		renew(c, p);
 	if (c->flags & CONN_DENIED)
-		return drop_packet(skb, to, p.reason, &p);
+		return drop_packet(skb, to, refused_by(c), p);
 	if (!lower_ttl(skb))
 		return TC_ACT_UNSPEC;
 	count(PATH_DIRECT);

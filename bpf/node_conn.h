@@ -12,8 +12,6 @@
  * beforehand.
  */
 
-#include "node_tuple.h"
-
 #define MAX_CONNS	262144
 #define MAX_FRAGMENTS	16384
 
@@ -45,6 +43,7 @@ enum conn_flag {
 	CONN_LOCAL = 16,	/* direct, and both ends are pods here of one subnet */
 	CONN_MIDFLOW = 32,	/* its beginning was not seen */
 	CONN_DENIED = 64,	/* a gate refuses it: the entry counts, and admits nothing */
+	CONN_UNTRACKED = 128,	/* AWS does not track it: it ends with its groups' rules */
 };
 
 struct conn_verdict {
@@ -71,7 +70,7 @@ struct conn {
 	__u8 allowed[2];	/* bit g: gate g lets it pass */
 	__u8 audit[2];		/* bit g: only because gate g enforces nothing */
 	__u8 flags;		/* enum conn_flag */
-	__u8 pad[4];
+	__u32 generation;	/* policy_now() when the verdicts were last compared */
 };
 
 /* Grown by need: 256 bytes of kernel memory an entry. When it is full no flow
@@ -185,8 +184,6 @@ struct packet {
 	__u8 flags;		/* enum packet_flag */
 	__u8 tcp_flags;
 	__u8 ttl;
-	__u32 reason;		/* enum drop_reason, where a function has no other way to say it */
-	__u32 pad;
 };
 
 static __always_inline __u64 now_ns(void)
@@ -428,15 +425,18 @@ static __noinline int read_error(struct __sk_buff *skb, __u32 offset, struct pac
  * IPv4, or IPv6 if v6. It returns 0, or the reason to drop it. With errors, the
  * tuple of an ICMP error becomes that of the flow.
  */
-static __noinline int read_packet(struct __sk_buff *skb, struct packet *p, int v6, int errors)
+__noinline int read_packet(struct __sk_buff *skb, struct packet *p, int v6, int errors)
 {
 	struct network n = {};
-	struct tuple *t = &p->tuple;
 	__u32 header, segments, have;
 	__u8 l4[14] = {};
+	struct tuple *t;
 	int bad;
 
-	bad = v6 ? read_ipv6(skb, ETH_HLEN, &n) : read_ipv4(skb, ETH_HLEN, &n);
+	if (!p)
+		return DROP_MALFORMED;
+	t = &p->tuple;
+	bad = v6 && ipv6_allowed ? read_ipv6(skb, ETH_HLEN, &n) : read_ipv4(skb, ETH_HLEN, &n);
 	if (bad)
 		return bad;
 	t->src = n.src;
@@ -615,22 +615,38 @@ static __always_inline void conn_see(struct conn *c, const struct packet *p, boo
 	}
 }
 
-/* Where an entry is prepared: programs do not interrupt each other on a CPU. */
+/* Where a packet is read, and an entry prepared: not on the stack, which is short.
+ * Programs do not interrupt each other on a CPU. */
+struct scratch {
+	struct packet packet;
+	struct conn conn;
+};
+
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, struct conn);
-} fresh SEC(".maps");
+	__type(value, struct scratch);
+} scratch SEC(".maps");
+
+static __always_inline struct packet *packet_new(void)
+{
+	__u32 zero = 0;
+	struct scratch *s = bpf_map_lookup_elem(&scratch, &zero);
+
+	return s ? &s->packet : 0;
+}
 
 /* An entry, not yet in the table, for a packet that begins a flow. */
 static __always_inline struct conn *conn_new(const struct packet *p, __u8 provenance)
 {
 	__u32 zero = 0;
-	struct conn *c = bpf_map_lookup_elem(&fresh, &zero);
+	struct scratch *s = bpf_map_lookup_elem(&scratch, &zero);
+	struct conn *c;
 
-	if (!c)
+	if (!s)
 		return 0;
+	c = &s->conn;
 	__builtin_memset(c, 0, sizeof(*c));
 	c->created_ns = p->now;
 	c->last_ns = p->now;

@@ -97,14 +97,17 @@ enum ct_answer {
 
 /* Asks the kernel's conntrack for a packet's tuple, or, if back, for that of the
  * packet in reply to it. */
-static __noinline int ask_ct(struct __sk_buff *skb, const struct tuple *t, int back)
+__noinline int ask_ct(struct __sk_buff *skb, const struct tuple *t, int back)
 {
 	struct bpf_sock_tuple tuple = {};
-	struct bpf_ct_opts opts = { .netns_id = -1, .l4proto = t->protocol };
+	struct bpf_ct_opts opts = { .netns_id = -1 };
 	struct nf_conn *ct;
 	unsigned long status;
 	__be32 src, dst;
 
+	if (!t)
+		return CT_NO_ANSWER;
+	opts.l4proto = t->protocol;
 	if (!bpf_ct_release || !bpf_skb_ct_lookup ||
 	    (t->protocol != IPPROTO_TCP && t->protocol != IPPROTO_UDP))
 		return CT_NO_ANSWER;
@@ -140,15 +143,18 @@ static __always_inline bool in_vpc(const struct addr *a)
 
 /* The device by which the stack would send the packet on; 0 if it would not, as
  * when the destination is the node's own. */
-static __noinline __u32 ask_fib(struct __sk_buff *skb, const struct tuple *t, __u32 mark)
+__noinline __u32 ask_fib(struct __sk_buff *skb, const struct tuple *t, __u32 mark)
 {
-	struct bpf_fib_lookup fib = {
-		.family = 2 /* AF_INET */, .l4_protocol = t->protocol,
-		.sport = bpf_htons(t->sport), .dport = bpf_htons(t->dport),
-		.ifindex = skb->ifindex,
-		.ipv4_src = v4_of(&t->src), .ipv4_dst = v4_of(&t->dst),
-	};
+	struct bpf_fib_lookup fib = { .family = 2 /* AF_INET */ };
 
+	if (!t)
+		return 0;
+	fib.l4_protocol = t->protocol;
+	fib.sport = bpf_htons(t->sport);
+	fib.dport = bpf_htons(t->dport);
+	fib.ifindex = skb->ifindex;
+	fib.ipv4_src = v4_of(&t->src);
+	fib.ipv4_dst = v4_of(&t->dst);
 	__builtin_memcpy(fib.smac, &mark, sizeof(mark));
 	if (bpf_fib_lookup(skb, &fib, sizeof(fib), FIB_LOOKUP_SKIP_NEIGH | FIB_LOOKUP_MARK))
 		return 0;
@@ -157,11 +163,14 @@ static __noinline __u32 ask_fib(struct __sk_buff *skb, const struct tuple *t, __
 
 /* Whether a packet can be the first of a flow that bypasses the stack: it is one
  * which the stack would only route. */
-static __noinline int plain_opening(struct __sk_buff *skb, const struct packet *p)
+__noinline int plain_opening(struct __sk_buff *skb, const struct packet *p)
 {
-	const struct tuple *t = &p->tuple;
+	const struct tuple *t;
 	int known;
 
+	if (!p)
+		return 0;
+	t = &p->tuple;
 	if (!direct_enabled || !(p->flags & PACKET_OPENS) || p->ttl <= 1 ||
 	    (p->flags & (PACKET_FRAGMENT | PACKET_OPTIONS | PACKET_ERROR | PACKET_SHORT | PACKET_IPV6)) ||
 	    skb->pkt_type != PACKET_HOST)
@@ -176,11 +185,11 @@ static __noinline int plain_opening(struct __sk_buff *skb, const struct packet *
 
 /* Whether a packet of a direct flow must go to the stack all the same, which
  * answers it or cuts it up. */
-static __noinline int must_take_stack(struct __sk_buff *skb, const struct packet *p, __u32 ifindex)
+__noinline int must_take_stack(struct __sk_buff *skb, const struct packet *p, __u32 ifindex)
 {
 	__u32 mtu = 0;
 
-	if (p->ttl <= 1 || (p->flags & (PACKET_OPTIONS | PACKET_SHORT)) || skb->pkt_type != PACKET_HOST)
+	if (!p || p->ttl <= 1 || (p->flags & (PACKET_OPTIONS | PACKET_SHORT)) || skb->pkt_type != PACKET_HOST)
 		return 1;
 	/* No MTU is below 68 (RFC 791), and hardly one below 576. */
 	if (skb->len <= 576 + ETH_HLEN && !skb->gso_size)

@@ -48,9 +48,9 @@ __s64 event_budget = 0;
 __u64 events_lost = 0;
 __u64 ends_lost = 0;
 
-static __noinline int send_event(struct __sk_buff *skb, const struct tuple *t, struct event *e)
+__noinline int send_event(struct __sk_buff *skb, const struct tuple *t, struct event *e)
 {
-	if (!event_listeners)
+	if (!e || !event_listeners)
 		return 0;
 	if (event_budget <= 0 || __sync_fetch_and_add(&event_budget, -1) <= 0) {
 		__sync_fetch_and_add(&events_lost, 1);
@@ -69,8 +69,11 @@ static __noinline int send_event(struct __sk_buff *skb, const struct tuple *t, s
 
 static __noinline int send_ended(const struct conn_key *key, const struct conn *c)
 {
-	struct ended *e = bpf_ringbuf_reserve(&ends, sizeof(*e), 0);
+	struct ended *e;
 
+	if (!key || !c)
+		return 0;
+	e = bpf_ringbuf_reserve(&ends, sizeof(*e), 0);
 	if (!e) {
 		__sync_fetch_and_add(&ends_lost, 1);
 		return 0;

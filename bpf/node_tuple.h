@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
- * What connection tracking and policy both speak of: a packet's addresses and
- * the gates that judge it. Whoever includes this defines struct addr beforehand.
+ * Who talks to whom, as conntrack and policy see it. Needs struct addr.
  */
 
 /* A packet's addresses: who sends to whom. 16-byte addresses, v4-mapped. */
@@ -34,4 +33,12 @@ static __always_inline bool same_addr(const struct addr *a, const struct addr *b
 	const __u64 *x = (const void *)a, *y = (const void *)b;
 
 	return ((x[0] ^ y[0]) | (x[1] ^ y[1])) == 0;
+}
+
+static __always_inline bool is_v4(const struct addr *a)
+{
+	const __u64 *hi = (const void *)a->b;
+	const __u32 *w = (const void *)a->b;
+
+	return !*hi && w[2] == bpf_htonl(0xffff);
 }

@@ -40,17 +40,18 @@ type NodeConn struct {
 	Allowed    [2]uint8
 	Audit      [2]uint8
 	Flags      uint8
-	Pad        [4]uint8
+	Generation uint32
 }
 
 type NodeConnFlag uint32
 
 const (
-	NodeConnFlagCONN_SEEN    NodeConnFlag = 1
-	NodeConnFlagCONN_SENDER  NodeConnFlag = 4
-	NodeConnFlagCONN_LOCAL   NodeConnFlag = 16
-	NodeConnFlagCONN_MIDFLOW NodeConnFlag = 32
-	NodeConnFlagCONN_DENIED  NodeConnFlag = 64
+	NodeConnFlagCONN_SEEN      NodeConnFlag = 1
+	NodeConnFlagCONN_SENDER    NodeConnFlag = 4
+	NodeConnFlagCONN_LOCAL     NodeConnFlag = 16
+	NodeConnFlagCONN_MIDFLOW   NodeConnFlag = 32
+	NodeConnFlagCONN_DENIED    NodeConnFlag = 64
+	NodeConnFlagCONN_UNTRACKED NodeConnFlag = 128
 )
 
 type NodeConnKey struct {
@@ -274,6 +275,24 @@ const (
 	NodeProvenancePROVENANCE_DIRECT NodeProvenance = 2
 )
 
+type NodeScratch struct {
+	_      structs.HostLayout
+	Packet struct {
+		_        structs.HostLayout
+		Tuple    NodeTuple
+		Key      NodeConnKey
+		Now      uint64
+		Packets  uint32
+		Bytes    uint32
+		Id       uint32
+		End      uint8
+		Flags    uint8
+		TcpFlags uint8
+		Ttl      uint8
+	}
+	Conn NodeConn
+}
+
 type NodeTuple struct {
 	_        structs.HostLayout
 	Src      NodeAddr
@@ -297,7 +316,6 @@ const (
 	NodeMapEnis                  = "enis"
 	NodeMapEvents                = "events"
 	NodeMapFragments             = "fragments"
-	NodeMapFresh                 = "fresh"
 	NodeMapIfaceStats            = "iface_stats"
 	NodeMapIfaces                = "ifaces"
 	NodeMapMeta                  = "meta"
@@ -306,6 +324,7 @@ const (
 	NodeMapPolicyEndpoints       = "policy_endpoints"
 	NodeMapPolicyGeneration      = "policy_generation"
 	NodeMapPolicyTables          = "policy_tables"
+	NodeMapScratch               = "scratch"
 	NodeMapSlots                 = "slots"
 	NodeProgFromEni              = "from_eni"
 	NodeProgFromPod              = "from_pod"
@@ -389,7 +408,6 @@ type NodeMapSpecs struct {
 	Enis             *ebpf.MapSpec `ebpf:"enis"`
 	Events           *ebpf.MapSpec `ebpf:"events"`
 	Fragments        *ebpf.MapSpec `ebpf:"fragments"`
-	Fresh            *ebpf.MapSpec `ebpf:"fresh"`
 	IfaceStats       *ebpf.MapSpec `ebpf:"iface_stats"`
 	Ifaces           *ebpf.MapSpec `ebpf:"ifaces"`
 	Meta             *ebpf.MapSpec `ebpf:"meta"`
@@ -398,6 +416,7 @@ type NodeMapSpecs struct {
 	PolicyEndpoints  *ebpf.MapSpec `ebpf:"policy_endpoints"`
 	PolicyGeneration *ebpf.MapSpec `ebpf:"policy_generation"`
 	PolicyTables     *ebpf.MapSpec `ebpf:"policy_tables"`
+	Scratch          *ebpf.MapSpec `ebpf:"scratch"`
 	Slots            *ebpf.MapSpec `ebpf:"slots"`
 }
 
@@ -451,7 +470,6 @@ type NodeMaps struct {
 	Enis             *ebpf.Map `ebpf:"enis"`
 	Events           *ebpf.Map `ebpf:"events"`
 	Fragments        *ebpf.Map `ebpf:"fragments"`
-	Fresh            *ebpf.Map `ebpf:"fresh"`
 	IfaceStats       *ebpf.Map `ebpf:"iface_stats"`
 	Ifaces           *ebpf.Map `ebpf:"ifaces"`
 	Meta             *ebpf.Map `ebpf:"meta"`
@@ -460,6 +478,7 @@ type NodeMaps struct {
 	PolicyEndpoints  *ebpf.Map `ebpf:"policy_endpoints"`
 	PolicyGeneration *ebpf.Map `ebpf:"policy_generation"`
 	PolicyTables     *ebpf.Map `ebpf:"policy_tables"`
+	Scratch          *ebpf.Map `ebpf:"scratch"`
 	Slots            *ebpf.Map `ebpf:"slots"`
 }
 
@@ -472,7 +491,6 @@ func (m *NodeMaps) Close() error {
 		m.Enis,
 		m.Events,
 		m.Fragments,
-		m.Fresh,
 		m.IfaceStats,
 		m.Ifaces,
 		m.Meta,
@@ -481,6 +499,7 @@ func (m *NodeMaps) Close() error {
 		m.PolicyEndpoints,
 		m.PolicyGeneration,
 		m.PolicyTables,
+		m.Scratch,
 		m.Slots,
 	)
 }
