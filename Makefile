@@ -43,6 +43,7 @@ test: packages-test ## all tests; root lets those run that need namespaces and B
 
 bench: packages-test ## ratios, each measured interleaved in one run
 	@$(GO) test -count=1 -timeout 30m -run '^$$' -bench . -benchtime 1x ./test/bench/...
+	@$(GO) test -count=1 -timeout 10m -run '^$$' -bench Policy -benchtime 1x ./internal/datapath
 
 # What E2E_RUN names, in a lab with kube-proxy in the mode E2E_PROXY; logs and
 # reports go to E2E_OUT. E2E_FOCUS: only those of upstream's specs that match.

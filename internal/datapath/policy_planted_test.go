@@ -55,7 +55,7 @@ func TestPlantedPolicyFaultsAreCaught(t *testing.T) {
 				t.Fatalf("node_policy.h has %q %d times: the fault must be planted elsewhere by now", f.old, n)
 			}
 			dir := t.TempDir()
-			for _, name := range []string{"policy_probe.c", "node_conn.h"} {
+			for _, name := range []string{"policy_probe.c", "node_tuple.h"} {
 				source, err := os.ReadFile(filepath.Join("../../bpf", name))
 				if err != nil {
 					t.Fatal(err)
