@@ -46,8 +46,10 @@ type Conn struct {
 	// The interfaces of this node at its ends, by their numbers in the Sample;
 	// 0: the end is elsewhere.
 	From, To int
-	// What the gates of those two interfaces said of its first packet.
-	Egress, Ingress Verdict
+	// What the gates of those two interfaces said of it, and whether they let it
+	// pass: what From may not send never reaches To.
+	Egress, Ingress             Verdict
+	EgressDenied, IngressDenied bool
 }
 
 // Refusal is a packet that an interface did not let pass, or several alike.
@@ -162,11 +164,13 @@ func (l *Log) Step(s Sample) []Record {
 			TCPFlags: Flags(c.Answers.Flags&^before.Answers.Flags|keep(c.Answers.Flags), false), Accepted: true}
 		if c.From != 0 {
 			began.Direction, answered.Direction, began.Verdict, answered.Verdict = Egress, Ingress, c.Egress, c.Egress
+			began.Accepted = !c.EgressDenied
 			add(c.From, began)
 			add(c.From, answered)
 		}
-		if c.To != 0 {
+		if c.To != 0 && !c.EgressDenied {
 			began.Direction, answered.Direction, began.Verdict, answered.Verdict = Ingress, Egress, c.Ingress, c.Ingress
+			began.Accepted = !c.IngressDenied
 			add(c.To, began)
 			add(c.To, answered)
 		}

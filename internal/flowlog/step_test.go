@@ -64,6 +64,37 @@ func TestStepBothSides(t *testing.T) {
 	}
 }
 
+// What a pod may not send is refused at the pod and reaches nobody; what another
+// may not receive was sent, and is refused there.
+func TestStepDenied(t *testing.T) {
+	ask := tuple(web.Addr, api.Addr, 40000, 8080)
+	deny := Verdict{Text: "deny", Rule: "default"}
+	both := func(sent, refused1, received, refused2 uint64) map[int]Reading {
+		n := func(packets uint64) Counts { return Counts{packets, 60 * packets} }
+		return map[int]Reading{1: {web, Totals{Sent: n(sent), Refused: n(refused1)}}, 2: {api, Totals{Received: n(received), Refused: n(refused2)}}}
+	}
+	conn := Conn{Tuple: ask, Created: at(1), Last: at(3), From: 1, To: 2, Sent: Side{Counts{3, 180}, syn}, Egress: deny, EgressDenied: true}
+	var l Log
+	got := l.Step(Sample{At: at(60), Interfaces: both(0, 3, 0, 0), Conns: []Conn{conn}})
+	want := []Record{
+		{Interface: web, Start: at(1), End: at(3), Direction: Egress, Tuple: ask, Packets: 3, Bytes: 180, TCPFlags: 2, Verdict: deny},
+		{Interface: api, Status: NoData, End: at(60)},
+	}
+	if diff := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Addr{})); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
+	}
+	conn.Egress, conn.EgressDenied, conn.Ingress, conn.IngressDenied = Verdict{Text: "allow"}, false, deny, true
+	l = Log{}
+	got = l.Step(Sample{At: at(60), Interfaces: both(3, 0, 0, 3), Conns: []Conn{conn}})
+	want = []Record{
+		{Interface: web, Start: at(1), End: at(3), Direction: Egress, Tuple: ask, Packets: 3, Bytes: 180, TCPFlags: 2, Accepted: true, Verdict: conn.Egress},
+		{Interface: api, Start: at(1), End: at(3), Direction: Ingress, Tuple: ask, Packets: 3, Bytes: 180, TCPFlags: 2, Verdict: deny},
+	}
+	if diff := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Addr{})); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
+	}
+}
+
 // What the counters have and no connection tells of is skipped, once; an
 // interval without packets is remarked on.
 func TestStepRemarks(t *testing.T) {
