@@ -76,6 +76,7 @@ type Sample struct {
 	At         time.Time
 	Interfaces map[int]Reading // by number, > 0 and never given again
 	Conns      []Conn
+	Ended      []Conn    // over since the sample before, with their last counts
 	Refused    []Refusal // since the sample before
 }
 
@@ -111,6 +112,8 @@ type name struct {
 	tuple   packet.FiveTuple
 	created int64
 }
+
+func (c *Conn) name() name { return name{c.Tuple, c.Created.UnixNano()} }
 
 // Step records what has happened between the sample before and this one, sorted
 // by interface, direction and tuple. A pod's traffic before the first step of
@@ -150,11 +153,9 @@ func (l *Log) Step(s Sample) []Record {
 		busy[n] = true
 		out = append(out, r)
 	}
-	next := make([]Mark, 0, len(s.Conns))
-	for i := range s.Conns {
-		c := &s.Conns[i]
+	record := func(c *Conn) {
 		var before Mark
-		if m := marks[name{c.Tuple, c.Created.UnixNano()}]; m != nil {
+		if m := marks[c.name()]; m != nil {
 			before = *m
 		}
 		sent, answers := c.Sent.since(before.Sent.Counts), c.Answers.since(before.Answers.Counts)
@@ -174,6 +175,19 @@ func (l *Log) Step(s Sample) []Record {
 			add(c.To, began)
 			add(c.To, answered)
 		}
+	}
+	ended := make(map[name]bool, len(s.Ended))
+	for i := range s.Ended {
+		record(&s.Ended[i])
+		ended[s.Ended[i].name()] = true
+	}
+	next := make([]Mark, 0, len(s.Conns))
+	for i := range s.Conns {
+		c := &s.Conns[i]
+		if ended[c.name()] {
+			continue // it ended while the sample was taken
+		}
+		record(c)
 		next = append(next, Mark{c.Tuple, c.Created, c.Sent, c.Answers})
 	}
 	for _, r := range s.Refused {

@@ -127,9 +127,9 @@ func TestStepAddsUp(t *testing.T) {
 		totals := Totals{}
 		var conns []Conn
 		var recorded, skipped Counts
-		lost := Counts{}
 		for step := range 20 {
 			now := at(60 * (step + 1))
+			var ended, twice []Conn
 			for range r.IntN(30) {
 				n := Counts{1 + r.Uint64N(9), 40 + r.Uint64N(9000)}
 				switch r.IntN(5) {
@@ -138,8 +138,14 @@ func TestStepAddsUp(t *testing.T) {
 				case 1:
 					totals.Exempt, totals.Sent = totals.Exempt.add(n), totals.Sent.add(n)
 				case 2:
-					if len(conns) > 0 { // one ends unseen: what it counted since the last step is lost
+					if len(conns) > 0 { // one ends; unseen, what it counted since the last step is lost
 						i := r.IntN(len(conns))
+						if r.IntN(2) == 0 {
+							ended = append(ended, conns[i])
+							if r.IntN(4) == 0 { // the sample has it in both places
+								twice = append(twice, conns[i])
+							}
+						}
 						conns = append(conns[:i:i], conns[i+1:]...)
 					}
 				default:
@@ -154,13 +160,12 @@ func TestStepAddsUp(t *testing.T) {
 					}
 				}
 			}
-			for _, rec := range l.Step(Sample{At: now, Interfaces: map[int]Reading{1: {web, totals}}, Conns: conns}) {
+			for _, rec := range l.Step(Sample{At: now, Interfaces: map[int]Reading{1: {web, totals}}, Conns: append(twice, conns...), Ended: ended}) {
 				switch rec.Status {
 				case OK:
 					recorded = recorded.add(Counts{rec.Packets, rec.Bytes})
 				case SkipData:
 					skipped = skipped.add(Counts{rec.Packets, rec.Bytes})
-					lost = lost.add(Counts{rec.Packets, rec.Bytes})
 				}
 			}
 			if got, want := recorded.add(skipped).add(totals.Exempt), totals.Sent.add(totals.Received); got != want {
