@@ -1,13 +1,12 @@
 package flowlog
 
 import (
-	"encoding/json"
 	"net/netip"
 	"time"
 )
 
-// object is a record as JSON, for files and for tools.
-type object struct {
+// Object is a record as JSON, for files and for tools.
+type Object struct {
 	Start     time.Time  `json:"start,omitzero"`
 	End       time.Time  `json:"end"`
 	Status    string     `json:"status"`
@@ -33,9 +32,9 @@ type object struct {
 	Subnet    string     `json:"subnet,omitempty"`
 }
 
-// JSON is a record as one line of JSON, without a newline.
-func JSON(n Node, r Record) []byte {
-	o := object{
+// Object returns a record as JSON has it.
+func (r *Record) Object(n Node) Object {
+	o := Object{
 		Start: r.Start, End: r.End, Status: r.Status.String(), Packets: r.Packets, Bytes: r.Bytes,
 		Namespace: r.Namespace, Pod: r.Pod, Node: n.Name, Instance: n.Instance, ENI: r.ENI, Address: r.Addr, Primary: r.Primary, Subnet: r.Subnet,
 	}
@@ -47,9 +46,5 @@ func JSON(n Node, r Record) []byte {
 			o.Action = "ACCEPT"
 		}
 	}
-	b, err := json.Marshal(o)
-	if err != nil {
-		panic("marshal a flow record: " + err.Error()) // all of it is plain data
-	}
-	return b
+	return o
 }

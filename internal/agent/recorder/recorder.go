@@ -3,6 +3,7 @@ package recorder
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -172,13 +173,13 @@ func (r *Recorder) header() string {
 func (r *Recorder) lines(records []flowlog.Record) []byte {
 	var b bytes.Buffer
 	n := r.o.Node()
-	for _, rec := range records {
-		if r.o.Format == nil {
-			b.Write(flowlog.JSON(n, rec))
-		} else {
-			b.WriteString(r.o.Format.Line(n, rec))
+	asJSON := json.NewEncoder(&b)
+	for i := range records {
+		if r.o.Format != nil {
+			b.WriteString(r.o.Format.Line(n, records[i]) + "\n")
+		} else if err := asJSON.Encode(records[i].Object(n)); err != nil {
+			panic("encode a flow record: " + err.Error()) // all of it is plain data
 		}
-		b.WriteByte('\n')
 	}
 	return b.Bytes()
 }
