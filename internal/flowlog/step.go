@@ -106,6 +106,7 @@ type Port struct {
 	Number   int
 	Recorded Counts // in records of status OK, refused packets included
 	Skipped  Counts // in records of status SKIPDATA
+	Open     Counts // counted by then, and in no record yet
 }
 
 type name struct {
@@ -116,7 +117,9 @@ type name struct {
 func (c *Conn) name() name { return name{c.Tuple, c.Created.UnixNano()} }
 
 // Step records what has happened between the sample before and this one, sorted
-// by interface, direction and tuple. A pod's traffic before the first step of
+// by interface, direction and tuple. What an interface has counted and nothing
+// tells of is waited for until the next step: news of a connection that has
+// ended may be on its way. A pod's traffic before the first step of
 // an empty Log is recorded as far as its connections still stand, and skipped as
 // far as not.
 func (l *Log) Step(s Sample) []Record {
@@ -201,7 +204,10 @@ func (l *Log) Step(s Sample) []Record {
 		counted := in.Sent.add(in.Received).add(in.Refused)
 		known := p.Recorded.add(p.Skipped).add(in.Exempt)
 		remark := Record{Interface: in.Interface, Start: start, End: s.At}
-		if lost := counted.since(known); lost.Packets > 0 {
+		open := counted.since(known)
+		lost := Counts{min(open.Packets, p.Open.Packets), min(open.Bytes, p.Open.Bytes)}
+		p.Open = open.since(lost)
+		if lost.Packets > 0 {
 			p.Skipped = p.Skipped.add(lost)
 			remark.Status, remark.Packets, remark.Bytes = SkipData, lost.Packets, lost.Bytes
 			out = append(out, remark)

@@ -95,7 +95,7 @@ func TestStepDenied(t *testing.T) {
 	}
 }
 
-// What the counters have and no connection tells of is skipped, once; an
+// What the counters have and no connection tells of is waited for, then skipped, once; an
 // interval without packets is remarked on.
 func TestStepRemarks(t *testing.T) {
 	counters := map[int]Reading{1: {web, Totals{Sent: Counts{10, 1000}, Received: Counts{2, 100}, Refused: Counts{3, 180}, Exempt: Counts{2, 100}}}}
@@ -105,13 +105,17 @@ func TestStepRemarks(t *testing.T) {
 	got := l.Step(Sample{At: at(60), Interfaces: counters, Refused: refused})
 	want := []Record{
 		{Interface: web, Start: at(5), End: at(9), Direction: Egress, Tuple: refused[0].Tuple, Packets: 3, Bytes: 180, TCPFlags: 2, Verdict: refused[0].Verdict},
-		{Interface: web, Status: SkipData, End: at(60), Packets: 10, Bytes: 1000},
 	}
 	if diff := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Addr{})); diff != "" {
 		t.Fatalf("-want +got:\n%s", diff)
 	}
 	got = l.Step(Sample{At: at(120), Interfaces: counters})
-	want = []Record{{Interface: web, Status: NoData, Start: at(60), End: at(120)}}
+	want = []Record{{Interface: web, Status: SkipData, Start: at(60), End: at(120), Packets: 10, Bytes: 1000}}
+	if diff := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Addr{})); diff != "" {
+		t.Fatalf("-want +got:\n%s", diff)
+	}
+	got = l.Step(Sample{At: at(180), Interfaces: counters})
+	want = []Record{{Interface: web, Status: NoData, Start: at(120), End: at(180)}}
 	if diff := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Addr{})); diff != "" {
 		t.Fatalf("-want +got:\n%s", diff)
 	}
@@ -168,7 +172,7 @@ func TestStepAddsUp(t *testing.T) {
 					skipped = skipped.add(Counts{rec.Packets, rec.Bytes})
 				}
 			}
-			if got, want := recorded.add(skipped).add(totals.Exempt), totals.Sent.add(totals.Received); got != want {
+			if got, want := recorded.add(skipped).add(totals.Exempt).add(l.Ports[0].Open), totals.Sent.add(totals.Received); got != want {
 				t.Fatalf("seed %d, step %d: recorded %v + skipped %v + exempt %v = %v, the interface counted %v", seed, step, recorded, skipped, totals.Exempt, got, want)
 			}
 			if r.IntN(3) == 0 {
@@ -181,6 +185,16 @@ func TestStepAddsUp(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
+		}
+		for i := range 2 {
+			for _, rec := range l.Step(Sample{At: at(60 * (22 + i)), Interfaces: map[int]Reading{1: {web, totals}}, Conns: conns}) {
+				if rec.Status == SkipData {
+					skipped = skipped.add(Counts{rec.Packets, rec.Bytes})
+				}
+			}
+		}
+		if got, want := recorded.add(skipped).add(totals.Exempt), totals.Sent.add(totals.Received); got != want {
+			t.Fatalf("seed %d: recorded and skipped are %v in the end, the interface counted %v", seed, got, want)
 		}
 		if recorded.Packets == 0 {
 			t.Fatalf("seed %d: nothing was recorded", seed)
