@@ -21,6 +21,11 @@ var reasonNames = map[bpfgen.NodeDropReason]string{
 	bpfgen.NodeDropReasonDROP_ETHERTYPE:         "ethertype",
 	bpfgen.NodeDropReasonDROP_SOURCE_ADDRESS:    "source_address",
 	bpfgen.NodeDropReasonDROP_IMDS:              "imds",
+	bpfgen.NodeDropReasonDROP_FRAGMENT:          "fragment",
+	bpfgen.NodeDropReasonDROP_CONNTRACK_FULL:    "conntrack_full",
+	bpfgen.NodeDropReasonDROP_TUPLE_COLLISION:   "tuple_collision",
+	bpfgen.NodeDropReasonDROP_POLICY_GROUPS:     "policy_groups",
+	bpfgen.NodeDropReasonDROP_POLICY_NETPOL:     "policy_netpol",
 }
 
 // Counters returns the packets dropped since the node started, by reason, and
