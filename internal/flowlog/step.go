@@ -39,7 +39,8 @@ type Side struct {
 // Conn is a connection as the datapath counts it.
 type Conn struct {
 	Tuple   packet.FiveTuple // of its first packet
-	Created time.Time        // with Tuple its name: a later one of the same tuple is another
+	ID      uint64           // with Tuple its name: another one of the same tuple has another
+	Created time.Time        // its first packet
 	Last    time.Time        // its latest packet
 	Sent    Side             // by the side that began it
 	Answers Side             // by the other
@@ -97,7 +98,7 @@ type Log struct {
 // Mark is how far a connection is recorded.
 type Mark struct {
 	Tuple         packet.FiveTuple
-	Created       time.Time
+	ID            uint64
 	Sent, Answers Side
 }
 
@@ -110,11 +111,11 @@ type Port struct {
 }
 
 type name struct {
-	tuple   packet.FiveTuple
-	created int64
+	tuple packet.FiveTuple
+	id    uint64
 }
 
-func (c *Conn) name() name { return name{c.Tuple, c.Created.UnixNano()} }
+func (c *Conn) name() name { return name{c.Tuple, c.ID} }
 
 // Step records what has happened between the sample before and this one, sorted
 // by interface, direction and tuple. What an interface has counted and nothing
@@ -127,7 +128,7 @@ func (l *Log) Step(s Sample) []Record {
 	marks := make(map[name]*Mark, len(l.Conns))
 	for i := range l.Conns {
 		m := &l.Conns[i]
-		marks[name{m.Tuple, m.Created.UnixNano()}] = m
+		marks[name{m.Tuple, m.ID}] = m
 	}
 	ports := make(map[int]*Port, len(s.Interfaces))
 	for i := range l.Ports {
@@ -191,7 +192,7 @@ func (l *Log) Step(s Sample) []Record {
 			continue // it ended while the sample was taken
 		}
 		record(c)
-		next = append(next, Mark{c.Tuple, c.Created, c.Sent, c.Answers})
+		next = append(next, Mark{c.Tuple, c.ID, c.Sent, c.Answers})
 	}
 	for _, r := range s.Refused {
 		add(r.On, Record{Start: r.First, End: r.Last, Direction: r.Direction, Tuple: r.Tuple, Packets: r.Counts.Packets, Bytes: r.Counts.Bytes,

@@ -138,7 +138,7 @@ func TestStepAddsUp(t *testing.T) {
 				n := Counts{1 + r.Uint64N(9), 40 + r.Uint64N(9000)}
 				switch r.IntN(5) {
 				case 0: // a connection begins; a few tuples, so that they come again
-					conns = append(conns, Conn{Tuple: tuple(web.Addr, api.Addr, uint16(r.IntN(4)), 80), From: 1, Created: now.Add(-time.Duration(r.IntN(59e9)))})
+					conns = append(conns, Conn{Tuple: tuple(web.Addr, api.Addr, uint16(r.IntN(4)), 80), From: 1, ID: r.Uint64(), Created: now.Add(-time.Duration(r.IntN(59e9)))})
 				case 1:
 					totals.Exempt, totals.Sent = totals.Exempt.add(n), totals.Sent.add(n)
 				case 2:
