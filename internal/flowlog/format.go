@@ -129,7 +129,7 @@ func (f Format) word(name string, n Node, r *Record) string {
 	case "pkt-dstaddr":
 		return text(dst)
 	case "srcport", "dstport":
-		if r.Tuple.Proto == packet.ProtoICMP || r.Tuple.Proto == packet.ProtoICMPv6 {
+		if icmp(r.Tuple.Proto) {
 			return "0" // VPC flow logs: ICMP has no ports
 		}
 		if name == "srcport" {
@@ -177,3 +177,5 @@ func text(a netip.Addr) string {
 	}
 	return a.String()
 }
+
+func icmp(protocol uint8) bool { return protocol == packet.ProtoICMP || protocol == packet.ProtoICMPv6 }

@@ -40,7 +40,10 @@ func (r *Record) Object(n Node) Object {
 	}
 	if r.Status == OK {
 		o.Direction, o.Protocol, o.TCPFlags, o.Verdict, o.Rule = r.Direction.String(), r.Tuple.Proto, r.TCPFlags, r.Verdict.Text, r.Verdict.Rule
-		o.Src, o.SrcPort, o.Dst, o.DstPort = r.Tuple.Src, r.Tuple.SrcPort, r.Tuple.Dst, r.Tuple.DstPort
+		o.Src, o.Dst = r.Tuple.Src, r.Tuple.Dst
+		if !icmp(r.Tuple.Proto) { // VPC flow logs: ICMP has no ports
+			o.SrcPort, o.DstPort = r.Tuple.SrcPort, r.Tuple.DstPort
+		}
 		o.Action = "REJECT"
 		if r.Accepted {
 			o.Action = "ACCEPT"
