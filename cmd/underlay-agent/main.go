@@ -76,9 +76,10 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	defer socket.Close()
+	var ended agent.Ended
 	var a *agent.Agent // there before the first ADD is served
 	dp, err := datapath.Open(datapath.Options{BeforeReady: func(ctx context.Context, ep datapath.Endpoint) error { return a.BeforeReady(ctx, ep) },
-		BPFFS: o.bpffs, AllowIMDS: o.imds == "allow", Hook: o.hook, SNAT: o.snat, SNATExclude: o.snatExclude, ProcSysNet: o.procSysNet, Logger: log})
+		Ended: ended.Add, BPFFS: o.bpffs, AllowIMDS: o.imds == "allow", Hook: o.hook, SNAT: o.snat, SNATExclude: o.snatExclude, ProcSysNet: o.procSysNet, Logger: log})
 	if err != nil {
 		return fmt.Errorf("open the datapath: %w; docs/datapath.md says what it needs of the kernel", err)
 	}
@@ -92,11 +93,20 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 		ConnectEC2: func(ctx context.Context, region string) (agent.EC2, error) { return ec2.New(ctx, region) },
 		SetPolicy:  dp.SetPolicy, Orchestrator: n.orchestrator(), Serving: n.install,
 	})
+	conntrack, err := dp.ConntrackID()
+	if err != nil {
+		return err
+	}
+	flows, err := agent.NewFlows(a, dp, &ended, conntrack, agent.FlowOptions{Dir: o.flowDir, Format: o.flows, Interval: o.flowInterval, Node: o.nodeName})
+	if err != nil {
+		return fmt.Errorf("%w; choose another --flow-dir", err)
+	}
 	log.Info("serving", "socket", o.socket, "version", version(), "hook", o.hook)
 
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return agentapi.Serve(gctx, socket, a, log) })
 	g.Go(func() error { return a.Run(gctx) })
+	g.Go(func() error { return flows.Run(gctx) })
 	g.Go(func() error { return n.run(gctx) })
 	if o.metrics != "" {
 		g.Go(func() error { return serveHTTP(gctx, o.metrics, handler(a, n)) })

@@ -17,6 +17,7 @@ import (
 
 	"github.com/underlay-cni/underlay/internal/agentapi/install"
 	"github.com/underlay-cni/underlay/internal/datapath"
+	"github.com/underlay-cni/underlay/internal/flowlog"
 	"github.com/underlay-cni/underlay/internal/ipam"
 )
 
@@ -33,6 +34,9 @@ type options struct {
 	level                                 slog.Level
 	prefixes                              bool
 	sweep, linger                         time.Duration
+	flowDir, flowFormat                   string
+	flowInterval                          time.Duration
+	flows                                 *flowlog.Format // of flowFormat; nil: JSON
 
 	uninstall, force, stay bool
 }
@@ -62,6 +66,9 @@ func parseFlags(args []string, stderr io.Writer) (options, error) {
 	f.DurationVar(&o.sweep, "sweep", 0, "`time` between deletions of the interfaces that dead nodes of the cluster left, e.g. 10m; set it on one agent of a cluster; 0: never")
 	f.DurationVar(&o.linger, "security-groups-linger", ipam.Default().SetLinger, "`time` that the interface of a set of security groups is kept after its last pod: to make and attach one takes seconds, and while it is kept no other set can have its place")
 	f.StringVar(&o.metrics, "metrics-listen", "", "`address` for /metrics (Prometheus), /livez and /readyz, e.g. 127.0.0.1:9464; empty: none")
+	f.StringVar(&o.flowDir, "flow-dir", "", "`directory` for files of flow records; empty: none are written, and underlay flows has the latest all the same")
+	f.StringVar(&o.flowFormat, "flow-format", flowlog.Default, "`fields` of a record, as VPC flow logs have them, and pod, namespace, node, direction, verdict, rule; or json")
+	f.DurationVar(&o.flowInterval, "flow-interval", time.Minute, "how long a flow record collects, from 1s to 10m")
 	f.StringVar(&o.nodeName, "node-name", "", "`name` of the node in Kubernetes: the agent then takes the taint underlay.dev/agent-not-ready off, publishes how many pods the node has addresses for, and posts events on pods; empty: there is no Kubernetes")
 	f.StringVar(&o.kubeconfig, "kubeconfig", "", "`file` by which the API server is found; empty: as a pod of the cluster finds it")
 	f.StringVar(&o.cniConf, "cni-conf", "", "`file` to write the CNI configuration list to when the agent serves, e.g. /etc/cni/net.d/10-underlay.conflist; with --cni-bin; empty: somebody else installs")
@@ -139,8 +146,19 @@ Flags:
 		err = fmt.Errorf("--cni-conf is %q and --cni-bin %q, want absolute paths", o.cniConf, o.cniBin)
 	case o.cniConf != "" && filepath.Ext(o.cniConf) != ".conflist": // libcni reads lists from no other
 		err = fmt.Errorf("--cni-conf is %q, want a name that ends with .conflist: runtimes read no other list", o.cniConf)
+	case o.flowDir != "" && !filepath.IsAbs(o.flowDir):
+		err = fmt.Errorf("--flow-dir is %q, want an absolute path", o.flowDir)
+	case o.flowInterval < time.Second || o.flowInterval > 10*time.Minute:
+		err = fmt.Errorf("--flow-interval is %s, want 1s to 10m", o.flowInterval)
 	case o.kubeconfig != "" && o.nodeName == "":
 		err = errors.New("--kubeconfig wants --node-name")
+	}
+	if err == nil && o.flowFormat != "json" {
+		var format flowlog.Format
+		if format, err = flowlog.ParseFormat(o.flowFormat); err != nil {
+			err = fmt.Errorf("--flow-format: %w", err)
+		}
+		o.flows = &format
 	}
 	if err != nil {
 		fmt.Fprintf(stderr, "underlay-agent: %v; see underlay-agent --help\n", err)

@@ -119,6 +119,7 @@ type Agent struct {
 	endpoints map[key]datapath.Endpoint
 	nextReq   ipam.RequestID
 	subnets   map[vpc.SubnetID]netip.Prefix
+	flows     *Flows // nil: none are recorded
 }
 
 // key names an endpoint as the runtime does.

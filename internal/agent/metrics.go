@@ -11,7 +11,9 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
+	"github.com/underlay-cni/underlay/internal/agent/recorder"
 	"github.com/underlay-cni/underlay/internal/agentapi"
+	"github.com/underlay-cni/underlay/internal/flowlog"
 	"github.com/underlay-cni/underlay/internal/ipam"
 	"github.com/underlay-cni/underlay/internal/vpc"
 )
@@ -86,12 +88,17 @@ var (
 	descWaiting   = prometheus.NewDesc("underlay_adds_waiting", "ADDs that wait for an address.", nil, nil)
 	descExhausted = prometheus.NewDesc("underlay_subnet_exhausted", "1 for a subnet of the node where EC2 found no free address, or no free prefix, when last asked.", []string{"subnet", "lacks"}, nil)
 	descNotices   = prometheus.NewDesc("underlay_notices_dropped_total", "What pods' users were not told, in Kubernetes' events, for want of room.", nil, nil)
+	descRecords   = prometheus.NewDesc("underlay_flow_records_total", "Flow records made.", []string{"direction", "action"}, nil)
+	descRecorded  = prometheus.NewDesc("underlay_flow_packets_total", "Packets in flow records.", []string{"direction", "action"}, nil)
+	descBytes     = prometheus.NewDesc("underlay_flow_bytes_total", "IP bytes in flow records.", []string{"direction", "action"}, nil)
+	descSkipped   = prometheus.NewDesc("underlay_flow_skipped_packets_total", "Packets that pods' interfaces counted and no flow record could be made of.", nil, nil)
+	descFailures  = prometheus.NewDesc("underlay_flow_failures_total", "Intervals whose flow records could not be read or written in time; later ones make up for them.", nil, nil)
 	descDrops     = prometheus.NewDesc("underlay_dropped_packets_total", "Packets that the node's programs dropped, by reason.", []string{"reason"}, nil)
 )
 
 // Describe implements prometheus.Collector.
 func (v *view) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descReady, descENIs, descAddresses, descSets, descSetENIs, descSetsLeft, descWaiting, descExhausted, descNotices, descDrops} {
+	for _, d := range []*prometheus.Desc{descReady, descENIs, descAddresses, descSets, descSetENIs, descSetsLeft, descWaiting, descExhausted, descNotices, descRecords, descRecorded, descBytes, descSkipped, descFailures, descDrops} {
 		ch <- d
 	}
 }
@@ -164,6 +171,7 @@ func (v *view) Collect(ch chan<- prometheus.Metric) {
 	if o := v.a.opts.Orchestrator; o != nil {
 		ch <- prometheus.MustNewConstMetric(descNotices, prometheus.CounterValue, float64(o.Dropped()))
 	}
+	v.flows(ch)
 	drops, err := v.a.opts.Datapath.Counters()
 	if err != nil {
 		return // a scrape without them says so by their absence
@@ -171,4 +179,29 @@ func (v *view) Collect(ch chan<- prometheus.Metric) {
 	for reason, c := range drops {
 		ch <- prometheus.MustNewConstMetric(descDrops, prometheus.CounterValue, float64(c), reason)
 	}
+}
+
+// flows are the sums of the flow records.
+func (v *view) flows(ch chan<- prometheus.Metric) {
+	v.a.mu.Lock()
+	f := v.a.flows
+	v.a.mu.Unlock()
+	if f == nil {
+		return
+	}
+	// The latest failure is counted among the totals.
+	t, _ := f.Totals()
+	count := func(d *prometheus.Desc, n uint64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(n), labels...)
+	}
+	for _, d := range []flowlog.Direction{flowlog.Egress, flowlog.Ingress} {
+		for accepted, action := range map[bool]string{true: "accept", false: "reject"} {
+			k := recorder.Kind{Direction: d, Accepted: accepted}
+			count(descRecords, t.Records[k], d.String(), action)
+			count(descRecorded, t.Packets[k], d.String(), action)
+			count(descBytes, t.Bytes[k], d.String(), action)
+		}
+	}
+	count(descSkipped, t.Skipped)
+	count(descFailures, t.Failures)
 }

@@ -25,6 +25,7 @@ const (
 	OpVersion Op = "version"
 	OpStatus  Op = "status"
 	OpInspect Op = "inspect"
+	OpFlows   Op = "flows"
 )
 
 // Code is the number of an error: CNI's own up to 99 (CNI specification 1.1,
@@ -79,8 +80,9 @@ func Errorf(code Code, format string, args ...any) *Error {
 
 // Request is one request.
 type Request struct {
-	Version int `json:"version"`
-	Op      Op  `json:"op"`
+	Version int        `json:"version"`
+	Op      Op         `json:"op"`
+	Flows   *FlowQuery `json:"flows,omitempty"` // flows: what is asked for
 }
 
 // Attachment is one interface of one container, as the runtime names it. As
@@ -119,6 +121,7 @@ type Response struct {
 	Error   *Error      `json:"error,omitempty"`
 	Agent   string      `json:"agent,omitempty"`   // version: the agent's own version
 	Inspect *Inspection `json:"inspect,omitempty"` // inspect
+	Flows   *Flows      `json:"flows,omitempty"`   // flows
 }
 
 // Result is what ADD made.
@@ -274,7 +277,7 @@ func decodeRequest(b []byte) (*Request, error) {
 		return &r, Errorf(CodeIncompatibleVersion, "the agent speaks protocol version %d, the request is of version %d; install the underlay that came with this agent", ProtocolVersion, r.Version)
 	}
 	switch r.Op {
-	case OpVersion, OpStatus, OpInspect:
+	case OpVersion, OpStatus, OpInspect, OpFlows:
 	default:
 		return &r, Errorf(CodeDecoding, "unknown operation %q; install the underlay that came with this agent", r.Op)
 	}

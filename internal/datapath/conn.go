@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"iter"
 	"net/netip"
+	"os"
+	"strings"
 	"sync"
 	"time"
 
@@ -120,9 +122,10 @@ type Connection struct {
 	ICMPCode          uint8  // of what is no query
 	Provenance        Provenance
 	State             ConnState
-	Local             bool // direct, and both ends are pods here in one subnet
-	Midflow           bool // the beginning was not seen
-	Denied            bool // a gate refused it: Packets are those that were dropped
+	Local             bool   // direct, and both ends are pods here in one subnet
+	Midflow           bool   // the beginning was not seen
+	Denied            bool   // a gate refused it: Packets are those that were dropped
+	ID                uint64 // of two of the same tuple: the later has the higher
 	Created, Last     time.Time
 	Timeout           time.Duration // of idleness, after which it is over
 	ENIIfIndex        int           // by which it leaves the node; 0: by none, or not known
@@ -144,6 +147,24 @@ func (d *Datapath) Connections() iter.Seq2[Connection, error] {
 			}
 		}
 	}
+}
+
+// ConntrackID names the table of connections: another table, as after a boot or
+// an uninstallation, has another.
+func (d *Datapath) ConntrackID() (string, error) {
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "", err
+	}
+	info, err := d.objs.Conns.Info()
+	if err != nil {
+		return "", fmt.Errorf("look at the map of connections: %w", err)
+	}
+	id, ok := info.ID()
+	if !ok {
+		return "", errors.New("the kernel gives maps no IDs: Linux 4.13 is too old")
+	}
+	return fmt.Sprintf("%s/%d", strings.TrimSpace(string(boot)), id), nil
 }
 
 // connBatch is a part of the table; it is valid until the next one.
@@ -202,6 +223,7 @@ func (m mono) connection(k *bpfgen.NodeConnKey, v *bpfgen.NodeConn) Connection {
 		Local:      flag(bpfgen.NodeConnFlagCONN_LOCAL),
 		Midflow:    flag(bpfgen.NodeConnFlagCONN_MIDFLOW),
 		Denied:     flag(bpfgen.NodeConnFlagCONN_DENIED),
+		ID:         v.CreatedNs,
 		Created:    m.at(v.CreatedNs), Last: m.at(v.LastNs),
 		Timeout:    time.Duration(v.TimeoutS) * time.Second,
 		ENIIfIndex: int(v.EniIfindex),
