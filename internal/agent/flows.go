@@ -16,6 +16,7 @@ import (
 	"github.com/underlay-cni/underlay/internal/datapath"
 	"github.com/underlay-cni/underlay/internal/flowlog"
 	"github.com/underlay-cni/underlay/internal/packet"
+	"github.com/underlay-cni/underlay/internal/policy"
 	"github.com/underlay-cni/underlay/internal/vpc"
 )
 
@@ -157,15 +158,16 @@ func (f *Flows) sample() (flowlog.Sample, func(), error) {
 	for n, p := range f.past {
 		s.Interfaces[n] = p.Reading
 	}
+	rules := f.a.gate.rules()
 	for c, err := range f.conns.Connections() {
 		if err != nil {
 			return s, nil, err
 		}
-		s.Conns = append(s.Conns, conn(&c))
+		s.Conns = append(s.Conns, conn(&c, rules))
 	}
 	ended := f.ended.all()
 	for i := range ended {
-		s.Ended = append(s.Ended, conn(&ended[i]))
+		s.Ended = append(s.Ended, conn(&ended[i], rules))
 	}
 	s.At = time.Now()
 	return s, func() { f.ended.taken(len(ended)) }, nil
@@ -192,7 +194,7 @@ func (f *Flows) enis() map[vpc.ENIID]place {
 }
 
 // conn is a connection as flow records have it.
-func conn(c *datapath.Connection) flowlog.Conn {
+func conn(c *datapath.Connection, rules policy.Rules) flowlog.Conn {
 	out := flowlog.Conn{
 		Tuple:   packet.FiveTuple{Src: c.Opener.Addr, Dst: c.Responder.Addr, SrcPort: c.Opener.Port, DstPort: c.Responder.Port, Proto: c.Protocol},
 		ID:      c.ID,
@@ -204,14 +206,14 @@ func conn(c *datapath.Connection) flowlog.Conn {
 	if c.Protocol == packet.ProtoICMP || c.Protocol == packet.ProtoICMPv6 {
 		out.Tuple.SrcPort, out.Tuple.DstPort = c.ICMPID, uint16(c.ICMPType)<<8|uint16(c.ICMPCode)
 	}
-	out.Egress, out.EgressDenied = verdict(&c.Opener)
-	out.Ingress, out.IngressDenied = verdict(&c.Responder)
+	out.Egress, out.EgressDenied = verdict(&c.Opener, rules)
+	out.Ingress, out.IngressDenied = verdict(&c.Responder, rules)
 	return out
 }
 
 // verdict is what the gates of a connection's end said: the one that refuses
 // decides; if none does, that of the security groups is told before the other.
-func verdict(e *datapath.ConnEnd) (v flowlog.Verdict, denied bool) {
+func verdict(e *datapath.ConnEnd, rules policy.Rules) (v flowlog.Verdict, denied bool) {
 	for _, g := range e.Gates {
 		if !g.Judged {
 			continue
@@ -225,8 +227,8 @@ func verdict(e *datapath.ConnEnd) (v flowlog.Verdict, denied bool) {
 		}
 		if v.Text == "" || text == "deny" || text == "audit" && v.Text == "allow" {
 			v = flowlog.Verdict{Text: text}
-			if g.Rule != 0 {
-				v.Rule = strconv.FormatUint(uint64(g.Rule), 10)
+			if g.Rule != uint32(policy.NoRule) {
+				v.Rule = cmp.Or(rules.Name(policy.RuleID(g.Rule)), strconv.FormatUint(uint64(g.Rule), 10))
 			}
 		}
 		denied = denied || text == "deny"

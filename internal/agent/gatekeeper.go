@@ -101,6 +101,16 @@ func (g *gatekeeper) leave(k key) {
 	g.changed()
 }
 
+// rules are the names of the rules in the kernel; none without a gatekeeper.
+func (g *gatekeeper) rules() policy.Rules {
+	if g == nil {
+		return nil
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.names
+}
+
 // changed has the tables looked at again soon.
 func (g *gatekeeper) changed() {
 	select {

@@ -72,6 +72,7 @@ func (f Format) Line(n Node, r Record) string {
 		if words[i] == "" {
 			words[i] = "-"
 		}
+		words[i] = strings.ReplaceAll(words[i], " ", "_") // a rule's name has blanks
 	}
 	return strings.Join(words, " ")
 }
