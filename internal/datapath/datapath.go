@@ -56,6 +56,10 @@ type Options struct {
 	ProcSysNet string
 	// Direct lets flows within the VPC bypass the kernel's stack (D6).
 	Direct bool
+	// StackNetworks are within the VPC's ranges and yet not for direct
+	// forwarding: addresses that somebody on the node translates, as those of
+	// Kubernetes' services, if they are of such a range.
+	StackNetworks []netip.Prefix
 	// Timeouts of idle connections; what is 0 is AWS's default.
 	Timeouts Timeouts
 	// Ended, if set, is called for each connection that is over, with its last
@@ -101,9 +105,6 @@ type Datapath struct {
 	vpc     []netip.Prefix // sorted
 
 	policies policies
-
-	// netMu is held while the networks are set.
-	netMu sync.Mutex
 
 	// mu guards the fields below, which are read from the maps by Open and
 	// follow them.

@@ -27,7 +27,7 @@ type way struct {
 	options func(*Options)
 }
 
-var ways = []way{{name: "stack", options: func(*Options) {}}}
+var ways = []way{{name: "stack", options: func(*Options) {}}, {name: "direct", direct: true, options: func(o *Options) { o.Direct = true }}}
 
 // Of the matrix: what listens where.
 const (
@@ -181,7 +181,7 @@ func TestMatrix(t *testing.T) {
 			// One socket asks two servers by two addresses, as a resolver does
 			// with its list: each answer has the address that was asked.
 			c := m.udp(m.near1.ns, m.near1.Addr, 0)
-			for _, to := range []netip.AddrPort{svc("NEAR0-DNS"), svc("FAR0-DNS"), at(m.far1.Addr, dnsPort), svc("NEAR0-DNS"), svc("FAR1-DNS")} {
+			for _, to := range []netip.AddrPort{svc("NEAR0-DNS"), svc("FAR0-DNS"), at(m.far1.Addr, dnsPort), svc("NEAR0-DNS"), svc("FAR0-DNS")} {
 				buf := make([]byte, 64)
 				_, _ = c.WriteToUDPAddrPort([]byte("who am I?"), to)
 				_ = c.SetReadDeadline(time.Now().Add(patience))
@@ -447,10 +447,11 @@ func (m *matrix) ttls(t *testing.T) {
 			t.Errorf("TTL %d expires at %s, want one of %s", ttl, got, want)
 		}
 	}
+	neighbour := m.pod(m.farD, 11, 160, 0) // in far1's subnet
 	for _, p := range []struct {
 		from pod
 		hops int
-	}{{m.near1, 3}, {m.far0, 1}} {
+	}{{m.near1, 3}, {neighbour, 1}} {
 		c := m.udp(m.far1.ns, m.far1.Addr, 0)
 		pc := ipv4.NewPacketConn(c)
 		if err := pc.SetControlMessage(ipv4.FlagTTL, true); err != nil {
