@@ -10,7 +10,7 @@
  * the same for every number of rules up to 512, and grows with the logarithm, to
  * base 16, of the number of addresses.
  *
- * Needs struct addr, and struct tuple and enum gate of node_conn.h.
+ * Needs node_tuple.h.
  */
 
 /* What policy_judge is asked: a direction, and what else is known. */
@@ -321,21 +321,6 @@ static __noinline __u32 policy_common(void *table, const struct policy_direction
 		word = (k & here) | (word & ~here);
 	}
 	return policy_word(table, d->rules, i * 512 + word * 64 + lowest_bit(both));
-}
-
-static __always_inline bool is_v4(const struct addr *a)
-{
-	const __u64 *hi = (const void *)a->b;
-	const __u32 *w = (const void *)a->b;
-
-	return !*hi && w[2] == bpf_htonl(0xffff);
-}
-
-static __always_inline bool same_addr(const struct addr *a, const struct addr *b)
-{
-	const __u64 *x = (const void *)a->b, *y = (const void *)b->b;
-
-	return x[0] == y[0] && x[1] == y[1];
 }
 
 /* Bits of policy_direction.open; IPv6's are shifted left by one. */

@@ -20,7 +20,7 @@ struct addr {
 /* As in node.c. */
 #define NODE_POLICY_TABLES	16384
 
-#include "node_conn.h"
+#include "node_tuple.h"
 #include "node_policy.h"
 
 #define QUESTIONS	4096

@@ -133,6 +133,7 @@ func (d *Datapath) dismantle(e *Endpoint, withLink bool) error {
 	d.mu.Lock()
 	if d.indexes[e.HostIfIndex] == e.key() {
 		delete(d.indexes, e.HostIfIndex)
+		d.leaveSlot(e.HostIfIndex)
 	}
 	d.mu.Unlock()
 	return errors.Join(errs...)

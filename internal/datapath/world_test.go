@@ -89,6 +89,7 @@ type world struct {
 	node, wire string // names of namespaces
 	bpffs      string
 	quiet      bool                                  // do not log
+	stackOnly  bool                                  // nothing bypasses the stack
 	released   func(containerID, ifName string) bool // see Remove
 }
 
@@ -196,6 +197,9 @@ func (w *world) open(opts Options) *Datapath {
 	if err := d.SetENIs(context.Background(), enis); err != nil {
 		w.t.Fatal(err)
 	}
+	if err := d.SetNetworks([]netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, nil); err != nil {
+		w.t.Fatal(err)
+	}
 	return d
 }
 
@@ -204,6 +208,7 @@ func (w *world) tryOpen(opts Options) (d *Datapath, err error) {
 	if opts.Hook == "" {
 		opts.Hook = testHook
 	}
+	opts.Direct = !w.stackOnly
 	if w.quiet {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -364,4 +369,13 @@ func containsAny(s string, any ...string) bool {
 		}
 	}
 	return false
+}
+
+func paths(t testing.TB, d *Datapath) Paths {
+	t.Helper()
+	p, err := d.Paths()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
 }
