@@ -129,6 +129,34 @@ func TestNetworkPolicyOnPackets(t *testing.T) {
 	}
 }
 
+// What the pod sends in a flow that the node began passes after a change of
+// policy, also if the pod is the first to send.
+func TestTheNodesFlowsOutliveAChange(t *testing.T) {
+	c := newCluster(t)
+	b := c.pods["b"]
+	c.input.Policies = []policy.NetworkPolicy{from("a")}
+	c.apply("")
+	server, client := c.udp(b.ns, b.Addr, echoPort), c.connected(c.node, b.Addr)
+	buf := make([]byte, 64)
+	if _, err := client.Write([]byte("hello")); err != nil {
+		t.Fatal(err)
+	}
+	_ = server.SetReadDeadline(time.Now().Add(5 * time.Second))
+	_, node, err := server.ReadFromUDPAddrPort(buf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.input.Policies = []policy.NetworkPolicy{from("c")}
+	c.apply("")
+	if _, err := server.WriteToUDPAddrPort([]byte("news"), node); err != nil {
+		t.Fatal(err)
+	}
+	_ = client.SetReadDeadline(time.Now().Add(2 * time.Second))
+	if _, err := client.Read(buf); err != nil {
+		t.Errorf("the pod's packet does not reach the node: %v; dropped: %v", err, counters(t, c.d))
+	}
+}
+
 // Security groups between pods of one node and subnet, which the VPC never sees.
 func TestSecurityGroupsOnPackets(t *testing.T) {
 	c := newCluster(t)
