@@ -84,6 +84,9 @@ func (d *Datapath) SetENIs(ctx context.Context, enis []ENI) error {
 	d.present = present
 	missingGuard, err := repairGuard(d.netns)
 	errs = append(errs, d.setRules(present), d.setPodRule(), err, d.setSNAT(), d.repairPrograms(ctx))
+	if err := d.attachENIs(ctx, present, links); err != nil {
+		d.log.Warn("pods' packets take the stack where an ENI lacks its programs", "err", err)
+	}
 	if err := d.setReplies(slices.Collect(maps.Values(present))); err != nil {
 		// What nobody translates goes on without.
 		d.log.Warn("pods on secondary ENIs may not answer through ports of the node", "err", err)
@@ -253,7 +256,7 @@ func (d *Datapath) Foreign() ([]netip.Addr, error) {
 func ourTable(table uint32) bool { return table >= PodTable && table <= ENITable+MaxENIIndex }
 
 // Watch calls changed, from two goroutines, whenever in the node's namespace an
-// IPv4 rule, a route of an ENI's table or a filter on a pod's device is deleted,
+// IPv4 rule, a route of an ENI's table or a filter on a pod's or an ENI's device is deleted,
 // an address comes or goes, or a host route does in a table that is not ours,
 // until ctx ends: then SetENIs and Foreign have something to look at; and when
 // somebody begins to translate addresses, or deletes our table in nftables. Its
@@ -270,11 +273,11 @@ func (d *Datapath) Watch(ctx context.Context, changed func()) error {
 		}
 		return r.Dst.Bits() == 32
 	}
-	pods := func(index int) bool { return index >= firstIndex && index <= lastIndex }
+	ours := func(index int) bool { return index >= firstIndex && index <= lastIndex || d.isENILink(index) }
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return watchNAT(ctx, d.netns, changed) })
 	g.Go(func() error {
-		if err := w.Run(ctx, route, pods, changed); err != nil {
+		if err := w.Run(ctx, route, ours, changed); err != nil {
 			return fmt.Errorf("watch the node's routing: %w", err)
 		}
 		return nil

@@ -71,7 +71,8 @@ func fleetENIs(first int) []ENI {
 func newFleet(t testing.TB, opts Options) *fleet {
 	t.Helper()
 	f := &fleet{world: newBareWorld(t)}
-	f.far = &world{t: t, node: f.netns("node1"), wire: f.wire, bpffs: mountBPFFS(t)}
+	f.stackOnly = true
+	f.far = &world{t: t, stackOnly: true, node: f.netns("node1"), wire: f.wire, bpffs: mountBPFFS(t)}
 	f.client, f.inet = f.netns("client"), f.netns("inet")
 
 	sysctl := func(netns, name, value string) { f.run("ip", "netns", "exec", netns, "sysctl", "-qw", name+"="+value) }

@@ -27,7 +27,7 @@ type way struct {
 	options func(*Options)
 }
 
-var ways = []way{{name: "stack", options: func(*Options) {}}}
+var ways = []way{{name: "stack", options: func(*Options) {}}, {name: "direct", direct: true, options: func(o *Options) { o.Direct = true }}}
 
 // Of the matrix: what listens where.
 const (

@@ -75,7 +75,9 @@ var (
 )
 
 // SetVPC says which ranges the VPC has. Until it is called, and while cidrs is
-// empty, SNAT stays as it is: on a node that is new, there is none.
+// empty, SNAT stays as it is: on a node that is new, there is none. Connections
+// within the ranges bypass the stack if Options.Direct is set, but for
+// Options.StackNetworks; those that are there go on as they began.
 func (d *Datapath) SetVPC(ctx context.Context, cidrs []netip.Prefix) error {
 	for _, c := range cidrs {
 		if !c.IsValid() || !c.Addr().Is4() || c.Bits() == 0 {
@@ -93,6 +95,9 @@ func (d *Datapath) SetVPC(ctx context.Context, cidrs []netip.Prefix) error {
 		return nil
 	}
 	d.vpc = sorted
+	if err := d.setNets(sorted, d.opts.StackNetworks); err != nil {
+		return err
+	}
 	if d.present == nil {
 		return nil // SetENIs comes to it
 	}
