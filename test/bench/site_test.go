@@ -151,7 +151,7 @@ func newUnderlay(b testing.TB, name string) *underlay {
 		if err := u.d[i].SetVPC(ctx, []netip.Prefix{netip.MustParsePrefix(vpcRange)}); err != nil {
 			b.Fatal(err)
 		}
-		eni := datapath.ENI{ID: vpc.ENIID(fmt.Sprintf("eni-%017x", u.n*2+i)), Index: 1, MAC: u.mac(i), Primary: u.nodeAddr(i), Subnet: netip.PrefixFrom(u.addr(0), 24)}
+		eni := datapath.ENI{ID: vpc.ENIID(fmt.Sprintf("eni-%017x", u.n*2+i)), Index: 1, MAC: u.mac(i), Primary: u.nodeAddr(i), Subnet: netip.PrefixFrom(u.addr(0), 16)}
 		if err := u.d[i].SetENIs(ctx, []datapath.ENI{eni}); err != nil {
 			b.Fatal(err)
 		}
@@ -163,7 +163,7 @@ func newUnderlay(b testing.TB, name string) *underlay {
 func (u *underlay) pod(i int) benchPod {
 	u.b.Helper()
 	u.pods++
-	// Beyond the nodes' own addresses, in the site's second /24.
+	// Beyond the nodes' own addresses, and of the same subnet to the datapath.
 	p := benchPod{u.netns(fmt.Sprintf("pod%d", u.pods)), netip.AddrFrom4([4]byte{10, byte(u.n), 1, byte(u.pods)})}
 	netns, err := os.Open(nl.Path(p.ns))
 	if err != nil {
