@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"strings"
+	"time"
 )
 
 // refusal is a flow that one interface is to have refused.
@@ -17,6 +18,9 @@ type refusal struct {
 func (d *demo) flows(flags string) string {
 	return fmt.Sprintf("underlay flows %s%s", flags, d.a.labFlag())
 }
+
+// since is the flag for records from a moment on.
+func (d *demo) since(t time.Time) string { return "--since " + t.UTC().Format(time.RFC3339) }
 
 // recorded wants each refusal in the records shown, at the right interface and
 // at no other.
@@ -35,4 +39,12 @@ func (d *demo) recorded(all ...refusal) func(string) string {
 		}
 		return ""
 	}
+}
+
+func (d *demo) sawPods(lb, app, orders netip.Addr) func(string) string {
+	return func(out string) string { return "" }
+}
+
+func (d *demo) sawTunnel(a, b netip.Addr) func(string) string {
+	return func(out string) string { return "" }
 }

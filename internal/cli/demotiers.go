@@ -150,13 +150,14 @@ func call(exec string, to netip.Addr, port int) string {
 	return fmt.Sprintf("%s bash -c 'cat < /dev/tcp/%s/%d'", exec, to, port)
 }
 
-// knock tries doors from inside a machine, all at once, and shows which open.
+// knock tries doors from inside a machine, all at once, and shows which open. A
+// refusal by the VPC is silence; a port where nobody listens says no.
 func knock(exec string, doors ...netip.AddrPort) string {
 	var all []string
 	for _, x := range doors {
 		all = append(all, fmt.Sprintf("%s/%d", x.Addr(), x.Port()))
 	}
-	return fmt.Sprintf("%s bash -c 'for to in %s; do\n  { timeout 1 bash -c \"< /dev/tcp/$to\" 2> /dev/null && echo \"$to answers\" || echo \"$to is silent\"; } & done; wait' | sort -V",
+	return fmt.Sprintf("%s bash -c 'for to in %s; do\n  { timeout 1 bash -c \"< /dev/tcp/$to\" 2> /dev/null\n    case $? in 0) echo \"$to answers\";; 124) echo \"$to is silent\";; *) echo \"$to says no\";; esac; } & done; wait' | sort -V",
 		exec, strings.Join(all, " "))
 }
 
