@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 
@@ -157,7 +158,28 @@ func (d *demo) environment() error {
 	return nil
 }
 
-func (d *demo) say(s string) { fmt.Fprintf(d.out, "%s\n", paint(s, strong, d.color)) }
+func (d *demo) say(s string) {
+	for _, line := range wrap(s, 100) {
+		fmt.Fprintf(d.out, "%s\n", paint(line, strong, d.color))
+	}
+}
+
+// wrap breaks a text between words into lines of width characters at most.
+func wrap(s string, width int) []string {
+	var lines []string
+	line := ""
+	for _, w := range strings.Fields(s) {
+		if line != "" && utf8.RuneCountInString(line)+1+utf8.RuneCountInString(w) > width {
+			lines = append(lines, line)
+			line = ""
+		}
+		if line != "" {
+			line += " "
+		}
+		line += w
+	}
+	return append(lines, line)
+}
 
 func (d *demo) shell(cmd string) {
 	for i, line := range strings.Split(cmd, "\n") {

@@ -21,7 +21,7 @@ flow log says so. Then takes the lab down; --keep (or KEEP=1) leaves it up. Ends
 with an error if a proof fails.`,
 	example: "  underlay demo three-tier\n  underlay demo three-tier --keep",
 	intro:   "A VPC in one process, two nodes with an agent each, a VM and a database:",
-	tools:   []string{"bash", "aws"},
+	tools:   []string{"bash"},
 	prove:   (*demo).proveThreeTier,
 }
 
