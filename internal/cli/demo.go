@@ -77,6 +77,8 @@ type demo struct {
 	color   bool
 	results []proof
 	out     io.Writer
+	// comment is what to say behind a line of output, if anything.
+	comment func(line string) string
 }
 
 type proof struct {
@@ -236,7 +238,11 @@ func (d *demo) fact(ctx context.Context, fact, command string, check func(out st
 	}
 	p.OK = p.Why == ""
 	for line := range strings.Lines(out) {
-		fmt.Fprintf(d.out, "    %s\n", strings.TrimRight(line, "\n"))
+		line = strings.TrimRight(line, "\n")
+		if d.comment != nil {
+			line += "  " + paint(d.comment(line), dim, d.color)
+		}
+		fmt.Fprintf(d.out, "    %s\n", line)
 	}
 	if p.OK {
 		fmt.Fprintf(d.out, "  %s\n", paint("✓ shown", good, d.color))

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"slices"
 	"strings"
 
 	"github.com/underlay-cni/underlay/internal/ec2"
@@ -49,7 +48,7 @@ type tiers struct {
 // makeTiers makes the groups and gives vm-1 that of a client.
 func (d *demo) makeTiers(ctx context.Context) (*tiers, error) {
 	t := &tiers{
-		api:      ec2.NewLab(d.lab.Lab.Endpoint, region),
+		api:      labAPI(d.lab),
 		client:   &tier{name: "client", on: "vm-1, a VM", out: []string{"anything in the VPC"}},
 		balancer: &tier{name: "lb", on: "the load balancer", in: []string{"80 from client"}, out: []string{"8080 to app"}},
 		app:      &tier{name: "app", on: "the application", in: []string{"8080 from lb"}, out: []string{"5432 to db"}},
@@ -72,6 +71,9 @@ func (d *demo) makeTiers(ctx context.Context) (*tiers, error) {
 }
 
 func (t *tiers) all() []*tier { return []*tier{t.client, t.balancer, t.app, t.db} }
+
+// labAPI is the lab's EC2.
+func labAPI(f *labFile) *ec2.Lab { return ec2.NewLab(f.Lab.Endpoint, region) }
 
 // allow lets one tier connect to another: into the latter, and out of the former
 // if it says so.
@@ -110,19 +112,14 @@ func (d *demo) place(ctx context.Context, t *tiers, g *tier, nodes ...string) er
 
 // setGroups gives the first interface of a machine other groups.
 func (d *demo) setGroups(ctx context.Context, t *tiers, machine string, groups ...vpc.SecurityGroupID) error {
-	ip, ok := d.machine(machine)
-	if !ok {
-		return fmt.Errorf("the lab has no machine %s", machine)
-	}
-	all, err := t.api.Interfaces(ctx, vpc.VPCID(d.lab.Lab.VPCID))
+	all, err := d.interfaces(ctx, t)
 	if err != nil {
 		return err
 	}
-	i := slices.IndexFunc(all, func(e vpc.ENI) bool { return e.Primary == ip })
-	if i < 0 {
-		return fmt.Errorf("no interface of the VPC has the address %s of %s", ip, machine)
+	if all[machine] == "" {
+		return fmt.Errorf("the lab has no interface of a machine %s", machine)
 	}
-	return t.api.SetGroups(ctx, all[i].ID, groups...)
+	return t.api.SetGroups(ctx, vpc.ENIID(all[machine]), groups...)
 }
 
 // machine returns the address of a node or of an outside machine, as the lab is
@@ -246,14 +243,55 @@ func (d *demo) proveThreeTier(ctx context.Context) {
 	d.fact(ctx, "Somebody has taken over app-1. It tries the other pod of its tier, the load balancer, another port of its database, the database of others, the client, a node:",
 		knock(inApp, aims...), silent(aims...))
 
-	var refused []refusal
-	for _, x := range short {
-		refused = append(refused, refusal{src: vm, dst: x, ingress: true})
+	_, node1ENI := d.pod("app-1")
+	var refused []attempt
+	if !d.step(ctx, "learn who has which interface", func() error {
+		enis, err := d.interfaces(ctx, t)
+		if err != nil {
+			return err
+		}
+		ordersENI := enis["orders"]
+		for _, x := range short {
+			eni := node1ENI // app-1's
+			if x.Addr() == orders {
+				eni = ordersENI
+			}
+			refused = append(refused, attempt{src: vm, dst: x, eni: eni, direction: ingress, action: "REJECT"})
+		}
+		refused = append(refused, attempt{src: balancer, dst: at(orders, portDatabase), eni: enis["lb"], direction: egress, action: "REJECT"})
+		for _, x := range aims {
+			refused = append(refused, attempt{src: app1, dst: x, eni: node1ENI, direction: egress, action: "REJECT"})
+		}
+		return nil
+	}) {
+		return
 	}
-	refused = append(refused, refusal{src: balancer, dst: at(orders, portDatabase), ingress: false})
-	for _, x := range aims {
-		refused = append(refused, refusal{src: app1, dst: x, ingress: false})
+	d.flowFact(ctx, "The flow log has each attempt, at the ENI that refused it: the client's at those that it called, the others at the caller's own, whose group lets nothing of the kind out.",
+		"--action REJECT", recorded(refused...))
+}
+
+// interfaces are the IDs of the first interfaces of machines, by name.
+func (d *demo) interfaces(ctx context.Context, t *tiers) (map[string]string, error) {
+	f, err := d.a.home().loadUp()
+	if err != nil {
+		return nil, err
 	}
-	d.fact(ctx, "The flow log has each attempt, at the ENI that refused it: the client's at those that it called, the others at the caller's own, whose group lets nothing of the kind out.",
-		d.flows("--action REJECT"), d.recorded(refused...))
+	names := map[netip.Addr]string{}
+	for _, n := range f.Lab.Nodes {
+		names[n.IP] = n.Name
+	}
+	for _, o := range f.Lab.Outside {
+		names[o.IP] = o.Name
+	}
+	all, err := t.api.Interfaces(ctx, vpc.VPCID(d.lab.Lab.VPCID))
+	if err != nil {
+		return nil, err
+	}
+	out := map[string]string{}
+	for _, e := range all {
+		if name, ok := names[e.Primary]; ok {
+			out[name] = string(e.ID)
+		}
+	}
+	return out, nil
 }
