@@ -52,6 +52,7 @@ type reconciler struct {
 	imds       func(vpc.InstanceID) *imds.Server
 	dns        *dns.Server
 	exists     func(netns string) bool // whether a name is there
+	internet   func()                  // there is an internet now; may be nil
 
 	changed <-chan struct{} // of the store
 	again   chan struct{}   // something else asks for another look; size 1
@@ -184,6 +185,9 @@ func (r *reconciler) apply(ctx context.Context) (state, mapping *store.State, er
 	errs := []error{err}
 	if err := r.net.Set(ctx, config); err != nil {
 		errs = append(errs, fmt.Errorf("set the fabric: %w", err))
+	}
+	if config.Internet && r.internet != nil {
+		r.internet()
 	}
 	errs = append(errs, r.listen(state, config))
 	return state, mapping, errors.Join(errs...)

@@ -107,7 +107,7 @@ func Run(ctx context.Context, o Options) (err error) {
 		if listenErr != nil {
 			return listenErr
 		}
-		resolver := &dns.Server{Region: dns.Region{Name: o.Region}, View: state.View, Logger: o.Logger}
+		resolver := &dns.Server{Region: dns.Region{Name: o.Region, Internet: fabric.InternetAddrs[0].Addr()}, View: state.View, Logger: o.Logger}
 		inside := httpServer(ec2Handler, o.Logger) // no /_vpcd/ for instances
 		adm.fabric = &reconciler{
 			names: names{o.Name}, store: state, net: f, now: time.Now, log: o.Logger, ec2: inside, changed: state.Changed(), again: make(chan struct{}, 1),
@@ -118,9 +118,11 @@ func Run(ctx context.Context, o Options) (err error) {
 				return imds.New(imds.Config{Instance: id, Source: source, Key: key, Logger: o.Logger})
 			},
 		}
+		out := &internet{run: f.Internet, there: make(chan struct{}, 1), log: o.Logger}
+		adm.fabric.internet = out.isThere
 		source.mapped = adm.fabric.mapped
 		servers = append(servers, inside)
-		jobs = append(jobs, adm.fabric.Run,
+		jobs = append(jobs, adm.fabric.Run, out.Run,
 			func(ctx context.Context) error { return expire(ctx, f, o.Logger) },
 			func(context.Context) error {
 				return dns.ServeUDP(resolver, datagrams, func(c fabric.Client) vpc.ENIID { return c.ENI })
@@ -154,6 +156,8 @@ var enforced = []string{
 	"ModifySecurityGroupRules", "ModifyManagedPrefixList", "ModifyNetworkInterfaceAttribute", "ModifyVpcAttribute",
 	"CreateNetworkAclEntry", "ReplaceNetworkAclEntry", "DeleteNetworkAclEntry", "ReplaceNetworkAclAssociation",
 	"CreateRoute", "ReplaceRoute", "DeleteRoute", "AssociateRouteTable", "DisassociateRouteTable", "ReplaceRouteTableAssociation",
+	"AttachInternetGateway", "DetachInternetGateway", "AssociateAddress", "DisassociateAddress", "DeleteNatGateway",
+	"AcceptVpcPeeringConnection", "DeleteVpcPeeringConnection",
 }
 
 // zoneIDs asks the API for its zones' ids, by name.

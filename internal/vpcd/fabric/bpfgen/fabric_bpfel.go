@@ -55,7 +55,7 @@ type FabricCounters struct {
 	TxBytes   uint64
 	RxPackets uint64
 	RxBytes   uint64
-	Drops     [23]uint64
+	Drops     [26]uint64
 }
 
 type FabricDirection uint32
@@ -90,8 +90,11 @@ const (
 	FabricDropReasonDROP_ACL_EGRESS          FabricDropReason = 19
 	FabricDropReasonDROP_ACL_INGRESS         FabricDropReason = 20
 	FabricDropReasonDROP_BLACKHOLE           FabricDropReason = 21
-	FabricDropReasonDROP_LINKLOCAL_ALLOWANCE FabricDropReason = 22
-	FabricDropReasonDROP_REASONS             FabricDropReason = 23
+	FabricDropReasonDROP_IGW_SOURCE          FabricDropReason = 22
+	FabricDropReasonDROP_IGW_PRIVATE         FabricDropReason = 23
+	FabricDropReasonDROP_NO_PUBLIC           FabricDropReason = 24
+	FabricDropReasonDROP_LINKLOCAL_ALLOWANCE FabricDropReason = 25
+	FabricDropReasonDROP_REASONS             FabricDropReason = 26
 )
 
 type FabricEni struct {
@@ -114,6 +117,7 @@ type FabricEniFlag uint32
 const (
 	FabricEniFlagENI_SOURCE_DEST_CHECK FabricEniFlag = 1
 	FabricEniFlagENI_READY             FabricEniFlag = 2
+	FabricEniFlagENI_UNGATED           FabricEniFlag = 4
 )
 
 type FabricFlow struct {
@@ -162,6 +166,14 @@ type FabricFragmentKey struct {
 	Pad      uint8
 }
 
+type FabricGatewayProgram uint32
+
+const (
+	FabricGatewayProgramTO_INTERNET      FabricGatewayProgram = 0
+	FabricGatewayProgramFROM_INTERNET    FabricGatewayProgram = 1
+	FabricGatewayProgramGATEWAY_PROGRAMS FabricGatewayProgram = 2
+)
+
 type FabricOpenFlag uint32
 
 const (
@@ -182,10 +194,18 @@ type FabricPolicy struct {
 	Rules         [2][1000]FabricRule
 }
 
+type FabricPublic struct {
+	_       structs.HostLayout
+	Table   uint64
+	Vni     uint32
+	Private uint32
+}
+
 type FabricRoute struct {
 	_      structs.HostLayout
 	Kind   FabricRouteKind
 	Target FabricTarget
+	Vni    uint32
 }
 
 type FabricRouteKey struct {
@@ -201,6 +221,8 @@ const (
 	FabricRouteKindROUTE_LOCAL     FabricRouteKind = 1
 	FabricRouteKindROUTE_ENI       FabricRouteKind = 2
 	FabricRouteKindROUTE_BLACKHOLE FabricRouteKind = 3
+	FabricRouteKindROUTE_IGW       FabricRouteKind = 4
+	FabricRouteKindROUTE_PEER      FabricRouteKind = 5
 )
 
 type FabricRule struct {
@@ -235,7 +257,7 @@ type FabricTarget struct {
 	Flags   FabricEniFlag
 	Subnet  uint32
 	Mac     [6]uint8
-	Pad     [2]uint8
+	Mtu     uint16
 }
 
 // Names of all BPF objects in the ELF.
@@ -245,21 +267,30 @@ const (
 	FabricMapAcls                  = "acls"
 	FabricMapBuckets               = "buckets"
 	FabricMapCounts                = "counts"
+	FabricMapElastics              = "elastics"
 	FabricMapEnis                  = "enis"
 	FabricMapFlows                 = "flows"
 	FabricMapFragments             = "fragments"
+	FabricMapGateways              = "gateways"
+	FabricMapInternet              = "internet"
 	FabricMapMappings              = "mappings"
 	FabricMapPolicies              = "policies"
+	FabricMapPublics               = "publics"
 	FabricMapRoutes                = "routes"
 	FabricMapStations              = "stations"
+	FabricProgCutForInternet       = "cut_for_internet"
 	FabricProgFromGuest            = "from_guest"
+	FabricProgFromInternet         = "from_internet"
 	FabricProgToGuest              = "to_guest"
+	FabricProgToInternet           = "to_internet"
 	FabricVarClockOffset           = "clock_offset"
 	FabricVarDirections            = "directions"
 	FabricVarDropReasons           = "drop_reasons"
 	FabricVarEgressGroupsByAddress = "egress_groups_by_address"
 	FabricVarFragmentTimeout       = "fragment_timeout"
+	FabricVarGatewayPrograms       = "gateway_programs"
 	FabricVarIcmpTimeout           = "icmp_timeout"
+	FabricVarInternetMtu           = "internet_mtu"
 	FabricVarLinklocalPps          = "linklocal_pps"
 	FabricVarMtu                   = "mtu"
 	FabricVarOpenFlags             = "open_flags"
@@ -313,8 +344,11 @@ type FabricSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type FabricProgramSpecs struct {
-	FromGuest *ebpf.ProgramSpec `ebpf:"from_guest"`
-	ToGuest   *ebpf.ProgramSpec `ebpf:"to_guest"`
+	CutForInternet *ebpf.ProgramSpec `ebpf:"cut_for_internet"`
+	FromGuest      *ebpf.ProgramSpec `ebpf:"from_guest"`
+	FromInternet   *ebpf.ProgramSpec `ebpf:"from_internet"`
+	ToGuest        *ebpf.ProgramSpec `ebpf:"to_guest"`
+	ToInternet     *ebpf.ProgramSpec `ebpf:"to_internet"`
 }
 
 // FabricMapSpecs contains maps before they are loaded into the kernel.
@@ -324,11 +358,15 @@ type FabricMapSpecs struct {
 	Acls      *ebpf.MapSpec `ebpf:"acls"`
 	Buckets   *ebpf.MapSpec `ebpf:"buckets"`
 	Counts    *ebpf.MapSpec `ebpf:"counts"`
+	Elastics  *ebpf.MapSpec `ebpf:"elastics"`
 	Enis      *ebpf.MapSpec `ebpf:"enis"`
 	Flows     *ebpf.MapSpec `ebpf:"flows"`
 	Fragments *ebpf.MapSpec `ebpf:"fragments"`
+	Gateways  *ebpf.MapSpec `ebpf:"gateways"`
+	Internet  *ebpf.MapSpec `ebpf:"internet"`
 	Mappings  *ebpf.MapSpec `ebpf:"mappings"`
 	Policies  *ebpf.MapSpec `ebpf:"policies"`
+	Publics   *ebpf.MapSpec `ebpf:"publics"`
 	Routes    *ebpf.MapSpec `ebpf:"routes"`
 	Stations  *ebpf.MapSpec `ebpf:"stations"`
 }
@@ -342,7 +380,9 @@ type FabricVariableSpecs struct {
 	DropReasons           *ebpf.VariableSpec `ebpf:"drop_reasons"`
 	EgressGroupsByAddress *ebpf.VariableSpec `ebpf:"egress_groups_by_address"`
 	FragmentTimeout       *ebpf.VariableSpec `ebpf:"fragment_timeout"`
+	GatewayPrograms       *ebpf.VariableSpec `ebpf:"gateway_programs"`
 	IcmpTimeout           *ebpf.VariableSpec `ebpf:"icmp_timeout"`
+	InternetMtu           *ebpf.VariableSpec `ebpf:"internet_mtu"`
 	LinklocalPps          *ebpf.VariableSpec `ebpf:"linklocal_pps"`
 	Mtu                   *ebpf.VariableSpec `ebpf:"mtu"`
 	OpenFlags             *ebpf.VariableSpec `ebpf:"open_flags"`
@@ -377,11 +417,15 @@ type FabricMaps struct {
 	Acls      *ebpf.Map `ebpf:"acls"`
 	Buckets   *ebpf.Map `ebpf:"buckets"`
 	Counts    *ebpf.Map `ebpf:"counts"`
+	Elastics  *ebpf.Map `ebpf:"elastics"`
 	Enis      *ebpf.Map `ebpf:"enis"`
 	Flows     *ebpf.Map `ebpf:"flows"`
 	Fragments *ebpf.Map `ebpf:"fragments"`
+	Gateways  *ebpf.Map `ebpf:"gateways"`
+	Internet  *ebpf.Map `ebpf:"internet"`
 	Mappings  *ebpf.Map `ebpf:"mappings"`
 	Policies  *ebpf.Map `ebpf:"policies"`
+	Publics   *ebpf.Map `ebpf:"publics"`
 	Routes    *ebpf.Map `ebpf:"routes"`
 	Stations  *ebpf.Map `ebpf:"stations"`
 }
@@ -391,11 +435,15 @@ func (m *FabricMaps) Close() error {
 		m.Acls,
 		m.Buckets,
 		m.Counts,
+		m.Elastics,
 		m.Enis,
 		m.Flows,
 		m.Fragments,
+		m.Gateways,
+		m.Internet,
 		m.Mappings,
 		m.Policies,
+		m.Publics,
 		m.Routes,
 		m.Stations,
 	)
@@ -410,7 +458,9 @@ type FabricVariables struct {
 	DropReasons           *ebpf.Variable `ebpf:"drop_reasons"`
 	EgressGroupsByAddress *ebpf.Variable `ebpf:"egress_groups_by_address"`
 	FragmentTimeout       *ebpf.Variable `ebpf:"fragment_timeout"`
+	GatewayPrograms       *ebpf.Variable `ebpf:"gateway_programs"`
 	IcmpTimeout           *ebpf.Variable `ebpf:"icmp_timeout"`
+	InternetMtu           *ebpf.Variable `ebpf:"internet_mtu"`
 	LinklocalPps          *ebpf.Variable `ebpf:"linklocal_pps"`
 	Mtu                   *ebpf.Variable `ebpf:"mtu"`
 	OpenFlags             *ebpf.Variable `ebpf:"open_flags"`
@@ -426,14 +476,20 @@ type FabricVariables struct {
 //
 // It can be passed to LoadFabricObjects or ebpf.CollectionSpec.LoadAndAssign.
 type FabricPrograms struct {
-	FromGuest *ebpf.Program `ebpf:"from_guest"`
-	ToGuest   *ebpf.Program `ebpf:"to_guest"`
+	CutForInternet *ebpf.Program `ebpf:"cut_for_internet"`
+	FromGuest      *ebpf.Program `ebpf:"from_guest"`
+	FromInternet   *ebpf.Program `ebpf:"from_internet"`
+	ToGuest        *ebpf.Program `ebpf:"to_guest"`
+	ToInternet     *ebpf.Program `ebpf:"to_internet"`
 }
 
 func (p *FabricPrograms) Close() error {
 	return _FabricClose(
+		p.CutForInternet,
 		p.FromGuest,
+		p.FromInternet,
 		p.ToGuest,
+		p.ToInternet,
 	)
 }
 
