@@ -17,7 +17,7 @@ TEST_PACKAGES := iproute2 iputils-ping nftables tcpdump bpftool awscli python3-b
 # copied into its test image.
 KUBERNETES_PACKAGES := etcd-server containerd runc containernetworking-plugins conntrack iptables nftables ipset iproute2 procps \
 	busybox-static dash bash curl wget netcat-openbsd bind9-dnsutils bind9-host iperf socat tcpdump iputils-ping libc-bin util-linux
-DEMO_PACKAGES := iproute2 iputils-ping tcpdump awscli
+DEMO_PACKAGES := iproute2 iputils-ping tcpdump awscli nftables
 # What regenerates the BPF objects; a build needs Go alone.
 GENERATE_PACKAGES := clang-14 llvm-14 libbpf-dev linux-libc-dev clang-format-14
 
@@ -32,8 +32,8 @@ build: ## all commands, into bin/ (the first time compiles the AWS SDK: minutes)
 	@echo "building into bin/ (the first build compiles the AWS SDK and takes minutes)" >&2
 	@$(PROGRESS) "still compiling" $(GO) build -trimpath -ldflags '-s -w' -o bin/ ./cmd/...
 
-demo: packages-demo build ## a VPC with nodes and pods, each fact proven; KEEP=1 leaves it up
-	@bin/underlay demo
+demo: packages-demo build ## a VPC with nodes and pods, each fact proven; KEEP=1 leaves it up; DEMO=three-tier, DEMO=overlay: others
+	@bin/underlay demo $(DEMO)
 
 # No cached results: the end-to-end tests build the commands themselves, which
 # Go's test cache does not see.

@@ -107,7 +107,7 @@ func Run(ctx context.Context, o Options) (err error) {
 		if listenErr != nil {
 			return listenErr
 		}
-		resolver := &dns.Server{Region: dns.Region{Name: o.Region}, View: state.View, Logger: o.Logger}
+		resolver := &dns.Server{Region: dns.Region{Name: o.Region, Internet: fabric.InternetAddrs[0].Addr()}, View: state.View, Logger: o.Logger}
 		inside := httpServer(ec2Handler, o.Logger) // no /_vpcd/ for instances
 		adm.fabric = &reconciler{
 			names: names{o.Name}, store: state, net: f, now: time.Now, log: o.Logger, ec2: inside, changed: state.Changed(), again: make(chan struct{}, 1),
