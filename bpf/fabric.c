@@ -396,36 +396,142 @@ static __always_inline int from_guest_arp(struct __sk_buff *skb, const struct en
 	return bpf_redirect_peer(ifindex, 0);
 }
 
-static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct eni *self)
+/* ipv4_header returns a frame's IPv4 header, or 0 if it is none or contradicts the frame. */
+static __always_inline struct iphdr *ipv4_header(struct __sk_buff *skb)
 {
-	__u32 ifindex = skb->ifindex;
-	struct station station = {};
-	struct target *t, *owner, *holder, *named;
-	struct packet packet = {};
-	enum drop_reason reason;
-	struct counters *c;
-	__u8 router[6], source[6];
-	struct ethhdr *eth;
 	struct iphdr *iph;
-	struct size size;
-	struct route *r;
-	__u32 receiver;
-	int crosses;
 
 	if ((void *)(long)skb->data + ETH_HLEN + sizeof(*iph) > (void *)(long)skb->data_end &&
 	    bpf_skb_pull_data(skb, ETH_HLEN + sizeof(*iph)))
-		return drop(ifindex, DROP_MALFORMED);
-	eth = (void *)(long)skb->data;
-	iph = (void *)(eth + 1);
+		return 0;
+	iph = (void *)(long)skb->data + ETH_HLEN;
 	if ((void *)(iph + 1) > (void *)(long)skb->data_end)
-		return drop(ifindex, DROP_MALFORMED);
+		return 0;
 	if (iph->version != 4 || iph->ihl < 5 || skb->len < (__u32)ETH_HLEN + iph->ihl * 4)
-		return drop(ifindex, DROP_MALFORMED);
+		return 0;
 	/* The total length of a GSO frame of 64 KiB and more is 0. */
 	if (!skb->gso_size && (bpf_ntohs(iph->tot_len) < iph->ihl * 4 ||
 			       bpf_ntohs(iph->tot_len) > skb->len - ETH_HLEN))
-		return drop(ifindex, DROP_MALFORMED);
+		return 0;
+	return iph;
+}
 
+/* Where a packet goes. */
+struct way {
+	enum route_kind kind; /* of its route; to an ENI's MAC and within a subnet ROUTE_LOCAL */
+	struct target *to; /* who receives it */
+	__u32 named; /* fabric end of the ENI that has its destination, 0: none has */
+	__u8 held; /* that ENI receives it */
+	__u8 source[6]; /* Ethernet source that the receiver sees */
+};
+
+/* resolve finds out where a packet of an ENI's guest goes: 0, or why nowhere. */
+static __always_inline enum drop_reason resolve(const struct eni *self, const struct ethhdr *eth,
+						const struct iphdr *iph, struct way *w)
+{
+	struct station station = {};
+	struct target *holder;
+	struct route *r;
+	__u8 router[6];
+
+	holder = mapping(self->vni, iph->daddr);
+	w->named = holder ? holder->ifindex : 0;
+	load_router_mac(router);
+	if (same_mac(eth->h_dest, router)) {
+		__builtin_memcpy(w->source, router, 6);
+		/* No route is followed to link-local addresses (VPC user guide). */
+		if (link_local(iph->daddr))
+			return DROP_NO_ROUTE;
+		r = route_to(self->table, iph->daddr);
+		if (!r)
+			return DROP_NO_ROUTE;
+		w->kind = r->kind;
+		/* Within a subnet the route is always local (VPC user guide). */
+		if ((iph->daddr & self->netmask) == self->subnet)
+			w->kind = ROUTE_LOCAL;
+		if (w->kind == ROUTE_LOCAL) {
+			if (!holder)
+				return DROP_NO_TARGET;
+			w->to = holder;
+		} else if (w->kind == ROUTE_ENI) {
+			w->to = &r->target;
+		} else {
+			return DROP_BLACKHOLE;
+		}
+	} else {
+		station.vni = self->vni;
+		station.subnet = self->subnet;
+		__builtin_memcpy(station.mac, eth->h_dest, 6);
+		w->kind = ROUTE_LOCAL;
+		w->to = bpf_map_lookup_elem(&stations, &station);
+		if (!w->to)
+			return DROP_UNKNOWN_MAC;
+		__builtin_memcpy(w->source, self->mac, 6);
+	}
+	w->held = w->named == w->to->ifindex;
+	return 0;
+}
+
+/*
+ * may_leave says whether a packet may leave its sender: 0, or why not.
+ * crosses: it leaves the subnet, too.
+ */
+static __always_inline enum drop_reason may_leave(struct packet *p, __u32 ifindex,
+						  const struct eni *self, const struct way *w,
+						  int crosses)
+{
+	__u32 named = egress_groups_by_address || w->held ? w->named : 0;
+	enum drop_reason reason = gate(p, ifindex, EGRESS, named);
+
+	if (reason)
+		return reason;
+	if (crosses && !acl_allows(p, self->vni, self->subnet, EGRESS))
+		return DROP_ACL_EGRESS;
+	return 0;
+}
+
+/*
+ * may_enter says whether a packet may reach its receiver, in VPC vni: 0, or why
+ * not. sender is the ENI that sends it from an address of its own, 0 if none is
+ * known to; crosses: it enters the subnet, too.
+ */
+static __always_inline enum drop_reason may_enter(struct packet *p, __u32 sender, __u32 vni,
+						  const struct way *w, int crosses)
+{
+	if (!w->held && (w->to->flags & ENI_SOURCE_DEST_CHECK))
+		return DROP_DEST_ADDRESS;
+	if (crosses && !acl_allows(p, vni, w->to->subnet, INGRESS))
+		return DROP_ACL_INGRESS;
+	return gate(p, w->to->ifindex, INGRESS, sender);
+}
+
+static __always_inline void count_sent(__u32 ifindex, const struct size *s)
+{
+	struct counters *c = bpf_map_lookup_elem(&counts, &ifindex);
+
+	if (c) {
+		c->tx_packets += s->packets;
+		c->tx_bytes += s->bytes;
+	}
+}
+
+static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct eni *self)
+{
+	__u32 ifindex = skb->ifindex;
+	struct packet packet = {};
+	enum drop_reason reason;
+	struct target *owner;
+	struct ethhdr *eth;
+	struct iphdr *iph;
+	struct way way = {};
+	struct size size;
+	__u8 router[6];
+	int crosses;
+
+	iph = ipv4_header(skb);
+	if (!iph)
+		return drop(ifindex, DROP_MALFORMED);
+	eth = (void *)(long)skb->data;
 	if ((eth->h_dest[0] & 1) || (iph->daddr & bpf_htonl(0xf0000000)) == bpf_htonl(0xe0000000) ||
 	    iph->daddr == bpf_htonl(0xffffffff))
 		return drop(ifindex, DROP_MULTICAST);
@@ -441,78 +547,31 @@ static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct e
 		return drop(ifindex, DROP_OVERSIZE);
 
 	load_router_mac(router);
-	if (same_mac(eth->h_dest, router)) {
-		if (is_service(iph->daddr)) {
-			c = bpf_map_lookup_elem(&counts, &ifindex);
-			if (c) {
-				c->tx_packets += size.packets;
-				c->tx_bytes += size.bytes;
-			}
-			bpf_skb_change_type(skb, PACKET_HOST);
-			return TCX_PASS;
-		}
-		/* No route is followed to link-local addresses (VPC user guide). */
-		if (link_local(iph->daddr))
-			return drop(ifindex, DROP_NO_ROUTE);
-		named = holder = mapping(self->vni, iph->daddr);
-		r = route_to(self->table, iph->daddr);
-		if (!r)
-			return drop(ifindex, DROP_NO_ROUTE);
-		/* Within a subnet the route is always local (VPC user guide). */
-		if (r->kind == ROUTE_LOCAL || (iph->daddr & self->netmask) == self->subnet) {
-			t = holder;
-			if (!t)
-				return drop(ifindex, DROP_NO_TARGET);
-		} else if (r->kind == ROUTE_ENI) {
-			t = &r->target;
-			if (holder && holder->ifindex != t->ifindex)
-				holder = 0;
-		} else {
-			return drop(ifindex, DROP_BLACKHOLE);
-		}
-		__builtin_memcpy(source, router, 6);
-	} else {
-		station.vni = self->vni;
-		station.subnet = self->subnet;
-		__builtin_memcpy(station.mac, eth->h_dest, 6);
-		t = bpf_map_lookup_elem(&stations, &station);
-		if (!t)
-			return drop(ifindex, DROP_UNKNOWN_MAC);
-		named = holder = mapping(self->vni, iph->daddr);
-		if (holder && holder->ifindex != t->ifindex)
-			holder = 0;
-		__builtin_memcpy(source, self->mac, 6);
+	if (is_service(iph->daddr) && same_mac(eth->h_dest, router)) {
+		count_sent(ifindex, &size);
+		bpf_skb_change_type(skb, PACKET_HOST);
+		return TCX_PASS;
 	}
-
+	reason = resolve(self, eth, iph, &way);
+	if (reason)
+		return drop(ifindex, reason);
 	reason = parse(skb, iph, &packet);
 	if (reason)
 		return drop(ifindex, reason);
 	packet.packets = size.packets;
 	packet.bytes = size.bytes;
-	receiver = t->ifindex;
-	if (!egress_groups_by_address)
-		named = holder;
-	reason = gate(&packet, ifindex, EGRESS, named ? named->ifindex : 0);
+
+	crosses = way.to->subnet != self->subnet;
+	reason = may_leave(&packet, ifindex, self, &way, crosses);
 	if (reason)
 		return drop(ifindex, reason);
-	crosses = t->subnet != self->subnet;
-	if (crosses && !acl_allows(&packet, self->vni, self->subnet, EGRESS))
-		return drop(ifindex, DROP_ACL_EGRESS);
-	c = bpf_map_lookup_elem(&counts, &ifindex);
-	if (c) {
-		c->tx_packets += size.packets;
-		c->tx_bytes += size.bytes;
-	}
-	if (!holder && (t->flags & ENI_SOURCE_DEST_CHECK))
-		return drop(receiver, DROP_DEST_ADDRESS);
-	if (crosses && !acl_allows(&packet, self->vni, t->subnet, INGRESS))
-		return drop(receiver, DROP_ACL_INGRESS);
-	reason = gate(&packet, receiver, INGRESS, owner ? ifindex : 0);
+	count_sent(ifindex, &size);
+	reason = may_enter(&packet, owner ? ifindex : 0, self->vni, &way, crosses);
 	if (reason)
-		return drop(receiver, reason);
+		return drop(way.to->ifindex, reason);
 	if (packet.first_fragment)
 		remember_fragment(ifindex, &packet);
-	return deliver(skb, eth, t, source, &size);
+	return deliver(skb, eth, way.to, way.source, &size);
 }
 
 SEC("tcx/ingress")
