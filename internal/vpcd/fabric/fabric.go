@@ -27,7 +27,7 @@ import (
 // the numbers of drop reasons, of the names of links. Another version's pins
 // are not adopted: Open removes them and Set makes every interface anew, at the
 // price of a short interruption.
-const layout = "v3"
+const layout = "v4"
 
 // Options say which lab's fabric it is, and where its state is pinned.
 type Options struct {
@@ -36,6 +36,8 @@ type Options struct {
 	Logger *slog.Logger
 	// Inferred holds from each Open on, for the flows that are there too.
 	Inferred Inferred
+	// Records is how many flow records an interval has room for, 0: 262,144.
+	Records int
 }
 
 // Fabric is an open fabric.
@@ -62,6 +64,7 @@ type Fabric struct {
 	nextIndex int
 
 	listening listening
+	intervals intervals
 }
 
 // tap is the pair of links that an ENI's programs hang on.
@@ -149,6 +152,9 @@ func (f *Fabric) open(o Options) error {
 	}
 	// Key 0 counts what comes from no ENI.
 	if err := addCounter(f.objs.Counts, 0); err != nil {
+		return err
+	}
+	if err := f.openIntervals(spec.Maps[bpfgen.FabricMapRecords].InnerMap, o.Records); err != nil {
 		return err
 	}
 	return f.adoptTaps()
@@ -322,7 +328,7 @@ func (f *Fabric) Close() error {
 		errs = append(errs, t.close())
 	}
 	f.taps = nil
-	errs = append(errs, f.policies.close(), f.acls.close())
+	errs = append(errs, f.policies.close(), f.acls.close(), f.intervals.close())
 	if f.route != nil {
 		f.route.Close()
 		f.route = nil

@@ -39,12 +39,20 @@ type FabricAddress struct {
 }
 
 type FabricCounters struct {
-	_         structs.HostLayout
-	TxPackets uint64
-	TxBytes   uint64
-	RxPackets uint64
-	RxBytes   uint64
-	Drops     [22]uint64
+	_                structs.HostLayout
+	TxPackets        uint64
+	TxBytes          uint64
+	RxPackets        uint64
+	RxBytes          uint64
+	ExemptTxPackets  uint64
+	ExemptTxBytes    uint64
+	ExemptRxPackets  uint64
+	ExemptRxBytes    uint64
+	SkippedTxPackets uint64
+	SkippedTxBytes   uint64
+	SkippedRxPackets uint64
+	SkippedRxBytes   uint64
+	Drops            [22]uint64
 }
 
 type FabricDirection uint32
@@ -150,6 +158,17 @@ type FabricFragmentKey struct {
 	Pad      uint8
 }
 
+type FabricLogged struct {
+	_        structs.HostLayout
+	Eni      [32]int8
+	Subnet   [32]int8
+	Vpc      [32]int8
+	Instance [32]int8
+	Zone     [32]int8
+	Primary  uint32
+	Pad      uint32
+}
+
 type FabricOpenFlag uint32
 
 const (
@@ -168,6 +187,32 @@ type FabricPolicy struct {
 	Count         [2]uint32
 	Pad           uint32
 	Rules         [2][1000]FabricRule
+}
+
+type FabricRecord struct {
+	_       structs.HostLayout
+	Packets uint64
+	Bytes   uint64
+	First   uint64
+	Last    uint64
+	Fin     uint8
+	Syn     uint8
+	Rst     uint8
+	SynAck  uint8
+	Pad     uint32
+}
+
+type FabricRecordKey struct {
+	_         structs.HostLayout
+	Ifindex   uint32
+	Saddr     uint32
+	Daddr     uint32
+	Sport     uint16
+	Dport     uint16
+	Protocol  uint8
+	Direction uint8
+	Verdict   uint8
+	Path      uint8
 }
 
 type FabricRoute struct {
@@ -203,6 +248,21 @@ type FabricRule struct {
 	Pad          [2]uint8
 }
 
+type FabricSkip struct {
+	_       structs.HostLayout
+	Packets uint64
+	Bytes   uint64
+}
+
+type FabricSkipKey struct {
+	_         structs.HostLayout
+	Interval  uint64
+	Ifindex   uint32
+	Direction uint8
+	Refused   uint8
+	Pad       [2]uint8
+}
+
 type FabricStation struct {
 	_      structs.HostLayout
 	Vni    uint32
@@ -226,6 +286,23 @@ type FabricTarget struct {
 	Pad     [2]uint8
 }
 
+type FabricTrafficPath uint32
+
+const (
+	FabricTrafficPathPATH_NONE    FabricTrafficPath = 0
+	FabricTrafficPathPATH_VPC     FabricTrafficPath = 1
+	FabricTrafficPathPATH_PEERING FabricTrafficPath = 4
+	FabricTrafficPathPATH_IGW     FabricTrafficPath = 8
+)
+
+type FabricVerdict uint32
+
+const (
+	FabricVerdictVERDICT_ACCEPT FabricVerdict = 0
+	FabricVerdictVERDICT_GROUPS FabricVerdict = 1
+	FabricVerdictVERDICT_ACL    FabricVerdict = 2
+)
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
@@ -235,9 +312,12 @@ const (
 	FabricMapEnis                  = "enis"
 	FabricMapFlows                 = "flows"
 	FabricMapFragments             = "fragments"
+	FabricMapLoggedEnis            = "logged_enis"
 	FabricMapMappings              = "mappings"
 	FabricMapPolicies              = "policies"
+	FabricMapRecords               = "records"
 	FabricMapRoutes                = "routes"
+	FabricMapSkips                 = "skips"
 	FabricMapStations              = "stations"
 	FabricProgFromGuest            = "from_guest"
 	FabricProgToGuest              = "to_guest"
@@ -253,8 +333,12 @@ const (
 	FabricVarRouterMac             = "router_mac"
 	FabricVarShownAcl              = "shown_acl"
 	FabricVarShownPolicy           = "shown_policy"
+	FabricVarShownRecord           = "shown_record"
+	FabricVarShownRecordKey        = "shown_record_key"
 	FabricVarTcpClosedTimeout      = "tcp_closed_timeout"
 	FabricVarTcpHandshakeTimeout   = "tcp_handshake_timeout"
+	FabricVarTrafficPaths          = "traffic_paths"
+	FabricVarVerdicts              = "verdicts"
 )
 
 // LoadFabric returns the embedded CollectionSpec for Fabric.
@@ -307,15 +391,18 @@ type FabricProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type FabricMapSpecs struct {
-	Acls      *ebpf.MapSpec `ebpf:"acls"`
-	Counts    *ebpf.MapSpec `ebpf:"counts"`
-	Enis      *ebpf.MapSpec `ebpf:"enis"`
-	Flows     *ebpf.MapSpec `ebpf:"flows"`
-	Fragments *ebpf.MapSpec `ebpf:"fragments"`
-	Mappings  *ebpf.MapSpec `ebpf:"mappings"`
-	Policies  *ebpf.MapSpec `ebpf:"policies"`
-	Routes    *ebpf.MapSpec `ebpf:"routes"`
-	Stations  *ebpf.MapSpec `ebpf:"stations"`
+	Acls       *ebpf.MapSpec `ebpf:"acls"`
+	Counts     *ebpf.MapSpec `ebpf:"counts"`
+	Enis       *ebpf.MapSpec `ebpf:"enis"`
+	Flows      *ebpf.MapSpec `ebpf:"flows"`
+	Fragments  *ebpf.MapSpec `ebpf:"fragments"`
+	LoggedEnis *ebpf.MapSpec `ebpf:"logged_enis"`
+	Mappings   *ebpf.MapSpec `ebpf:"mappings"`
+	Policies   *ebpf.MapSpec `ebpf:"policies"`
+	Records    *ebpf.MapSpec `ebpf:"records"`
+	Routes     *ebpf.MapSpec `ebpf:"routes"`
+	Skips      *ebpf.MapSpec `ebpf:"skips"`
+	Stations   *ebpf.MapSpec `ebpf:"stations"`
 }
 
 // FabricVariableSpecs contains global variables before they are loaded into the kernel.
@@ -334,8 +421,12 @@ type FabricVariableSpecs struct {
 	RouterMac             *ebpf.VariableSpec `ebpf:"router_mac"`
 	ShownAcl              *ebpf.VariableSpec `ebpf:"shown_acl"`
 	ShownPolicy           *ebpf.VariableSpec `ebpf:"shown_policy"`
+	ShownRecord           *ebpf.VariableSpec `ebpf:"shown_record"`
+	ShownRecordKey        *ebpf.VariableSpec `ebpf:"shown_record_key"`
 	TcpClosedTimeout      *ebpf.VariableSpec `ebpf:"tcp_closed_timeout"`
 	TcpHandshakeTimeout   *ebpf.VariableSpec `ebpf:"tcp_handshake_timeout"`
+	TrafficPaths          *ebpf.VariableSpec `ebpf:"traffic_paths"`
+	Verdicts              *ebpf.VariableSpec `ebpf:"verdicts"`
 }
 
 // FabricObjects contains all objects after they have been loaded into the kernel.
@@ -358,15 +449,18 @@ func (o *FabricObjects) Close() error {
 //
 // It can be passed to LoadFabricObjects or ebpf.CollectionSpec.LoadAndAssign.
 type FabricMaps struct {
-	Acls      *ebpf.Map `ebpf:"acls"`
-	Counts    *ebpf.Map `ebpf:"counts"`
-	Enis      *ebpf.Map `ebpf:"enis"`
-	Flows     *ebpf.Map `ebpf:"flows"`
-	Fragments *ebpf.Map `ebpf:"fragments"`
-	Mappings  *ebpf.Map `ebpf:"mappings"`
-	Policies  *ebpf.Map `ebpf:"policies"`
-	Routes    *ebpf.Map `ebpf:"routes"`
-	Stations  *ebpf.Map `ebpf:"stations"`
+	Acls       *ebpf.Map `ebpf:"acls"`
+	Counts     *ebpf.Map `ebpf:"counts"`
+	Enis       *ebpf.Map `ebpf:"enis"`
+	Flows      *ebpf.Map `ebpf:"flows"`
+	Fragments  *ebpf.Map `ebpf:"fragments"`
+	LoggedEnis *ebpf.Map `ebpf:"logged_enis"`
+	Mappings   *ebpf.Map `ebpf:"mappings"`
+	Policies   *ebpf.Map `ebpf:"policies"`
+	Records    *ebpf.Map `ebpf:"records"`
+	Routes     *ebpf.Map `ebpf:"routes"`
+	Skips      *ebpf.Map `ebpf:"skips"`
+	Stations   *ebpf.Map `ebpf:"stations"`
 }
 
 func (m *FabricMaps) Close() error {
@@ -376,9 +470,12 @@ func (m *FabricMaps) Close() error {
 		m.Enis,
 		m.Flows,
 		m.Fragments,
+		m.LoggedEnis,
 		m.Mappings,
 		m.Policies,
+		m.Records,
 		m.Routes,
+		m.Skips,
 		m.Stations,
 	)
 }
@@ -399,8 +496,12 @@ type FabricVariables struct {
 	RouterMac             *ebpf.Variable `ebpf:"router_mac"`
 	ShownAcl              *ebpf.Variable `ebpf:"shown_acl"`
 	ShownPolicy           *ebpf.Variable `ebpf:"shown_policy"`
+	ShownRecord           *ebpf.Variable `ebpf:"shown_record"`
+	ShownRecordKey        *ebpf.Variable `ebpf:"shown_record_key"`
 	TcpClosedTimeout      *ebpf.Variable `ebpf:"tcp_closed_timeout"`
 	TcpHandshakeTimeout   *ebpf.Variable `ebpf:"tcp_handshake_timeout"`
+	TrafficPaths          *ebpf.Variable `ebpf:"traffic_paths"`
+	Verdicts              *ebpf.Variable `ebpf:"verdicts"`
 }
 
 // FabricPrograms contains all programs after they have been loaded into the kernel.
