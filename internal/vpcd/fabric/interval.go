@@ -269,6 +269,13 @@ func (f *Fabric) RunningInterval() (*Interval, error) {
 	return f.readInterval(f.intervals.running)
 }
 
+// RunningSince returns when the interval that runs began.
+func (f *Fabric) RunningSince() time.Time {
+	f.intervals.mu.Lock()
+	defer f.intervals.mu.Unlock()
+	return f.intervals.running.start
+}
+
 // IntervalFill returns how many records the running interval has, and how many
 // it has room for.
 func (f *Fabric) IntervalFill() (records, room int, err error) {
