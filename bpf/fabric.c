@@ -3,7 +3,8 @@
  * The VPC's wires. Each ENI is a veth pair: one end in its guest's network
  * namespace, the other in the fabric's. from_guest runs on what the guest
  * sends (TCX ingress of the fabric end), to_guest on what the fabric's own
- * stack answers (TCX egress of the fabric end): the service addresses.
+ * stack answers (TCX egress of the fabric end): the service addresses. One more
+ * pair leads to the internet's namespace; from_internet and cut_for_internet run on it.
  *
  * Every frame that is not delivered is dropped under a reason and counted. The
  * fabric's routing tables and neighbours have no part in delivery.
@@ -46,18 +47,24 @@ enum drop_reason {
 	DROP_ACL_EGRESS, /* the network ACL of the sender's subnet */
 	DROP_ACL_INGRESS, /* the network ACL of the receiver's subnet */
 	DROP_BLACKHOLE, /* a route whose target is gone, or is not of these wires */
+	DROP_IGW_SOURCE, /* to the internet, from an address without a public one */
+	DROP_IGW_PRIVATE, /* between the internet and an address of RFC 1918 or RFC 6598 */
+	DROP_NO_PUBLIC, /* from the internet, to a public address that leads nowhere */
 	DROP_REASONS, /* how many there are */
 };
 
 enum eni_flag {
 	ENI_SOURCE_DEST_CHECK = 1,
 	ENI_READY = 2, /* made whole: what Set looks for, nothing to the programs */
+	ENI_UNGATED = 4, /* a NAT gateway's: no security group judges what it sends and receives */
 };
 
 enum route_kind {
 	ROUTE_LOCAL = 1, /* to whatever ENI holds the address */
 	ROUTE_ENI, /* to target, whose address that of the packet is not */
 	ROUTE_BLACKHOLE, /* to what is not there */
+	ROUTE_IGW, /* to the VPC's internet gateway */
+	ROUTE_PEER, /* to whatever ENI of VPC vni holds the address */
 };
 
 struct address {
@@ -71,7 +78,7 @@ struct target {
 	enum eni_flag flags;
 	__be32 subnet; /* network address of its subnet; with the VNI, the subnet's name */
 	__u8 mac[6];
-	__u8 pad[2];
+	__u16 mtu; /* IP length of what it takes */
 };
 
 /* An ENI as a source: what a fabric end belongs to. */
@@ -107,6 +114,14 @@ struct route_key {
 struct route {
 	enum route_kind kind;
 	struct target target; /* ROUTE_ENI */
+	__u32 vni; /* ROUTE_PEER */
+};
+
+/* What a public address leads to, through an internet gateway that is attached. */
+struct public {
+	__u64 table; /* number of the gateway's route table, 0: it has none */
+	__u32 vni;
+	__be32 private;
 };
 
 /*
@@ -134,7 +149,8 @@ struct counters {
 
 /* The router of every subnet; locally administered, never an ENI's. */
 volatile const __u8 router_mac[6] = {0x02, 0x00, 0x5e, 0x00, 0x00, 0x01};
-volatile const __u32 mtu = 9001; /* IP length */
+volatile const __u32 mtu = 9001; /* IP length, within a VPC and between peers */
+volatile const __u32 internet_mtu = 1500; /* IP length, through an internet gateway */
 volatile const enum drop_reason drop_reasons = DROP_REASONS; /* shows the type to bpf2go */
 
 struct {
@@ -173,7 +189,39 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } routes SEC(".maps");
 
-/* Key 0 counts what came from a device that is no ENI's. */
+/* By public address, in network byte order. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, __be32);
+	__type(value, struct public);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} publics SEC(".maps");
+
+/* The public address of a private one, the other way round. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, struct address);
+	__type(value, __be32);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} elastics SEC(".maps");
+
+/* The one end towards the internet; ifindex 0: there is no internet yet. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct target);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} internet SEC(".maps");
+
+/*
+ * Key 0 counts what came from a device that is no ENI's, and what came from the
+ * internet and reached no ENI.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -319,30 +367,50 @@ static __always_inline void measure(struct __sk_buff *skb, const struct iphdr *i
 	}
 }
 
-/*
- * deliver hands the frame to the guest behind t. The headers in front of data
- * are the caller's; addresses on the Ethernet header are rewritten, the TTL is
- * not: the VPC does not lower it.
- */
-static __always_inline int deliver(struct __sk_buff *skb, struct ethhdr *eth,
-				   const struct target *t, const __u8 *source, const struct size *s)
+static __always_inline void count_received(__u32 ifindex, __u64 packets, __u64 bytes)
 {
-	__u32 ifindex = t->ifindex;
-	struct counters *c;
+	struct counters *c = bpf_map_lookup_elem(&counts, &ifindex);
 
-	__builtin_memcpy(eth->h_dest, t->mac, 6);
-	__builtin_memcpy(eth->h_source, source, 6);
-	c = bpf_map_lookup_elem(&counts, &ifindex);
 	if (c) {
-		c->rx_packets += s->packets;
-		c->rx_bytes += s->bytes;
+		c->rx_packets += packets;
+		c->rx_bytes += bytes;
 	}
-	/*
-	 * The type was set on arrival, by the MAC of the fabric end. The peer
-	 * does not look again, and IP drops what is for another host.
-	 */
+}
+
+/* address_frame writes a frame's Ethernet addresses. */
+static __always_inline int address_frame(struct __sk_buff *skb, const __u8 *to, const __u8 *source)
+{
+	struct ethhdr *eth = (void *)(long)skb->data;
+
+	if ((void *)(eth + 1) > (void *)(long)skb->data_end)
+		return -1;
+	__builtin_memcpy(eth->h_dest, to, 6);
+	__builtin_memcpy(eth->h_source, source, 6);
+	return 0;
+}
+
+/*
+ * hand_over redirects a frame, addressed to the guest, into its namespace. The
+ * packet's type was set on arrival, by the MAC of the fabric end. The peer does
+ * not look again, and IP drops what is for another host.
+ */
+static __always_inline int hand_over(struct __sk_buff *skb, __u32 ifindex)
+{
 	bpf_skb_change_type(skb, PACKET_HOST);
 	return bpf_redirect_peer(ifindex, 0);
+}
+
+/*
+ * deliver hands the frame to the guest behind t. Its Ethernet addresses are
+ * rewritten, the TTL is not: the VPC does not lower it.
+ */
+static __always_inline int deliver(struct __sk_buff *skb, const struct target *t,
+				   const __u8 *source, const struct size *s)
+{
+	if (address_frame(skb, t->mac, source))
+		return drop(skb->ifindex, DROP_MALFORMED);
+	count_received(t->ifindex, s->packets, s->bytes);
+	return hand_over(skb, t->ifindex);
 }
 
 /*
@@ -430,7 +498,8 @@ static __always_inline struct iphdr *ipv4_header(struct __sk_buff *skb)
 /* Where a packet goes. */
 struct way {
 	enum route_kind kind; /* of its route; to an ENI's MAC and within a subnet ROUTE_LOCAL */
-	struct target *to; /* who receives it */
+	struct target *to; /* who receives it, 0: the internet gateway */
+	__u32 vni; /* of who receives it */
 	__u32 named; /* fabric end of the ENI that has its destination, 0: none has */
 	__u8 held; /* that ENI receives it */
 	__u8 source[6]; /* Ethernet source that the receiver sees */
@@ -445,6 +514,7 @@ static __always_inline enum drop_reason resolve(const struct eni *self, const st
 	struct route *r;
 	__u8 router[6];
 
+	w->vni = self->vni;
 	holder = mapping(self->vni, iph->daddr);
 	w->named = holder ? holder->ifindex : 0;
 	load_router_mac(router);
@@ -466,6 +536,15 @@ static __always_inline enum drop_reason resolve(const struct eni *self, const st
 			w->to = holder;
 		} else if (w->kind == ROUTE_ENI) {
 			w->to = &r->target;
+		} else if (w->kind == ROUTE_PEER) {
+			/* The peer's ENIs alone: no gateway, no third VPC behind it. */
+			w->vni = r->vni;
+			w->to = mapping(r->vni, iph->daddr);
+			if (!w->to)
+				return DROP_NO_TARGET;
+			w->named = w->to->ifindex;
+		} else if (w->kind == ROUTE_IGW) {
+			return 0;
 		} else {
 			return DROP_BLACKHOLE;
 		}
@@ -490,6 +569,10 @@ static __always_inline enum traffic_path path_of(const struct way *w)
 	case ROUTE_LOCAL:
 	case ROUTE_ENI:
 		return PATH_VPC;
+	case ROUTE_IGW:
+		return PATH_IGW;
+	case ROUTE_PEER:
+		return PATH_PEERING;
 	default:
 		return PATH_NONE;
 	}
@@ -504,8 +587,9 @@ static __always_inline enum drop_reason may_leave(struct packet *p, __u32 ifinde
 						  int crosses)
 {
 	__u32 named = egress_groups_by_address || w->held ? w->named : 0;
-	enum drop_reason reason = gate(p, ifindex, EGRESS, named);
+	enum drop_reason reason;
 
+	reason = self->flags & ENI_UNGATED ? 0 : gate(p, ifindex, EGRESS, named);
 	if (!reason && crosses && !acl_allows(p, self->vni, self->subnet, EGRESS))
 		reason = DROP_ACL_EGRESS;
 	log_packet(p, ifindex, EGRESS, reason, path_of(w));
@@ -513,19 +597,21 @@ static __always_inline enum drop_reason may_leave(struct packet *p, __u32 ifinde
 }
 
 /*
- * may_enter says whether a packet may reach its receiver, in VPC vni: 0, or why
- * not. sender is the ENI that sends it from an address of its own, 0 if none is
- * known to; crosses: it enters the subnet, too.
+ * may_enter says whether a packet may reach its receiver: 0, or why not. sender
+ * is the ENI that sends it from an address of its own, 0 if none is known to;
+ * crosses: it enters the subnet, too.
  */
-static __always_inline enum drop_reason may_enter(struct packet *p, __u32 sender, __u32 vni,
+static __always_inline enum drop_reason may_enter(struct packet *p, __u32 sender,
 						  const struct way *w, int crosses)
 {
 	enum drop_reason reason;
 
 	if (!w->held && (w->to->flags & ENI_SOURCE_DEST_CHECK))
 		return DROP_DEST_ADDRESS;
-	if (crosses && !acl_allows(p, vni, w->to->subnet, INGRESS))
+	if (crosses && !acl_allows(p, w->vni, w->to->subnet, INGRESS))
 		reason = DROP_ACL_INGRESS;
+	else if (w->to->flags & ENI_UNGATED)
+		reason = 0;
 	else
 		reason = gate(p, w->to->ifindex, INGRESS, sender);
 	log_packet(p, w->to->ifindex, INGRESS, reason, PATH_NONE);
@@ -544,20 +630,23 @@ static __always_inline void count_sent(__u32 ifindex, const struct size *s)
 
 /* count_exempt counts what is sent or received without a flow record, by definition. */
 static __always_inline void count_exempt(__u32 ifindex, enum direction direction,
-					 const struct size *s)
+					 __u64 packets, __u64 bytes)
 {
 	struct counters *c = bpf_map_lookup_elem(&counts, &ifindex);
 
 	if (!c)
 		return;
 	if (direction == EGRESS) {
-		c->exempt_tx_packets += s->packets;
-		c->exempt_tx_bytes += s->bytes;
+		c->exempt_tx_packets += packets;
+		c->exempt_tx_bytes += bytes;
 	} else {
-		c->exempt_rx_packets += s->packets;
-		c->exempt_rx_bytes += s->bytes;
+		c->exempt_rx_packets += packets;
+		c->exempt_rx_bytes += bytes;
 	}
 }
+
+#include "fabric_mtu.h"
+#include "fabric_nat.h"
 
 static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct eni *self)
 {
@@ -569,6 +658,7 @@ static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct e
 	struct iphdr *iph;
 	struct way way = {};
 	struct size size;
+	__u32 limit = 0;
 	__u8 router[6];
 	int crosses;
 
@@ -587,13 +677,10 @@ static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct e
 		return drop(ifindex, DROP_SOURCE_ADDRESS);
 
 	measure(skb, iph, &size);
-	if (size.longest > mtu)
-		return drop(ifindex, DROP_OVERSIZE);
-
 	load_router_mac(router);
 	if (is_service(iph->daddr) && same_mac(eth->h_dest, router)) {
 		count_sent(ifindex, &size);
-		count_exempt(ifindex, EGRESS, &size);
+		count_exempt(ifindex, EGRESS, size.packets, size.bytes);
 		bpf_skb_change_type(skb, PACKET_HOST);
 		return TCX_PASS;
 	}
@@ -606,17 +693,36 @@ static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct e
 	packet.packets = size.packets;
 	packet.bytes = size.bytes;
 
-	crosses = way.to->subnet != self->subnet;
+	if (!way.to) { /* ROUTE_IGW, in a form that the verifier follows */
+		crosses = 1;
+	} else {
+		crosses = way.to->subnet != self->subnet || way.vni != self->vni;
+		packet.always_tracked = !!((self->flags | way.to->flags) & ENI_UNGATED);
+	}
 	reason = may_leave(&packet, ifindex, self, &way, crosses);
 	if (reason)
 		return drop(ifindex, reason);
 	count_sent(ifindex, &size);
-	reason = may_enter(&packet, owner ? ifindex : 0, self->vni, &way, crosses);
+	if (!way.to) {
+		if (packet.first_fragment)
+			remember_fragment(ifindex, &packet);
+		bpf_tail_call(skb, &gateways, TO_INTERNET);
+		return drop(ifindex, DROP_BLACKHOLE);
+	}
+	if (size.longest > way.to->mtu) {
+		limit = way.to->mtu;
+		if (must_tell(skb))
+			return refuse_length(skb, limit);
+		count_cut(&packet, limit);
+	}
+	reason = may_enter(&packet, owner ? ifindex : 0, &way, crosses);
 	if (reason)
 		return drop(way.to->ifindex, reason);
 	if (packet.first_fragment)
 		remember_fragment(ifindex, &packet);
-	return deliver(skb, eth, way.to, way.source, &size);
+	if (limit)
+		return deliver_cut(skb, way.to, way.source, limit);
+	return deliver(skb, way.to, way.source, &size);
 }
 
 SEC("tcx/ingress")
@@ -670,6 +776,8 @@ int to_guest(struct __sk_buff *skb)
 	struct size size;
 	struct eni *self;
 
+	if (skb->mark & CUT)
+		return cut(skb);
 	self = bpf_map_lookup_elem(&enis, &ifindex);
 	if (!self)
 		return drop(0, DROP_NO_INTERFACE);
@@ -692,6 +800,18 @@ int to_guest(struct __sk_buff *skb)
 		c->rx_packets += size.packets;
 		c->rx_bytes += size.bytes;
 	}
-	count_exempt(ifindex, INGRESS, &size);
+	count_exempt(ifindex, INGRESS, size.packets, size.bytes);
 	return TCX_PASS;
+}
+
+/*
+ * Fragments alone leave for the internet by the stack; all else is redirected to
+ * the other end.
+ */
+SEC("tcx/egress")
+int cut_for_internet(struct __sk_buff *skb)
+{
+	if (skb->mark & CUT)
+		return cut(skb);
+	return drop(0, DROP_NOT_SERVICE);
 }

@@ -52,7 +52,7 @@ type FabricCounters struct {
 	SkippedTxBytes   uint64
 	SkippedRxPackets uint64
 	SkippedRxBytes   uint64
-	Drops            [22]uint64
+	Drops            [25]uint64
 }
 
 type FabricDirection uint32
@@ -87,7 +87,10 @@ const (
 	FabricDropReasonDROP_ACL_EGRESS     FabricDropReason = 19
 	FabricDropReasonDROP_ACL_INGRESS    FabricDropReason = 20
 	FabricDropReasonDROP_BLACKHOLE      FabricDropReason = 21
-	FabricDropReasonDROP_REASONS        FabricDropReason = 22
+	FabricDropReasonDROP_IGW_SOURCE     FabricDropReason = 22
+	FabricDropReasonDROP_IGW_PRIVATE    FabricDropReason = 23
+	FabricDropReasonDROP_NO_PUBLIC      FabricDropReason = 24
+	FabricDropReasonDROP_REASONS        FabricDropReason = 25
 )
 
 type FabricEni struct {
@@ -110,6 +113,7 @@ type FabricEniFlag uint32
 const (
 	FabricEniFlagENI_SOURCE_DEST_CHECK FabricEniFlag = 1
 	FabricEniFlagENI_READY             FabricEniFlag = 2
+	FabricEniFlagENI_UNGATED           FabricEniFlag = 4
 )
 
 type FabricFlow struct {
@@ -158,6 +162,14 @@ type FabricFragmentKey struct {
 	Pad      uint8
 }
 
+type FabricGatewayProgram uint32
+
+const (
+	FabricGatewayProgramTO_INTERNET      FabricGatewayProgram = 0
+	FabricGatewayProgramFROM_INTERNET    FabricGatewayProgram = 1
+	FabricGatewayProgramGATEWAY_PROGRAMS FabricGatewayProgram = 2
+)
+
 type FabricLogged struct {
 	_        structs.HostLayout
 	Eni      [32]int8
@@ -187,6 +199,13 @@ type FabricPolicy struct {
 	Count         [2]uint32
 	Pad           uint32
 	Rules         [2][1000]FabricRule
+}
+
+type FabricPublic struct {
+	_       structs.HostLayout
+	Table   uint64
+	Vni     uint32
+	Private uint32
 }
 
 type FabricRecord struct {
@@ -219,6 +238,7 @@ type FabricRoute struct {
 	_      structs.HostLayout
 	Kind   FabricRouteKind
 	Target FabricTarget
+	Vni    uint32
 }
 
 type FabricRouteKey struct {
@@ -234,6 +254,8 @@ const (
 	FabricRouteKindROUTE_LOCAL     FabricRouteKind = 1
 	FabricRouteKindROUTE_ENI       FabricRouteKind = 2
 	FabricRouteKindROUTE_BLACKHOLE FabricRouteKind = 3
+	FabricRouteKindROUTE_IGW       FabricRouteKind = 4
+	FabricRouteKindROUTE_PEER      FabricRouteKind = 5
 )
 
 type FabricRule struct {
@@ -283,7 +305,7 @@ type FabricTarget struct {
 	Flags   FabricEniFlag
 	Subnet  uint32
 	Mac     [6]uint8
-	Pad     [2]uint8
+	Mtu     uint16
 }
 
 type FabricTrafficPath uint32
@@ -309,24 +331,33 @@ const (
 const (
 	FabricMapAcls                  = "acls"
 	FabricMapCounts                = "counts"
+	FabricMapElastics              = "elastics"
 	FabricMapEnis                  = "enis"
 	FabricMapFlows                 = "flows"
 	FabricMapFragments             = "fragments"
+	FabricMapGateways              = "gateways"
+	FabricMapInternet              = "internet"
 	FabricMapLoggedEnis            = "logged_enis"
 	FabricMapMappings              = "mappings"
 	FabricMapPolicies              = "policies"
+	FabricMapPublics               = "publics"
 	FabricMapRecords               = "records"
 	FabricMapRoutes                = "routes"
 	FabricMapSkips                 = "skips"
 	FabricMapStations              = "stations"
+	FabricProgCutForInternet       = "cut_for_internet"
 	FabricProgFromGuest            = "from_guest"
+	FabricProgFromInternet         = "from_internet"
 	FabricProgToGuest              = "to_guest"
+	FabricProgToInternet           = "to_internet"
 	FabricVarClockOffset           = "clock_offset"
 	FabricVarDirections            = "directions"
 	FabricVarDropReasons           = "drop_reasons"
 	FabricVarEgressGroupsByAddress = "egress_groups_by_address"
 	FabricVarFragmentTimeout       = "fragment_timeout"
+	FabricVarGatewayPrograms       = "gateway_programs"
 	FabricVarIcmpTimeout           = "icmp_timeout"
+	FabricVarInternetMtu           = "internet_mtu"
 	FabricVarMtu                   = "mtu"
 	FabricVarOpenFlags             = "open_flags"
 	FabricVarOtherTimeout          = "other_timeout"
@@ -383,8 +414,11 @@ type FabricSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type FabricProgramSpecs struct {
-	FromGuest *ebpf.ProgramSpec `ebpf:"from_guest"`
-	ToGuest   *ebpf.ProgramSpec `ebpf:"to_guest"`
+	CutForInternet *ebpf.ProgramSpec `ebpf:"cut_for_internet"`
+	FromGuest      *ebpf.ProgramSpec `ebpf:"from_guest"`
+	FromInternet   *ebpf.ProgramSpec `ebpf:"from_internet"`
+	ToGuest        *ebpf.ProgramSpec `ebpf:"to_guest"`
+	ToInternet     *ebpf.ProgramSpec `ebpf:"to_internet"`
 }
 
 // FabricMapSpecs contains maps before they are loaded into the kernel.
@@ -393,12 +427,16 @@ type FabricProgramSpecs struct {
 type FabricMapSpecs struct {
 	Acls       *ebpf.MapSpec `ebpf:"acls"`
 	Counts     *ebpf.MapSpec `ebpf:"counts"`
+	Elastics   *ebpf.MapSpec `ebpf:"elastics"`
 	Enis       *ebpf.MapSpec `ebpf:"enis"`
 	Flows      *ebpf.MapSpec `ebpf:"flows"`
 	Fragments  *ebpf.MapSpec `ebpf:"fragments"`
+	Gateways   *ebpf.MapSpec `ebpf:"gateways"`
+	Internet   *ebpf.MapSpec `ebpf:"internet"`
 	LoggedEnis *ebpf.MapSpec `ebpf:"logged_enis"`
 	Mappings   *ebpf.MapSpec `ebpf:"mappings"`
 	Policies   *ebpf.MapSpec `ebpf:"policies"`
+	Publics    *ebpf.MapSpec `ebpf:"publics"`
 	Records    *ebpf.MapSpec `ebpf:"records"`
 	Routes     *ebpf.MapSpec `ebpf:"routes"`
 	Skips      *ebpf.MapSpec `ebpf:"skips"`
@@ -414,7 +452,9 @@ type FabricVariableSpecs struct {
 	DropReasons           *ebpf.VariableSpec `ebpf:"drop_reasons"`
 	EgressGroupsByAddress *ebpf.VariableSpec `ebpf:"egress_groups_by_address"`
 	FragmentTimeout       *ebpf.VariableSpec `ebpf:"fragment_timeout"`
+	GatewayPrograms       *ebpf.VariableSpec `ebpf:"gateway_programs"`
 	IcmpTimeout           *ebpf.VariableSpec `ebpf:"icmp_timeout"`
+	InternetMtu           *ebpf.VariableSpec `ebpf:"internet_mtu"`
 	Mtu                   *ebpf.VariableSpec `ebpf:"mtu"`
 	OpenFlags             *ebpf.VariableSpec `ebpf:"open_flags"`
 	OtherTimeout          *ebpf.VariableSpec `ebpf:"other_timeout"`
@@ -451,12 +491,16 @@ func (o *FabricObjects) Close() error {
 type FabricMaps struct {
 	Acls       *ebpf.Map `ebpf:"acls"`
 	Counts     *ebpf.Map `ebpf:"counts"`
+	Elastics   *ebpf.Map `ebpf:"elastics"`
 	Enis       *ebpf.Map `ebpf:"enis"`
 	Flows      *ebpf.Map `ebpf:"flows"`
 	Fragments  *ebpf.Map `ebpf:"fragments"`
+	Gateways   *ebpf.Map `ebpf:"gateways"`
+	Internet   *ebpf.Map `ebpf:"internet"`
 	LoggedEnis *ebpf.Map `ebpf:"logged_enis"`
 	Mappings   *ebpf.Map `ebpf:"mappings"`
 	Policies   *ebpf.Map `ebpf:"policies"`
+	Publics    *ebpf.Map `ebpf:"publics"`
 	Records    *ebpf.Map `ebpf:"records"`
 	Routes     *ebpf.Map `ebpf:"routes"`
 	Skips      *ebpf.Map `ebpf:"skips"`
@@ -467,12 +511,16 @@ func (m *FabricMaps) Close() error {
 	return _FabricClose(
 		m.Acls,
 		m.Counts,
+		m.Elastics,
 		m.Enis,
 		m.Flows,
 		m.Fragments,
+		m.Gateways,
+		m.Internet,
 		m.LoggedEnis,
 		m.Mappings,
 		m.Policies,
+		m.Publics,
 		m.Records,
 		m.Routes,
 		m.Skips,
@@ -489,7 +537,9 @@ type FabricVariables struct {
 	DropReasons           *ebpf.Variable `ebpf:"drop_reasons"`
 	EgressGroupsByAddress *ebpf.Variable `ebpf:"egress_groups_by_address"`
 	FragmentTimeout       *ebpf.Variable `ebpf:"fragment_timeout"`
+	GatewayPrograms       *ebpf.Variable `ebpf:"gateway_programs"`
 	IcmpTimeout           *ebpf.Variable `ebpf:"icmp_timeout"`
+	InternetMtu           *ebpf.Variable `ebpf:"internet_mtu"`
 	Mtu                   *ebpf.Variable `ebpf:"mtu"`
 	OpenFlags             *ebpf.Variable `ebpf:"open_flags"`
 	OtherTimeout          *ebpf.Variable `ebpf:"other_timeout"`
@@ -508,14 +558,20 @@ type FabricVariables struct {
 //
 // It can be passed to LoadFabricObjects or ebpf.CollectionSpec.LoadAndAssign.
 type FabricPrograms struct {
-	FromGuest *ebpf.Program `ebpf:"from_guest"`
-	ToGuest   *ebpf.Program `ebpf:"to_guest"`
+	CutForInternet *ebpf.Program `ebpf:"cut_for_internet"`
+	FromGuest      *ebpf.Program `ebpf:"from_guest"`
+	FromInternet   *ebpf.Program `ebpf:"from_internet"`
+	ToGuest        *ebpf.Program `ebpf:"to_guest"`
+	ToInternet     *ebpf.Program `ebpf:"to_internet"`
 }
 
 func (p *FabricPrograms) Close() error {
 	return _FabricClose(
+		p.CutForInternet,
 		p.FromGuest,
+		p.FromInternet,
 		p.ToGuest,
+		p.ToInternet,
 	)
 }
 
