@@ -169,6 +169,11 @@ const (
 	FabricOpenFlagOPEN_UDP FabricOpenFlag = 2
 )
 
+type FabricPiece struct {
+	_     structs.HostLayout
+	Bytes [512]uint8
+}
+
 type FabricPolicy struct {
 	_             structs.HostLayout
 	Version       uint64
@@ -261,6 +266,7 @@ const (
 	FabricMapGateways              = "gateways"
 	FabricMapInternet              = "internet"
 	FabricMapMappings              = "mappings"
+	FabricMapPieces                = "pieces"
 	FabricMapPolicies              = "policies"
 	FabricMapPublics               = "publics"
 	FabricMapRoutes                = "routes"
@@ -350,6 +356,7 @@ type FabricMapSpecs struct {
 	Gateways  *ebpf.MapSpec `ebpf:"gateways"`
 	Internet  *ebpf.MapSpec `ebpf:"internet"`
 	Mappings  *ebpf.MapSpec `ebpf:"mappings"`
+	Pieces    *ebpf.MapSpec `ebpf:"pieces"`
 	Policies  *ebpf.MapSpec `ebpf:"policies"`
 	Publics   *ebpf.MapSpec `ebpf:"publics"`
 	Routes    *ebpf.MapSpec `ebpf:"routes"`
@@ -407,6 +414,7 @@ type FabricMaps struct {
 	Gateways  *ebpf.Map `ebpf:"gateways"`
 	Internet  *ebpf.Map `ebpf:"internet"`
 	Mappings  *ebpf.Map `ebpf:"mappings"`
+	Pieces    *ebpf.Map `ebpf:"pieces"`
 	Policies  *ebpf.Map `ebpf:"policies"`
 	Publics   *ebpf.Map `ebpf:"publics"`
 	Routes    *ebpf.Map `ebpf:"routes"`
@@ -424,6 +432,7 @@ func (m *FabricMaps) Close() error {
 		m.Gateways,
 		m.Internet,
 		m.Mappings,
+		m.Pieces,
 		m.Policies,
 		m.Publics,
 		m.Routes,
