@@ -157,7 +157,6 @@ func (d *demo) overlaid(ctx context.Context, t *tiers, lb, app, orders netip.Add
 	}) {
 		return
 	}
-	began := d.a.now()
 	pods := []overlayPod{{"overlay-lb", node1, addressOf(overlayCIDR, 11)}, {"overlay-app-1", node1, addressOf(overlayCIDR, 12)}, {"overlay-app-2", node2, addressOf(overlayCIDR, 21)}}
 	fmt.Fprintln(d.out)
 	d.say("Now an overlay between the same nodes. The VPC sees nodes alone, so there can be one group for all that runs on them; the database must let that in:")
@@ -182,6 +181,7 @@ func (d *demo) overlaid(ctx context.Context, t *tiers, lb, app, orders netip.Add
 		})
 	}
 	exec := func(pod string) string { return fmt.Sprintf("underlay exec %s%s --", pod, f) }
+	began := d.a.now()
 	d.fact(ctx, "It works: load balancer to application, from node to node.",
 		call(exec(pods[0].name), pods[2].ip, portApp), hears(fmt.Sprintf("%s: hello %s", pods[2].name, pods[0].ip)))
 	d.flowFact(ctx, "The flow log sees nodes talk UDP, and nothing more.", since(began), tunnelOnly(node1.IP, node2.IP))

@@ -83,6 +83,7 @@ type Interface struct {
 	SourceDestCheck bool
 	Groups          []vpc.SecurityGroupID // without any, nothing passes but the fabric's services
 	Timeouts        IdleTimeouts
+	Owner           Owner
 	Ungated         bool // no security group judges it: a NAT gateway's
 	MTU             int  // IP length that it takes; 0 is MTU
 	// Configure gives the guest's end Primary, the default route and the MTU, as
@@ -365,6 +366,13 @@ func each(prefixes []netip.Prefix) func(yield func(netip.Addr) bool) {
 func be32(a netip.Addr) uint32 {
 	b := a.As4()
 	return binary.NativeEndian.Uint32(b[:])
+}
+
+// address4 is the address that the C side has in a __be32.
+func address4(a uint32) netip.Addr {
+	var b [4]byte
+	binary.NativeEndian.PutUint32(b[:], a)
+	return netip.AddrFrom4(b)
 }
 
 func netmask(p netip.Prefix) uint32 {

@@ -40,6 +40,8 @@ type Options struct {
 	// link-local services (DNS, IMDS and NTP together): 0 is AWS's 1,024,
 	// below 0 there is no bound.
 	LinkLocalPPS int
+	// Records is how many flow records an interval has room for, 0: 262,144.
+	Records int
 }
 
 // Fabric is an open fabric.
@@ -70,6 +72,7 @@ type Fabric struct {
 	nextIndex int
 
 	listening listening
+	intervals intervals
 }
 
 // tap is the pair of links that an ENI's programs hang on.
@@ -170,6 +173,9 @@ func (f *Fabric) open(o Options) error {
 	}
 	// Key 0 counts what comes from no ENI.
 	if err := addCounter(f.objs.Counts, 0); err != nil {
+		return err
+	}
+	if err := f.openIntervals(spec.Maps[bpfgen.FabricMapRecords].InnerMap, o.Records); err != nil {
 		return err
 	}
 	return f.adoptTaps()
@@ -348,7 +354,7 @@ func (f *Fabric) Close() error {
 		errs = append(errs, t.close())
 	}
 	f.taps = nil
-	errs = append(errs, f.policies.close(), f.acls.close())
+	errs = append(errs, f.policies.close(), f.acls.close(), f.intervals.close())
 	if f.route != nil {
 		f.route.Close()
 		f.route = nil
