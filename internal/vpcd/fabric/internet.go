@@ -3,6 +3,7 @@ package fabric
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/netip"
 	"os"
@@ -136,6 +137,10 @@ func (f *Fabric) makeInternet(want desired, devices []deviceInfo) error {
 // configureInternet gives the internet's end its addresses. It asks nobody for a
 // MAC: what it sends is routed by public address.
 func configureInternet() error {
+	// There is no IPv6 out there.
+	if err := writeSysctl("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
 	route, err := dialRoute()
 	if err != nil {
 		return err
