@@ -1,6 +1,8 @@
 package differential
 
 import (
+	"maps"
+	"slices"
 	"strings"
 
 	"github.com/underlay-cni/underlay/test/vpcmodel"
@@ -23,7 +25,7 @@ type Features struct {
 
 // Enforced are those that the fabric enforces. Whatever it learns is added here,
 // and nowhere else.
-var Enforced = Features{Groups: true, Lists: true, ACLs: true, Tables: true, Peerings: true, Fragments: true}
+var Enforced = Features{Groups: true, Lists: true, ACLs: true, Tables: true, Peerings: true, Fragments: true, Internet: true, NAT: true}
 
 // Missing names what is not enforced, for the summary of a run.
 func (f Features) Missing() string {
@@ -81,3 +83,5 @@ func (f Features) Lacks(s vpcmodel.Script) string {
 	}
 	return ""
 }
+
+func sortedKeys[K ~string, V any](m map[K]V) []K { return slices.Sorted(maps.Keys(m)) }

@@ -58,7 +58,8 @@ func (l *lockedBuffer) String() string {
 
 func newKillable(t *testing.T) *killable {
 	t.Helper()
-	k := &killable{options: labOptions(t), stand: &stand{}}
+	k := &killable{options: labOptions(t)}
+	k.stand = &stand{name: k.options.Name}
 	ctx, cancel := context.WithCancel(context.Background())
 	k.ctx = ctx
 	t.Cleanup(func() {

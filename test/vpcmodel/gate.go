@@ -196,7 +196,7 @@ func (w *World) direct(e *ENI, d Direction, a netip.Addr, other *ENI) bool {
 // flow, and an untracked one could not be "cut at once". A SYN that is known to
 // belong to no flow answers none.
 func (w *World) untracked(e *ENI, d Direction, p *Packet, known bool) bool {
-	if !p.ports() || d == Out && w.route(w.Subnets[e.Subnet], p).nat != nil {
+	if !p.ports() || w.tracksAll || d == Out && w.route(w.Subnets[e.Subnet], p).nat != nil {
 		return false // "Always tracked: via … NAT GW"
 	}
 	begins := w.anybody(e, d, p) && w.anyPort(e, !d, p)
