@@ -128,12 +128,22 @@ struct public {
  * From the guest's point of view: tx is what the fabric accepted from it, rx
  * what the fabric handed to it; IPv4 only. A packet is one on the wire, so a
  * GSO frame counts its segments; bytes are IP lengths, without Ethernet header.
+ * Of these, exempt is what flow logs leave out by definition, and skipped what
+ * they had no room for; the rest is in flow records that say ACCEPT.
  */
 struct counters {
 	__u64 tx_packets;
 	__u64 tx_bytes;
 	__u64 rx_packets;
 	__u64 rx_bytes;
+	__u64 exempt_tx_packets;
+	__u64 exempt_tx_bytes;
+	__u64 exempt_rx_packets;
+	__u64 exempt_rx_bytes;
+	__u64 skipped_tx_packets;
+	__u64 skipped_tx_bytes;
+	__u64 skipped_rx_packets;
+	__u64 skipped_rx_bytes;
 	__u64 drops[DROP_REASONS]; /* frames */
 };
 
@@ -255,6 +265,7 @@ static __always_inline int drop(__u32 ifindex, enum drop_reason reason)
 
 #include "fabric_gate.h"
 #include "fabric_acl.h"
+#include "fabric_log.h"
 
 static __always_inline void set_address(struct address *a, __u32 vni, __be32 ip)
 {
@@ -315,8 +326,8 @@ static __always_inline int is_service(__be32 ip)
 
 /* What a frame is on the wire: its packets, their IP bytes, the longest one. */
 struct size {
-	__u64 packets;
-	__u64 bytes;
+	__u32 packets;
+	__u32 bytes;
 	__u32 longest;
 };
 
@@ -551,6 +562,22 @@ static __always_inline enum drop_reason resolve(const struct eni *self, const st
 	return 0;
 }
 
+/* path_of is the traffic path of what is sent along a way. */
+static __always_inline enum traffic_path path_of(const struct way *w)
+{
+	switch (w->kind) {
+	case ROUTE_LOCAL:
+	case ROUTE_ENI:
+		return PATH_VPC;
+	case ROUTE_PEER:
+		return PATH_PEERING;
+	case ROUTE_IGW:
+		return PATH_IGW;
+	default:
+		return PATH_NONE;
+	}
+}
+
 /*
  * may_leave says whether a packet may leave its sender: 0, or why not.
  * crosses: it leaves the subnet, too.
@@ -560,16 +587,14 @@ static __always_inline enum drop_reason may_leave(struct packet *p, __u32 ifinde
 						  int crosses)
 {
 	__u32 named = egress_groups_by_address || w->held ? w->named : 0;
-	enum drop_reason reason;
+	enum drop_reason reason = 0;
 
-	if (!(self->flags & ENI_UNGATED)) {
+	if (!(self->flags & ENI_UNGATED))
 		reason = gate(p, ifindex, EGRESS, named);
-		if (reason)
-			return reason;
-	}
-	if (crosses && !acl_allows(p, self->vni, self->subnet, EGRESS))
-		return DROP_ACL_EGRESS;
-	return 0;
+	if (!reason && crosses && !acl_allows(p, self->vni, self->subnet, EGRESS))
+		reason = DROP_ACL_EGRESS;
+	log_packet(p, ifindex, EGRESS, reason, path_of(w));
+	return reason;
 }
 
 /*
@@ -580,13 +605,16 @@ static __always_inline enum drop_reason may_leave(struct packet *p, __u32 ifinde
 static __always_inline enum drop_reason may_enter(struct packet *p, __u32 sender,
 						  const struct way *w, int crosses)
 {
+	enum drop_reason reason = 0;
+
 	if (!w->held && (w->to->flags & ENI_SOURCE_DEST_CHECK))
 		return DROP_DEST_ADDRESS;
 	if (crosses && !acl_allows(p, w->vni, w->to->subnet, INGRESS))
-		return DROP_ACL_INGRESS;
-	if (w->to->flags & ENI_UNGATED)
-		return 0;
-	return gate(p, w->to->ifindex, INGRESS, sender);
+		reason = DROP_ACL_INGRESS;
+	else if (!(w->to->flags & ENI_UNGATED))
+		reason = gate(p, w->to->ifindex, INGRESS, sender);
+	log_packet(p, w->to->ifindex, INGRESS, reason, PATH_NONE);
+	return reason;
 }
 
 static __always_inline void count_sent(__u32 ifindex, const struct size *s)
@@ -596,6 +624,23 @@ static __always_inline void count_sent(__u32 ifindex, const struct size *s)
 	if (c) {
 		c->tx_packets += s->packets;
 		c->tx_bytes += s->bytes;
+	}
+}
+
+/* count_exempt counts what is sent or received without a flow record, by definition. */
+static __always_inline void count_exempt(__u32 ifindex, enum direction direction,
+					 const struct size *s)
+{
+	struct counters *c = bpf_map_lookup_elem(&counts, &ifindex);
+
+	if (!c)
+		return;
+	if (direction == EGRESS) {
+		c->exempt_tx_packets += s->packets;
+		c->exempt_tx_bytes += s->bytes;
+	} else {
+		c->exempt_rx_packets += s->packets;
+		c->exempt_rx_bytes += s->bytes;
 	}
 }
 
@@ -634,6 +679,7 @@ static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct e
 	load_router_mac(router);
 	if (is_service(iph->daddr) && same_mac(eth->h_dest, router)) {
 		count_sent(ifindex, &size);
+		count_exempt(ifindex, EGRESS, &size);
 		bpf_skb_change_type(skb, PACKET_HOST);
 		return TCX_PASS;
 	}
@@ -752,6 +798,7 @@ int to_guest(struct __sk_buff *skb)
 		c->rx_packets += size.packets;
 		c->rx_bytes += size.bytes;
 	}
+	count_exempt(ifindex, INGRESS, &size);
 	return TCX_PASS;
 }
 

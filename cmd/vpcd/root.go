@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"runtime/debug"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -107,6 +108,9 @@ GET http://LISTEN/_vpcd/health answers 200 once everything stands.`,
 			if len(o.Account) != 12 || strings.Trim(o.Account, "0123456789") != "" {
 				return fmt.Errorf("--account %q: an account id has 12 digits", o.Account)
 			}
+			if o.FlowInterval < time.Second || o.FlowInterval > 10*time.Minute {
+				return fmt.Errorf("--flow-interval %v: give 1s to 10m", o.FlowInterval)
+			}
 			if !o.NoFabric {
 				if err := needRoot("vpcd serve"); err != nil {
 					return fmt.Errorf("%w, or --no-fabric for the API alone", err)
@@ -127,6 +131,8 @@ GET http://LISTEN/_vpcd/health answers 200 once everything stands.`,
 	f.StringVar(&o.Region, "region", "us-east-1", "the region that this VPC is in")
 	f.IntVar(&o.Zones, "zones", 3, "number of its availability zones")
 	f.StringVar(&o.Account, "account", "123456789012", "the account that owns everything")
+	f.StringVar(&o.S3Dir, "s3-dir", "", "folder that stands for S3: flow logs to arn:aws:s3:::BUCKET go to BUCKET in it (default s3 in --dir)")
+	f.DurationVar(&o.FlowInterval, "flow-interval", time.Minute, "a flow record is of so long at most, and then in a file; 1s to 10m")
 	f.StringArrayVar(&o.Policies, "iam-policy", nil, "FILE with an IAM policy that calls must be allowed by, or ACCESSKEY=FILE for who signs with that key; repeatable")
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error; debug logs each request")
 	return c

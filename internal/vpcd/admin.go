@@ -76,6 +76,7 @@ type admin struct {
 	api     *api.API
 	calls   *callCounter
 	fabric  *reconciler // nil without a fabric
+	flow    *flowLogger // nil without a fabric
 }
 
 // wrap serves the admin endpoints before next. Requests that a browser makes
@@ -99,8 +100,9 @@ func (a *admin) wrap(next http.Handler) http.Handler {
 	handle("GET calls", func(*http.Request) (any, error) { return a.calls.all(), nil })
 	handle("POST managed-services", a.createService)
 	handle("DELETE managed-services/{name}", a.deleteService)
+	mux.HandleFunc("GET "+AdminPath+"flows", a.flows)
 	mux.HandleFunc(AdminPath, func(w http.ResponseWriter, r *http.Request) {
-		a.respond(w, r, nil, httpError{http.StatusNotFound, fmt.Errorf("there is no %s %s; there are health, chaos, instances, counters, calls, managed-services", r.Method, r.URL.Path)})
+		a.respond(w, r, nil, httpError{http.StatusNotFound, fmt.Errorf("there is no %s %s; there are health, chaos, instances, counters, flows, calls, managed-services", r.Method, r.URL.Path)})
 	})
 	guarded := http.NewCrossOriginProtection().Handler(mux)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

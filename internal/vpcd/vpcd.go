@@ -30,6 +30,7 @@ import (
 const (
 	stateFile = "state.db"
 	keyFile   = "imds.key"
+	s3Folder  = "s3"
 )
 
 // Options of Run.
@@ -42,15 +43,20 @@ type Options struct {
 	Region   string   // "" is us-east-1
 	Zones    int      // 0 is 3
 	Account  string   // "" is 123456789012
+	S3Dir    string   // folder that stands for S3, "" is s3 in Dir: a flow log's bucket is a folder in it
 	Policies []string // files with IAM policies, FILE or ACCESSKEY=FILE: see package iam
-	Logger   *slog.Logger
-	Ready    func(listen net.Addr) // called once the EC2 API answers; may be nil
+	// FlowInterval is how long packets are gathered into one flow record, at
+	// most; 0 is 60 s. The setting flowInterval of chaos goes before it.
+	FlowInterval time.Duration
+	Logger       *slog.Logger
+	Ready        func(listen net.Addr) // called once the EC2 API answers; may be nil
 }
 
 // Run serves a VPC until ctx ends. The fabric stays when it returns.
 func Run(ctx context.Context, o Options) (err error) {
 	o.Region, o.Account, o.Zones = cmp.Or(o.Region, "us-east-1"), cmp.Or(o.Account, "123456789012"), cmp.Or(o.Zones, 3)
 	o.Logger = cmp.Or(o.Logger, slog.Default())
+	o.S3Dir, o.FlowInterval = cmp.Or(o.S3Dir, filepath.Join(o.Dir, s3Folder)), cmp.Or(o.FlowInterval, defaultFlowInterval)
 	if err := os.MkdirAll(o.Dir, 0o750); err != nil {
 		return fmt.Errorf("make the state directory: %w", err)
 	}
@@ -71,7 +77,8 @@ func Run(ctx context.Context, o Options) (err error) {
 	defer closing(&err, state)
 
 	control := chaos.New(nil)
-	ec2 := api.New(api.Options{Store: state, Chaos: control, Region: o.Region, Account: o.Account, Zones: o.Zones, Logger: o.Logger})
+	files := newDelivery(o.S3Dir, o.Account, o.Region)
+	ec2 := api.New(api.Options{Store: state, Chaos: control, Region: o.Region, Account: o.Account, Zones: o.Zones, Logger: o.Logger, Delivered: files.state})
 	state.KeepHistory(func() time.Duration { s := control.Get(); return s.LongestLag() })
 	handlers := ec2.Handlers()
 	adm := &admin{options: o, chaos: control, store: state, api: ec2}
@@ -111,8 +118,12 @@ func Run(ctx context.Context, o Options) (err error) {
 		out := &internet{run: f.Internet, there: make(chan struct{}, 1), log: o.Logger}
 		adm.fabric.internet = out.isThere
 		source.mapped = adm.fabric.mapped
+		adm.flow = &flowLogger{
+			net: f, store: state, account: o.Account, region: o.Region, zoneIDs: ids, log: o.Logger, files: files, recent: newRecentFlows(),
+			interval: func() time.Duration { return cmp.Or(control.Get().FlowInterval, o.FlowInterval) },
+		}
 		servers = append(servers, inside)
-		jobs = append(jobs, adm.fabric.Run, out.Run, func(ctx context.Context) error { return expire(ctx, f, o.Logger) })
+		jobs = append(jobs, adm.fabric.Run, adm.flow.Run, out.Run, func(ctx context.Context) error { return expire(ctx, f, o.Logger) })
 	}
 
 	group, ctx := errgroup.WithContext(ctx)
@@ -239,6 +250,9 @@ func Destroy(o Options) error {
 		if err := os.Remove(filepath.Join(o.Dir, f)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, fmt.Errorf("remove the state: %w", err))
 		}
+	}
+	if err := os.RemoveAll(filepath.Join(o.Dir, s3Folder)); err != nil {
+		errs = append(errs, fmt.Errorf("remove the state: %w", err))
 	}
 	return errors.Join(errs...)
 }

@@ -17,6 +17,7 @@ type Settings struct {
 	// destination's address also when the route leads through a middlebox. The
 	// facts say that a reference is "not preserved through a middlebox"; what
 	// could be lost on the way is the source's identity, not the destination's.
+	// It does not reach over a peering: beyond it an address alone names nobody.
 	EgressReferencesByAddress bool
 
 	// MidStream: a TCP segment that no tracked flow claims is judged by the

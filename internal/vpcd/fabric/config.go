@@ -77,6 +77,7 @@ type Interface struct {
 	Timeouts        IdleTimeouts
 	Ungated         bool // no security group judges it: a NAT gateway's
 	MTU             int  // IP length that it takes; 0 is MTU
+	Owner           Owner
 	// Configure gives the guest's end Primary, the default route and the MTU, as
 	// DHCP would, when the interface is made and never again. Without it
 	// the link appears down.
@@ -354,6 +355,13 @@ func each(prefixes []netip.Prefix) func(yield func(netip.Addr) bool) {
 func be32(a netip.Addr) uint32 {
 	b := a.As4()
 	return binary.NativeEndian.Uint32(b[:])
+}
+
+// address4 is the address that the C side has in a __be32.
+func address4(a uint32) netip.Addr {
+	var b [4]byte
+	binary.NativeEndian.PutUint32(b[:], a)
+	return netip.AddrFrom4(b)
 }
 
 func netmask(p netip.Prefix) uint32 {

@@ -12,8 +12,8 @@
 //
 // It owns everything of a lab in the kernel that is not inside a node: the
 // fabric's namespace, the guests' namespaces, the pairs, and what is pinned
-// below Options.BPFFS (maps in v3/, one TCX link per pair and direction in
-// v3/links/). It shares no judgement with the node: what a VPC delivers is
+// below Options.BPFFS (maps in v4/, one TCX link per pair and direction in
+// v4/links/). It shares no judgement with the node: what a VPC delivers is
 // decided here alone.
 //
 // # Invariants

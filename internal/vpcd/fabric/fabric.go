@@ -36,6 +36,8 @@ type Options struct {
 	Logger *slog.Logger
 	// Inferred holds from each Open on, for the flows that are there too.
 	Inferred Inferred
+	// Records is how many flow records an interval has room for, 0: 262,144.
+	Records int
 }
 
 // Fabric is an open fabric.
@@ -66,6 +68,7 @@ type Fabric struct {
 	nextIndex int
 
 	listening listening
+	intervals intervals
 }
 
 // tap is the pair of links that an ENI's programs hang on.
@@ -163,6 +166,9 @@ func (f *Fabric) open(o Options) error {
 	}
 	// Key 0 counts what comes from no ENI.
 	if err := addCounter(f.objs.Counts, 0); err != nil {
+		return err
+	}
+	if err := f.openIntervals(spec.Maps[bpfgen.FabricMapRecords].InnerMap, o.Records); err != nil {
 		return err
 	}
 	return f.adoptTaps()
@@ -341,7 +347,7 @@ func (f *Fabric) Close() error {
 		errs = append(errs, t.close())
 	}
 	f.taps = nil
-	errs = append(errs, f.policies.close(), f.acls.close())
+	errs = append(errs, f.policies.close(), f.acls.close(), f.intervals.close())
 	if f.route != nil {
 		f.route.Close()
 		f.route = nil

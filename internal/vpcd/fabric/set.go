@@ -49,6 +49,12 @@ func (f *Fabric) set(ctx context.Context, want desired) error {
 			return err
 		}
 		f.seen = seen
+		// What records may still be about is no other interface's.
+		highest, err := f.highestLogged()
+		if err != nil {
+			return err
+		}
+		f.nextIndex = max(f.nextIndex, highest+1)
 	}
 	devices, err := f.route.devices(false)
 	if err != nil {
@@ -364,6 +370,9 @@ func (f *Fabric) makePort(p *port, guest uint64) (_ int, err error) {
 		return 0, fmt.Errorf("write record: %w", err)
 	}
 	f.seen.enis[uint32(index)] = half
+	if err := nl.AwaitMemory(func() error { return f.objs.LoggedEnis.Put(uint32(index), p.logged()) }); err != nil {
+		return 0, fmt.Errorf("write what flow records say: %w", err)
+	}
 	if err := f.attach(p.ID, index, f.objs.FromGuest, f.objs.ToGuest); err != nil {
 		return 0, err
 	}
