@@ -7,6 +7,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -22,6 +23,8 @@ type outcome struct {
 	verdicts map[int]vpcmodel.Verdict // by index of the Send
 	received map[int]string           // "" if nobody, else who, as words
 	noise    int                      // frames that no script sent
+	records  []recordDifference
+	kinds    int // of records that were compared
 }
 
 // mismatches lists the Sends of which model and fabric say different things.
@@ -31,8 +34,11 @@ func (o *outcome) mismatches() (out []int) {
 			out = append(out, i)
 		}
 	}
+	for _, d := range o.records {
+		out = append(out, d.index)
+	}
 	slices.Sort(out)
-	return out
+	return slices.Compact(out)
 }
 
 // report writes the script as one that can be replayed, with both verdicts where
@@ -51,6 +57,11 @@ func (o *outcome) report() string {
 				fmt.Fprintf(&b, "; FABRIC: received by %s", got)
 			}
 		}
+		for _, d := range o.records {
+			if d.index == i {
+				b.WriteString(" # " + d.text)
+			}
+		}
 		b.WriteByte('\n')
 	}
 	return b.String()
@@ -59,7 +70,7 @@ func (o *outcome) report() string {
 // run builds a script's world in vpcd, sends its packets, and removes the world.
 func (s *stand) run(script vpcmodel.Script) (o *outcome, err error) {
 	c := newCloud(s.ctx, s.endpoint)
-	r := &runner{stand: s, cloud: c, ports: map[string]*port{}, sent: map[string]fragment{}, whole: map[int]int{},
+	r := &runner{stand: s, started: time.Now().Add(-time.Second), cloud: c, ports: map[string]*port{}, sent: map[string]fragment{}, whole: map[int]int{},
 		expect: map[uint32]*translated{}, told: map[int]string{}, natPorts: map[natPort]uint16{}, pieces: pieces{},
 		out: &outcome{script: script, verdicts: map[int]vpcmodel.Verdict{}, received: map[int]string{}}}
 	defer func() {
@@ -88,7 +99,12 @@ func (s *stand) run(script vpcmodel.Script) (o *outcome, err error) {
 		}
 		r.batch = append(r.batch, sending{i, send})
 	}
-	return r.out, r.flush()
+	if err := r.flush(); err != nil || !Enforced.Records || len(r.out.mismatches()) > 0 {
+		return r.out, err
+	}
+	r.out.records, err = r.compareRecords()
+	r.out.kinds = len(r.wantRecords())
+	return r.out, err
 }
 
 type sending struct {
@@ -111,6 +127,8 @@ type runner struct {
 	batch   []sending
 	sent    map[string]fragment
 	whole   map[int]int // parts of each Send
+	noted   []noted
+	started time.Time
 
 	expect   map[uint32]*translated // by number
 	numbers  map[uint16]int         // Send by the identification of its IP packet, of this batch
@@ -185,6 +203,7 @@ func (r *runner) sendOne(b sending) error {
 	r.number++
 	parts := datagrams(r.real(&b.Packet), r.number)
 	r.whole[b.index] = len(parts)
+	r.note(b, v, parts)
 	r.numbers[uint16(r.number)] = b.index
 	if v.Seen != nil {
 		t := &translated{index: b.index, number: r.number, seen: *v.Seen, cut: b.MayFragment}
