@@ -569,10 +569,10 @@ static __always_inline enum traffic_path path_of(const struct way *w)
 	case ROUTE_LOCAL:
 	case ROUTE_ENI:
 		return PATH_VPC;
-	case ROUTE_PEER:
-		return PATH_PEERING;
 	case ROUTE_IGW:
 		return PATH_IGW;
+	case ROUTE_PEER:
+		return PATH_PEERING;
 	default:
 		return PATH_NONE;
 	}
@@ -587,10 +587,9 @@ static __always_inline enum drop_reason may_leave(struct packet *p, __u32 ifinde
 						  int crosses)
 {
 	__u32 named = egress_groups_by_address || w->held ? w->named : 0;
-	enum drop_reason reason = 0;
+	enum drop_reason reason;
 
-	if (!(self->flags & ENI_UNGATED))
-		reason = gate(p, ifindex, EGRESS, named);
+	reason = self->flags & ENI_UNGATED ? 0 : gate(p, ifindex, EGRESS, named);
 	if (!reason && crosses && !acl_allows(p, self->vni, self->subnet, EGRESS))
 		reason = DROP_ACL_EGRESS;
 	log_packet(p, ifindex, EGRESS, reason, path_of(w));
@@ -605,14 +604,16 @@ static __always_inline enum drop_reason may_leave(struct packet *p, __u32 ifinde
 static __always_inline enum drop_reason may_enter(struct packet *p, __u32 sender,
 						  const struct way *w, int crosses)
 {
-	enum drop_reason reason = 0;
+	enum drop_reason reason;
 
 	/* The subnet's boundary comes before the ENI, whose check is not logged. */
 	if (crosses && !acl_allows(p, w->vni, w->to->subnet, INGRESS))
 		reason = DROP_ACL_INGRESS;
 	else if (!w->held && (w->to->flags & ENI_SOURCE_DEST_CHECK))
 		return DROP_DEST_ADDRESS;
-	else if (!(w->to->flags & ENI_UNGATED))
+	else if (w->to->flags & ENI_UNGATED)
+		reason = 0;
+	else
 		reason = gate(p, w->to->ifindex, INGRESS, sender);
 	log_packet(p, w->to->ifindex, INGRESS, reason, PATH_NONE);
 	return reason;
@@ -630,18 +631,18 @@ static __always_inline void count_sent(__u32 ifindex, const struct size *s)
 
 /* count_exempt counts what is sent or received without a flow record, by definition. */
 static __always_inline void count_exempt(__u32 ifindex, enum direction direction,
-					 const struct size *s)
+					 __u64 packets, __u64 bytes)
 {
 	struct counters *c = bpf_map_lookup_elem(&counts, &ifindex);
 
 	if (!c)
 		return;
 	if (direction == EGRESS) {
-		c->exempt_tx_packets += s->packets;
-		c->exempt_tx_bytes += s->bytes;
+		c->exempt_tx_packets += packets;
+		c->exempt_tx_bytes += bytes;
 	} else {
-		c->exempt_rx_packets += s->packets;
-		c->exempt_rx_bytes += s->bytes;
+		c->exempt_rx_packets += packets;
+		c->exempt_rx_bytes += bytes;
 	}
 }
 
@@ -680,7 +681,7 @@ static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct e
 	load_router_mac(router);
 	if (is_service(iph->daddr) && same_mac(eth->h_dest, router)) {
 		count_sent(ifindex, &size);
-		count_exempt(ifindex, EGRESS, &size);
+		count_exempt(ifindex, EGRESS, size.packets, size.bytes);
 		bpf_skb_change_type(skb, PACKET_HOST);
 		return TCX_PASS;
 	}
@@ -713,6 +714,7 @@ static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct e
 		limit = way.to->mtu;
 		if (must_tell(skb))
 			return refuse_length(skb, limit);
+		count_cut(&packet, limit);
 	}
 	reason = may_enter(&packet, owner ? ifindex : 0, &way, crosses);
 	if (reason)
@@ -799,7 +801,7 @@ int to_guest(struct __sk_buff *skb)
 		c->rx_packets += size.packets;
 		c->rx_bytes += size.bytes;
 	}
-	count_exempt(ifindex, INGRESS, &size);
+	count_exempt(ifindex, INGRESS, size.packets, size.bytes);
 	return TCX_PASS;
 }
 

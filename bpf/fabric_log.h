@@ -17,7 +17,7 @@ enum verdict {
 
 /* The way of what is sent, by AWS's numbers (VPC user guide, field traffic-path). */
 enum traffic_path {
-	PATH_NONE, /* ingress */
+	PATH_NONE, /* ingress, or refused */
 	PATH_VPC = 1, /* another resource in the VPC */
 	PATH_PEERING = 4, /* within the region */
 	PATH_IGW = 8, /* of a Nitro instance */
@@ -203,7 +203,8 @@ __noinline int log_packet(const struct packet *p, __u32 ifindex, __u32 direction
 		key.dport = p->tuple.dport;
 	}
 	key.direction = direction;
-	key.path = path;
+	if (!reason)
+		key.path = path; /* what is refused takes none */
 	interval = bpf_map_lookup_elem(&records, &zero);
 	if (!interval)
 		return not_recorded(0, &key, p);

@@ -56,6 +56,102 @@ static __always_inline int must_tell(struct __sk_buff *skb)
 }
 
 /*
+ * checksum_done makes the kernel take the checksum behind the IP header for the
+ * sender's own, where it was left to the device (CHECKSUM_PARTIAL): it does when
+ * what the checksum begins with is taken away. It is put back then. The frame
+ * has no GSO and IP_FRONT bytes behind the header's first 20.
+ */
+#define IP_FRONT 40
+
+static __noinline int checksum_done(struct __sk_buff *skb)
+{
+	__u32 at = ETH_HLEN + sizeof(struct iphdr);
+	__u8 front[IP_FRONT];
+
+	return bpf_skb_load_bytes(skb, at, front, sizeof(front)) ||
+	       bpf_skb_adjust_room(skb, -IP_FRONT, BPF_ADJ_ROOM_NET, 0) ||
+	       bpf_skb_adjust_room(skb, IP_FRONT, BPF_ADJ_ROOM_NET, 0) ||
+	       bpf_skb_store_bytes(skb, at, front, sizeof(front), 0);
+}
+
+/* What bpf_csum_diff takes at once. */
+struct piece {
+	__u8 bytes[512];
+};
+
+/* Where pieces are read to: more than the stack holds. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct piece);
+} pieces SEC(".maps");
+
+struct summing {
+	struct __sk_buff *skb;
+	__u32 sum;
+	__u32 length; /* of the frame */
+};
+
+static long add_piece(__u64 i, struct summing *s)
+{
+	__u32 zero = 0, at = ETH_HLEN + sizeof(struct iphdr) + i * sizeof(struct piece);
+	struct piece *p = bpf_map_lookup_elem(&pieces, &zero);
+	__u64 n;
+
+	if (!p || at >= s->length)
+		return 1;
+	n = s->length - at;
+	if (n >= sizeof(*p)) {
+		n = sizeof(*p);
+	} else {
+		__builtin_memset(p, 0, sizeof(*p));
+	}
+	asm volatile("" : "+r"(n)); /* the verifier must see the check that clang knows to hold */
+	if (!n || n > sizeof(*p) || bpf_skb_load_bytes(s->skb, at, p, n))
+		return 1;
+	s->sum = bpf_csum_diff(0, 0, (__be32 *)p, sizeof(*p), s->sum);
+	return 0;
+}
+
+/*
+ * complete_checksum does what a device would before it cut a datagram: a
+ * checksum that was left to it is that of the pseudo header alone. iph has no
+ * options.
+ */
+static __noinline int complete_checksum(struct __sk_buff *skb)
+{
+	struct iphdr *iph = (void *)(long)skb->data + ETH_HLEN;
+	__u32 pseudo[3], at, l4 = ETH_HLEN + sizeof(*iph);
+	struct summing s = {.skb = skb, .length = skb->len};
+	__u16 have, sum;
+
+	if ((void *)(iph + 1) > (void *)(long)skb->data_end)
+		return -1;
+	if (iph->frag_off & bpf_htons(IP_OFFSET | IP_MORE_FRAGMENTS))
+		return 0; /* those have it */
+	if (iph->protocol != IPPROTO_TCP && iph->protocol != IPPROTO_UDP)
+		return 0;
+	at = l4 + (iph->protocol == IPPROTO_TCP ? 16 : 6);
+	pseudo[0] = iph->saddr;
+	pseudo[1] = iph->daddr;
+	pseudo[2] = bpf_htonl((__u32)iph->protocol << 16 | (s.length - l4));
+	if (bpf_skb_load_bytes(skb, at, &have, sizeof(have)))
+		return -1;
+	s.sum = bpf_csum_diff(0, 0, pseudo, sizeof(pseudo), 0);
+	sum = ~fold(s.sum);
+	if (!have || have != sum)
+		return 0;
+	/* The field holds the pseudo header's sum, which so counts with the rest. */
+	s.sum = 0;
+	bpf_loop(65536 / sizeof(struct piece), add_piece, &s, 0);
+	sum = fold(s.sum);
+	if (!sum)
+		sum = 0xffff;
+	return bpf_skb_store_bytes(skb, at, &sum, sizeof(sum), 0) || checksum_done(skb);
+}
+
+/*
  * refuse_length drops a packet of an ENI's guest that is longer than limit, and
  * answers with ICMP "fragmentation needed" from the router of its subnet. It
  * goes to the ENI that sent the frame, which forwards it if it had forwarded the
@@ -91,6 +187,7 @@ __noinline int refuse_length(struct __sk_buff *skb, __u32 limit)
 	sender = iph->saddr;
 	router = self->subnet + bpf_htonl(1);
 	if (skb->len < ETH_HLEN + QUOTED || bpf_skb_change_tail(skb, ETH_HLEN + QUOTED, 0) ||
+	    checksum_done(skb) ||
 	    bpf_skb_adjust_room(skb, sizeof(*iph) + sizeof(*icmp), BPF_ADJ_ROOM_MAC, 0) ||
 	    bpf_skb_pull_data(skb, ETH_HLEN + sizeof(*iph) + sizeof(*icmp) + QUOTED))
 		return TCX_DROP;
@@ -118,7 +215,18 @@ __noinline int refuse_length(struct __sk_buff *skb, __u32 limit)
 	icmp->mtu = bpf_htons(limit); /* RFC 1191 */
 	icmp->check = fold(bpf_csum_diff(0, 0, (__be32 *)icmp, sizeof(*icmp) + QUOTED, 0));
 	count_received(ifindex, 1, sizeof(*iph) + sizeof(*icmp) + QUOTED);
+	count_exempt(ifindex, INGRESS, 1, sizeof(*iph) + sizeof(*icmp) + QUOTED);
 	return hand_over(skb, ifindex);
+}
+
+/* count_cut makes a packet's size that of the fragments that send_cut makes of it. */
+static __always_inline void count_cut(struct packet *p, __u32 limit)
+{
+	__u32 length = p->bytes - sizeof(struct iphdr);
+	__u32 chunk = (limit - sizeof(struct iphdr)) & ~7u;
+
+	p->packets = (length + chunk - 1) / chunk;
+	p->bytes = length + p->packets * sizeof(struct iphdr);
 }
 
 /*
@@ -131,6 +239,8 @@ static __always_inline int send_cut(struct __sk_buff *skb, __u32 ifindex, __u32 
 	__u32 chunk = (limit - sizeof(struct iphdr)) & ~7u;
 	__u32 packets = 0;
 
+	if (complete_checksum(skb))
+		return drop(skb->ifindex, DROP_MALFORMED);
 	for (__u32 i = 0; i < MOST_FRAGMENTS; i++) {
 		if (i * chunk >= length)
 			break;

@@ -77,7 +77,7 @@ record of each: egress at the sender's, ingress at the receiver's.
 
 Records are there at once; those whose interval has not ended count on (a + behind
 their packets). With --follow a record comes when its interval has ended, a minute
-at most: vpcd chaos set --flow-interval 1s makes it a second.
+at most: underlay vpcd chaos set -- --flow-interval 1s makes it a second.
 
 -o aws prints the lines of a flow log, -o json an object per line, -o wide all that
 helps to find out why.`,
@@ -199,7 +199,7 @@ func (a *App) vpcFlows(f *labFile) flowSource {
 			return fmt.Errorf("ask vpcd for flows: %s: %s", resp.Status, strings.TrimSpace(string(b)))
 		}
 		if d := resp.Header.Get("X-Vpcd-Flow-Interval"); q.follow && d != "" && isTerminal(a.Err) {
-			fmt.Fprintln(a.Err, paint("a record comes when its interval ends, after "+d+" at most; sooner: vpcd chaos set --flow-interval 1s --endpoint "+f.Lab.Endpoint, dim, colored(a.Err)))
+			fmt.Fprintln(a.Err, paint("a record comes when its interval ends, after "+d+" at most; sooner: underlay vpcd chaos set"+a.labFlag()+" -- --flow-interval 1s", dim, colored(a.Err)))
 		}
 		for d := json.NewDecoder(resp.Body); ; {
 			var r flowRecord

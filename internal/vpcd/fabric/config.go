@@ -75,9 +75,9 @@ type Interface struct {
 	SourceDestCheck bool
 	Groups          []vpc.SecurityGroupID // without any, nothing passes but the fabric's services
 	Timeouts        IdleTimeouts
+	Owner           Owner
 	Ungated         bool // no security group judges it: a NAT gateway's
 	MTU             int  // IP length that it takes; 0 is MTU
-	Owner           Owner
 	// Configure gives the guest's end Primary, the default route and the MTU, as
 	// DHCP would, when the interface is made and never again. Without it
 	// the link appears down.

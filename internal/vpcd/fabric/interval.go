@@ -186,7 +186,7 @@ func (f *Fabric) EndInterval() error {
 	defer f.life.RUnlock()
 	f.intervals.mu.Lock()
 	defer f.intervals.mu.Unlock()
-	if f.objs.Records == nil {
+	if f.objs.Records == nil || f.intervals.running.m == nil {
 		return errors.New("end interval: the fabric is closed")
 	}
 	number := f.intervals.running.number
@@ -263,7 +263,7 @@ func (f *Fabric) RunningInterval() (*Interval, error) {
 	defer f.life.RUnlock()
 	f.intervals.mu.Lock()
 	defer f.intervals.mu.Unlock()
-	if f.objs.Records == nil {
+	if f.objs.Records == nil || f.intervals.running.m == nil {
 		return nil, fmt.Errorf("read the running interval: %w", ErrNoInterval)
 	}
 	return f.readInterval(f.intervals.running)
@@ -283,7 +283,7 @@ func (f *Fabric) IntervalFill() (records, room int, err error) {
 	defer f.life.RUnlock()
 	f.intervals.mu.Lock()
 	defer f.intervals.mu.Unlock()
-	if f.objs.Records == nil {
+	if f.objs.Records == nil || f.intervals.running.m == nil {
 		return 0, 0, fmt.Errorf("look at the running interval: %w", ErrNoInterval)
 	}
 	var about bpfgen.FabricRecord

@@ -120,6 +120,9 @@ type lab struct {
 	name string
 	next int // for IDs and MACs
 	cfg  Config
+	// discards says that the test discards intervals of flow records, so that at
+	// its end they do not tell of all packets.
+	discards bool
 }
 
 // newLab makes an empty lab with two VPCs of the same CIDR, numbers 1 and 2:
@@ -138,6 +141,7 @@ func newLab(t testing.TB) *lab {
 	l := &lab{t: t, name: name}
 	t.Cleanup(func() {
 		if l.Fabric != nil {
+			l.addsUp()
 			if err := l.Close(); err != nil {
 				t.Errorf("close: %v", err)
 			}

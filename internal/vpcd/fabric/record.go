@@ -49,7 +49,8 @@ type Record struct {
 	Interface *Logged
 	Egress    bool // what its guest sends; otherwise what it receives
 	Refused   Refusal
-	// Path is AWS's number of the way of what is sent, 0 of what is received.
+	// Path is AWS's number of the way of what is sent, 0 of what is received or
+	// refused.
 	Path                int
 	Source, Destination netip.Addr // of the packets
 	SourcePort          uint16     // 0 unless TCP or UDP

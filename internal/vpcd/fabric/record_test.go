@@ -9,17 +9,20 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/underlay-cni/underlay/internal/vpc"
+	"github.com/underlay-cni/underlay/internal/vpcd/fabric/bpfgen"
 )
 
 // interval ends the running interval, and returns and discards what was in it.
 func (l *lab) interval() *Interval {
 	l.t.Helper()
+	l.discards = true
 	if err := l.EndInterval(); err != nil {
 		l.t.Fatal(err)
 	}
@@ -100,7 +103,7 @@ func TestRecords(t *testing.T) {
 		{"refused by the sender's groups", func() {
 			b.gated(a, dgram4(b.addr, a.addr, 1, 2))
 			b.gated(a, dgram4(b.addr, a.addr, 1, 2))
-		}, []string{"b egress path 1 REJECT by security-group: 17 10.0.1.4:1 > 10.0.0.4:2, 2 packets 64 bytes"}},
+		}, []string{"b egress path 0 REJECT by security-group: 17 10.0.1.4:1 > 10.0.0.4:2, 2 packets 64 bytes"}},
 		{"ICMP: no ports, the query's answer, the error", func() {
 			a.gated(b, icmp4(a.addr, b.addr, 8, 0, 77))
 			b.gated(a, icmp4(b.addr, a.addr, 0, 0, 77))
@@ -132,7 +135,7 @@ func TestRecords(t *testing.T) {
 			b.gated(a, tcp4(b.addr, a.addr, 80, 4002, syn|ack))
 		}, []string{
 			"a egress path 1 ACCEPT: 6 10.0.0.4:4002 > 10.0.1.4:80, 1 packets 40 bytes, flags 2",
-			"b egress path 1 REJECT by network-acl: 6 10.0.1.4:80 > 10.0.0.4:4002, 1 packets 40 bytes, flags 18",
+			"b egress path 0 REJECT by network-acl: 6 10.0.1.4:80 > 10.0.0.4:4002, 1 packets 40 bytes, flags 18",
 			"b ingress ACCEPT: 6 10.0.0.4:4002 > 10.0.1.4:80, 1 packets 40 bytes, flags 2",
 		}},
 		{"a request that the receiver's ACL drops", func() {
@@ -169,6 +172,101 @@ func TestRecords(t *testing.T) {
 			t.Errorf("interface %+v, want %+v", *e, want)
 		}
 	}
+}
+
+// The traffic path is that of the route; behind the internet gateway stand the
+// private addresses.
+func TestRecordPaths(t *testing.T) {
+	const peer = vpc.SubnetID("subnet-0000000000000000d")
+	l := newLab(t)
+	l.withInternet()
+	l.cfg.Subnets = append(l.cfg.Subnets, Subnet{ID: peer, VNI: 2, CIDR: netip.MustParsePrefix("10.9.0.0/24"), Table: tableOther, ACL: aclOpen})
+	l.cfg.Tables[0].Routes = append(l.cfg.Tables[0].Routes, Route{CIDR: netip.MustParsePrefix("10.9.0.0/16"), Peer: 2})
+	a := l.add(subnetA, "10.0.0.4")
+	b := l.add(peer, "10.9.0.4")
+	l.elastic(public(1), a.addr)
+	l.set()
+	a.gated(b, dgram4(a.addr, b.addr, 1, 2))
+	a.run(l.objs.FromGuest, ethernet(RouterMAC, a.mac, 0x0800, dgram4(a.addr, internetAddr, 3, 4)), 0)
+	want := []string{
+		"a egress path 4 ACCEPT: 17 10.0.0.4:1 > 10.9.0.4:2, 1 packets 32 bytes",
+		"a egress path 8 ACCEPT: 17 10.0.0.4:3 > " + internetAddr.String() + ":4, 1 packets 32 bytes",
+		"b ingress ACCEPT: 17 10.0.0.4:1 > 10.9.0.4:2, 1 packets 32 bytes",
+	}
+	if d := cmp.Diff(want, lines(l.interval(), map[vpc.ENIID]string{a.eni: "a", b.eni: "b"})); d != "" {
+		t.Errorf("(-want +got):\n%s", d)
+	}
+}
+
+// addsUp checks, at the end of each test of this package, that what is logged,
+// exempt and skipped is what is counted, whatever was sent and judged meanwhile.
+func (l *lab) addsUp() {
+	l.t.Helper()
+	if l.discards || l.t.Failed() {
+		return
+	}
+	var wrong string
+	for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
+		if wrong = l.difference(); wrong == "" {
+			return
+		}
+		if time.Now().After(deadline) { // what was under way has arrived by now
+			l.t.Error(wrong)
+			return
+		}
+	}
+}
+
+// difference says of which interfaces that are attached records and counters
+// differ.
+func (l *lab) difference() string {
+	l.t.Helper()
+	logged := map[uint32]*[4]uint64{}
+	add := func(index uint32, direction uint8, packets, bytes uint64) {
+		if logged[index] == nil {
+			logged[index] = &[4]uint64{}
+		}
+		at := 2 * direction // EGRESS is 0
+		logged[index][at] += packets
+		logged[index][at+1] += bytes
+	}
+	for _, i := range append(slices.Clone(l.intervals.ended), l.intervals.running) {
+		var records map[bpfgen.FabricRecordKey]bpfgen.FabricRecord
+		if err := readMap(i.m, &records); err != nil {
+			l.t.Fatal(err)
+		}
+		for k, v := range records {
+			if k.Ifindex != 0 && k.Verdict == 0 {
+				add(k.Ifindex, k.Direction, v.Packets, v.Bytes)
+			}
+		}
+	}
+	it := l.objs.Counts.Iterate()
+	var (
+		index  uint32
+		perCPU []bpfgen.FabricCounters
+		wrong  []string
+	)
+	for it.Next(&index, &perCPU) {
+		var want [4]uint64
+		for _, c := range perCPU {
+			want[0] += c.TxPackets - c.ExemptTxPackets - c.SkippedTxPackets
+			want[1] += c.TxBytes - c.ExemptTxBytes - c.SkippedTxBytes
+			want[2] += c.RxPackets - c.ExemptRxPackets - c.SkippedRxPackets
+			want[3] += c.RxBytes - c.ExemptRxBytes - c.SkippedRxBytes
+		}
+		have := [4]uint64{}
+		if logged[index] != nil {
+			have = *logged[index]
+		}
+		if have != want && index != 0 {
+			wrong = append(wrong, fmt.Sprintf("device %d: logged %v, counted without exempt and skipped %v (packets and bytes sent, received)", index, have, want))
+		}
+	}
+	if err := it.Err(); err != nil {
+		l.t.Fatal(err)
+	}
+	return strings.Join(wrong, "\n")
 }
 
 // sums are packets and bytes of each ENI: what is in records that say ACCEPT and
@@ -361,6 +459,7 @@ func TestRecordsSurviveKills(t *testing.T) {
 	close(stop)
 	sent := <-done
 	l.open()
+	l.discards = true
 	l.set()
 	for deadline := time.Now().Add(patience); a.counters().TxPackets != sent; time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {

@@ -188,6 +188,11 @@ const (
 	FabricOpenFlagOPEN_UDP FabricOpenFlag = 2
 )
 
+type FabricPiece struct {
+	_     structs.HostLayout
+	Bytes [512]uint8
+}
+
 type FabricPolicy struct {
 	_             structs.HostLayout
 	Version       uint64
@@ -339,6 +344,7 @@ const (
 	FabricMapInternet              = "internet"
 	FabricMapLoggedEnis            = "logged_enis"
 	FabricMapMappings              = "mappings"
+	FabricMapPieces                = "pieces"
 	FabricMapPolicies              = "policies"
 	FabricMapPublics               = "publics"
 	FabricMapRecords               = "records"
@@ -435,6 +441,7 @@ type FabricMapSpecs struct {
 	Internet   *ebpf.MapSpec `ebpf:"internet"`
 	LoggedEnis *ebpf.MapSpec `ebpf:"logged_enis"`
 	Mappings   *ebpf.MapSpec `ebpf:"mappings"`
+	Pieces     *ebpf.MapSpec `ebpf:"pieces"`
 	Policies   *ebpf.MapSpec `ebpf:"policies"`
 	Publics    *ebpf.MapSpec `ebpf:"publics"`
 	Records    *ebpf.MapSpec `ebpf:"records"`
@@ -499,6 +506,7 @@ type FabricMaps struct {
 	Internet   *ebpf.Map `ebpf:"internet"`
 	LoggedEnis *ebpf.Map `ebpf:"logged_enis"`
 	Mappings   *ebpf.Map `ebpf:"mappings"`
+	Pieces     *ebpf.Map `ebpf:"pieces"`
 	Policies   *ebpf.Map `ebpf:"policies"`
 	Publics    *ebpf.Map `ebpf:"publics"`
 	Records    *ebpf.Map `ebpf:"records"`
@@ -519,6 +527,7 @@ func (m *FabricMaps) Close() error {
 		m.Internet,
 		m.LoggedEnis,
 		m.Mappings,
+		m.Pieces,
 		m.Policies,
 		m.Publics,
 		m.Records,
