@@ -31,9 +31,9 @@ type cloud struct {
 	tableOf    map[vpc.SubnetID]string
 	aclOf      map[vpc.SubnetID]string
 	listIs     map[vpcmodel.ListID]listState
-	silent     map[vpc.VPCID]string      // a group without rules, for interfaces without groups
-	publics    map[netip.Addr]netip.Addr // Elastic IPs: EC2's by the script's
-	attachedTo map[vpcmodel.GatewayID]string
+	silent     map[vpc.VPCID]string          // a group without rules, for interfaces without groups
+	publics    map[netip.Addr]netip.Addr     // Elastic IPs: EC2's by the script's
+	attachedTo map[vpcmodel.GatewayID]string // VPCs, by the script's name
 	lists      int
 	peerings   []string
 	instances  []string
@@ -182,9 +182,6 @@ func (c *cloud) permission(group vpc.SecurityGroupID, r vpcmodel.Rule) []string 
 
 // apply makes what a statement says, in the model's world and in vpcd.
 func (c *cloud) apply(st vpcmodel.Statement) error {
-	for id, g := range c.world.Gateways {
-		c.attachedTo[id] = string(g.VPC) // a call to detach names it
-	}
 	if err := st.Apply(c.world); err != nil {
 		return err
 	}

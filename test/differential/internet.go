@@ -36,10 +36,12 @@ func (c *cloud) applyGateway(st vpcmodel.Statement) error {
 		if err := c.create(string(s.ID), []string{"internetGateway", "internetGatewayId"}, "CreateInternetGateway"); err != nil {
 			return err
 		}
+		c.attachedTo[s.ID] = string(s.VPC)
 		return c.do("AttachInternetGateway", "InternetGatewayId", id(c, s.ID), "VpcId", id(c, s.VPC))
 	case vpcmodel.DetachGateway:
 		return c.do("DetachInternetGateway", "InternetGatewayId", id(c, s.ID), "VpcId", c.ids[c.attachedTo[s.ID]])
 	case vpcmodel.AttachGateway:
+		c.attachedTo[s.ID] = string(s.VPC)
 		return c.do("AttachInternetGateway", "InternetGatewayId", id(c, s.ID), "VpcId", id(c, s.VPC))
 	case vpcmodel.SetEdge:
 		return c.setEdge(s)
