@@ -603,10 +603,11 @@ static __always_inline enum drop_reason may_enter(struct packet *p, __u32 sender
 {
 	enum drop_reason reason;
 
-	if (!w->held && (w->to->flags & ENI_SOURCE_DEST_CHECK))
-		return DROP_DEST_ADDRESS;
+	/* The subnet's boundary comes before the ENI, whose check is not logged. */
 	if (crosses && !acl_allows(p, w->vni, w->to->subnet, INGRESS))
 		reason = DROP_ACL_INGRESS;
+	else if (!w->held && (w->to->flags & ENI_SOURCE_DEST_CHECK))
+		return DROP_DEST_ADDRESS;
 	else if (w->to->flags & ENI_UNGATED)
 		reason = 0;
 	else
