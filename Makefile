@@ -41,8 +41,11 @@ test: packages-test ## all tests; root lets those run that need namespaces and B
 	@$(PROGRESS) "still compiling Helm, which test/chart runs (minutes, the first time)" hack/helm.sh >/dev/null
 	@$(PROGRESS) "still compiling or testing" $(GO) test -count=1 -timeout 14m ./...
 
+# BENCH names benchmarks; BENCHFLAGS=-turns=1 is a trial, which keeps no figure.
+BENCH ?= .
+
 bench: packages-test ## ratios, each measured interleaved in one run
-	@$(GO) test -count=1 -timeout 30m -run '^$$' -bench . -benchtime 1x ./test/bench/...
+	@$(GO) test -count=1 -timeout 30m -run '^$$' -bench '$(BENCH)' -benchtime 1x ./test/bench $(BENCHFLAGS)
 	@$(GO) test -count=1 -timeout 10m -run '^$$' -bench Policy -benchtime 1x ./internal/datapath
 
 # What E2E_RUN names, in a lab with kube-proxy in the mode E2E_PROXY; logs and

@@ -619,6 +619,7 @@ int from_pod(struct __sk_buff *skb)
 	struct iface_counters *stats;
 	struct iface *ep, *other;
 	struct packet *p = packet_new();
+	struct addr src;
 	struct ethhdr *eth;
 	struct iphdr *ip;
 	struct eni *eni;
@@ -669,11 +670,16 @@ int from_pod(struct __sk_buff *skb)
 		if (ip->daddr == IMDS_IPV4 && !imds_allowed)
 			return drop(skb, ifindex, DROP_IMDS);
 	}
+	if (v6) {
+		/* Not the tuple's: an ICMP error's is that of the flow it is about. */
+		if (bpf_skb_load_bytes(skb, ETH_HLEN + offsetof(struct ipv6hdr, saddr), &src, sizeof(src)))
+			return drop(skb, ifindex, DROP_MALFORMED);
+		if (!same_addr(&src, &ep->addr))
+			return drop(skb, ifindex, DROP_SOURCE_ADDRESS);
+	}
 	reason = read_packet(skb, p, v6, 1);
 	if (reason)
 		return drop(skb, ifindex, reason);
-	if (v6 && !same_addr(&p->tuple.src, &ep->addr))
-		return drop(skb, ifindex, DROP_SOURCE_ADDRESS);
 
 	c = find(skb, p, v6);
 	if (!c || stale(c, p, p->end, ifindex)) {

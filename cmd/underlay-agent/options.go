@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -26,6 +27,8 @@ type options struct {
 	nodeName, kubeconfig, procSysNet      string
 	cniConf, cniBin, plugin               string
 	hook                                  datapath.Hook
+	snat                                  datapath.SNAT
+	snatExclude                           []netip.Prefix
 	level                                 slog.Level
 	prefixes                              bool
 	sweep                                 time.Duration
@@ -47,6 +50,12 @@ func parseFlags(args []string, stderr io.Writer) (options, error) {
 	f.StringVar(&o.bpffs, "bpffs", "/sys/fs/bpf/underlay", "`directory` in a mounted BPF file system that outlives the agent")
 	f.StringVar(&o.imds, "imds", "deny", "may pods reach the instance metadata: allow or deny")
 	f.StringVar((*string)(&o.hook), "hook", string(datapath.Hooks[0]), "where the BPF programs stand on pods' devices: clsact, in place at once; or tcx, which leaves the ingress qdisc to others, such as the CNI project's bandwidth plugin, and takes the kernel 10 to 50 ms for each pod")
+	f.StringVar((*string)(&o.snat), "snat", string(datapath.SNATs[0]), "by which address pods speak to the internet: eni, the primary one of their own interface; primary, that of the node's first, for public subnets, where no other interface has a public address; or none of the node, but their own, where somebody else translates")
+	f.Func("snat-exclude", "`ranges` of public addresses that pods speak to under their own, such as a peered VPC's: CIDR,CIDR; may be repeated. The VPC's ranges, as they change, RFC 1918, RFC 6598 and link-local always are", func(s string) error {
+		more, err := parseRanges(s)
+		o.snatExclude = append(o.snatExclude, more...)
+		return err
+	})
 	f.StringVar(&o.cluster, "cluster", "default", "`name` of the cluster, in the tags of the interfaces that the agent makes")
 	f.BoolVar(&o.prefixes, "prefixes", false, "take addresses as /28 prefixes, sixteen at a time, where instance type and subnet allow it")
 	f.DurationVar(&o.sweep, "sweep", 0, "`time` between deletions of the interfaces that dead nodes of the cluster left, e.g. 10m; set it on one agent of a cluster; 0: never")
@@ -69,7 +78,9 @@ It runs as root in the node's network namespace. EC2 and its credentials are
 found as the AWS SDK documents it (AWS_ENDPOINT_URL_EC2, the instance's role, …).
 The AWS VPC CNI's WARM_IP_TARGET, MINIMUM_IP_TARGET, WARM_PREFIX_TARGET,
 WARM_ENI_TARGET, MAX_ENI, IP_COOLDOWN_PERIOD and ENABLE_PREFIX_DELEGATION keep
-their meaning in the environment; without them one address is kept free.
+their meaning in the environment; without them one address is kept free. So do
+AWS_VPC_K8S_CNI_EXTERNALSNAT (--snat=none) and AWS_VPC_K8S_CNI_EXCLUDE_SNAT_CIDRS
+(--snat-exclude).
 
 underlay-agent uninstall, with the same flags, takes a node on which no agent
 and no pod runs any more back to what it was: config list and plugin, rules,
@@ -87,6 +98,14 @@ Flags:
 		f.PrintDefaults()
 	}
 	err := f.Parse(args)
+	if err == nil {
+		given := false
+		f.Visit(func(f *flag.Flag) { given = given || f.Name == "snat" })
+		err = snatKnobs(os.LookupEnv, given, &o)
+		if err != nil {
+			fmt.Fprintf(stderr, "underlay-agent: %v\n", err)
+		}
+	}
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 		return o, err
@@ -98,6 +117,8 @@ Flags:
 		err = fmt.Errorf("--imds is %q, want allow or deny", o.imds)
 	case !slices.Contains(datapath.Hooks, o.hook):
 		err = fmt.Errorf("--hook is %q, want one of %v", o.hook, datapath.Hooks)
+	case !slices.Contains(datapath.SNATs, o.snat):
+		err = fmt.Errorf("--snat is %q, want one of %v", o.snat, datapath.SNATs)
 	case o.cluster == "" || len(o.cluster) > 256: // EC2's limit for a tag's value
 		err = errors.New("--cluster wants a name of 1 to 256 characters")
 	case !filepath.IsAbs(o.socket) || len(o.socket) > maxSocketPath:

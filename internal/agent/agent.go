@@ -22,6 +22,8 @@ import (
 // Datapath is what the agent needs of the kernel; see package datapath.
 type Datapath interface {
 	SetENIs(context.Context, []datapath.ENI) error
+	SetVPC(context.Context, []netip.Prefix) error
+	Obstacle() (string, error)
 	Foreign() ([]netip.Addr, error)
 	Watch(ctx context.Context, changed func()) error
 	Add(context.Context, datapath.Endpoint, *os.File) (datapath.Endpoint, error)
@@ -53,6 +55,7 @@ type EC2 interface {
 type Metadata interface {
 	Identity(context.Context) (imds.Identity, error)
 	Interfaces(context.Context) ([]imds.Interface, error)
+	VPCCIDRs(ctx context.Context, mac string) ([]netip.Prefix, error)
 }
 
 // DefaultAddTimeout is how long an ADD waits for its address: below the two
@@ -227,6 +230,9 @@ func (a *Agent) identify(ctx context.Context, o *owner) (ipam.Config, error) {
 	})
 	if err != nil {
 		return cfg, err
+	}
+	if err := a.opts.Datapath.SetVPC(ctx, id.VPCCIDRs); err != nil {
+		a.incident("vpc", err.Error())
 	}
 	h := fnv.New64a()
 	h.Write([]byte(id.Instance))

@@ -38,6 +38,7 @@ type fakeCloud struct {
 	writes []string
 	fail   func(call string) error // nil: go on
 	noIMDS error
+	cidrs  []netip.Prefix // of the VPC
 
 	latency, attach, lag time.Duration
 }
@@ -248,7 +249,13 @@ func (f fakeIMDS) Identity(context.Context) (imds.Identity, error) {
 		return imds.Identity{}, f.c.noIMDS
 	}
 	return imds.Identity{Instance: testInstance, Type: f.c.typ, AvailabilityZone: "us-east-1a", Region: "us-east-1", Subnet: testSubnet, SubnetCIDR: testCIDR,
-		Addr: f.c.enis["eni-00000000000000001"].Primary, VPC: "vpc-0123456789abcdef0"}, nil
+		Addr: f.c.enis["eni-00000000000000001"].Primary, VPC: "vpc-0123456789abcdef0", VPCCIDRs: f.c.cidrs}, nil
+}
+
+func (f fakeIMDS) VPCCIDRs(context.Context, string) ([]netip.Prefix, error) {
+	f.c.mu.Lock()
+	defer f.c.mu.Unlock()
+	return f.c.cidrs, f.c.noIMDS
 }
 
 func (f fakeIMDS) Interfaces(context.Context) ([]imds.Interface, error) {
@@ -282,10 +289,26 @@ type fakeDatapath struct {
 	damage  chan struct{}    // told of, it is what Watch hears
 	sets    int              // calls of SetENIs
 	foreign []netip.Addr     // what others have configured
+	vpc     []netip.Prefix
+
+	obstacle string
 }
 
 func newDatapath(c *fakeCloud) *fakeDatapath {
 	return &fakeDatapath{c: c, records: map[netip.Addr]datapath.Endpoint{}, broken: map[string]error{}, damage: make(chan struct{})}
+}
+
+func (d *fakeDatapath) SetVPC(_ context.Context, cidrs []netip.Prefix) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.vpc = slices.Clone(cidrs)
+	return nil
+}
+
+func (d *fakeDatapath) Obstacle() (string, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.obstacle, nil
 }
 
 func (d *fakeDatapath) Foreign() ([]netip.Addr, error) {

@@ -43,6 +43,12 @@ type Options struct {
 	// the kind that an agent before used; towards Clsact, a pod loses what it is
 	// sent within some 0.2 ms.
 	Hook Hook
+	// SNAT is by which address pods speak to networks outside of the VPC, once
+	// SetVPC has said what that is; "": SNATNone.
+	SNAT SNAT
+	// SNATExclude are ranges that are joined to the VPC although their addresses
+	// are public: pods speak to them under their own.
+	SNATExclude []netip.Prefix
 	// ProcSysNet is where /proc/sys/net can be written; "": /proc/sys/net. The
 	// files are those of the network namespace of who opens them, wherever
 	// they are mounted; in a container without privileges /proc/sys is
@@ -50,6 +56,10 @@ type Options struct {
 	ProcSysNet string
 	// Direct lets flows within the VPC bypass the kernel's stack (D6).
 	Direct bool
+	// StackNetworks are within the VPC's ranges and yet not for direct
+	// forwarding: addresses that somebody on the node translates, as those of
+	// Kubernetes' services, if they are of such a range.
+	StackNetworks []netip.Prefix
 	// Timeouts of idle connections; what is 0 is AWS's default.
 	Timeouts Timeouts
 	// Ended, if set, is called for each connection that is over, with its last
@@ -88,13 +98,13 @@ type Datapath struct {
 	stopReaper   func() // waits until it has ended; nil: it was not started
 	stopSweeper  func() // the same; see conn.go
 
-	// eniMu is held while the ENIs are set.
-	eniMu sync.Mutex
+	// eniMu is held while the ENIs or the VPC's ranges are set, and guards what
+	// they were set to; present is nil before.
+	eniMu   sync.Mutex
+	present map[int]ENI
+	vpc     []netip.Prefix // sorted
 
 	policies policies
-
-	// netMu is held while the networks are set.
-	netMu sync.Mutex
 
 	// mu guards the fields below, which are read from the maps by Open and
 	// follow them.
@@ -153,6 +163,9 @@ func Open(opts Options) (*Datapath, error) {
 		indexes:  map[int]key{},
 		slots:    map[int]uint32{},
 		eniLinks: map[int]device{},
+	}
+	if err := checkSNAT(opts.SNAT, opts.SNATExclude); err != nil {
+		return nil, err
 	}
 	if err := d.open(); err != nil {
 		return nil, errors.Join(err, d.Close())

@@ -144,12 +144,10 @@ func wire4(a netip.Addr) uint32 {
 
 func mask4(bits int) uint32 { return binary.NativeEndian.Uint32(net.CIDRMask(bits, 32)) }
 
-// SetNetworks says which networks are the VPC's own, whole: flows within them may
-// bypass the stack if Options.Direct is set. Within them, what goes to or comes
-// from stack never does: addresses that others on the node translate, as those of
-// Kubernetes' services if they are of the VPC's range. The longest prefix counts.
-// Connections that are there go on as they began.
-func (d *Datapath) SetNetworks(own, stack []netip.Prefix) error {
+// setNets says which networks the programs take for the VPC's own, whole, and
+// within them which are for the stack alone. The longest prefix counts. d.eniMu is
+// held.
+func (d *Datapath) setNets(own, stack []netip.Prefix) error {
 	want := map[bpfgen.NodeNetKey]uint32{}
 	for flags, list := range map[uint32][]netip.Prefix{0: stack, uint32(bpfgen.NodeNetFlagNET_DIRECT): own} {
 		for _, p := range list {
@@ -162,8 +160,6 @@ func (d *Datapath) SetNetworks(own, stack []netip.Prefix) error {
 			}
 		}
 	}
-	d.netMu.Lock()
-	defer d.netMu.Unlock()
 	var k bpfgen.NodeNetKey
 	var flags uint32
 	var stale []bpfgen.NodeNetKey

@@ -57,8 +57,8 @@ func from(app string, ports ...policy.Port) policy.NetworkPolicy {
 	}
 }
 
-// talk sends from a socket to the echo at port 7 and says whether it answers.
-func talk(c net.Conn) bool {
+// answered sends from a socket to the echo at port 7 and says whether it answers.
+func answered(c net.Conn) bool {
 	buf := make([]byte, 64)
 	for range 5 {
 		_, _ = c.Write([]byte("hello"))
@@ -94,11 +94,11 @@ func TestNetworkPolicyOnPackets(t *testing.T) {
 
 	c.input.Policies = []policy.NetworkPolicy{from("a", policy.Port{Protocol: policy.UDP, Port: echoPort})}
 	c.apply("")
-	if !talk(fromA) || !talk(fromNode) {
+	if !answered(fromA) || !answered(fromNode) {
 		t.Error("who may does not reach the pod")
 	}
 	before := counters(t, c.d)["policy_netpol"]
-	if talk(fromC) {
+	if answered(fromC) {
 		t.Error("who may not reaches the pod")
 	}
 	if after := counters(t, c.d)["policy_netpol"]; after == before {
@@ -107,24 +107,24 @@ func TestNetworkPolicyOnPackets(t *testing.T) {
 
 	c.input.Policies = []policy.NetworkPolicy{from("c")}
 	c.apply("")
-	if talk(fromA) {
+	if answered(fromA) {
 		t.Error("a flow under way outlives the policy that allowed it")
 	}
-	if !talk(fromC) {
+	if !answered(fromC) {
 		t.Error("a flow that was refused is not judged again")
 	}
-	if !talk(fromNode) {
+	if !answered(fromNode) {
 		t.Error("a flow of the node's own under way ends with a change of policy")
 	}
 
 	c.input.Policies[0].Audit = true
 	c.apply("")
-	if !talk(fromA) {
+	if !answered(fromA) {
 		t.Error("a policy in audit mode denies")
 	}
 	c.input.Policies = nil
 	c.apply("")
-	if !talk(fromA) || !talk(fromC) {
+	if !answered(fromA) || !answered(fromC) {
 		t.Error("without a policy the pod is isolated")
 	}
 }
@@ -171,10 +171,10 @@ func TestSecurityGroupsOnPackets(t *testing.T) {
 	c.input.Members = map[vpc.SecurityGroupID][]netip.Prefix{peerGroup: {netip.PrefixFrom(c.pods["a"].Addr, 32)}}
 	c.apply(vpc.GroupSet(webGroup))
 	fromA, fromC := c.connected(c.pods["a"].ns, b.Addr), c.connected(c.pods["c"].ns, b.Addr)
-	if !talk(fromA) || !c.ping(c.pods["a"].ns, c.pods["a"].Addr, b.Addr) {
+	if !answered(fromA) || !c.ping(c.pods["a"].ns, c.pods["a"].Addr, b.Addr) {
 		t.Error("a member does not reach the pod")
 	}
-	if talk(fromC) {
+	if answered(fromC) {
 		t.Error("who is no member reaches the pod")
 	}
 	if counters(t, c.d)["policy_groups"] == 0 {
@@ -182,16 +182,16 @@ func TestSecurityGroupsOnPackets(t *testing.T) {
 	}
 	// No rule lets b begin anything.
 	c.echo(c.pods["a"].ns, c.pods["a"].Addr)
-	if talk(c.connected(b.ns, c.pods["a"].Addr)) {
+	if answered(c.connected(b.ns, c.pods["a"].Addr)) {
 		t.Error("the pod reaches what no rule for egress names")
 	}
 	// A tracked flow goes on when its rule goes; a new one does not begin.
 	c.input.Members = nil
 	c.apply(vpc.GroupSet(webGroup))
-	if !talk(fromA) {
+	if !answered(fromA) {
 		t.Error("a tracked flow ends with its rule")
 	}
-	if talk(c.connected(c.pods["a"].ns, b.Addr)) {
+	if answered(c.connected(c.pods["a"].ns, b.Addr)) {
 		t.Error("a flow begins after its rule is gone")
 	}
 }

@@ -89,7 +89,7 @@ type world struct {
 	node, wire string // names of namespaces
 	bpffs      string
 	quiet      bool                                  // do not log
-	stackOnly  bool                                  // nothing bypasses the stack
+	stackOnly  bool                                  // as Options say, not direct by default
 	released   func(containerID, ifName string) bool // see Remove
 }
 
@@ -197,7 +197,7 @@ func (w *world) open(opts Options) *Datapath {
 	if err := d.SetENIs(context.Background(), enis); err != nil {
 		w.t.Fatal(err)
 	}
-	if err := d.SetNetworks([]netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, nil); err != nil {
+	if err := d.SetVPC(context.Background(), []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}); err != nil {
 		w.t.Fatal(err)
 	}
 	return d
@@ -208,7 +208,9 @@ func (w *world) tryOpen(opts Options) (d *Datapath, err error) {
 	if opts.Hook == "" {
 		opts.Hook = testHook
 	}
-	opts.Direct = !w.stackOnly
+	if !w.stackOnly {
+		opts.Direct = true
+	}
 	if w.quiet {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}

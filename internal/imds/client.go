@@ -95,6 +95,14 @@ func (c *Client) Identity(ctx context.Context) (Identity, error) {
 	return id, nil
 }
 
+// VPCCIDRs reads which IPv4 ranges the VPC has, of the interface with that MAC:
+// ranges come and go while the node runs.
+func (c *Client) VPCCIDRs(ctx context.Context, mac string) ([]netip.Prefix, error) {
+	r := reader{c: c, ctx: ctx}
+	cidrs := list(&r, "network/interfaces/macs/"+mac+"/vpc-ipv4-cidr-blocks", netip.ParsePrefix)
+	return cidrs, r.err
+}
+
 // Interface is one interface as IMDS lists it.
 type Interface struct {
 	MAC       string

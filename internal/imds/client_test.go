@@ -85,6 +85,26 @@ func TestIdentity(t *testing.T) {
 	}
 }
 
+func TestVPCCIDRs(t *testing.T) {
+	m := node()
+	srv := httptest.NewServer(m)
+	defer srv.Close()
+	c := New(srv.URL)
+	for _, more := range []string{"", "\n198.51.100.0/24"} {
+		m.mu.Lock()
+		m.items["network/interfaces/macs/02:00:00:00:00:01/vpc-ipv4-cidr-blocks"] += more
+		m.mu.Unlock()
+		want := []netip.Prefix{netip.MustParsePrefix("10.0.0.0/16"), netip.MustParsePrefix("100.64.0.0/16")}
+		if more != "" {
+			want = append(want, netip.MustParsePrefix("198.51.100.0/24"))
+		}
+		got, err := c.VPCCIDRs(t.Context(), "02:00:00:00:00:01")
+		if diff := cmp.Diff(want, got, byValue); err != nil || diff != "" {
+			t.Errorf("%v; -want +got:\n%s", err, diff)
+		}
+	}
+}
+
 func TestInterfaces(t *testing.T) {
 	m := node()
 	srv := httptest.NewServer(m)
