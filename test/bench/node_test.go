@@ -115,7 +115,7 @@ func BenchmarkNode(b *testing.B) {
 			rows = append(rows, compare(b, m, contender{g.name, large, ""}, contender{"one", small, g.base})...)
 		}
 	}
-	rows = append(rows, memory(b))
+	rows = append(rows, replaced(b), memory(b))
 	if err := Merge(kept(b, latest), rows); err != nil {
 		b.Fatal(err)
 	}
@@ -154,16 +154,16 @@ type growth struct {
 	make func(testing.TB) (small, large pair)
 }
 
-// grown makes the two sites, and one larger.
-func grown(b testing.TB, name string, enlarge func(u *underlay, from, to benchPod)) (small, large pair) {
+// grown makes the two sites, one with little and one with much.
+func grown(b testing.TB, name string, little, much func(u *underlay, from, to benchPod)) (small, large pair) {
 	b.Helper()
 	var out [2]pair
 	for i, size := range []string{"small", "large"} {
 		u := newUnderlay(b, name+size)
 		from, to := u.pod(0), u.pod(1)
 		out[i] = pairTo(from.ns, to.ns, to.addr)
-		if i == 1 {
-			enlarge(u, from, to)
+		if make := []func(*underlay, benchPod, benchPod){little, much}[i]; make != nil {
+			make(u, from, to)
 		}
 	}
 	return out[0], out[1]
@@ -171,19 +171,40 @@ func grown(b testing.TB, name string, enlarge func(u *underlay, from, to benchPo
 
 const (
 	manyPods        = 250
+	manyRules       = 300
+	manyPeers       = 10_000
 	manyConnections = 100_000
 )
 
+// judged has both pods judged by a policy.
+func judged(b testing.TB, rules, peers int) func(*underlay, benchPod, benchPod) {
+	return func(u *underlay, from, to benchPod) {
+		b.Helper()
+		t := law(b, rules, peers, 0)
+		for i, p := range []benchPod{from, to} {
+			if err := u.d[i].SetPolicy(p.endpoint, t); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+}
+
 var growths = []growth{
 	{"pods250", "the same with one pod on the node", func(b testing.TB) (small, large pair) {
-		return grown(b, "pods", func(u *underlay, _, _ benchPod) {
+		return grown(b, "pods", nil, func(u *underlay, _, _ benchPod) {
 			for range manyPods - 1 {
 				u.pod(0)
 			}
 		})
 	}},
+	{"rules300", "the same with one rule in each gate and direction", func(b testing.TB) (small, large pair) {
+		return grown(b, "rules", judged(b, 1, usualPeers), judged(b, manyRules, usualPeers))
+	}},
+	{"peers10000", "the same with ten peers", func(b testing.TB) (small, large pair) {
+		return grown(b, "peers", judged(b, usualRules, 10), judged(b, usualRules, manyPeers))
+	}},
 	{"conns100000", "the same with no other connection", func(b testing.TB) (small, large pair) {
-		return grown(b, "conns", func(u *underlay, from, to benchPod) { connections(b, from, to, manyConnections) })
+		return grown(b, "conns", nil, func(u *underlay, from, to benchPod) { connections(b, from, to, manyConnections) })
 	}},
 }
 
@@ -219,6 +240,31 @@ func connections(b testing.TB, from, to benchPod, n int) {
 		}
 		return 0, nil
 	})
+}
+
+// replaced returns the row of the time from new members of a group to packets
+// that are judged by them: compiled, and put in the place of the old.
+func replaced(b *testing.B) Row {
+	b.Helper()
+	const allowed = 0.1 // seconds
+	u := newUnderlay(b, "replace")
+	p := u.pod(0)
+	turn := 0
+	measured := Interleave(b, []Subject{{"replace", func() float64 {
+		turn++
+		start := time.Now()
+		if err := u.d[0].SetPolicy(p.endpoint, law(b, usualRules, manyPeers, turn%2)); err != nil {
+			b.Fatal(err)
+		}
+		return time.Since(start).Seconds()
+	}}})[0]
+	limit := make([]float64, len(measured))
+	for i := range limit {
+		limit[i] = allowed
+	}
+	r := RowOf("group10000/replace", "100 ms; lower is better", measured, limit)
+	r.Subject, r.Floor, r.Unit = Median(measured), allowed, "s"
+	return r
 }
 
 // memoryPods is how many pods memory is measured with.

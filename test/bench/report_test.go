@@ -54,6 +54,13 @@ var targets = []target{
 	{row: "conns100000-one/rr1", what: "1 → 100,000 connections: request and response", bound: 1, isLevel: true},
 	{row: "conns100000-one/crr1", what: "connect, request and response", bound: 1, isLevel: true},
 	{row: "conns100000-one/udp64", what: "UDP, 64 bytes", bound: 1, isLevel: true},
+	{row: "rules300-one/rr1", what: "1 → 300 rules in each gate: request and response", bound: 1, isLevel: true},
+	{row: "rules300-one/crr1", what: "connect, request and response", bound: 1, isLevel: true},
+	{row: "rules300-one/udp64", what: "UDP, 64 bytes", bound: 1, isLevel: true},
+	{row: "peers10000-one/rr1", what: "10 → 10,000 peers: request and response", bound: 1, isLevel: true},
+	{row: "peers10000-one/crr1", what: "connect, request and response", bound: 1, isLevel: true},
+	{row: "peers10000-one/udp64", what: "UDP, 64 bytes", bound: 1, isLevel: true},
+	{row: "group10000/replace", what: "a group of 10,000 members replaced, of 100 ms", bound: 1, atMost: true},
 	{row: "memory/pod", what: "memory of a pod, kernel and agent, of 400 KiB", bound: 1, atMost: true},
 }
 
