@@ -71,9 +71,11 @@ func (a *App) flowsCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "flows",
 		Short: "Show flow log records: who talked to whom, and what was refused",
-		Long: `Shows the VPC's flow records: what passed each network interface, or was refused
-there by a security group or a network ACL. A packet between two interfaces is in a
-record of each: egress at the sender's, ingress at the receiver's.
+		Long: `Shows flow records: those of the VPC, of what passed each network interface, or was
+refused there by a security group or a network ACL; and those of the nodes, of what
+passed each pod's interface, or was refused there, between pods of one node as well.
+A packet between two interfaces is in a record of each: egress at the sender's,
+ingress at the receiver's. --by vpc or --by nodes shows the one kind alone.
 
 Records are there at once; those whose interval has not ended count on (a + behind
 their packets). With --follow a record comes when its interval has ended, a minute
@@ -97,17 +99,27 @@ helps to find out why.`,
 			if err != nil {
 				return err
 			}
-			return a.showFlows(cmd.Context(), []flowSource{a.vpcFlows(f)}, q, p)
+			sources := map[string]flowSource{"vpc": a.vpcFlows(f), "nodes": a.nodeFlows(f)}
+			if o.by == "" {
+				return a.showFlows(cmd.Context(), []flowSource{sources["vpc"], sources["nodes"]}, q, p)
+			}
+			source, ok := sources[o.by]
+			if !ok {
+				return fmt.Errorf("--by %q: give vpc or nodes", o.by)
+			}
+			return a.showFlows(cmd.Context(), []flowSource{source}, q, p)
 		},
 	}
 	fl := c.Flags()
 	fl.BoolVarP(&o.follow, "follow", "f", false, "go on as records come")
+	fl.StringVar(&o.by, "by", "", "only those of the vpc, or of the nodes")
 	fl.StringVar(&o.eni, "eni", "", "only of this network interface")
 	fl.StringVar(&o.action, "action", "", "only ACCEPT or REJECT")
 	fl.StringVar(&o.address, "address", "", "only from or to an address or a CIDR block")
 	fl.StringVar(&o.pod, "pod", "", "only from or to a pod")
 	fl.StringVar(&o.since, "since", "", "only since a time (2026-01-02T03:04:05Z) or a while ago (5m)")
 	fl.StringVar(&o.format, "format", "", "with -o aws: the fields, as CreateFlowLogs takes them (default the default format)")
+	_ = c.RegisterFlagCompletionFunc("by", cobra.FixedCompletions([]string{"vpc", "nodes"}, noFiles))
 	_ = c.RegisterFlagCompletionFunc("action", cobra.FixedCompletions([]string{"ACCEPT", "REJECT"}, noFiles))
 	_ = c.RegisterFlagCompletionFunc("pod", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
 		return a.podNames(), noFiles
@@ -118,8 +130,8 @@ helps to find out why.`,
 
 // flowOptions are the flags of "underlay flows".
 type flowOptions struct {
-	follow                                   bool
-	eni, action, address, pod, since, format string
+	follow                                       bool
+	by, eni, action, address, pod, since, format string
 }
 
 // query reads the flags that choose records.
@@ -282,7 +294,7 @@ func (a *App) flowPrinter(h home, f *labFile, o flowOptions) (*flowPrinter, flow
 	if p.format, err = flowFormat(cmp.Or(o.format, defaultFlowFormat)); err != nil {
 		return nil, q, err
 	}
-	p.table.head = []string{"TIME", "ACTION", "INTERFACE", "MACHINE", "WAY", "PROTO", "SOURCE", "DESTINATION", "PACKETS", "BYTES", "FLAGS", "REFUSED BY"}
+	p.table.head = []string{"TIME", "BY", "ACTION", "INTERFACE", "MACHINE", "WAY", "PROTO", "SOURCE", "DESTINATION", "PACKETS", "BYTES", "FLAGS", "REFUSED BY"}
 	if a.output == "wide" {
 		p.table.head = append(p.table.head, "SRCADDR", "DSTADDR", "PATH", "UNTIL", "INSTANCE", "SUBNET")
 	}
@@ -355,7 +367,7 @@ func (p *flowPrinter) printRow(r flowRecord) error {
 	cells := p.cells(r)
 	if p.widths == nil {
 		// Room for what is typical, so that the first rows are not the narrowest.
-		p.widths = []int{8, 6, 21, 12, 7, 5, 30, 30, 7, 9, 9, 14}
+		p.widths = []int{8, 6, 6, 21, 12, 7, 5, 30, 30, 7, 9, 9, 14}
 	}
 	color := colored(p.app.Out)
 	line := func(cells []cell) string {
@@ -408,7 +420,11 @@ func (p *flowPrinter) cells(r flowRecord) []cell {
 	if m := r.text("machine"); m != "-" {
 		machine = m
 	}
-	out := []cell{{text: clock("start"), tone: dim}, action, text(r.text("interface-id")), {text: machine, tone: strong}}
+	by := "vpc"
+	if node := r.text("seen-by"); node != "-" {
+		by = node
+	}
+	out := []cell{{text: clock("start"), tone: dim}, {text: by, tone: dim}, action, text(r.text("interface-id")), {text: machine, tone: strong}}
 	if r.text("log-status") != "OK" {
 		return append(out, cell{}, cell{}, cell{}, cell{}, cell{}, cell{}, cell{}, text("records are missing until "+clock("end")))
 	}
