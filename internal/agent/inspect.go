@@ -59,6 +59,9 @@ func (a *Agent) Inspect(ctx context.Context) (*agentapi.Inspection, error) {
 	for _, ep := range eps {
 		e := agentapi.Endpoint{ContainerID: ep.ContainerID, IfName: ep.IfName, Netns: ep.Netns, IP: ep.Addr, ENI: string(ep.ENI), MAC: ep.MAC.String(),
 			HostIfName: ep.HostIfName, Pod: agentapi.Pod{Namespace: ep.PodNamespace, Name: ep.PodName, UID: ep.PodUID}, Since: ep.Created, State: strings.ToLower(ep.State.String()), Groups: groupIDs(ep.Groups)}
+		if ep.GroupsHere {
+			e.GroupsMode = agentapi.GroupsHost
+		}
 		if lost[ep.Addr] {
 			e.Problem = "EC2 no longer lists this address; recreate the pod"
 		}

@@ -230,6 +230,7 @@ type podFile struct {
 	Created     time.Time `json:"created"`
 	Command     []string  `json:"command,omitempty"`
 	Groups      string    `json:"groups,omitempty"` // security groups as asked for, with commas
+	GroupsMode  string    `json:"groupsMode,omitempty"`
 	Proc        proc      `json:"proc,omitzero"`
 }
 

@@ -375,6 +375,9 @@ func (s *status) podTable(w io.Writer, color bool, now time.Time) {
 
 // ownGroups returns the security groups of a pod that has others than its node.
 func ownGroups(in *agentapi.Inspection, e agentapi.Endpoint) []string {
+	if e.GroupsMode == agentapi.GroupsHost {
+		return append(slices.Clone(e.Groups), "("+agentapi.GroupsHost+")")
+	}
 	for _, set := range in.Sets {
 		if !set.Node && slices.Equal(set.Groups, e.Groups) {
 			return e.Groups
@@ -386,6 +389,18 @@ func ownGroups(in *agentapi.Inspection, e agentapi.Endpoint) []string {
 // setTable shows the nodes' sets of security groups, if there is one beside the
 // nodes' own.
 func (s *status) setTable(w io.Writer, color bool, now time.Time) {
+	for _, n := range s.NodeStatus {
+		if n.Inspect == nil || n.Inspect.Policy == nil {
+			continue
+		}
+		p := n.Inspect.Policy
+		if p.Host > 0 {
+			fmt.Fprintf(w, "\n%s: security groups of %d pods are judged by the node alone (host): to the VPC they have the node's groups\n", n.Name, p.Host)
+		}
+		if p.Error != "" {
+			fmt.Fprintf(w, "\n%s: %s\n", n.Name, paint("the rules of security groups cannot be read: "+p.Error, bad, color))
+		}
+	}
 	t := table{head: []string{"SECURITY GROUPS", "NODE", "ENIS", "PODS", "FREE", "COOLING", "WAITING", ""}}
 	any := false
 	for _, n := range s.NodeStatus {
