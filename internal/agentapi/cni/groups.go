@@ -55,12 +55,12 @@ func splitGroups(text string) []string { return strings.Split(text, ",") }
 // somebody counts on is a hole.
 func groupsOf(c *config, args string) ([]string, error) {
 	return said(args, argGroups, "securityGroups", "a list of security groups by ID or name",
-		c.Runtime.Groups, c.Args.CNI.Groups, c.groupKeys.Groups)
+		c.Runtime.Groups, c.Args.CNI.Groups, c.Groups)
 }
 
 // modeOf returns who is to judge by them, "" if nobody says.
 func modeOf(c *config, args string) (string, error) {
-	mode, err := said(args, argMode, "securityGroupsMode", "vpc or host", c.Runtime.Mode, c.Args.CNI.Mode, c.groupKeys.Mode)
+	mode, err := said(args, argMode, "securityGroupsMode", "vpc or host", c.Runtime.Mode, c.Args.CNI.Mode, c.Mode)
 	switch {
 	case err != nil || len(mode) == 0:
 		return "", err
