@@ -78,7 +78,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	defer socket.Close()
 	var a *agent.Agent // there before the first ADD is served
 	dp, err := datapath.Open(datapath.Options{BeforeReady: func(ctx context.Context, ep datapath.Endpoint) error { return a.BeforeReady(ctx, ep) },
-		BPFFS: o.bpffs, AllowIMDS: o.imds == "allow", Hook: o.hook, SNAT: o.snat, SNATExclude: o.snatExclude, ProcSysNet: o.procSysNet, Logger: log})
+		BPFFS: o.bpffs, AllowIMDS: o.imds == "allow", Hook: o.hook, SNAT: o.snat, SNATExclude: o.snatExclude, Direct: o.direct, StackNetworks: o.directExcept, ProcSysNet: o.procSysNet, Logger: log})
 	if err != nil {
 		return fmt.Errorf("open the datapath: %w; docs/datapath.md says what it needs of the kernel", err)
 	}
