@@ -79,7 +79,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	var ended agent.Ended
 	var a *agent.Agent // there before the first ADD is served
 	dp, err := datapath.Open(datapath.Options{BeforeReady: func(ctx context.Context, ep datapath.Endpoint) error { return a.BeforeReady(ctx, ep) },
-		Ended: ended.Add, BPFFS: o.bpffs, AllowIMDS: o.imds == "allow", Hook: o.hook, SNAT: o.snat, SNATExclude: o.snatExclude, ProcSysNet: o.procSysNet, Logger: log})
+		Ended: ended.Add, BPFFS: o.bpffs, AllowIMDS: o.imds == "allow", Hook: o.hook, SNAT: o.snat, SNATExclude: o.snatExclude, Direct: o.direct, StackNetworks: o.directExcept, ProcSysNet: o.procSysNet, Logger: log})
 	if err != nil {
 		return fmt.Errorf("open the datapath: %w; docs/datapath.md says what it needs of the kernel", err)
 	}
@@ -91,7 +91,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	a = agent.New(agent.Options{
 		Version: version(), Cluster: o.cluster, Socket: o.socket, Datapath: dp, Metadata: imds.New(""), Logger: log, Tune: tune, Sweep: o.sweep, Rival: agent.AWSNode,
 		ConnectEC2: func(ctx context.Context, region string) (agent.EC2, error) { return ec2.New(ctx, region) },
-		SetPolicy:  dp.SetPolicy, Orchestrator: n.orchestrator(), Serving: n.install,
+		SetPolicy:  dp.SetPolicy, GroupsMode: o.groupsMode, Orchestrator: n.orchestrator(), Serving: n.install,
 	})
 	conntrack, err := dp.ConntrackID()
 	if err != nil {

@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/underlay-cni/underlay/internal/agentapi"
 	"github.com/underlay-cni/underlay/internal/agentapi/install"
 	"github.com/underlay-cni/underlay/internal/datapath"
 	"github.com/underlay-cni/underlay/internal/flowlog"
@@ -30,10 +31,12 @@ type options struct {
 	cniConf, cniBin, plugin               string
 	hook                                  datapath.Hook
 	snat                                  datapath.SNAT
-	snatExclude                           []netip.Prefix
+	snatExclude, directExcept             []netip.Prefix
+	direct                                bool
 	level                                 slog.Level
 	prefixes                              bool
 	sweep, linger                         time.Duration
+	groupsMode                            string
 	flowDir, flowFormat                   string
 	flowInterval                          time.Duration
 	flows                                 *flowlog.Format // of flowFormat; nil: JSON
@@ -61,9 +64,16 @@ func parseFlags(args []string, stderr io.Writer) (options, error) {
 		o.snatExclude = append(o.snatExclude, more...)
 		return err
 	})
+	f.BoolVar(&o.direct, "direct", true, "let connections within the VPC's ranges bypass the kernel's stack where it would only route them; false: every packet takes the stack")
+	f.Func("direct-except", "`ranges` within the VPC's for which every packet takes the stack: addresses that somebody on the node translates, as those of Kubernetes' Services, if they are of the VPC's ranges: CIDR,CIDR; may be repeated", func(s string) error {
+		more, err := parseRanges(s)
+		o.directExcept = append(o.directExcept, more...)
+		return err
+	})
 	f.StringVar(&o.cluster, "cluster", "default", "`name` of the cluster, in the tags of the interfaces that the agent makes")
 	f.BoolVar(&o.prefixes, "prefixes", false, "take addresses as /28 prefixes, sixteen at a time, where instance type and subnet allow it")
 	f.DurationVar(&o.sweep, "sweep", 0, "`time` between deletions of the interfaces that dead nodes of the cluster left, e.g. 10m; set it on one agent of a cluster; 0: never")
+	f.StringVar(&o.groupsMode, "security-groups-mode", agentapi.GroupsVPC, "who judges by pods' security groups, unless a pod says: vpc, by an interface with exactly these groups, and the node what the VPC does not see; or host, the node alone: to the VPC such pods have the node's groups")
 	f.DurationVar(&o.linger, "security-groups-linger", ipam.Default().SetLinger, "`time` that the interface of a set of security groups is kept after its last pod: to make and attach one takes seconds, and while it is kept no other set can have its place")
 	f.StringVar(&o.metrics, "metrics-listen", "", "`address` for /metrics (Prometheus), /livez and /readyz, e.g. 127.0.0.1:9464; empty: none")
 	f.StringVar(&o.flowDir, "flow-dir", "", "`directory` for files of flow records; empty: none are written, and underlay flows has the latest all the same")
@@ -134,6 +144,8 @@ Flags:
 		err = fmt.Errorf("--socket is %q, want an absolute path of at most %d bytes", o.socket, maxSocketPath)
 	case o.sweep < 0 || o.sweep > 0 && o.sweep < time.Second:
 		err = fmt.Errorf("--sweep is %s, want 0 or at least 1s", o.sweep)
+	case o.groupsMode != agentapi.GroupsVPC && o.groupsMode != agentapi.GroupsHost:
+		err = fmt.Errorf("--security-groups-mode is %q, want vpc or host", o.groupsMode)
 	case o.linger < 0:
 		err = fmt.Errorf("--security-groups-linger is %s, want 0 or more", o.linger)
 	case !filepath.IsAbs(o.bpffs):

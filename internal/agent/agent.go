@@ -24,6 +24,7 @@ import (
 type Datapath interface {
 	SetENIs(context.Context, []datapath.ENI) error
 	SetVPC(context.Context, []netip.Prefix) error
+	Status() (datapath.Status, error)
 	Obstacle() (string, error)
 	Foreign() ([]netip.Addr, error)
 	Watch(ctx context.Context, changed func()) error
@@ -87,6 +88,10 @@ type Options struct {
 	// the datapath returns or later. nil: the datapath judges nothing.
 	SetPolicy func(datapath.Endpoint, policy.Tables) error
 
+	// GroupsMode is who judges by pods' security groups unless they say so:
+	// agentapi.GroupsVPC or GroupsHost; "": GroupsVPC.
+	GroupsMode string
+
 	Orchestrator Orchestrator // nil: there is none
 	// Serving, if set, is called once, when the first ADD can be served, and
 	// may take its time; ctx ends with the agent.
@@ -132,6 +137,9 @@ func (k key) String() string { return k.containerID + "/" + k.ifName }
 func New(opts Options) *Agent {
 	if opts.AddTimeout == 0 {
 		opts.AddTimeout = DefaultAddTimeout
+	}
+	if opts.GroupsMode == "" {
+		opts.GroupsMode = agentapi.GroupsVPC
 	}
 	a := &Agent{
 		opts: opts, log: opts.Logger, started: time.Now(),

@@ -43,6 +43,7 @@ type fakeCloud struct {
 	groups               []vpc.SecurityGroup
 	rules                []vpc.SecurityGroupRule
 	lists                map[vpc.PrefixListID][]netip.Prefix
+	members              map[vpc.SecurityGroupID][]netip.Prefix // outside of the node
 	ruleReads, listReads int
 	cidrs                []netip.Prefix // of the VPC
 
@@ -176,6 +177,17 @@ func (c *fakeCloud) PrefixListEntries(ctx context.Context, id vpc.PrefixListID) 
 	err = c.call(ctx, "prefix-list-entries", false, func() error {
 		c.listReads++
 		out = slices.Clone(c.lists[id])
+		return nil
+	})
+	return out, err
+}
+
+func (c *fakeCloud) Members(ctx context.Context, ids []vpc.SecurityGroupID) (map[vpc.SecurityGroupID][]netip.Prefix, error) {
+	out := map[vpc.SecurityGroupID][]netip.Prefix{}
+	err := c.call(ctx, "describe-members", false, func() error {
+		for _, id := range ids {
+			out[id] = slices.Clone(c.members[id])
+		}
 		return nil
 	})
 	return out, err
@@ -354,6 +366,10 @@ type fakeDatapath struct {
 
 func newDatapath(c *fakeCloud) *fakeDatapath {
 	return &fakeDatapath{c: c, records: map[netip.Addr]datapath.Endpoint{}, broken: map[string]error{}, damage: make(chan struct{}), tables: map[int]policy.Tables{}}
+}
+
+func (d *fakeDatapath) Status() (datapath.Status, error) {
+	return datapath.Status{Hook: datapath.Clsact}, nil
 }
 
 func (d *fakeDatapath) SetVPC(_ context.Context, cidrs []netip.Prefix) error {

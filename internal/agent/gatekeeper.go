@@ -49,6 +49,7 @@ type applied struct {
 	link   int // the host's interface index: no two endpoints ever have the same
 	digest policy.Digest
 	judged bool
+	here   bool
 }
 
 func newGatekeeper(a *Agent, put func(datapath.Endpoint, policy.Tables) error) *gatekeeper {
@@ -82,7 +83,7 @@ func (g *gatekeeper) admit(ctx context.Context, ep datapath.Endpoint) error {
 		case done: // others may have failed; they are tried again
 			return nil
 		case errors.As(err, &more):
-			if _, err := g.book.await(ctx, more.groups); err != nil {
+			if _, err := g.book.await(ctx, more.need); err != nil {
 				return err
 			}
 		case err != nil:
@@ -144,10 +145,10 @@ func (g *gatekeeper) run(ctx context.Context) {
 }
 
 // needRules says that rules have to be read first.
-type needRules struct{ groups []vpc.SecurityGroupID }
+type needRules struct{ need need }
 
 func (e *needRules) Error() string {
-	return fmt.Sprintf("the rules of %v are not read yet", e.groups)
+	return fmt.Sprintf("the rules of %v are not read yet", e.need.groups)
 }
 
 // member is an endpoint with the groups that its interface carries now.
@@ -155,6 +156,7 @@ type member struct {
 	ep     datapath.Endpoint
 	groups vpc.GroupSet
 	asked  bool // for them
+	here   bool // the node alone judges by them: to the VPC they are the node's
 	joins  bool // its ADD is under way, its gate shut
 }
 
@@ -176,7 +178,9 @@ func (g *gatekeeper) members(ctx context.Context) (map[key]member, error) {
 		own := o.state.Primary()
 		for k, ep := range eps {
 			m := member{ep: ep, groups: ep.Groups, joins: joins[k]}
-			if e := o.state.ENI(ep.ENI); e != nil {
+			if ep.GroupsHere {
+				m.asked, m.here = true, true
+			} else if e := o.state.ENI(ep.ENI); e != nil {
 				m.groups, m.asked = e.Groups, e.Pool.Groups != ""
 			} else {
 				m.asked = own != nil && ep.Groups != own.Groups
@@ -199,7 +203,7 @@ func (g *gatekeeper) apply(ctx context.Context) error {
 			delete(g.applied, k)
 		}
 	}
-	needed := neededGroups(members)
+	needed := needOf(members)
 	g.book.want(needed)
 	read, _ := g.book.current()
 	var errs []error
@@ -207,13 +211,17 @@ func (g *gatekeeper) apply(ctx context.Context) error {
 		// Those whose gates are shut wait for them; nobody waits for those.
 		errs = append(errs, &needRules{needed})
 		maps.DeleteFunc(members, func(_ key, m member) bool { return m.joins && m.asked })
-		if needed = neededGroups(members); !read.holds(needed) {
+		if needed = needOf(members); !read.holds(needed) {
 			return errs[0]
 		}
 	}
 	var compiler *policy.Compiler
-	if len(needed) > 0 {
-		compiler = policy.NewCompiler(input(members, read))
+	if len(needed.groups) > 0 {
+		in := input(members, read)
+		if needed.members {
+			in.Exempt = g.a.exempt()
+		}
+		compiler = policy.NewCompiler(in)
 	}
 	for k, m := range members {
 		var t policy.Tables
@@ -227,7 +235,7 @@ func (g *gatekeeper) apply(ctx context.Context) error {
 				continue
 			}
 		}
-		now := applied{link: m.ep.HostIfIndex}
+		now := applied{link: m.ep.HostIfIndex, here: m.here}
 		if table := t.Gates[policy.Groups]; table != nil {
 			now.digest, now.judged = table.Digest, true
 		}
@@ -256,24 +264,44 @@ func (g *gatekeeper) apply(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// neededGroups returns the groups whose rules are needed, sorted: those of all
-// pods if one has asked for some, or none.
-func neededGroups(members map[key]member) []vpc.SecurityGroupID {
+// needOf returns what must be known for the pods: the rules of everybody's groups
+// if one has asked for some, and who carries the groups that these name if there
+// is one by whose groups the node alone judges.
+func needOf(members map[key]member) (out need) {
 	asked := false
-	var out []vpc.SecurityGroupID
 	for _, m := range members {
 		asked = asked || m.asked
-		out = append(out, m.groups.Groups()...)
+		out.members = out.members || m.here
+		out.groups = append(out.groups, m.groups.Groups()...)
 	}
 	if !asked {
-		return nil
+		return need{}
 	}
-	slices.Sort(out)
-	return slices.Compact(out)
+	slices.Sort(out.groups)
+	out.groups = slices.Compact(out.groups)
+	return out
+}
+
+// exempt is what no security group judges (VPC user guide, "Security group
+// rules"): the VPC's DNS, time and instance metadata.
+func (a *Agent) exempt() []policy.Exemption {
+	out := []policy.Exemption{
+		{Name: "Amazon DNS", Prefix: netip.MustParsePrefix("169.254.169.253/32")},
+		{Name: "Amazon Time Sync", Prefix: netip.MustParsePrefix("169.254.169.123/32")},
+		{Name: "instance metadata", Prefix: netip.MustParsePrefix("169.254.169.254/32")},
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if len(a.identity.VPCCIDRs) > 0 { // of the VPC's first range, the base plus two
+		dns := vpc.Router(a.identity.VPCCIDRs[0]).Next()
+		out = append(out, policy.Exemption{Name: "Amazon DNS", Prefix: netip.PrefixFrom(dns, dns.BitLen())})
+	}
+	return out
 }
 
 // input is what the node's pods and the rules say together. A group's members
-// are those on this node: the others' packets come over the wire.
+// are those on this node: the others' packets come over the wire. For pods by
+// whose groups the node alone judges EC2's members are read too.
 func input(members map[key]member, read *rules) *policy.Input {
 	in := &policy.Input{
 		Groups: map[vpc.SecurityGroupID]policy.SecurityGroup{}, Members: map[vpc.SecurityGroupID][]netip.Prefix{}, PrefixLists: map[vpc.PrefixListID][]netip.Prefix{},
@@ -306,6 +334,9 @@ func input(members map[key]member, read *rules) *policy.Input {
 			in.Members[id] = append(in.Members[id], one)
 		}
 	}
+	for id, list := range read.members {
+		in.Members[id] = append(in.Members[id], list...)
+	}
 	for _, list := range in.Members {
 		slices.SortFunc(list, netip.Prefix.Compare) // equal nodes have equal tables
 	}
@@ -315,18 +346,24 @@ func input(members map[key]member, read *rules) *policy.Input {
 // status is what people see of it.
 func (g *gatekeeper) status() *agentapi.GroupPolicy {
 	g.mu.Lock()
-	judged := 0
+	judged, here := 0, 0
 	for _, p := range g.applied {
 		if p.judged {
 			judged++
+		}
+		if p.here {
+			here++
 		}
 	}
 	g.mu.Unlock()
 	b := g.book
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	out := &agentapi.GroupPolicy{Mode: "vpc", Judged: judged, Groups: len(b.wanted), Rules: len(b.now.rules)}
-	if len(b.wanted) > 0 {
+	out := &agentapi.GroupPolicy{Mode: g.a.opts.GroupsMode, Judged: judged, Host: here, Groups: len(b.wanted.groups), Rules: len(b.now.rules)}
+	for _, list := range b.now.members {
+		out.Members += len(list)
+	}
+	if len(b.wanted.groups) > 0 {
 		out.EverySeconds = 1 / b.rate
 		if !b.read.IsZero() {
 			read := b.read

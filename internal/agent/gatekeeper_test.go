@@ -281,3 +281,73 @@ func TestPrefixListsInRules(t *testing.T) {
 		}
 	})
 }
+
+// In mode host a pod has an address of the node's own, and the node judges all
+// that it says by the groups that it asked for, with the members that EC2 knows.
+// Status tells.
+func TestGroupsOfModeHost(t *testing.T) {
+	run(t, "t3.small", func(r *rig) {
+		r.withGroups()
+		r.judges = true
+		out := netip.MustParseAddr("10.0.9.9")
+		r.cloud.members = map[vpc.SecurityGroupID][]netip.Prefix{sgB: {netip.PrefixFrom(out, 32)}}
+		in := rule("1", sgA, 80, sgB)
+		r.cloud.setRules(everything(sgB), in)
+		r.start()
+		host := func(id string, groups ...string) error {
+			_, err := r.a.Add(r.t.Context(), &agentapi.Attachment{ContainerID: id, IfName: "eth0", Groups: groups, GroupsMode: agentapi.GroupsHost}, 0, r.netns)
+			return err
+		}
+		if err := host("c1", "a"); err != nil {
+			t.Fatal(err)
+		}
+		ep := r.kernel.endpointOf("c1")
+		if !ep.GroupsHere || ep.Groups != sgA || ep.ENI != "eni-00000000000000001" {
+			t.Errorf("endpoint %+v", ep)
+		}
+		allows := func(dir policy.Direction, peer netip.Addr, port uint16) bool {
+			r.kernel.mu.Lock()
+			defer r.kernel.mu.Unlock()
+			f := policy.Flow{Src: peer, Dst: ep.Addr, Protocol: policy.TCP, SrcPort: 40000, DstPort: port}
+			if dir == policy.Egress {
+				f.Src, f.Dst = f.Dst, f.Src
+			}
+			tables := r.kernel.tables[ep.HostIfIndex]
+			return tables.Gates[policy.Groups] != nil && tables.Judge(dir, f)[policy.Groups].Allow
+		}
+		other, dns := netip.MustParseAddr("10.0.9.10"), netip.MustParseAddr("169.254.169.253")
+		if !allows(policy.Ingress, out, 80) || allows(policy.Ingress, out, 81) || allows(policy.Ingress, other, 80) || allows(policy.Egress, out, 80) || !allows(policy.Egress, dns, 53) {
+			t.Error("the groups are not what judges it")
+		}
+		// A member comes.
+		r.cloud.mu.Lock()
+		r.cloud.members[sgB] = append(r.cloud.members[sgB], netip.PrefixFrom(other, 32))
+		r.cloud.mu.Unlock()
+		time.Sleep(time.Second)
+		synctest.Wait()
+		if !allows(policy.Ingress, other, 80) {
+			t.Error("a group's new member is not let in")
+		}
+		st := r.inspect()
+		if st.Policy.Mode != "vpc" || st.Policy.Host != 1 || st.Policy.Members != 2 || st.Endpoints[0].GroupsMode != "host" || st.Endpoints[0].Groups[0] != sgA || st.SetsLeft != 2 {
+			t.Errorf("status %+v, %+v", st.Policy, st.Endpoints[0])
+		}
+		if err := host("c1", "a"); err != nil {
+			t.Errorf("repeated: %v", err)
+		}
+		_, err := r.addTo("c1", "a")
+		wantCode(t, err, agentapi.CodeConflict, "send DEL first")
+		wantCode(t, host("c1", "b"), agentapi.CodeConflict, "send DEL first")
+
+		// The next agent knows by the record.
+		r.start()
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		if st := r.inspect(); st.Policy.Host != 1 || !allows(policy.Ingress, out, 80) || allows(policy.Ingress, out, 81) {
+			t.Errorf("after a restart: %+v", st.Policy)
+		}
+		r.judges = false
+		r.start()
+		wantCode(t, host("c2", "a"), agentapi.CodeGroups, "ask for mode vpc")
+	})
+}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/underlay-cni/underlay/internal/agentapi"
+	"github.com/underlay-cni/underlay/internal/datapath"
 	"github.com/underlay-cni/underlay/internal/ec2"
 	"github.com/underlay-cni/underlay/internal/ipam"
 	"github.com/underlay-cni/underlay/internal/vpc"
@@ -175,8 +176,12 @@ func (a *Agent) groupsOf(ctx context.Context, client EC2, home vpc.VPCID, asked 
 }
 
 // inGroups reports whether an endpoint that is there has the groups that a
-// repeated ADD asks for.
-func (a *Agent) inGroups(ctx context.Context, eni vpc.ENIID, set vpc.GroupSet) (has vpc.GroupSet, same bool, err error) {
+// repeated ADD asks for, judged by whom it says.
+func (a *Agent) inGroups(ctx context.Context, ep datapath.Endpoint, set vpc.GroupSet, here bool) (has vpc.GroupSet, same bool, err error) {
+	if ep.GroupsHere || here {
+		return ep.Groups, ep.GroupsHere == here && ep.Groups == set, nil
+	}
+	eni := ep.ENI
 	same = true // of an interface that we have lost sight of
 	err = a.ask(ctx, func(o *owner) {
 		if e := o.state.ENI(eni); e != nil {

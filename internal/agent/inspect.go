@@ -59,6 +59,9 @@ func (a *Agent) Inspect(ctx context.Context) (*agentapi.Inspection, error) {
 	for _, ep := range eps {
 		e := agentapi.Endpoint{ContainerID: ep.ContainerID, IfName: ep.IfName, Netns: ep.Netns, IP: ep.Addr, ENI: string(ep.ENI), MAC: ep.MAC.String(),
 			HostIfName: ep.HostIfName, Pod: agentapi.Pod{Namespace: ep.PodNamespace, Name: ep.PodName, UID: ep.PodUID}, Since: ep.Created, State: strings.ToLower(ep.State.String()), Groups: groupIDs(ep.Groups)}
+		if ep.GroupsHere {
+			e.GroupsMode = agentapi.GroupsHost
+		}
 		if lost[ep.Addr] {
 			e.Problem = "EC2 no longer lists this address; recreate the pod"
 		}
@@ -71,6 +74,14 @@ func (a *Agent) Inspect(ctx context.Context) (*agentapi.Inspection, error) {
 		return nil, agentapi.Errorf(agentapi.CodeDatapath, "read the counters: %v; see the agent's log", err)
 	}
 	in.Counters.Drops = maps.Clone(drops)
+	st, err := a.opts.Datapath.Status()
+	if err != nil {
+		return nil, agentapi.Errorf(agentapi.CodeDatapath, "read the datapath's state: %v; see the agent's log", err)
+	}
+	in.Datapath = agentapi.Datapath{
+		Hook: string(st.Hook), Direct: st.Direct, Connections: st.Connections, DirectConnections: st.DirectConnections, MaxConnections: st.MaxConnections,
+		DirectPackets: st.Paths.Direct, StackPackets: st.Paths.Stack + st.Paths.Exceptions, SlowShare: st.Paths.SlowShare(),
+	}
 	return in, nil
 }
 

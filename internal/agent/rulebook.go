@@ -46,6 +46,7 @@ type RuleReader interface {
 	SecurityGroupRules(context.Context, []vpc.SecurityGroupID) ([]vpc.SecurityGroupRule, error)
 	PrefixListVersions(context.Context, []vpc.PrefixListID) (map[vpc.PrefixListID]int64, error)
 	PrefixListEntries(context.Context, vpc.PrefixListID) ([]netip.Prefix, error)
+	Members(context.Context, []vpc.SecurityGroupID) (map[vpc.SecurityGroupID][]netip.Prefix, error)
 }
 
 // rules is what was read at one time. It is not changed any more.
@@ -53,6 +54,9 @@ type rules struct {
 	groups []vpc.SecurityGroupID // whose rules these are, sorted
 	rules  []vpc.SecurityGroupRule
 	lists  map[vpc.PrefixListID]prefixList
+	// members are those of the groups that rules name, as far as EC2 knows them;
+	// nil: nobody needed them.
+	members map[vpc.SecurityGroupID][]netip.Prefix
 }
 
 type prefixList struct {
@@ -60,9 +64,20 @@ type prefixList struct {
 	entries []netip.Prefix
 }
 
-// holds reports whether the rules of all groups are among r.
-func (r *rules) holds(groups []vpc.SecurityGroupID) bool {
-	for _, g := range groups {
+// need is what has to be read.
+type need struct {
+	groups  []vpc.SecurityGroupID // whose rules, sorted
+	members bool                  // of the groups that they name, too
+}
+
+func (n need) equal(o need) bool { return n.members == o.members && slices.Equal(n.groups, o.groups) }
+
+// holds reports whether r has all that is needed.
+func (r *rules) holds(n need) bool {
+	if n.members && r.members == nil {
+		return false
+	}
+	for _, g := range n.groups {
 		if _, ok := slices.BinarySearch(r.groups, g); !ok {
 			return false
 		}
@@ -72,7 +87,8 @@ func (r *rules) holds(groups []vpc.SecurityGroupID) bool {
 
 func (r *rules) equal(o *rules) bool {
 	return slices.Equal(r.groups, o.groups) && slices.Equal(r.rules, o.rules) &&
-		maps.EqualFunc(r.lists, o.lists, func(a, b prefixList) bool { return a.version == b.version && slices.Equal(a.entries, b.entries) })
+		maps.EqualFunc(r.lists, o.lists, func(a, b prefixList) bool { return a.version == b.version && slices.Equal(a.entries, b.entries) }) &&
+		(r.members == nil) == (o.members == nil) && maps.EqualFunc(r.members, o.members, slices.Equal[[]netip.Prefix])
 }
 
 // ruleBook keeps the rules of the security groups that the node needs, as EC2
@@ -83,7 +99,7 @@ type ruleBook struct {
 	poke  chan struct{} // size 1: what is wanted has changed
 
 	mu     sync.Mutex
-	wanted []vpc.SecurityGroupID // sorted
+	wanted need
 	now    *rules
 	news   chan struct{} // closed when now is another
 	read   time.Time     // end of the last read that succeeded
@@ -95,14 +111,14 @@ func newRuleBook(count func(string, error), note func(op, message string)) *rule
 	return &ruleBook{count: count, note: note, poke: make(chan struct{}, 1), now: &rules{}, news: make(chan struct{}), rate: rulesRate}
 }
 
-// want says whose rules are needed from now on.
-func (b *ruleBook) want(groups []vpc.SecurityGroupID) {
+// want says what is needed from now on.
+func (b *ruleBook) want(n need) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if slices.Equal(b.wanted, groups) {
+	if b.wanted.equal(n) {
 		return
 	}
-	b.wanted = groups
+	b.wanted = n
 	select {
 	case b.poke <- struct{}{}:
 	default:
@@ -116,11 +132,11 @@ func (b *ruleBook) current() (*rules, <-chan struct{}) {
 	return b.now, b.news
 }
 
-// await waits until the rules of all groups are there. They must be wanted.
-func (b *ruleBook) await(ctx context.Context, groups []vpc.SecurityGroupID) (*rules, error) {
+// await waits until all that is needed is there. It must be wanted.
+func (b *ruleBook) await(ctx context.Context, n need) (*rules, error) {
 	for {
 		r, news := b.current()
-		if r.holds(groups) {
+		if r.holds(n) {
 			return r, nil
 		}
 		select {
@@ -157,7 +173,7 @@ func (b *ruleBook) run(ctx context.Context, from RuleReader) {
 		b.mu.Lock()
 		wanted, old := b.wanted, b.now
 		b.mu.Unlock()
-		if len(wanted) == 0 {
+		if len(wanted.groups) == 0 {
 			timer.Stop()
 			b.take(&rules{})
 			continue
@@ -208,15 +224,21 @@ func (b *ruleBook) pace(err error, fails *int) time.Duration {
 	return time.Duration(d * (0.9 + 0.1*rand.Float64())) // nodes that began together do not stay together
 }
 
-// readAll reads the groups' rules, and of the prefix lists in them those whose
-// version is another than in old.
-func (b *ruleBook) readAll(ctx context.Context, from RuleReader, groups []vpc.SecurityGroupID, old *rules) (*rules, error) {
-	list, err := from.SecurityGroupRules(ctx, groups)
+// readAll reads the groups' rules, the members of groups in them if those are
+// needed, and of the prefix lists in them those whose version is another than in
+// old.
+func (b *ruleBook) readAll(ctx context.Context, from RuleReader, n need, old *rules) (*rules, error) {
+	list, err := from.SecurityGroupRules(ctx, n.groups)
 	b.count("describe-rules", err)
 	if err != nil {
 		return nil, err
 	}
-	out := &rules{groups: groups, rules: list, lists: map[vpc.PrefixListID]prefixList{}}
+	out := &rules{groups: n.groups, rules: list, lists: map[vpc.PrefixListID]prefixList{}}
+	if n.members {
+		if err := b.readMembers(ctx, from, out); err != nil {
+			return nil, err
+		}
+	}
 	var ids []vpc.PrefixListID
 	for _, r := range list {
 		if r.PrefixList != "" && !slices.Contains(ids, r.PrefixList) {
@@ -249,4 +271,22 @@ func (b *ruleBook) readAll(ctx context.Context, from RuleReader, groups []vpc.Se
 		out.lists[id] = prefixList{version: v, entries: entries}
 	}
 	return out, nil
+}
+
+// readMembers reads who carries the groups that the rules name.
+func (b *ruleBook) readMembers(ctx context.Context, from RuleReader, r *rules) (err error) {
+	var named []vpc.SecurityGroupID
+	for _, rule := range r.rules {
+		if rule.Referenced != "" {
+			named = append(named, rule.Referenced)
+		}
+	}
+	slices.Sort(named)
+	if named = slices.Compact(named); len(named) == 0 {
+		r.members = map[vpc.SecurityGroupID][]netip.Prefix{}
+		return nil
+	}
+	r.members, err = from.Members(ctx, named)
+	b.count("describe-members", err)
+	return err
 }

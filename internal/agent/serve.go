@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"net/netip"
@@ -12,7 +13,6 @@ import (
 	"github.com/underlay-cni/underlay/internal/agentapi/pipe"
 	"github.com/underlay-cni/underlay/internal/datapath"
 	"github.com/underlay-cni/underlay/internal/ipam"
-	"github.com/underlay-cni/underlay/internal/vpc"
 )
 
 // gateway is the next hop inside every pod: link-local, so that it is the same
@@ -73,10 +73,18 @@ func (a *Agent) add(ctx context.Context, at *agentapi.Attachment, timeout time.D
 	if err != nil {
 		return nil, err
 	}
+	here := set != "" && cmp.Or(at.GroupsMode, a.opts.GroupsMode) == agentapi.GroupsHost
+	pool := ipam.Pool{Groups: set}
+	if here { // to the VPC it has the node's
+		pool = ipam.Pool{}
+		if a.gate == nil {
+			return nil, groupsError("the node judges nothing by security groups; ask for mode vpc")
+		}
+	}
 	if ep, ok := a.endpoint(k); ok {
 		err := a.opts.Datapath.Check(ctx, ep, netns)
 		if err == nil {
-			has, same, err := a.inGroups(ctx, ep.ENI, set)
+			has, same, err := a.inGroups(ctx, ep, set, here)
 			if err != nil {
 				return nil, err
 			}
@@ -92,17 +100,20 @@ func (a *Agent) add(ctx context.Context, at *agentapi.Attachment, timeout time.D
 		}
 	}
 	for try := 1; ; try++ {
-		ans, err := a.request(ctx, at, set, deadline)
+		ans, err := a.request(ctx, at, pool, deadline)
 		if err != nil {
 			return nil, err
 		}
-		if set != "" && ans.groups != set { // changed by somebody a moment ago, or the address is of an earlier request
+		if pool.Groups != "" && ans.groups != set { // changed by somebody a moment ago, or the address is of an earlier request
 			a.release(ans.addr.reply.Addr, time.Now(), true)
 			return nil, agentapi.Errorf(agentapi.CodeTryAgain, "%s, where the pod was to have its address, carries security groups %s and no longer %s; try again", ans.addr.reply.ENI, ans.groups, set)
 		}
+		if here {
+			ans.groups = set
+		}
 		ep, err := a.attach(ctx, k, deadline, datapath.Endpoint{
 			ContainerID: at.ContainerID, IfName: at.IfName, Netns: at.Netns, Addr: ans.addr.reply.Addr, ENI: ans.addr.reply.ENI, ENIIndex: ans.addr.index,
-			PodNamespace: at.Pod.Namespace, PodName: at.Pod.Name, PodUID: at.Pod.UID, Groups: ans.groups}, netns)
+			PodNamespace: at.Pod.Namespace, PodName: at.Pod.Name, PodUID: at.Pod.UID, Groups: ans.groups, GroupsHere: here}, netns)
 		if err == nil {
 			a.log.Info("endpoint added", "pod", at.Pod.String(), "ip", ep.Addr, "eni", ep.ENI, "if", ep.HostIfName, "container", at.ContainerID)
 			return result(ep), nil
@@ -204,7 +215,7 @@ func (a *Agent) awaitReady(ctx context.Context, d time.Duration) error {
 }
 
 // request waits for an address from the plan.
-func (a *Agent) request(ctx context.Context, at *agentapi.Attachment, set vpc.GroupSet, deadline time.Time) (answer, error) {
+func (a *Agent) request(ctx context.Context, at *agentapi.Attachment, pool ipam.Pool, deadline time.Time) (answer, error) {
 	k := key{at.ContainerID, at.IfName}
 	ch := make(chan answer, 1)
 	a.mu.Lock()
@@ -213,7 +224,7 @@ func (a *Agent) request(ctx context.Context, at *agentapi.Attachment, set vpc.Gr
 	a.mu.Unlock()
 	if !a.tell(ctx, func(o *owner) {
 		o.waiters[id] = ch
-		o.step(ipam.AddRequested{At: time.Now(), ID: id, Owner: k.String(), Pool: ipam.Pool{Groups: set}, Deadline: deadline})
+		o.step(ipam.AddRequested{At: time.Now(), ID: id, Owner: k.String(), Pool: pool, Deadline: deadline})
 	}) {
 		return answer{}, errStopping
 	}

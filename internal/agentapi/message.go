@@ -95,7 +95,17 @@ type Attachment struct {
 	Pod         Pod        `json:"pod,omitzero"`
 	Addr        netip.Addr `json:"addr,omitzero"` // check: the address that ADD answered
 	Groups      []string   `json:"-"`             // add: IDs or names of the security groups that are asked for; none: the node's own
+	GroupsMode  string     `json:"-"`             // add: who judges by them, GroupsVPC or GroupsHost; "": as the agent is set up
 }
+
+// Who judges by a pod's security groups.
+const (
+	// GroupsVPC: the VPC, by the pod's interface, and the node what the VPC does
+	// not see.
+	GroupsVPC = "vpc"
+	// GroupsHost: the node alone. To the VPC the pod has the node's groups.
+	GroupsHost = "host"
+)
 
 // Pod names a workload as its orchestrator does; empty fields are unknown.
 type Pod struct {
@@ -153,6 +163,20 @@ type Inspection struct {
 	SetsLeft   int          `json:"groupSetsLeft"` // how many further sets of security groups the node has interfaces for
 	Counters   Counters     `json:"counters"`
 	Limits     Limits       `json:"limits"`
+	Datapath   Datapath     `json:"datapath"` // which way pods' packets take
+}
+
+// Datapath is which way pods' packets take through the node.
+type Datapath struct {
+	Hook   string `json:"hook"`   // where the programs stand: clsact or tcx
+	Direct bool   `json:"direct"` // connections within the VPC may bypass the kernel's stack
+	// Entries of conntrack, and those that bypass the stack, a few seconds ago.
+	Connections       int     `json:"connections"`
+	DirectConnections int     `json:"directConnections"`
+	MaxConnections    int     `json:"maxConnections"`
+	DirectPackets     uint64  `json:"directPackets"` // of pods, since the node started
+	StackPackets      uint64  `json:"stackPackets"`
+	SlowShare         float64 `json:"slowShare"` // part of pods' packets that took the stack, 0 to 1
 }
 
 // Node is the instance the agent runs on.
@@ -209,9 +233,11 @@ type GroupSet struct {
 // GroupPolicy is how the node judges by security groups what the VPC does not
 // see: the traffic between its own pods.
 type GroupPolicy struct {
-	Mode         string     `json:"mode"`   // "vpc": what comes over the wire the VPC has judged
-	Judged       int        `json:"judged"` // pods
-	Groups       int        `json:"groups"` // whose rules are read
+	Mode         string     `json:"mode"`    // "vpc": what comes over the wire the VPC has judged
+	Judged       int        `json:"judged"`  // pods
+	Host         int        `json:"host"`    // of these, pods by whose groups the node judges alone: to the VPC they have the node's
+	Members      int        `json:"members"` // addresses with a group that rules name, outside of the node; for pods of mode host
+	Groups       int        `json:"groups"`  // whose rules are read
 	Rules        int        `json:"rules"`
 	Read         *time.Time `json:"read,omitempty"` // when they were read last
 	EverySeconds float64    `json:"everySeconds,omitempty"`
@@ -248,7 +274,8 @@ type Endpoint struct {
 	MAC         string     `json:"mac"`
 	HostIfName  string     `json:"hostIfName"`
 	Pod         Pod        `json:"pod"`
-	Groups      []string   `json:"groups,omitempty"` // of its security groups: what its ENI carried when it got the address
+	Groups      []string   `json:"groups,omitempty"`     // its security groups: what its ENI carried when it got the address
+	GroupsMode  string     `json:"groupsMode,omitempty"` // "host": the node judges by Groups, and the VPC sees the node's
 	Since       time.Time  `json:"since"`
 	State       string     `json:"state"`             // adding, live, tombstone
 	Problem     string     `json:"problem,omitempty"` // e.g. EC2 no longer lists the address

@@ -104,6 +104,9 @@ func (r *runtime) conf(p *podFile) *libcni.RuntimeConf {
 	if p.Groups != "" {
 		conf.Args = append(conf.Args, [2]string{"UNDERLAY_SECURITY_GROUPS", p.Groups})
 	}
+	if p.GroupsMode != "" {
+		conf.Args = append(conf.Args, [2]string{"UNDERLAY_SECURITY_GROUPS_MODE", p.GroupsMode})
+	}
 	return conf
 }
 

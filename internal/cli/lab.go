@@ -231,6 +231,7 @@ type podFile struct {
 	Created     time.Time `json:"created"`
 	Command     []string  `json:"command,omitempty"`
 	Groups      string    `json:"groups,omitempty"` // security groups as asked for, with commas
+	GroupsMode  string    `json:"groupsMode,omitempty"`
 	Proc        proc      `json:"proc,omitzero"`
 }
 

@@ -93,6 +93,7 @@ many sets of groups as further interfaces: underlay status.`,
 		},
 	}
 	c.Flags().StringVar(&o.groups, "security-groups", "", "security groups by ID or name, with commas (default: the node's)")
+	c.Flags().StringVar(&o.mode, "security-groups-mode", "", "who judges by them: vpc, or the host alone (default: as the agents are set up)")
 	c.Flags().StringVar(&o.node, "node", "", "the node (default: where the fewest pods are)")
 	c.Flags().IntVar(&o.count, "count", 1, "how many, at once: NAME-1 … NAME-K")
 	_ = c.RegisterFlagCompletionFunc("node", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
@@ -107,6 +108,7 @@ type runOptions struct {
 	count    int
 	numbered bool   // NAME-1 … NAME-count, and not NAME
 	groups   string // security groups by ID or name, with commas; "": the node's
+	mode     string // "vpc", "host"; "": as the agents are set up
 }
 
 // runPods makes pods. The error is about all of them; what concerns one stands
@@ -117,6 +119,9 @@ func (a *App) runPods(ctx context.Context, name string, o runOptions, argv []str
 	}
 	if strings.Contains(o.groups, ";") { // what parts CNI_ARGS
 		return nil, fmt.Errorf("--security-groups %q: give a group whose name has a semicolon by its ID", o.groups)
+	}
+	if o.mode != "" && (o.groups == "" || o.mode != agentapi.GroupsVPC && o.mode != agentapi.GroupsHost) {
+		return nil, fmt.Errorf("--security-groups-mode %s: give vpc or host, with --security-groups", o.mode)
 	}
 	names := []string{name}
 	if o.numbered {
@@ -169,7 +174,7 @@ func (a *App) runPods(ctx context.Context, name string, o runOptions, argv []str
 	for i, n := range names {
 		pods[i] = &podFile{
 			Pod:         Pod{Name: n, Node: nodes[i].Name, Netns: nl.Path(h.podNetns(n))},
-			ContainerID: h.name + "-" + n + "-" + randomHex(4), Created: a.now(), Command: argv, Groups: o.groups,
+			ContainerID: h.name + "-" + n + "-" + randomHex(4), Created: a.now(), Command: argv, Groups: o.groups, GroupsMode: o.mode,
 		}
 		if cniOf[nodes[i].Name] == nil {
 			if cniOf[nodes[i].Name], err = newRuntime(h, nodes[i]); err != nil {

@@ -296,6 +296,7 @@ func (s *status) write(w io.Writer, color bool, now time.Time) {
 	s.interfaceTable(w, color)
 	s.podTable(w, color, now)
 	s.setTable(w, color, now)
+	s.pathTable(w, color)
 	s.dropTable(w, color)
 	s.errorTable(w, color, now)
 }
@@ -373,46 +374,22 @@ func (s *status) podTable(w io.Writer, color bool, now time.Time) {
 	t.write(w, "", color)
 }
 
-// ownGroups returns the security groups of a pod that has others than its node.
-func ownGroups(in *agentapi.Inspection, e agentapi.Endpoint) []string {
-	for _, set := range in.Sets {
-		if !set.Node && slices.Equal(set.Groups, e.Groups) {
-			return e.Groups
-		}
-	}
-	return nil
-}
-
-// setTable shows the nodes' sets of security groups, if there is one beside the
-// nodes' own.
-func (s *status) setTable(w io.Writer, color bool, now time.Time) {
-	t := table{head: []string{"SECURITY GROUPS", "NODE", "ENIS", "PODS", "FREE", "COOLING", "WAITING", ""}}
-	any := false
+// pathTable shows which way pods' packets take.
+func (s *status) pathTable(w io.Writer, color bool) {
+	t := table{head: []string{"DATAPATH OF", "HOOK", "DIRECT", "CONNECTIONS", "OF AT MOST", "PACKETS", "BY THE STACK"}}
 	for _, n := range s.NodeStatus {
-		if n.Inspect == nil {
-			continue
+		if n.Inspect == nil || n.Inspect.Datapath.Hook == "" {
+			continue // an agent of before
 		}
-		for _, set := range n.Inspect.Sets {
-			what := cell{text: strings.Join(set.Groups, " "), tone: strong}
-			if set.Node {
-				what = text("the node's own")
-			}
-			any = any || !set.Node
-			note, waiting := cell{}, cell{}
-			switch {
-			case set.Drifted > 0:
-				note = cell{text: fmt.Sprintf("somebody changed the groups of %d", set.Drifted), tone: bad}
-			case set.Until != nil && set.InUse == 0:
-				note = textf("idle, goes back in %s", age(max(0, set.Until.Sub(now))))
-			}
-			if set.Waiting > 0 {
-				waiting = cell{text: fmt.Sprint(set.Waiting), tone: bad, right: true}
-			}
-			t.row(what, text(n.Name), number(set.ENIs), number(set.InUse), number(set.Free), number(set.Cooling), waiting, note)
+		d := n.Inspect.Datapath
+		direct := text("off")
+		if d.Direct {
+			direct = text("on")
 		}
-		t.row(cell{text: "room for further sets", tone: dim}, text(n.Name), number(n.Inspect.SetsLeft))
+		t.row(text(n.Name), text(d.Hook), direct, number(d.Connections), number(d.MaxConnections),
+			cell{text: fmt.Sprint(d.DirectPackets + d.StackPackets), right: true}, cell{text: fmt.Sprintf("%.1f %%", 100*d.SlowShare), right: true})
 	}
-	if any {
+	if len(t.rows) > 0 {
 		fmt.Fprintln(w)
 		t.write(w, "", color)
 	}

@@ -129,6 +129,36 @@ func (c *Client) PrefixListEntries(ctx context.Context, id vpc.PrefixListID) ([]
 	}
 }
 
+// Members returns the private addresses of all interfaces that carry a group, by
+// group: primary, secondary, and those of delegated prefixes; sorted.
+func (c *Client) Members(ctx context.Context, ids []vpc.SecurityGroupID) (map[vpc.SecurityGroupID][]netip.Prefix, error) {
+	out := map[vpc.SecurityGroupID][]netip.Prefix{}
+	for some := range slices.Chunk(ids, maxFilterValues) {
+		enis, err := c.interfaces(ctx, groupFilter(some))
+		if err != nil {
+			return nil, fmt.Errorf("describe the members of %d security groups: %w", len(ids), err)
+		}
+		for i := range enis {
+			e := &enis[i]
+			addrs := slices.Clone(e.Prefixes)
+			for _, a := range append([]netip.Addr{e.Primary}, e.Secondary...) {
+				if a.IsValid() {
+					addrs = append(addrs, netip.PrefixFrom(a, a.BitLen()))
+				}
+			}
+			for _, g := range e.Groups {
+				if slices.Contains(some, g) {
+					out[g] = append(out[g], addrs...)
+				}
+			}
+		}
+	}
+	for _, list := range out {
+		slices.SortFunc(list, netip.Prefix.Compare)
+	}
+	return out, nil
+}
+
 func groupFilter(ids []vpc.SecurityGroupID) types.Filter {
 	values := make([]string, len(ids))
 	for i, id := range ids {

@@ -366,6 +366,18 @@ func TestModelRandom(t *testing.T) {
 	t.Logf("%d walks, %d moves", n, steps)
 }
 
+// TestModelFound repeats the walks that once found something beyond those that
+// are always made.
+func TestModelFound(t *testing.T) {
+	for _, seed := range []uint64{425} {
+		path, start, err := walk(seed, 1500)
+		if err != nil {
+			replay(t, start(), path)
+			t.Fatalf("model: seed %d after %d moves: %v", seed, len(path), err)
+		}
+	}
+}
+
 // TestModelExhaustive tries everything that can happen to a node of two
 // interfaces, two addresses and two pods, for so many moves. MODEL_DEPTH goes
 // deeper: seven moves take half a minute on two cores, some quarter of a million

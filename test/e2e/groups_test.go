@@ -240,3 +240,41 @@ func TestGroupsThatAreRefused(t *testing.T) {
 		t.Errorf("pods are left: %v", l.Pods())
 	}
 }
+
+// In mode host the node alone judges by a pod's groups, whoever is at the other
+// end; to the VPC the pod has the node's. Status says so.
+func TestGroupsJudgedByTheHostAlone(t *testing.T) {
+	l := lab.Up(t, "--nodes", "2", "--iam-policy", nodePolicy)
+	w := &tiers{t: t, l: l, netns: map[string]string{}, at: map[string]netip.AddrPort{}, groups: map[string]string{}}
+	caged := w.group("caged")
+	w.allow("authorize", caged, groupsOf(t, l, l.OutsideIP("vm-1"))[0], tierPorts)
+	one, two := l.Nodes[0], l.Nodes[1]
+	p := l.Run("cage", "--node", one.Name, "--security-groups", "caged", "--security-groups-mode", "host")
+	w.at["cage"] = netip.AddrPortFrom(p.IP, tierPort)
+	lab.ServeTCP(t, p.Netns, w.at["cage"])
+	for _, o := range l.Outside {
+		if o.Name == "vm-1" {
+			w.netns["vm-1"] = o.Netns
+		}
+	}
+	w.pod("near", one.Name)
+	w.pod("far", two.Name)
+	before := w.dropped(one)
+	w.expect("vm-1 cage", "vm-1 near", "vm-1 far", "near far", "far near")
+	if n := w.dropped(one) - before; n < 2 {
+		t.Errorf("the node dropped %d packets for security groups", n)
+	}
+	if groups := groupsOf(t, l, p.IP); slices.Contains(groups, caged) {
+		t.Errorf("to the VPC the pod has %v", groups)
+	}
+	in := l.Inspect(one)
+	if in.Policy.Host != 1 || in.SetsLeft != 2 {
+		t.Errorf("status %+v, %d sets left", in.Policy, in.SetsLeft)
+	}
+	out := l.Underlay("status")
+	if !strings.Contains(out, caged+" (host)") || !strings.Contains(out, "judged by the node alone (host)") {
+		t.Errorf("status is silent about it:\n%s", out)
+	}
+	l.Underlay("node", "restart-agent", one.Name)
+	w.expect("vm-1 cage", "vm-1 near", "vm-1 far", "near far", "far near")
+}

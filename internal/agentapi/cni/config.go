@@ -19,15 +19,11 @@ import (
 // which the plugin has read already, and "securityGroups".
 type config struct {
 	types.PluginConf
-	Groups groupList `json:"securityGroups"`
-	Args   struct {
-		CNI struct {
-			Groups groupList `json:"securityGroups"`
-		} `json:"cni"`
+	groupKeys
+	Args struct {
+		CNI groupKeys `json:"cni"`
 	} `json:"args"`
-	Runtime struct {
-		Groups groupList `json:"securityGroups"`
-	} `json:"runtimeConfig"`
+	Runtime groupKeys `json:"runtimeConfig"`
 }
 
 // parseConfig reads the configuration that the runtime wrote to the plugin's

@@ -7,10 +7,21 @@ import (
 	"strings"
 
 	"github.com/containernetworking/cni/pkg/types"
+
+	"github.com/underlay-cni/underlay/internal/agentapi"
 )
 
 // argGroups is the key of CNI_ARGS that names a container's security groups.
 const argGroups = "UNDERLAY_SECURITY_GROUPS"
+
+// argMode is the key of CNI_ARGS that says who judges by them.
+const argMode = "UNDERLAY_SECURITY_GROUPS_MODE"
+
+// groupKeys are the keys about security groups, wherever they stand.
+type groupKeys struct {
+	Groups groupList `json:"securityGroups"`
+	Mode   groupList `json:"securityGroupsMode"`
+}
 
 // groupList is a list of security groups as JSON has it, or a text with commas.
 // What is neither is found fault with when somebody wants the groups: a DEL
@@ -43,32 +54,46 @@ func splitGroups(text string) []string { return strings.Split(text, ",") }
 // several things they must be the same: a container with other groups than
 // somebody counts on is a hole.
 func groupsOf(c *config, args string) ([]string, error) {
+	return said(args, argGroups, "securityGroups", "a list of security groups by ID or name",
+		c.Runtime.Groups, c.Args.CNI.Groups, c.Groups)
+}
+
+// modeOf returns who is to judge by them, "" if nobody says.
+func modeOf(c *config, args string) (string, error) {
+	mode, err := said(args, argMode, "securityGroupsMode", "vpc or host", c.Runtime.Mode, c.Args.CNI.Mode, c.Mode)
+	switch {
+	case err != nil || len(mode) == 0:
+		return "", err
+	case len(mode) == 1 && (mode[0] == agentapi.GroupsVPC || mode[0] == agentapi.GroupsHost):
+		return mode[0], nil
+	}
+	return "", types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf("securityGroupsMode is %s; give vpc or host", strings.Join(mode, ",")), "")
+}
+
+// said returns what one key says, from the places where it may stand.
+func said(args, argKey, key, want string, runtime, cniArgs, network groupList) ([]string, error) {
 	var fromArgs groupList
 	for part := range strings.SplitSeq(args, ";") {
-		if key, value, ok := strings.Cut(part, "="); ok && key == argGroups {
+		if k, value, ok := strings.Cut(part, "="); ok && k == argKey {
 			fromArgs.groups = splitGroups(value)
 		}
 	}
-	const network = "securityGroups"
 	var asked []string
 	from := ""
 	for _, s := range []struct {
 		where string
 		list  groupList
-	}{
-		{argGroups + " of CNI_ARGS", fromArgs}, {"runtimeConfig.securityGroups", c.Runtime.Groups},
-		{"args.cni.securityGroups", c.Args.CNI.Groups}, {network, c.Groups},
-	} {
+	}{{argKey + " of CNI_ARGS", fromArgs}, {"runtimeConfig." + key, runtime}, {"args.cni." + key, cniArgs}, {key, network}} {
 		if s.list.wrong != "" {
-			return nil, types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf("%s is %.100s; give a list of security groups by ID or name", s.where, s.list.wrong), "")
+			return nil, types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf("%s is %.100s; give %s", s.where, s.list.wrong, want), "")
 		}
 		groups := tidy(s.list.groups)
 		switch {
 		case len(groups) == 0:
 		case from == "":
 			asked, from = groups, s.where
-		case s.where != network && !slices.Equal(asked, groups):
-			return nil, types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf("%s asks for the security groups %s and %s for %s; name them in one place",
+		case s.where != key && !slices.Equal(asked, groups): // the network's is for those who say nothing
+			return nil, types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf("%s says %s and %s says %s; say it in one place",
 				from, strings.Join(asked, ","), s.where, strings.Join(groups, ",")), "")
 		}
 	}
