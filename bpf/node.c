@@ -262,6 +262,15 @@ __noinline int drop_packet(struct __sk_buff *skb, __u32 ifindex, __u32 reason,
 		stats->last_drop_reason = reason;
 		stats->last_drop_proto = bpf_ntohs(skb->protocol);
 	}
+	if (event_listeners && p) {
+		struct conn *c = bpf_map_lookup_elem(&conns, &p->key);
+		__u32 egress;
+
+		if (c) {
+			egress = c->judged[c->opener & 1] & ~c->allowed[c->opener & 1];
+			tell_of(&e, c, egress || !c->judged[(1 - c->opener) & 1] ? POLICY_EGRESS : POLICY_INGRESS);
+		}
+	}
 	send_event(skb, p ? &p->tuple : 0, &e);
 	return TC_ACT_SHOT;
 }
@@ -687,6 +696,8 @@ int from_pod(struct __sk_buff *skb)
 		c = bpf_map_lookup_elem(&conns, &p->key);
 		if (reason || !c)
 			return drop_packet(skb, ifindex, DROP_CONNTRACK_FULL, p);
+		if (c->provenance == PROVENANCE_DIRECT)
+			tell_allowed(skb, p, c, POLICY_EGRESS);
 	}
 	if (!c->ifindex[p->end & 1])
 		c->ifindex[p->end & 1] = ifindex;
@@ -823,7 +834,7 @@ __noinline int out_of_stack(struct __sk_buff *skb, struct packet *p, __u32 from,
 {
 	struct conn *c, *n = 0, *old;
 	int reason = 0;
-	__u32 end, me;
+	__u32 end, me, judged;
 
 	if (!p)
 		return DROP_MALFORMED;
@@ -854,12 +865,15 @@ __noinline int out_of_stack(struct __sk_buff *skb, struct packet *p, __u32 from,
 	if (c->generation && c->generation != policy_now())
 		renew(c, p);
 	if (!(c->flags & CONN_DENIED) && c->opener == end) {
+		judged = c->judged[0] | c->judged[1] << 8;
 		reason = judge_stack(skb, c, p, from, to);
 		if (reason && (c->flags & CONN_MIDFLOW) && !(p->flags & PACKET_OPENS) &&
 		    !(c->flags & (CONN_SEEN << me)))
 			reason = judge_midflow(c, p, from, to);
 		if (reason)
 			c->flags |= CONN_DENIED;
+		else if (judged != (__u32)(c->judged[0] | c->judged[1] << 8))
+			tell_allowed(skb, p, c, to ? POLICY_INGRESS : POLICY_EGRESS);
 	}
 	if (n) {
 		reason = put(p, n, old);
@@ -1008,6 +1022,7 @@ int from_eni(struct __sk_buff *skb)
 		c = bpf_map_lookup_elem(&conns, &p->key);
 		if (reason || !c)
 			return drop_packet(skb, local_pod(&p->tuple.dst), DROP_CONNTRACK_FULL, p);
+		tell_allowed(skb, p, c, POLICY_INGRESS);
 	}
 	if (c->provenance != PROVENANCE_DIRECT || !direct_enabled || (c->flags & CONN_LOCAL)) {
 		conn_see(c, p, false);

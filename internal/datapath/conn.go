@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/ringbuf"
 	"golang.org/x/sys/unix"
 
 	"github.com/underlay-cni/underlay/internal/datapath/bpfgen"
@@ -259,8 +260,21 @@ func (m mono) connection(k *bpfgen.NodeConnKey, v *bpfgen.NodeConn) Connection {
 // The sweeper goes through the table every sweepEvery and removes what is over.
 const sweepEvery = 5 * time.Second
 
-func (d *Datapath) startSweeper() {
+func (d *Datapath) startSweeper() error {
 	stop, ended := make(chan struct{}), make(chan struct{})
+	closeRing := func() {}
+	if d.opts.Ended != nil {
+		r, err := ringbuf.NewReader(d.objs.Ends)
+		if err != nil {
+			return fmt.Errorf("read the ring of connections that ended: %w", err)
+		}
+		read := make(chan struct{})
+		go func() {
+			defer close(read)
+			d.readEnds(r)
+		}()
+		closeRing = func() { _ = r.Close(); <-read }
+	}
 	go func() {
 		defer close(ended)
 		tick := time.NewTicker(sweepEvery)
@@ -276,7 +290,8 @@ func (d *Datapath) startSweeper() {
 			}
 		}
 	}()
-	d.stopSweeper = sync.OnceFunc(func() { close(stop); <-ended })
+	d.stopSweeper = sync.OnceFunc(func() { close(stop); <-ended; closeRing() })
+	return nil
 }
 
 // connFill is what the latest sweep saw.
@@ -344,8 +359,6 @@ func (d *Datapath) removeConn(k *bpfgen.NodeConnKey, now uint64) (bool, error) {
 		}
 		return false, nil
 	}
-	if d.opts.Ended != nil {
-		d.opts.Ended(d.mono.connection(k, &v))
-	}
+	d.ended(k, &v)
 	return true, nil
 }
