@@ -12,6 +12,8 @@
  * Addresses are keys of 16 bytes, IPv4 mapped (::ffff:a.b.c.d); what a key
  * means depends on its VNI, the number of the VPC.
  */
+#include <stddef.h>
+
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
 #include <linux/if_packet.h>
@@ -50,6 +52,7 @@ enum drop_reason {
 	DROP_IGW_SOURCE, /* to the internet, from an address without a public one */
 	DROP_IGW_PRIVATE, /* between the internet and an address of RFC 1918 or RFC 6598 */
 	DROP_NO_PUBLIC, /* from the internet, to a public address that leads nowhere */
+	DROP_LINKLOCAL_ALLOWANCE, /* more packets to link-local services than an ENI may send */
 	DROP_REASONS, /* how many there are */
 };
 
@@ -90,7 +93,7 @@ struct eni {
 	__be32 configured; /* the address that Set gave the guest end, 0: none */
 	__u8 mac[6];
 	__u16 device_index; /* the guest end is called eth%u */
-	__u32 pad;
+	__be32 resolver; /* the VPC's own address of its resolver, 0: it has none */
 	__u64 table; /* number of its subnet's route table */
 	__u64 guest; /* inode of the guest's namespace when the pair was made */
 	char id[32]; /* "eni-…", for who reads the map */
@@ -128,12 +131,22 @@ struct public {
  * From the guest's point of view: tx is what the fabric accepted from it, rx
  * what the fabric handed to it; IPv4 only. A packet is one on the wire, so a
  * GSO frame counts its segments; bytes are IP lengths, without Ethernet header.
+ * Of these, exempt is what flow logs leave out by definition, and skipped what
+ * they had no room for; the rest is in flow records that say ACCEPT.
  */
 struct counters {
 	__u64 tx_packets;
 	__u64 tx_bytes;
 	__u64 rx_packets;
 	__u64 rx_bytes;
+	__u64 exempt_tx_packets;
+	__u64 exempt_tx_bytes;
+	__u64 exempt_rx_packets;
+	__u64 exempt_rx_bytes;
+	__u64 skipped_tx_packets;
+	__u64 skipped_tx_bytes;
+	__u64 skipped_rx_packets;
+	__u64 skipped_rx_bytes;
 	__u64 drops[DROP_REASONS]; /* frames */
 };
 
@@ -254,6 +267,7 @@ static __always_inline int drop(__u32 ifindex, enum drop_reason reason)
 
 #include "fabric_gate.h"
 #include "fabric_acl.h"
+#include "fabric_log.h"
 
 static __always_inline void set_address(struct address *a, __u32 vni, __be32 ip)
 {
@@ -305,17 +319,10 @@ static __always_inline int link_local(__be32 ip)
 	return (ip & bpf_htonl(0xffff0000)) == bpf_htonl(0xa9fe0000);
 }
 
-/* The services that listen in the fabric's namespace: IMDS and the EC2 API. */
-static __always_inline int is_service(__be32 ip)
-{
-	return ip == bpf_htonl(0xa9fea9fe) /* 169.254.169.254 */ ||
-	       ip == bpf_htonl(0xa9feab18) /* 169.254.171.24 */;
-}
-
 /* What a frame is on the wire: its packets, their IP bytes, the longest one. */
 struct size {
-	__u64 packets;
-	__u64 bytes;
+	__u32 packets;
+	__u32 bytes;
 	__u32 longest;
 };
 
@@ -354,6 +361,8 @@ static __always_inline void measure(struct __sk_buff *skb, const struct iphdr *i
 		s->bytes = length + (s->packets - 1) * headers;
 	}
 }
+
+#include "fabric_service.h"
 
 static __always_inline void count_received(__u32 ifindex, __u64 packets, __u64 bytes)
 {
@@ -440,7 +449,7 @@ static __always_inline int from_guest_arp(struct __sk_buff *skb, const struct en
 		return drop(ifindex, DROP_ARP_UNANSWERED);
 
 	router = self->subnet + bpf_htonl(1); /* no carry: a subnet is even */
-	if (target == router || link_local(target)) {
+	if (target == router || link_local(target) || is_resolver(self, target)) {
 		load_router_mac(answer);
 	} else {
 		if ((target & self->netmask) != self->subnet)
@@ -550,6 +559,22 @@ static __always_inline enum drop_reason resolve(const struct eni *self, const st
 	return 0;
 }
 
+/* path_of is the traffic path of what is sent along a way. */
+static __always_inline enum traffic_path path_of(const struct way *w)
+{
+	switch (w->kind) {
+	case ROUTE_LOCAL:
+	case ROUTE_ENI:
+		return PATH_VPC;
+	case ROUTE_IGW:
+		return PATH_IGW;
+	case ROUTE_PEER:
+		return PATH_PEERING;
+	default:
+		return PATH_NONE;
+	}
+}
+
 /*
  * may_leave says whether a packet may leave its sender: 0, or why not.
  * crosses: it leaves the subnet, too.
@@ -561,14 +586,11 @@ static __always_inline enum drop_reason may_leave(struct packet *p, __u32 ifinde
 	__u32 named = egress_groups_by_address || w->held ? w->named : 0;
 	enum drop_reason reason;
 
-	if (!(self->flags & ENI_UNGATED)) {
-		reason = gate(p, ifindex, EGRESS, named);
-		if (reason)
-			return reason;
-	}
-	if (crosses && !acl_allows(p, self->vni, self->subnet, EGRESS))
-		return DROP_ACL_EGRESS;
-	return 0;
+	reason = self->flags & ENI_UNGATED ? 0 : gate(p, ifindex, EGRESS, named);
+	if (!reason && crosses && !acl_allows(p, self->vni, self->subnet, EGRESS))
+		reason = DROP_ACL_EGRESS;
+	log_packet(p, ifindex, EGRESS, reason, path_of(w));
+	return reason;
 }
 
 /*
@@ -579,13 +601,18 @@ static __always_inline enum drop_reason may_leave(struct packet *p, __u32 ifinde
 static __always_inline enum drop_reason may_enter(struct packet *p, __u32 sender,
 						  const struct way *w, int crosses)
 {
+	enum drop_reason reason;
+
 	if (!w->held && (w->to->flags & ENI_SOURCE_DEST_CHECK))
 		return DROP_DEST_ADDRESS;
 	if (crosses && !acl_allows(p, w->vni, w->to->subnet, INGRESS))
-		return DROP_ACL_INGRESS;
-	if (w->to->flags & ENI_UNGATED)
-		return 0;
-	return gate(p, w->to->ifindex, INGRESS, sender);
+		reason = DROP_ACL_INGRESS;
+	else if (w->to->flags & ENI_UNGATED)
+		reason = 0;
+	else
+		reason = gate(p, w->to->ifindex, INGRESS, sender);
+	log_packet(p, w->to->ifindex, INGRESS, reason, PATH_NONE);
+	return reason;
 }
 
 static __always_inline void count_sent(__u32 ifindex, const struct size *s)
@@ -595,6 +622,23 @@ static __always_inline void count_sent(__u32 ifindex, const struct size *s)
 	if (c) {
 		c->tx_packets += s->packets;
 		c->tx_bytes += s->bytes;
+	}
+}
+
+/* count_exempt counts what is sent or received without a flow record, by definition. */
+static __always_inline void count_exempt(__u32 ifindex, enum direction direction,
+					 __u64 packets, __u64 bytes)
+{
+	struct counters *c = bpf_map_lookup_elem(&counts, &ifindex);
+
+	if (!c)
+		return;
+	if (direction == EGRESS) {
+		c->exempt_tx_packets += packets;
+		c->exempt_tx_bytes += bytes;
+	} else {
+		c->exempt_rx_packets += packets;
+		c->exempt_rx_bytes += bytes;
 	}
 }
 
@@ -631,10 +675,14 @@ static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct e
 
 	measure(skb, iph, &size);
 	load_router_mac(router);
-	if (is_service(iph->daddr) && same_mac(eth->h_dest, router)) {
-		count_sent(ifindex, &size);
-		bpf_skb_change_type(skb, PACKET_HOST);
-		return TCX_PASS;
+	if (same_mac(eth->h_dest, router)) {
+		if (!within_allowance(ifindex, self, iph->daddr, size.packets))
+			return drop(ifindex, DROP_LINKLOCAL_ALLOWANCE);
+		if (is_service(self, iph->daddr, iph->protocol)) {
+			count_sent(ifindex, &size);
+			count_exempt(ifindex, EGRESS, size.packets, size.bytes);
+			return from_guest_service(skb, self, iph);
+		}
 	}
 	reason = resolve(self, eth, iph, &way);
 	if (reason)
@@ -665,6 +713,7 @@ static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct e
 		limit = way.to->mtu;
 		if (must_tell(skb))
 			return refuse_length(skb, limit);
+		count_cut(&packet, limit);
 	}
 	reason = may_enter(&packet, owner ? ifindex : 0, &way, crosses);
 	if (reason)
@@ -726,6 +775,7 @@ int to_guest(struct __sk_buff *skb)
 	struct iphdr *iph;
 	struct size size;
 	struct eni *self;
+	int resolver;
 
 	if (skb->mark & CUT)
 		return cut(skb);
@@ -741,7 +791,8 @@ int to_guest(struct __sk_buff *skb)
 	iph = (void *)(eth + 1);
 	if ((void *)(iph + 1) > (void *)(long)skb->data_end)
 		return drop(ifindex, DROP_MALFORMED);
-	if (!is_service(iph->saddr))
+	resolver = self->resolver && iph->saddr == RESOLVER_ALIAS;
+	if (!resolver && !is_service(self, iph->saddr, iph->protocol))
 		return drop(ifindex, DROP_NOT_SERVICE);
 	measure(skb, iph, &size);
 	__builtin_memcpy(eth->h_dest, self->mac, 6);
@@ -751,6 +802,10 @@ int to_guest(struct __sk_buff *skb)
 		c->rx_packets += size.packets;
 		c->rx_bytes += size.bytes;
 	}
+	count_exempt(ifindex, INGRESS, size.packets, size.bytes);
+	if (resolver &&
+	    readdress(skb, iph, offsetof(struct iphdr, saddr), RESOLVER_ALIAS, self->resolver))
+		return drop(ifindex, DROP_MALFORMED);
 	return TCX_PASS;
 }
 

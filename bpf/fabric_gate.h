@@ -202,8 +202,9 @@ struct packet {
 	__u8 first_fragment; /* others follow */
 	__u8 always_tracked; /* whatever the rules: through a NAT gateway (EC2 user guide) */
 	__u16 id; /* of a first fragment's datagram */
-	__u64 packets; /* as on the wire */
-	__u64 bytes;
+	__u64 now; /* when it came, ns of the monotonic clock */
+	__u32 packets; /* as on the wire */
+	__u32 bytes;
 };
 
 /* set_query reads an ICMP header that asks or answers. */
@@ -279,6 +280,7 @@ __noinline int parse(struct __sk_buff *skb, struct packet *p)
 		return DROP_MALFORMED;
 	offset = ETH_HLEN + iph->ihl * 4;
 	frag_off = bpf_ntohs(iph->frag_off);
+	p->now = now_ns();
 	p->tuple.saddr = iph->saddr;
 	p->tuple.daddr = iph->daddr;
 	p->tuple.protocol = iph->protocol;
@@ -292,7 +294,7 @@ __noinline int parse(struct __sk_buff *skb, struct packet *p)
 		};
 		struct fragment *first = bpf_map_lookup_elem(&fragments, &key);
 
-		if (!first || first->expires <= now_ns())
+		if (!first || first->expires <= p->now)
 			return DROP_FRAGMENT;
 		p->tuple.sport = first->sport;
 		p->tuple.dport = first->dport;
@@ -343,7 +345,7 @@ static __noinline void remember_fragment(__u32 ifindex, const struct packet *p)
 		.protocol = p->tuple.protocol,
 	};
 	struct fragment value = {
-		.expires = now_ns() + fragment_timeout * NSEC_PER_SEC,
+		.expires = p->now + fragment_timeout * NSEC_PER_SEC,
 		.sport = p->tuple.sport,
 		.dport = p->tuple.dport,
 		.query = p->tuple.query,
@@ -552,15 +554,16 @@ __noinline int gate(struct packet *p, __u32 ifindex, __u32 which, __u32 peer)
 {
 	__u32 direction = which & INGRESS; /* 0 or 1, as the verifier sees */
 	enum drop_reason refused = direction == EGRESS ? DROP_SG_EGRESS : DROP_SG_INGRESS;
-	__u64 now = now_ns();
 	struct policy *policy = 0;
 	struct question q = {};
 	struct flow begun = {};
 	struct flow_key key;
 	struct flow *f;
+	__u64 now;
 
 	if (!p)
 		return refused;
+	now = p->now;
 	set_flow_key(&key, ifindex, direction, &p->tuple);
 	f = bpf_map_lookup_elem(&flows, &key);
 	/* Once it is closed, a SYN begins another connection. */

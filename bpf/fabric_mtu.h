@@ -215,7 +215,18 @@ __noinline int refuse_length(struct __sk_buff *skb, __u32 limit)
 	icmp->mtu = bpf_htons(limit); /* RFC 1191 */
 	icmp->check = fold(bpf_csum_diff(0, 0, (__be32 *)icmp, sizeof(*icmp) + QUOTED, 0));
 	count_received(ifindex, 1, sizeof(*iph) + sizeof(*icmp) + QUOTED);
+	count_exempt(ifindex, INGRESS, 1, sizeof(*iph) + sizeof(*icmp) + QUOTED);
 	return hand_over(skb, ifindex);
+}
+
+/* count_cut makes a packet's size that of the fragments that send_cut makes of it. */
+static __always_inline void count_cut(struct packet *p, __u32 limit)
+{
+	__u32 length = p->bytes - sizeof(struct iphdr);
+	__u32 chunk = (limit - sizeof(struct iphdr)) & ~7u;
+
+	p->packets = (length + chunk - 1) / chunk;
+	p->bytes = length + p->packets * sizeof(struct iphdr);
 }
 
 /*

@@ -183,6 +183,8 @@ int from_internet(struct __sk_buff *skb)
 	packet.packets = size.packets;
 	packet.bytes = size.bytes;
 	packet.always_tracked = !!(way.to->flags & ENI_UNGATED);
+	if (size.longest > internet_mtu)
+		count_cut(&packet, internet_mtu);
 	reason = may_enter(&packet, 0, &way, 1);
 	if (reason)
 		return drop(way.to->ifindex, reason);

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"time"
 
@@ -94,8 +95,9 @@ func (a *App) command() *cobra.Command {
 		SilenceErrors: true,
 		Args:          cobra.NoArgs,
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
-			if a.output != "text" && a.output != "json" {
-				return fmt.Errorf("-o %q is not known; use -o text or -o json", a.output)
+			outputs := append([]string{"text", "json"}, strings.Fields(cmd.Annotations[moreOutputs])...)
+			if !slices.Contains(outputs, a.output) {
+				return fmt.Errorf("-o %q is not known; use -o %s", a.output, strings.Join(outputs, " or -o "))
 			}
 			if err := CheckLab(a.lab); err != nil {
 				return err
@@ -134,10 +136,10 @@ func (a *App) command() *cobra.Command {
 		}
 	}
 	add("lab", a.upCommand(), a.downCommand(), a.demoCommand(), a.kubernetesCommand())
-	add("pods", a.runCommand(), a.rmCommand(), a.execCommand(), a.nodeCommand(), a.vpcdCommand())
-	add("look", a.statusCommand(), a.podsCommand(), a.logsCommand(), a.envCommand())
+	add("pods", a.runCommand(), a.rmCommand(), a.execCommand(), a.nodeCommand(), a.serviceCommand(), a.vpcdCommand())
+	add("look", a.statusCommand(), a.podsCommand(), a.flowsCommand(), a.logsCommand(), a.envCommand())
 	add(GroupAhead, a.planCommand())
-	root.AddCommand(a.versionCommand(), a.serveTCPCommand(), a.nodeInitCommand(), a.forwardCommand())
+	root.AddCommand(a.versionCommand(), a.serveTCPCommand(), a.serveBalancerCommand(), a.nodeInitCommand(), a.forwardCommand())
 	for _, make := range a.more {
 		root.AddCommand(make(a))
 	}
@@ -146,6 +148,9 @@ func (a *App) command() *cobra.Command {
 
 // needsRoot is an annotation: what a command does that takes root.
 const needsRoot = "underlay/needs-root"
+
+// moreOutputs is an annotation: what -o takes beside text and json.
+const moreOutputs = "underlay/outputs"
 
 func rootBecause(why string) map[string]string { return map[string]string{needsRoot: why} }
 

@@ -50,6 +50,9 @@ func desired(n names, state, mapping *store.State) (fabric.Config, error) {
 		if l := state.ACLOf(s.ID); l != nil {
 			sub.ACL = l.ID
 		}
+		if v.DNSSupport {
+			sub.Resolver = vpc.Resolver(v.CIDRs[0].CIDR)
+		}
 		c.Subnets = append(c.Subnets, sub)
 	}
 	for _, t := range state.RouteTables.All() {
@@ -101,6 +104,10 @@ type addrOf struct {
 func iface(n names, state, mapping *store.State, primaries map[addrOf]vpc.ENIID, e *store.ENI) (*fabric.Interface, error) {
 	i := &fabric.Interface{
 		ID: e.ID, Subnet: e.Subnet, Primary: e.Primary, SourceDestCheck: e.SourceDestCheck, Groups: e.Groups, Timeouts: timeouts(e.Conntrack),
+		Owner: fabric.Owner{VPC: e.VPC},
+	}
+	if s := state.Subnet(e.Subnet); s != nil {
+		i.Owner.Zone = s.Zone
 	}
 	switch {
 	case e.Service != "":
@@ -118,6 +125,7 @@ func iface(n names, state, mapping *store.State, primaries map[addrOf]vpc.ENIID,
 			return nil, nil
 		}
 		i.Guest, i.DeviceIndex = n.instance(in.ID), e.Attachment.DeviceIndex
+		i.Owner.Instance = in.ID
 		i.Configure = e.Attachment.DeviceIndex == 0
 		if limits, ok := vpc.LimitsOf(in.Type); ok && i.Timeouts.TCPEstablished == 0 {
 			i.Timeouts.TCPEstablished = time.Duration(limits.TCPEstablished) * time.Second

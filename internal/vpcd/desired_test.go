@@ -130,6 +130,7 @@ func TestDesired(t *testing.T) {
 		t.Fatal(err)
 	}
 	node := "ul-demo-i-00000000000000001"
+	owner := fabric.Owner{VPC: testVPC, Instance: "i-00000000000000001", Zone: "us-east-1a"}
 	want := fabric.Config{
 		Subnets: []fabric.Subnet{{ID: testSubnet, VNI: 7, CIDR: prefix("10.0.1.0/24"), Table: w.View().MainTable(testVPC).ID, ACL: w.View().DefaultACL(testVPC).ID}},
 		Tables: []fabric.RouteTable{{ID: w.View().MainTable(testVPC).ID, Routes: []fabric.Route{
@@ -161,13 +162,13 @@ func TestDesired(t *testing.T) {
 		Interfaces: []fabric.Interface{
 			{ID: "eni-00000000000000001", VNI: 7, Subnet: testSubnet, MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}, Guest: node, DeviceIndex: 0,
 				Primary: addr("10.0.1.10"), Addresses: []netip.Prefix{prefix("10.0.1.10/32")}, SourceDestCheck: true, Configure: true,
-				Groups: []vpc.SecurityGroupID{"sg-1"}, Timeouts: fabric.IdleTimeouts{TCPEstablished: 432000 * time.Second}},
+				Groups: []vpc.SecurityGroupID{"sg-1"}, Timeouts: fabric.IdleTimeouts{TCPEstablished: 432000 * time.Second}, Owner: owner},
 			{ID: "eni-00000000000000002", VNI: 7, Subnet: testSubnet, MAC: net.HardwareAddr{2, 0, 0, 0, 0, 2}, Guest: node, DeviceIndex: 1,
 				Primary: addr("10.0.1.11"), Addresses: []netip.Prefix{prefix("10.0.1.11/32"), prefix("10.0.1.12/32"), prefix("10.0.1.32/28")},
-				Groups: []vpc.SecurityGroupID{"sg-1"}, Timeouts: fabric.IdleTimeouts{TCPEstablished: time.Minute, UDP: 31 * time.Second, UDPStream: 61 * time.Second}},
+				Groups: []vpc.SecurityGroupID{"sg-1"}, Timeouts: fabric.IdleTimeouts{TCPEstablished: time.Minute, UDP: 31 * time.Second, UDPStream: 61 * time.Second}, Owner: owner},
 			{ID: "eni-00000000000000005", VNI: 7, Subnet: testSubnet, MAC: net.HardwareAddr{2, 0, 0, 0, 0, 5}, Guest: "ul-demo-svc-db-1", DeviceIndex: 0,
 				Primary: addr("10.0.1.15"), Addresses: []netip.Prefix{prefix("10.0.1.15/32")}, SourceDestCheck: true, Configure: true,
-				Groups: []vpc.SecurityGroupID{"sg-1"}},
+				Groups: []vpc.SecurityGroupID{"sg-1"}, Owner: fabric.Owner{VPC: testVPC, Zone: "us-east-1a"}},
 		},
 	}
 	if d := cmp.Diff(want, got, ignoreOrder, compareNetip); d != "" {

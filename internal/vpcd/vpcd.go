@@ -19,6 +19,7 @@ import (
 	"github.com/underlay-cni/underlay/internal/vpc"
 	"github.com/underlay-cni/underlay/internal/vpcd/api"
 	"github.com/underlay-cni/underlay/internal/vpcd/chaos"
+	"github.com/underlay-cni/underlay/internal/vpcd/dns"
 	"github.com/underlay-cni/underlay/internal/vpcd/fabric"
 	"github.com/underlay-cni/underlay/internal/vpcd/iam"
 	"github.com/underlay-cni/underlay/internal/vpcd/imds"
@@ -30,6 +31,7 @@ import (
 const (
 	stateFile = "state.db"
 	keyFile   = "imds.key"
+	s3Folder  = "s3"
 )
 
 // Options of Run.
@@ -42,15 +44,23 @@ type Options struct {
 	Region   string   // "" is us-east-1
 	Zones    int      // 0 is 3
 	Account  string   // "" is 123456789012
+	S3Dir    string   // folder that stands for S3, "" is s3 in Dir: a flow log's bucket is a folder in it
 	Policies []string // files with IAM policies, FILE or ACCESSKEY=FILE: see package iam
-	Logger   *slog.Logger
-	Ready    func(listen net.Addr) // called once the EC2 API answers; may be nil
+	// Inferred and LinkLocalPPS are the fabric's, see fabric.Options.
+	Inferred     fabric.Inferred
+	LinkLocalPPS int
+	// FlowInterval is how long packets are gathered into one flow record, at
+	// most; 0 is 60 s. The setting flowInterval of chaos goes before it.
+	FlowInterval time.Duration
+	Logger       *slog.Logger
+	Ready        func(listen net.Addr) // called once the EC2 API answers; may be nil
 }
 
 // Run serves a VPC until ctx ends. The fabric stays when it returns.
 func Run(ctx context.Context, o Options) (err error) {
 	o.Region, o.Account, o.Zones = cmp.Or(o.Region, "us-east-1"), cmp.Or(o.Account, "123456789012"), cmp.Or(o.Zones, 3)
 	o.Logger = cmp.Or(o.Logger, slog.Default())
+	o.S3Dir, o.FlowInterval = cmp.Or(o.S3Dir, filepath.Join(o.Dir, s3Folder)), cmp.Or(o.FlowInterval, defaultFlowInterval)
 	if err := os.MkdirAll(o.Dir, 0o750); err != nil {
 		return fmt.Errorf("make the state directory: %w", err)
 	}
@@ -71,7 +81,8 @@ func Run(ctx context.Context, o Options) (err error) {
 	defer closing(&err, state)
 
 	control := chaos.New(nil)
-	ec2 := api.New(api.Options{Store: state, Chaos: control, Region: o.Region, Account: o.Account, Zones: o.Zones, Logger: o.Logger})
+	files := newDelivery(o.S3Dir, o.Account, o.Region)
+	ec2 := api.New(api.Options{Store: state, Chaos: control, Region: o.Region, Account: o.Account, Zones: o.Zones, Logger: o.Logger, Delivered: files.state})
 	state.KeepHistory(func() time.Duration { s := control.Get(); return s.LongestLag() })
 	handlers := ec2.Handlers()
 	adm := &admin{options: o, chaos: control, store: state, api: ec2}
@@ -94,16 +105,22 @@ func Run(ctx context.Context, o Options) (err error) {
 	servers := []*http.Server{httpServer(adm.wrap(ec2Handler), o.Logger)}
 	jobs := []func(context.Context) error{ec2.Run}
 	if !o.NoFabric {
-		f, openErr := fabric.Open(fabric.Options{Lab: o.Name, BPFFS: o.BPFFS, Logger: o.Logger})
+		f, openErr := fabric.Open(fabric.Options{Lab: o.Name, BPFFS: o.BPFFS, Logger: o.Logger, Inferred: o.Inferred, LinkLocalPPS: o.LinkLocalPPS})
 		if openErr != nil {
 			return fmt.Errorf("open the fabric: %w", openErr)
 		}
 		defer closing(&err, f)
+		datagrams, listenErr := f.ListenResolver()
+		if listenErr != nil {
+			return listenErr
+		}
+		resolver := &dns.Server{Region: dns.Region{Name: o.Region, Internet: fabric.InternetAddrs[0].Addr()}, View: state.View, Logger: o.Logger}
 		inside := httpServer(ec2Handler, o.Logger) // no /_vpcd/ for instances
 		adm.fabric = &reconciler{
 			names: names{o.Name}, store: state, net: f, now: time.Now, log: o.Logger, ec2: inside, changed: state.Changed(), again: make(chan struct{}, 1),
 			exists:     nl.ExistsNamed,
 			mappingLag: func() time.Duration { return control.Get().MappingLag },
+			dns:        resolver,
 			imds: func(id vpc.InstanceID) *imds.Server {
 				return imds.New(imds.Config{Instance: id, Source: source, Key: key, Logger: o.Logger})
 			},
@@ -111,8 +128,17 @@ func Run(ctx context.Context, o Options) (err error) {
 		out := &internet{run: f.Internet, there: make(chan struct{}, 1), log: o.Logger}
 		adm.fabric.internet = out.isThere
 		source.mapped = adm.fabric.mapped
+		adm.flow = &flowLogger{
+			net: f, store: state, account: o.Account, region: o.Region, zoneIDs: ids, log: o.Logger, files: files, recent: newRecentFlows(),
+			interval: func() time.Duration { return cmp.Or(control.Get().FlowInterval, o.FlowInterval) },
+		}
 		servers = append(servers, inside)
-		jobs = append(jobs, adm.fabric.Run, out.Run, func(ctx context.Context) error { return expire(ctx, f, o.Logger) })
+		jobs = append(jobs, adm.fabric.Run, adm.flow.Run, out.Run,
+			func(ctx context.Context) error { return expire(ctx, f, o.Logger) },
+			func(context.Context) error {
+				return dns.ServeUDP(resolver, datagrams, func(c fabric.Client) vpc.ENIID { return c.ENI })
+			},
+			func(ctx context.Context) error { <-ctx.Done(); return datagrams.Close() })
 	}
 
 	group, ctx := errgroup.WithContext(ctx)
@@ -134,12 +160,13 @@ func Run(ctx context.Context, o Options) (err error) {
 }
 
 // enforced are the actions that are answered only when the fabric does what
-// they say: those that open or close a way for packets between interfaces that
-// stand.
+// they say, unless a setting has it lag: those that open, close or move a way
+// for packets between interfaces that stand.
 var enforced = []string{
 	"AuthorizeSecurityGroupEgress", "AuthorizeSecurityGroupIngress", "RevokeSecurityGroupEgress", "RevokeSecurityGroupIngress",
-	"ModifySecurityGroupRules", "ModifyManagedPrefixList", "ModifyNetworkInterfaceAttribute",
+	"ModifySecurityGroupRules", "ModifyManagedPrefixList", "ModifyNetworkInterfaceAttribute", "ModifyVpcAttribute",
 	"CreateNetworkAclEntry", "ReplaceNetworkAclEntry", "DeleteNetworkAclEntry", "ReplaceNetworkAclAssociation",
+	"AssignPrivateIpAddresses", "UnassignPrivateIpAddresses", "AttachNetworkInterface", "DetachNetworkInterface",
 	"CreateRoute", "ReplaceRoute", "DeleteRoute", "AssociateRouteTable", "DisassociateRouteTable", "ReplaceRouteTableAssociation",
 	"AttachInternetGateway", "DetachInternetGateway", "AssociateAddress", "DisassociateAddress", "DeleteNatGateway",
 	"AcceptVpcPeeringConnection", "DeleteVpcPeeringConnection",
@@ -238,6 +265,9 @@ func Destroy(o Options) error {
 		if err := os.Remove(filepath.Join(o.Dir, f)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, fmt.Errorf("remove the state: %w", err))
 		}
+	}
+	if err := os.RemoveAll(filepath.Join(o.Dir, s3Folder)); err != nil {
+		errs = append(errs, fmt.Errorf("remove the state: %w", err))
 	}
 	return errors.Join(errs...)
 }

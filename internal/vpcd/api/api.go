@@ -23,6 +23,9 @@ type Options struct {
 	Zones   int              // availability zones of the region, 1..26; 0 is 3
 	Now     func() time.Time // nil is time.Now
 	Logger  *slog.Logger     // nil is slog.Default()
+	// Delivered tells how the last delivery of a flow log went, SUCCESS or FAILED
+	// and why, or "" before the first; nil without any.
+	Delivered func(id string) (status, message string)
 }
 
 // API is the EC2 API over a store.
@@ -34,6 +37,8 @@ type API struct {
 	zones   []zone
 	now     func() time.Time
 	log     *slog.Logger
+
+	delivered func(id string) (status, message string)
 }
 
 // New makes an API. It makes the store keep snapshots for as long as the longest
@@ -46,6 +51,11 @@ func New(o Options) *API {
 		account: cmp.Or(o.Account, "123456789012"),
 		now:     o.Now,
 		log:     o.Logger,
+
+		delivered: o.Delivered,
+	}
+	if a.delivered == nil {
+		a.delivered = func(string) (string, string) { return "", "" }
 	}
 	if a.now == nil {
 		a.now = time.Now

@@ -185,12 +185,19 @@ func (a *API) deleteFlowLogs(_ context.Context, req *query.DeleteFlowLogsRequest
 }
 
 func (v view) flowLog(f *store.FlowLog) query.FlowLog {
-	return query.FlowLog{
+	out := query.FlowLog{
 		FlowLogId: &f.ID, ResourceId: &f.Resource, TrafficType: &f.Traffic, LogDestinationType: &f.DestinationType, LogDestination: &f.Destination,
 		LogFormat: &f.Format, MaxAggregationInterval: integer(f.Interval), CreationTime: moment(f.Created), FlowLogStatus: new("ACTIVE"),
 		TagSet:             v.tags(f.ID),
 		DestinationOptions: &query.DestinationOptions{FileFormat: &f.FileFormat, HiveCompatiblePartitions: &f.HivePartitions, PerHourPartition: &f.HourPartitions},
 	}
+	if status, message := v.api.delivered(f.ID); status != "" {
+		out.DeliverLogsStatus = &status
+		if message != "" {
+			out.DeliverLogsErrorMessage = &message
+		}
+	}
+	return out
 }
 
 var flowLogListing = listing[*store.FlowLog]{
@@ -199,7 +206,12 @@ var flowLogListing = listing[*store.FlowLog]{
 	find:   findFlowLog,
 	key:    func(f *store.FlowLog) string { return f.ID },
 	attrs: attributes[*store.FlowLog]{
-		"deliver-log-status":   func(view, *store.FlowLog) []string { return nil }, // until something is delivered
+		"deliver-log-status": func(v view, f *store.FlowLog) []string {
+			if status, _ := v.api.delivered(f.ID); status != "" {
+				return []string{status}
+			}
+			return nil // until something is delivered
+		},
 		"flow-log-id":          value(func(f *store.FlowLog) string { return f.ID }),
 		"log-destination-type": value(func(f *store.FlowLog) string { return f.DestinationType }),
 		"log-group-name":       func(view, *store.FlowLog) []string { return nil },

@@ -22,12 +22,17 @@ import (
 // interfaces within a VPC (jumbo frames, VPC user guide).
 const MTU = 9001
 
-// IMDSAddr and EndpointAddr are the services that the fabric's own namespace
-// answers for, to every ENI of every VPC.
+// The services that the fabric's own namespace answers for, to every ENI of
+// every VPC. The resolver has a second address in each VPC, Subnet.Resolver.
 var (
 	IMDSAddr     = netip.AddrFrom4([4]byte{169, 254, 169, 254})
 	EndpointAddr = netip.AddrFrom4([4]byte{169, 254, 171, 24})
+	ResolverAddr = netip.AddrFrom4([4]byte{169, 254, 169, 253})
 )
+
+// resolverAlias stands for Subnet.Resolver in the fabric's namespace (see
+// bpf/fabric_service.h).
+var resolverAlias = netip.AddrFrom4([4]byte{169, 254, 169, 252})
 
 // RouterMAC is the MAC of every subnet's router. It is locally administered; no
 // ENI may have it.
@@ -53,6 +58,9 @@ type Subnet struct {
 	CIDR  netip.Prefix
 	Table vpc.RouteTableID
 	ACL   vpc.NetworkACLID
+	// Resolver is the address that the VPC's DNS resolver has beside
+	// ResolverAddr. Without one nothing answers at either.
+	Resolver netip.Addr
 }
 
 // Guest is a network namespace of which the fabric makes and removes the name:
@@ -75,6 +83,7 @@ type Interface struct {
 	SourceDestCheck bool
 	Groups          []vpc.SecurityGroupID // without any, nothing passes but the fabric's services
 	Timeouts        IdleTimeouts
+	Owner           Owner
 	Ungated         bool // no security group judges it: a NAT gateway's
 	MTU             int  // IP length that it takes; 0 is MTU
 	// Configure gives the guest's end Primary, the default route and the MTU, as
@@ -280,6 +289,9 @@ func checkSubnet(s Subnet, seen map[vpc.SubnetID]Subnet) error {
 	if !s.CIDR.IsValid() || !s.CIDR.Addr().Is4() || s.CIDR.Bits() < 16 || s.CIDR.Bits() > 28 {
 		return fmt.Errorf("CIDR %s is not IPv4 of /16 to /28", s.CIDR)
 	}
+	if s.Resolver.IsValid() && !s.Resolver.Is4() {
+		return fmt.Errorf("resolver %s is no IPv4 address", s.Resolver)
+	}
 	for _, other := range seen {
 		if other.VNI == s.VNI && other.CIDR.Overlaps(s.CIDR) {
 			return fmt.Errorf("CIDR %s overlaps %s of %s", s.CIDR, other.CIDR, other.ID)
@@ -354,6 +366,13 @@ func each(prefixes []netip.Prefix) func(yield func(netip.Addr) bool) {
 func be32(a netip.Addr) uint32 {
 	b := a.As4()
 	return binary.NativeEndian.Uint32(b[:])
+}
+
+// address4 is the address that the C side has in a __be32.
+func address4(a uint32) netip.Addr {
+	var b [4]byte
+	binary.NativeEndian.PutUint32(b[:], a)
+	return netip.AddrFrom4(b)
 }
 
 func netmask(p netip.Prefix) uint32 {

@@ -40,6 +40,9 @@ const (
 	IGWSource     DropReason = "igw_source"     // to the internet, from an address without a public one
 	IGWPrivate    DropReason = "igw_private"    // between the internet and an address of RFC 1918 or RFC 6598
 	NoPublic      DropReason = "no_public"      // from the internet, to a public address that leads nowhere
+
+	// LinkLocalAllowance has the name of the counter of AWS's network driver.
+	LinkLocalAllowance DropReason = "linklocal_allowance_exceeded" // more to link-local services than an ENI may send
 )
 
 // dropReasons are the numbers that the programs count by.
@@ -69,6 +72,8 @@ var dropReasons = [bpfgen.FabricDropReasonDROP_REASONS]DropReason{
 	bpfgen.FabricDropReasonDROP_IGW_SOURCE:     IGWSource,
 	bpfgen.FabricDropReasonDROP_IGW_PRIVATE:    IGWPrivate,
 	bpfgen.FabricDropReasonDROP_NO_PUBLIC:      NoPublic,
+
+	bpfgen.FabricDropReasonDROP_LINKLOCAL_ALLOWANCE: LinkLocalAllowance,
 }
 
 // Counters are an ENI's, from its guest's point of view, since it was attached.
@@ -79,6 +84,16 @@ type Counters struct {
 	TxBytes   uint64 `json:"txBytes"`
 	RxPackets uint64 `json:"rxPackets"` // handed to the guest
 	RxBytes   uint64 `json:"rxBytes"`
+	// Of these, what flow logs leave out by definition (the fabric's services),
+	// and what they had no room for. The rest is in records that say ACCEPT.
+	ExemptTxPackets  uint64 `json:"exemptTxPackets"`
+	ExemptTxBytes    uint64 `json:"exemptTxBytes"`
+	ExemptRxPackets  uint64 `json:"exemptRxPackets"`
+	ExemptRxBytes    uint64 `json:"exemptRxBytes"`
+	SkippedTxPackets uint64 `json:"skippedTxPackets"`
+	SkippedTxBytes   uint64 `json:"skippedTxBytes"`
+	SkippedRxPackets uint64 `json:"skippedRxPackets"`
+	SkippedRxBytes   uint64 `json:"skippedRxBytes"`
 	// Drops counts frames, by reason; reasons without any are left out. Oversize
 	// includes what the veth refused before a program saw it.
 	Drops map[DropReason]uint64 `json:"drops,omitempty"`
@@ -121,6 +136,14 @@ func (f *Fabric) Counters() (map[vpc.ENIID]Counters, error) {
 			c.TxBytes += one.TxBytes
 			c.RxPackets += one.RxPackets
 			c.RxBytes += one.RxBytes
+			c.ExemptTxPackets += one.ExemptTxPackets
+			c.ExemptTxBytes += one.ExemptTxBytes
+			c.ExemptRxPackets += one.ExemptRxPackets
+			c.ExemptRxBytes += one.ExemptRxBytes
+			c.SkippedTxPackets += one.SkippedTxPackets
+			c.SkippedTxBytes += one.SkippedTxBytes
+			c.SkippedRxPackets += one.SkippedRxPackets
+			c.SkippedRxBytes += one.SkippedRxBytes
 			for reason, n := range one.Drops {
 				if n > 0 {
 					c.Drops[dropReasons[reason]] += n

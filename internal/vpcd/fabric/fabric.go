@@ -36,6 +36,12 @@ type Options struct {
 	Logger *slog.Logger
 	// Inferred holds from each Open on, for the flows that are there too.
 	Inferred Inferred
+	// LinkLocalPPS is how many packets per second an ENI may send to
+	// link-local services (DNS, IMDS and NTP together): 0 is AWS's 1,024,
+	// below 0 there is no bound.
+	LinkLocalPPS int
+	// Records is how many flow records an interval has room for, 0: 262,144.
+	Records int
 }
 
 // Fabric is an open fabric.
@@ -66,6 +72,7 @@ type Fabric struct {
 	nextIndex int
 
 	listening listening
+	intervals intervals
 }
 
 // tap is the pair of links that an ENI's programs hang on.
@@ -133,6 +140,9 @@ func (f *Fabric) open(o Options) error {
 	if err := o.Inferred.apply(spec); err != nil {
 		return err
 	}
+	if err := o.setLinkLocal(spec); err != nil {
+		return err
+	}
 	opts := &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: f.pins}}
 	if err := spec.LoadAndAssign(&f.objs, opts); err != nil {
 		return fmt.Errorf("load programs: %w", err)
@@ -163,6 +173,9 @@ func (f *Fabric) open(o Options) error {
 	}
 	// Key 0 counts what comes from no ENI.
 	if err := addCounter(f.objs.Counts, 0); err != nil {
+		return err
+	}
+	if err := f.openIntervals(spec.Maps[bpfgen.FabricMapRecords].InnerMap, o.Records); err != nil {
 		return err
 	}
 	return f.adoptTaps()
@@ -221,7 +234,7 @@ func (f *Fabric) openNamespace() error {
 			return err
 		}
 		f.route = route
-		for _, a := range []netip.Addr{IMDSAddr, EndpointAddr} {
+		for _, a := range []netip.Addr{IMDSAddr, EndpointAddr, ResolverAddr, resolverAlias} {
 			// lo is device 1 of every namespace.
 			if err := route.addAddress(1, netip.PrefixFrom(a, 32), unix.RT_SCOPE_HOST); err != nil {
 				return fmt.Errorf("set up namespace %s: %w", name, err)
@@ -341,7 +354,7 @@ func (f *Fabric) Close() error {
 		errs = append(errs, t.close())
 	}
 	f.taps = nil
-	errs = append(errs, f.policies.close(), f.acls.close())
+	errs = append(errs, f.policies.close(), f.acls.close(), f.intervals.close())
 	if f.route != nil {
 		f.route.Close()
 		f.route = nil

@@ -35,6 +35,10 @@ const refusal = 150 * time.Millisecond
 
 const childVariable = "UNDERLAY_FABRIC_TEST_LAB"
 
+// endingIntervals, in a child's environment, makes it end one interval of flow
+// records after the other.
+const endingIntervals = "UNDERLAY_FABRIC_TEST_INTERVALS=1"
+
 // TestMain sweeps what killed test processes left. With childVariable set it
 // is a process that opens a lab, sets the Config on its standard input, says so and
 // waits to be killed.
@@ -68,6 +72,11 @@ func child(lab string) error {
 			return err
 		}
 		fmt.Println("set")
+		for os.Getenv("UNDERLAY_FABRIC_TEST_INTERVALS") != "" {
+			if err := f.EndInterval(); err != nil {
+				return err
+			}
+		}
 	}
 }
 
@@ -111,6 +120,9 @@ type lab struct {
 	name string
 	next int // for IDs and MACs
 	cfg  Config
+	// discards says that the test discards intervals of flow records, so that at
+	// its end they do not tell of all packets.
+	discards bool
 }
 
 // newLab makes an empty lab with two VPCs of the same CIDR, numbers 1 and 2:
@@ -129,6 +141,7 @@ func newLab(t testing.TB) *lab {
 	l := &lab{t: t, name: name}
 	t.Cleanup(func() {
 		if l.Fabric != nil {
+			l.addsUp()
 			if err := l.Close(); err != nil {
 				t.Errorf("close: %v", err)
 			}
@@ -352,10 +365,10 @@ type process struct {
 }
 
 // spawn starts a child process on the lab; this process must have it closed.
-func (l *lab) spawn() *process {
+func (l *lab) spawn(env ...string) *process {
 	l.t.Helper()
 	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), childVariable+"="+l.name)
+	cmd.Env = append(append(os.Environ(), childVariable+"="+l.name), env...)
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()
 	if err != nil {

@@ -49,6 +49,12 @@ func (f *Fabric) set(ctx context.Context, want desired) error {
 			return err
 		}
 		f.seen = seen
+		// What records may still be about is no other interface's.
+		highest, err := f.highestLogged()
+		if err != nil {
+			return err
+		}
+		f.nextIndex = max(f.nextIndex, highest+1)
 	}
 	devices, err := f.route.devices(false)
 	if err != nil {
@@ -267,12 +273,10 @@ func (f *Fabric) removePorts(kept map[vpc.ENIID]int, doomed []int) error {
 		if live[i] {
 			continue
 		}
-		err := f.objs.Enis.Delete(i)
-		if err == nil || errors.Is(err, ebpf.ErrKeyNotExist) {
-			err = f.objs.Counts.Delete(i)
-		}
-		if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			return fmt.Errorf("delete record of %s: %w", eniID(r), err)
+		for _, m := range []*ebpf.Map{f.objs.Enis, f.objs.Counts, f.objs.Buckets} {
+			if err := m.Delete(i); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+				return fmt.Errorf("delete record of %s: %w", eniID(r), err)
+			}
 		}
 		delete(f.seen.enis, i)
 		f.listening.close(eniID(r))
@@ -364,6 +368,9 @@ func (f *Fabric) makePort(p *port, guest uint64) (_ int, err error) {
 		return 0, fmt.Errorf("write record: %w", err)
 	}
 	f.seen.enis[uint32(index)] = half
+	if err := nl.AwaitMemory(func() error { return f.objs.LoggedEnis.Put(uint32(index), p.logged()) }); err != nil {
+		return 0, fmt.Errorf("write what flow records say: %w", err)
+	}
 	if err := f.attach(p.ID, index, f.objs.FromGuest, f.objs.ToGuest); err != nil {
 		return 0, err
 	}
@@ -388,7 +395,7 @@ func (f *Fabric) unmakePort(id vpc.ENIID, index int) error {
 		delete(f.taps, id)
 		errs = append(errs, t.unpin())
 	}
-	for _, m := range []*ebpf.Map{f.objs.Enis, f.objs.Counts} {
+	for _, m := range []*ebpf.Map{f.objs.Enis, f.objs.Counts, f.objs.Buckets} {
 		if err := m.Delete(uint32(index)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			errs = append(errs, err)
 		}

@@ -38,13 +38,32 @@ type FabricAddress struct {
 	Addr [16]uint8
 }
 
+type FabricBucket struct {
+	_    structs.HostLayout
+	Lock struct {
+		_   structs.HostLayout
+		Val uint32
+	}
+	Pad    uint32
+	Filled uint64
+	Credit uint64
+}
+
 type FabricCounters struct {
-	_         structs.HostLayout
-	TxPackets uint64
-	TxBytes   uint64
-	RxPackets uint64
-	RxBytes   uint64
-	Drops     [25]uint64
+	_                structs.HostLayout
+	TxPackets        uint64
+	TxBytes          uint64
+	RxPackets        uint64
+	RxBytes          uint64
+	ExemptTxPackets  uint64
+	ExemptTxBytes    uint64
+	ExemptRxPackets  uint64
+	ExemptRxBytes    uint64
+	SkippedTxPackets uint64
+	SkippedTxBytes   uint64
+	SkippedRxPackets uint64
+	SkippedRxBytes   uint64
+	Drops            [26]uint64
 }
 
 type FabricDirection uint32
@@ -57,32 +76,33 @@ const (
 type FabricDropReason uint32
 
 const (
-	FabricDropReasonDROP_NO_INTERFACE   FabricDropReason = 0
-	FabricDropReasonDROP_MALFORMED      FabricDropReason = 1
-	FabricDropReasonDROP_SOURCE_MAC     FabricDropReason = 2
-	FabricDropReasonDROP_SOURCE_ADDRESS FabricDropReason = 3
-	FabricDropReasonDROP_DEST_ADDRESS   FabricDropReason = 4
-	FabricDropReasonDROP_NO_ROUTE       FabricDropReason = 5
-	FabricDropReasonDROP_NO_TARGET      FabricDropReason = 6
-	FabricDropReasonDROP_UNKNOWN_MAC    FabricDropReason = 7
-	FabricDropReasonDROP_MULTICAST      FabricDropReason = 8
-	FabricDropReasonDROP_IPV6           FabricDropReason = 9
-	FabricDropReasonDROP_ETHERTYPE      FabricDropReason = 10
-	FabricDropReasonDROP_OVERSIZE       FabricDropReason = 11
-	FabricDropReasonDROP_ARP_SPOOFED    FabricDropReason = 12
-	FabricDropReasonDROP_ARP_UNANSWERED FabricDropReason = 13
-	FabricDropReasonDROP_NOT_SERVICE    FabricDropReason = 14
-	FabricDropReasonDROP_SG_EGRESS      FabricDropReason = 15
-	FabricDropReasonDROP_SG_INGRESS     FabricDropReason = 16
-	FabricDropReasonDROP_FRAGMENT       FabricDropReason = 17
-	FabricDropReasonDROP_FLOWS_FULL     FabricDropReason = 18
-	FabricDropReasonDROP_ACL_EGRESS     FabricDropReason = 19
-	FabricDropReasonDROP_ACL_INGRESS    FabricDropReason = 20
-	FabricDropReasonDROP_BLACKHOLE      FabricDropReason = 21
-	FabricDropReasonDROP_IGW_SOURCE     FabricDropReason = 22
-	FabricDropReasonDROP_IGW_PRIVATE    FabricDropReason = 23
-	FabricDropReasonDROP_NO_PUBLIC      FabricDropReason = 24
-	FabricDropReasonDROP_REASONS        FabricDropReason = 25
+	FabricDropReasonDROP_NO_INTERFACE        FabricDropReason = 0
+	FabricDropReasonDROP_MALFORMED           FabricDropReason = 1
+	FabricDropReasonDROP_SOURCE_MAC          FabricDropReason = 2
+	FabricDropReasonDROP_SOURCE_ADDRESS      FabricDropReason = 3
+	FabricDropReasonDROP_DEST_ADDRESS        FabricDropReason = 4
+	FabricDropReasonDROP_NO_ROUTE            FabricDropReason = 5
+	FabricDropReasonDROP_NO_TARGET           FabricDropReason = 6
+	FabricDropReasonDROP_UNKNOWN_MAC         FabricDropReason = 7
+	FabricDropReasonDROP_MULTICAST           FabricDropReason = 8
+	FabricDropReasonDROP_IPV6                FabricDropReason = 9
+	FabricDropReasonDROP_ETHERTYPE           FabricDropReason = 10
+	FabricDropReasonDROP_OVERSIZE            FabricDropReason = 11
+	FabricDropReasonDROP_ARP_SPOOFED         FabricDropReason = 12
+	FabricDropReasonDROP_ARP_UNANSWERED      FabricDropReason = 13
+	FabricDropReasonDROP_NOT_SERVICE         FabricDropReason = 14
+	FabricDropReasonDROP_SG_EGRESS           FabricDropReason = 15
+	FabricDropReasonDROP_SG_INGRESS          FabricDropReason = 16
+	FabricDropReasonDROP_FRAGMENT            FabricDropReason = 17
+	FabricDropReasonDROP_FLOWS_FULL          FabricDropReason = 18
+	FabricDropReasonDROP_ACL_EGRESS          FabricDropReason = 19
+	FabricDropReasonDROP_ACL_INGRESS         FabricDropReason = 20
+	FabricDropReasonDROP_BLACKHOLE           FabricDropReason = 21
+	FabricDropReasonDROP_IGW_SOURCE          FabricDropReason = 22
+	FabricDropReasonDROP_IGW_PRIVATE         FabricDropReason = 23
+	FabricDropReasonDROP_NO_PUBLIC           FabricDropReason = 24
+	FabricDropReasonDROP_LINKLOCAL_ALLOWANCE FabricDropReason = 25
+	FabricDropReasonDROP_REASONS             FabricDropReason = 26
 )
 
 type FabricEni struct {
@@ -94,7 +114,7 @@ type FabricEni struct {
 	Configured  uint32
 	Mac         [6]uint8
 	DeviceIndex uint16
-	Pad         uint32
+	Resolver    uint32
 	Table       uint64
 	Guest       uint64
 	Id          [32]int8
@@ -162,6 +182,17 @@ const (
 	FabricGatewayProgramGATEWAY_PROGRAMS FabricGatewayProgram = 2
 )
 
+type FabricLogged struct {
+	_        structs.HostLayout
+	Eni      [32]int8
+	Subnet   [32]int8
+	Vpc      [32]int8
+	Instance [32]int8
+	Zone     [32]int8
+	Primary  uint32
+	Pad      uint32
+}
+
 type FabricOpenFlag uint32
 
 const (
@@ -192,6 +223,32 @@ type FabricPublic struct {
 	Table   uint64
 	Vni     uint32
 	Private uint32
+}
+
+type FabricRecord struct {
+	_       structs.HostLayout
+	Packets uint64
+	Bytes   uint64
+	First   uint64
+	Last    uint64
+	Fin     uint8
+	Syn     uint8
+	Rst     uint8
+	SynAck  uint8
+	Pad     uint32
+}
+
+type FabricRecordKey struct {
+	_         structs.HostLayout
+	Ifindex   uint32
+	Saddr     uint32
+	Daddr     uint32
+	Sport     uint16
+	Dport     uint16
+	Protocol  uint8
+	Direction uint8
+	Verdict   uint8
+	Path      uint8
 }
 
 type FabricRoute struct {
@@ -230,6 +287,21 @@ type FabricRule struct {
 	Pad          [2]uint8
 }
 
+type FabricSkip struct {
+	_       structs.HostLayout
+	Packets uint64
+	Bytes   uint64
+}
+
+type FabricSkipKey struct {
+	_         structs.HostLayout
+	Interval  uint64
+	Ifindex   uint32
+	Direction uint8
+	Refused   uint8
+	Pad       [2]uint8
+}
+
 type FabricStation struct {
 	_      structs.HostLayout
 	Vni    uint32
@@ -253,11 +325,29 @@ type FabricTarget struct {
 	Mtu     uint16
 }
 
+type FabricTrafficPath uint32
+
+const (
+	FabricTrafficPathPATH_NONE    FabricTrafficPath = 0
+	FabricTrafficPathPATH_VPC     FabricTrafficPath = 1
+	FabricTrafficPathPATH_PEERING FabricTrafficPath = 4
+	FabricTrafficPathPATH_IGW     FabricTrafficPath = 8
+)
+
+type FabricVerdict uint32
+
+const (
+	FabricVerdictVERDICT_ACCEPT FabricVerdict = 0
+	FabricVerdictVERDICT_GROUPS FabricVerdict = 1
+	FabricVerdictVERDICT_ACL    FabricVerdict = 2
+)
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	FabricMapAcls                  = "acls"
+	FabricMapBuckets               = "buckets"
 	FabricMapCounts                = "counts"
 	FabricMapElastics              = "elastics"
 	FabricMapEnis                  = "enis"
@@ -265,11 +355,14 @@ const (
 	FabricMapFragments             = "fragments"
 	FabricMapGateways              = "gateways"
 	FabricMapInternet              = "internet"
+	FabricMapLoggedEnis            = "logged_enis"
 	FabricMapMappings              = "mappings"
 	FabricMapPieces                = "pieces"
 	FabricMapPolicies              = "policies"
 	FabricMapPublics               = "publics"
+	FabricMapRecords               = "records"
 	FabricMapRoutes                = "routes"
+	FabricMapSkips                 = "skips"
 	FabricMapStations              = "stations"
 	FabricProgCutForInternet       = "cut_for_internet"
 	FabricProgFromGuest            = "from_guest"
@@ -284,13 +377,18 @@ const (
 	FabricVarGatewayPrograms       = "gateway_programs"
 	FabricVarIcmpTimeout           = "icmp_timeout"
 	FabricVarInternetMtu           = "internet_mtu"
+	FabricVarLinklocalPps          = "linklocal_pps"
 	FabricVarOpenFlags             = "open_flags"
 	FabricVarOtherTimeout          = "other_timeout"
 	FabricVarRouterMac             = "router_mac"
 	FabricVarShownAcl              = "shown_acl"
 	FabricVarShownPolicy           = "shown_policy"
+	FabricVarShownRecord           = "shown_record"
+	FabricVarShownRecordKey        = "shown_record_key"
 	FabricVarTcpClosedTimeout      = "tcp_closed_timeout"
 	FabricVarTcpHandshakeTimeout   = "tcp_handshake_timeout"
+	FabricVarTrafficPaths          = "traffic_paths"
+	FabricVarVerdicts              = "verdicts"
 )
 
 // LoadFabric returns the embedded CollectionSpec for Fabric.
@@ -346,20 +444,24 @@ type FabricProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type FabricMapSpecs struct {
-	Acls      *ebpf.MapSpec `ebpf:"acls"`
-	Counts    *ebpf.MapSpec `ebpf:"counts"`
-	Elastics  *ebpf.MapSpec `ebpf:"elastics"`
-	Enis      *ebpf.MapSpec `ebpf:"enis"`
-	Flows     *ebpf.MapSpec `ebpf:"flows"`
-	Fragments *ebpf.MapSpec `ebpf:"fragments"`
-	Gateways  *ebpf.MapSpec `ebpf:"gateways"`
-	Internet  *ebpf.MapSpec `ebpf:"internet"`
-	Mappings  *ebpf.MapSpec `ebpf:"mappings"`
-	Pieces    *ebpf.MapSpec `ebpf:"pieces"`
-	Policies  *ebpf.MapSpec `ebpf:"policies"`
-	Publics   *ebpf.MapSpec `ebpf:"publics"`
-	Routes    *ebpf.MapSpec `ebpf:"routes"`
-	Stations  *ebpf.MapSpec `ebpf:"stations"`
+	Acls       *ebpf.MapSpec `ebpf:"acls"`
+	Buckets    *ebpf.MapSpec `ebpf:"buckets"`
+	Counts     *ebpf.MapSpec `ebpf:"counts"`
+	Elastics   *ebpf.MapSpec `ebpf:"elastics"`
+	Enis       *ebpf.MapSpec `ebpf:"enis"`
+	Flows      *ebpf.MapSpec `ebpf:"flows"`
+	Fragments  *ebpf.MapSpec `ebpf:"fragments"`
+	Gateways   *ebpf.MapSpec `ebpf:"gateways"`
+	Internet   *ebpf.MapSpec `ebpf:"internet"`
+	LoggedEnis *ebpf.MapSpec `ebpf:"logged_enis"`
+	Mappings   *ebpf.MapSpec `ebpf:"mappings"`
+	Pieces     *ebpf.MapSpec `ebpf:"pieces"`
+	Policies   *ebpf.MapSpec `ebpf:"policies"`
+	Publics    *ebpf.MapSpec `ebpf:"publics"`
+	Records    *ebpf.MapSpec `ebpf:"records"`
+	Routes     *ebpf.MapSpec `ebpf:"routes"`
+	Skips      *ebpf.MapSpec `ebpf:"skips"`
+	Stations   *ebpf.MapSpec `ebpf:"stations"`
 }
 
 // FabricVariableSpecs contains global variables before they are loaded into the kernel.
@@ -374,13 +476,18 @@ type FabricVariableSpecs struct {
 	GatewayPrograms       *ebpf.VariableSpec `ebpf:"gateway_programs"`
 	IcmpTimeout           *ebpf.VariableSpec `ebpf:"icmp_timeout"`
 	InternetMtu           *ebpf.VariableSpec `ebpf:"internet_mtu"`
+	LinklocalPps          *ebpf.VariableSpec `ebpf:"linklocal_pps"`
 	OpenFlags             *ebpf.VariableSpec `ebpf:"open_flags"`
 	OtherTimeout          *ebpf.VariableSpec `ebpf:"other_timeout"`
 	RouterMac             *ebpf.VariableSpec `ebpf:"router_mac"`
 	ShownAcl              *ebpf.VariableSpec `ebpf:"shown_acl"`
 	ShownPolicy           *ebpf.VariableSpec `ebpf:"shown_policy"`
+	ShownRecord           *ebpf.VariableSpec `ebpf:"shown_record"`
+	ShownRecordKey        *ebpf.VariableSpec `ebpf:"shown_record_key"`
 	TcpClosedTimeout      *ebpf.VariableSpec `ebpf:"tcp_closed_timeout"`
 	TcpHandshakeTimeout   *ebpf.VariableSpec `ebpf:"tcp_handshake_timeout"`
+	TrafficPaths          *ebpf.VariableSpec `ebpf:"traffic_paths"`
+	Verdicts              *ebpf.VariableSpec `ebpf:"verdicts"`
 }
 
 // FabricObjects contains all objects after they have been loaded into the kernel.
@@ -403,25 +510,30 @@ func (o *FabricObjects) Close() error {
 //
 // It can be passed to LoadFabricObjects or ebpf.CollectionSpec.LoadAndAssign.
 type FabricMaps struct {
-	Acls      *ebpf.Map `ebpf:"acls"`
-	Counts    *ebpf.Map `ebpf:"counts"`
-	Elastics  *ebpf.Map `ebpf:"elastics"`
-	Enis      *ebpf.Map `ebpf:"enis"`
-	Flows     *ebpf.Map `ebpf:"flows"`
-	Fragments *ebpf.Map `ebpf:"fragments"`
-	Gateways  *ebpf.Map `ebpf:"gateways"`
-	Internet  *ebpf.Map `ebpf:"internet"`
-	Mappings  *ebpf.Map `ebpf:"mappings"`
-	Pieces    *ebpf.Map `ebpf:"pieces"`
-	Policies  *ebpf.Map `ebpf:"policies"`
-	Publics   *ebpf.Map `ebpf:"publics"`
-	Routes    *ebpf.Map `ebpf:"routes"`
-	Stations  *ebpf.Map `ebpf:"stations"`
+	Acls       *ebpf.Map `ebpf:"acls"`
+	Buckets    *ebpf.Map `ebpf:"buckets"`
+	Counts     *ebpf.Map `ebpf:"counts"`
+	Elastics   *ebpf.Map `ebpf:"elastics"`
+	Enis       *ebpf.Map `ebpf:"enis"`
+	Flows      *ebpf.Map `ebpf:"flows"`
+	Fragments  *ebpf.Map `ebpf:"fragments"`
+	Gateways   *ebpf.Map `ebpf:"gateways"`
+	Internet   *ebpf.Map `ebpf:"internet"`
+	LoggedEnis *ebpf.Map `ebpf:"logged_enis"`
+	Mappings   *ebpf.Map `ebpf:"mappings"`
+	Pieces     *ebpf.Map `ebpf:"pieces"`
+	Policies   *ebpf.Map `ebpf:"policies"`
+	Publics    *ebpf.Map `ebpf:"publics"`
+	Records    *ebpf.Map `ebpf:"records"`
+	Routes     *ebpf.Map `ebpf:"routes"`
+	Skips      *ebpf.Map `ebpf:"skips"`
+	Stations   *ebpf.Map `ebpf:"stations"`
 }
 
 func (m *FabricMaps) Close() error {
 	return _FabricClose(
 		m.Acls,
+		m.Buckets,
 		m.Counts,
 		m.Elastics,
 		m.Enis,
@@ -429,11 +541,14 @@ func (m *FabricMaps) Close() error {
 		m.Fragments,
 		m.Gateways,
 		m.Internet,
+		m.LoggedEnis,
 		m.Mappings,
 		m.Pieces,
 		m.Policies,
 		m.Publics,
+		m.Records,
 		m.Routes,
+		m.Skips,
 		m.Stations,
 	)
 }
@@ -450,13 +565,18 @@ type FabricVariables struct {
 	GatewayPrograms       *ebpf.Variable `ebpf:"gateway_programs"`
 	IcmpTimeout           *ebpf.Variable `ebpf:"icmp_timeout"`
 	InternetMtu           *ebpf.Variable `ebpf:"internet_mtu"`
+	LinklocalPps          *ebpf.Variable `ebpf:"linklocal_pps"`
 	OpenFlags             *ebpf.Variable `ebpf:"open_flags"`
 	OtherTimeout          *ebpf.Variable `ebpf:"other_timeout"`
 	RouterMac             *ebpf.Variable `ebpf:"router_mac"`
 	ShownAcl              *ebpf.Variable `ebpf:"shown_acl"`
 	ShownPolicy           *ebpf.Variable `ebpf:"shown_policy"`
+	ShownRecord           *ebpf.Variable `ebpf:"shown_record"`
+	ShownRecordKey        *ebpf.Variable `ebpf:"shown_record_key"`
 	TcpClosedTimeout      *ebpf.Variable `ebpf:"tcp_closed_timeout"`
 	TcpHandshakeTimeout   *ebpf.Variable `ebpf:"tcp_handshake_timeout"`
+	TrafficPaths          *ebpf.Variable `ebpf:"traffic_paths"`
+	Verdicts              *ebpf.Variable `ebpf:"verdicts"`
 }
 
 // FabricPrograms contains all programs after they have been loaded into the kernel.
