@@ -688,7 +688,7 @@ static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct e
 	reason = resolve(self, eth, iph, &way);
 	if (reason)
 		return drop(ifindex, reason);
-	reason = parse(skb, iph, &packet);
+	reason = parse(skb, &packet);
 	if (reason)
 		return drop(ifindex, reason);
 	packet.packets = size.packets;
