@@ -205,7 +205,7 @@ func (d *demo) overlaid(ctx context.Context, t *tiers, lb, app, orders netip.Add
 // compared is what has been proven of both networks.
 func compared(lb, app, node1, node2 netip.Addr, mtu, overlayMTU string) *sides {
 	var s sides
-	s.add("lb to app, in the flow log", fmt.Sprintf("%s > %s tcp %d", lb, app, portApp), fmt.Sprintf("%s > %s udp %d", node1, node2, vxlanPort))
+	s.add("flow log of lb to app", fmt.Sprintf("%s > %s tcp %d", lb, app, portApp), fmt.Sprintf("%s > %s udp %d", node1, node2, vxlanPort))
 	s.add("app to database: it sees", fmt.Sprintf("%s, the pod", app), fmt.Sprintf("%s, the node", node1))
 	s.add("lb to database: it sees", "nothing: refused, REJECT in the log", fmt.Sprintf("%s, the node: let in", node1))
 	s.add("its group can let in", "app, and nobody else", "all that runs on the nodes")
