@@ -41,17 +41,22 @@ test: packages-test ## all tests; root lets those run that need namespaces and B
 	@$(PROGRESS) "still compiling Helm, which test/chart runs (minutes, the first time)" hack/helm.sh >/dev/null
 	@$(PROGRESS) "still compiling or testing" $(GO) test -count=1 -timeout 14m ./...
 
+# BENCH names benchmarks; BENCHFLAGS=-turns=1 is a trial, which keeps no figure.
+BENCH ?= .
+
 bench: packages-test ## ratios, each measured interleaved in one run
-	@$(GO) test -count=1 -timeout 30m -run '^$$' -bench . -benchtime 1x ./test/bench/...
+	@$(GO) test -count=1 -timeout 30m -run '^$$' -bench '$(BENCH)' -benchtime 1x ./test/bench $(BENCHFLAGS)
+	@$(GO) test -count=1 -timeout 10m -run '^$$' -bench Policy -benchtime 1x ./internal/datapath
 
 # What E2E_RUN names, in a lab with kube-proxy in the mode E2E_PROXY; logs and
 # reports go to E2E_OUT. E2E_FOCUS: only those of upstream's specs that match.
+# E2E_FLAGS: further flags of the tests, as -secondary.
 E2E_PROXY ?= nftables
 E2E_RUN ?= .
 E2E_OUT ?= /tmp/underlay-e2e
 E2E_FOCUS ?=
 e2e-k8s: packages-test packages-kubernetes ## on a real Kubernetes: upstream's network specs, and checks of our own (builds it once: 5 to 30 minutes)
-	@TEST_KUBERNETES=1 $(GO) test -count=1 -v -timeout 85m -run '$(E2E_RUN)' ./test/kubernetes -proxy $(E2E_PROXY) -out $(E2E_OUT) -focus '$(E2E_FOCUS)'
+	@TEST_KUBERNETES=1 $(GO) test -count=1 -v -timeout 85m -run '$(E2E_RUN)' ./test/kubernetes -proxy $(E2E_PROXY) -out $(E2E_OUT) -focus '$(E2E_FOCUS)' $(E2E_FLAGS)
 
 bench-k8s: packages-test packages-kubernetes ## pod created to Ready, as a ratio to ptp with host-local
 	@TEST_KUBERNETES=1 $(GO) test -count=1 -v -timeout 60m -run '^$$' -bench . -benchtime 1x ./test/kubernetes

@@ -108,7 +108,7 @@ func (a *App) demo(ctx context.Context, plan demoPlan, keep bool) (err error) {
 	}
 	d.say(plan.intro)
 	d.shell("underlay up" + a.labFlag())
-	if d.lab, err = a.up(ctx, upOptions{nodes: 2, instanceType: "m5.large", listen: defaultListen}); err != nil {
+	if d.lab, err = a.up(ctx, upOptions{nodes: 2, zones: 2, instanceType: "m5.large", listen: defaultListen}); err != nil {
 		return err
 	}
 	made := a.now()

@@ -28,16 +28,17 @@ const (
 	region        = "us-east-1"
 )
 
-// The plan of a lab's VPC: two private subnets in two zones, roomy enough for
-// the largest instance types (737 pods).
+// The plan of a lab's VPC: a private subnet in each zone, roomy enough for the
+// largest instance types (737 pods). The region of a lab has three zones.
 var (
 	vpcCIDR     = netip.MustParsePrefix("10.0.0.0/16")
-	subnetCIDRs = []netip.Prefix{netip.MustParsePrefix("10.0.0.0/20"), netip.MustParsePrefix("10.0.16.0/20")}
-	publicCIDR  = netip.MustParsePrefix("10.0.32.0/24") // with --internet
+	subnetCIDRs = []netip.Prefix{netip.MustParsePrefix("10.0.0.0/20"), netip.MustParsePrefix("10.0.16.0/20"), netip.MustParsePrefix("10.0.32.0/20")}
+	publicCIDR  = netip.MustParsePrefix("10.0.48.0/24") // with --internet
 )
 
 type upOptions struct {
 	nodes          int
+	zones          int
 	instanceType   string
 	prefixes       bool
 	agentArgs      []string
@@ -54,7 +55,7 @@ func (a *App) upCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "up",
 		Short: "Make a lab: a VPC, nodes with an agent each, a VM and a database",
-		Long: `Makes a lab: vpcd with a VPC 10.0.0.0/16 and private subnets in two zones; nodes,
+		Long: `Makes a lab: vpcd with a VPC 10.0.0.0/16 and private subnets in --zones zones; nodes,
 spread over the zones, each with an agent and the CNI plugin; and outside the
 cluster a VM (vm-1) and a managed database (db-1), each with a small TCP server.
 
@@ -95,6 +96,7 @@ A failed or interrupted up takes down again what it has made.`,
 		},
 	}
 	c.Flags().IntVar(&o.nodes, "nodes", 2, "how many nodes")
+	c.Flags().IntVar(&o.zones, "zones", 2, fmt.Sprintf("availability zones with a subnet each, 1 to %d", len(subnetCIDRs)))
 	c.Flags().StringVar(&o.instanceType, "instance-type", "m5.large", "EC2 instance type of the nodes; bounds ENIs and addresses")
 	c.Flags().BoolVar(&o.prefixes, "prefixes", false, "the agents take addresses as /28 prefixes, sixteen at a time (Nitro types)")
 	c.Flags().StringArrayVar(&o.agentArgs, "agent-arg", nil, "a further `flag` for the agents, e.g. --agent-arg=--imds=allow; may be repeated, see underlay-agent --help")
@@ -124,6 +126,9 @@ A failed or interrupted up takes down again what it has made.`,
 func (a *App) up(ctx context.Context, o upOptions) (*labFile, error) {
 	if o.nodes < 1 || o.nodes > 200 {
 		return nil, fmt.Errorf("--nodes %d: give a number from 1 to 200", o.nodes)
+	}
+	if o.zones < 1 || o.zones > len(subnetCIDRs) {
+		return nil, fmt.Errorf("--zones %d: give a number from 1 to %d", o.zones, len(subnetCIDRs))
 	}
 	if _, ok := vpc.LimitsOf(o.instanceType); !ok {
 		return nil, fmt.Errorf("--instance-type %s: EC2 has no such type; m5.large is one", o.instanceType)
@@ -326,7 +331,7 @@ func (b *builder) machines(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, 2*time.Minute, errors.New("the instances were not running within two minutes"))
 	defer cancel()
 	api := ec2.NewLab(b.f.Lab.Endpoint, region)
-	net, err := api.Network(ctx, "underlay-"+b.home.name, vpcCIDR, subnetCIDRs)
+	net, err := api.Network(ctx, "underlay-"+b.home.name, vpcCIDR, subnetCIDRs[:b.o.zones])
 	if err != nil {
 		return err
 	}
@@ -390,7 +395,7 @@ func (b *builder) machines(ctx context.Context) error {
 	}
 	vm = running[len(ids)]
 	db, err := newAdmin(b.f.Lab.Endpoint).createManagedService(ctx, serviceSpec{
-		name: "db-1", kind: kindDatabase, subnet: string(net.Subnets[1].ID), groups: []string{string(net.Database)},
+		name: "db-1", kind: kindDatabase, subnet: string(net.Subnets[len(net.Subnets)-1].ID), groups: []string{string(net.Database)},
 	})
 	if err != nil {
 		return err

@@ -20,8 +20,9 @@ import (
 // AdminPath is below which the admin endpoints are, beside the EC2 API.
 const AdminPath = "/_vpcd/"
 
-// settleWait is how long an admin call waits for the fabric to catch up.
-const settleWait = 10 * time.Second
+// settleWait is how long a call waits for the fabric to catch up. It is done in
+// milliseconds, unless the machine is busy with something else.
+const settleWait = 30 * time.Second
 
 // maxAdminBody bounds a request to an admin endpoint.
 const maxAdminBody = 1 << 20
@@ -217,9 +218,13 @@ func (a *admin) settled(ctx context.Context) error {
 
 // enforce waits for the fabric after a call that is committed already: should
 // the fabric be in trouble, the call has succeeded all the same, and health
-// tells.
+// tells. What is due at once, as nothing lags, is finished before.
 func (a *admin) enforce(ctx context.Context) {
-	if err := a.settled(ctx); err != nil && ctx.Err() == nil {
+	err := a.api.Settle()
+	if err == nil {
+		err = a.settled(ctx)
+	}
+	if err != nil && ctx.Err() == nil {
 		a.options.Logger.Warn("call answered before the fabric does what it says", "err", err)
 	}
 }

@@ -160,12 +160,13 @@ func Run(ctx context.Context, o Options) (err error) {
 }
 
 // enforced are the actions that are answered only when the fabric does what
-// they say: those that open or close a way for packets between interfaces that
-// stand.
+// they say, unless a setting has it lag: those that open, close or move a way
+// for packets between interfaces that stand.
 var enforced = []string{
 	"AuthorizeSecurityGroupEgress", "AuthorizeSecurityGroupIngress", "RevokeSecurityGroupEgress", "RevokeSecurityGroupIngress",
 	"ModifySecurityGroupRules", "ModifyManagedPrefixList", "ModifyNetworkInterfaceAttribute", "ModifyVpcAttribute",
 	"CreateNetworkAclEntry", "ReplaceNetworkAclEntry", "DeleteNetworkAclEntry", "ReplaceNetworkAclAssociation",
+	"AssignPrivateIpAddresses", "UnassignPrivateIpAddresses", "AttachNetworkInterface", "DetachNetworkInterface",
 	"CreateRoute", "ReplaceRoute", "DeleteRoute", "AssociateRouteTable", "DisassociateRouteTable", "ReplaceRouteTableAssociation",
 	"AttachInternetGateway", "DetachInternetGateway", "AssociateAddress", "DisassociateAddress", "DeleteNatGateway",
 	"AcceptVpcPeeringConnection", "DeleteVpcPeeringConnection",
