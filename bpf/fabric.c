@@ -152,7 +152,6 @@ struct counters {
 
 /* The router of every subnet; locally administered, never an ENI's. */
 volatile const __u8 router_mac[6] = {0x02, 0x00, 0x5e, 0x00, 0x00, 0x01};
-volatile const __u32 mtu = 9001; /* IP length, within a VPC and between peers */
 volatile const __u32 internet_mtu = 1500; /* IP length, through an internet gateway */
 volatile const enum drop_reason drop_reasons = DROP_REASONS; /* shows the type to bpf2go */
 
@@ -604,10 +603,11 @@ static __always_inline enum drop_reason may_enter(struct packet *p, __u32 sender
 {
 	enum drop_reason reason;
 
-	if (!w->held && (w->to->flags & ENI_SOURCE_DEST_CHECK))
-		return DROP_DEST_ADDRESS;
+	/* The subnet's boundary comes before the ENI, whose check is not logged. */
 	if (crosses && !acl_allows(p, w->vni, w->to->subnet, INGRESS))
 		reason = DROP_ACL_INGRESS;
+	else if (!w->held && (w->to->flags & ENI_SOURCE_DEST_CHECK))
+		return DROP_DEST_ADDRESS;
 	else if (w->to->flags & ENI_UNGATED)
 		reason = 0;
 	else

@@ -42,7 +42,7 @@ type gatekeeper struct {
 	// mu is held while tables are made and put in place.
 	mu      sync.Mutex
 	applied map[key]applied
-	names   policy.Rules
+	names   policy.Rules // of the rules in them
 }
 
 type applied struct {
@@ -130,7 +130,7 @@ func (g *gatekeeper) run(ctx context.Context) {
 		err := g.apply(ctx)
 		g.mu.Unlock()
 		var more *needRules
-		if err != nil && !errors.As(err, &more) && ctx.Err() == nil {
+		if err != nil && !errors.As(err, &more) && ctx.Err() == nil && !errors.Is(err, errStopping) {
 			g.a.incident("policy", err.Error())
 		}
 		select {
@@ -211,11 +211,13 @@ func (g *gatekeeper) apply(ctx context.Context) error {
 			return errs[0]
 		}
 	}
-	in := input(members, read)
-	compiler := policy.NewCompiler(in)
+	var compiler *policy.Compiler
+	if len(needed) > 0 {
+		compiler = policy.NewCompiler(input(members, read))
+	}
 	for k, m := range members {
 		var t policy.Tables
-		if len(needed) > 0 {
+		if compiler != nil {
 			groups := m.groups
 			if !m.asked {
 				groups = vpc.NewGroupSet(append(groups.Groups(), neighbours))
@@ -232,6 +234,10 @@ func (g *gatekeeper) apply(ctx context.Context) error {
 		if was, ok := g.applied[k]; ok && was == now {
 			continue
 		}
+		if m.joins && !now.judged {
+			g.applied[k] = now // there is nothing to take away from a new one
+			continue
+		}
 		err := g.put(m.ep, t)
 		if errors.Is(err, datapath.ErrNotFound) {
 			delete(g.applied, k) // deleted meanwhile
@@ -244,7 +250,9 @@ func (g *gatekeeper) apply(ctx context.Context) error {
 		}
 		g.applied[k] = now
 	}
-	g.names = compiler.Rules()
+	if compiler != nil {
+		g.names = compiler.Rules()
+	}
 	return errors.Join(errs...)
 }
 

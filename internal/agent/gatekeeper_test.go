@@ -199,7 +199,7 @@ func TestAddWaitsForRules(t *testing.T) {
 			return nil
 		})
 		_, err := r.addTo("c3", "b")
-		wantCode(t, err, agentapi.CodeDatapath, "UnauthorizedOperation")
+		wantCode(t, err, agentapi.CodeDenied, "EC2 denies the node to read the rules of the pod's security groups (UnauthorizedOperation")
 		if r.kernel.endpointOf("c3").Addr.IsValid() {
 			t.Error("a pod is up without its policy")
 		}

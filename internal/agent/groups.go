@@ -112,6 +112,14 @@ func (a *Agent) groupSet(ctx context.Context, asked []string, deadline time.Time
 	return set, nil
 }
 
+// lateReason is why EC2 did not answer in time, by the class of its last answer.
+func lateReason(class ipam.Class) string {
+	if class == ipam.ClassThrottled {
+		return reasons[ipam.KindThrottled]
+	}
+	return reasons[ipam.KindUnavailable]
+}
+
 func groupsError(format string, args ...any) error {
 	return &reasonError{agentapi.Errorf(agentapi.CodeGroups, format, args...), reasonGroups}
 }
@@ -154,7 +162,7 @@ func (a *Agent) groupsOf(ctx context.Context, client EC2, home vpc.VPCID, asked 
 			return nil, &reasonError{agentapi.Errorf(agentapi.CodeDenied, "EC2 denies the node to look up security groups %s (%s); attach the documented IAM policy to the node's role", strings.Join(missing, ","), cause(err)), reasons[ipam.KindDenied]}
 		}
 		if !time.Now().Add(delay).Before(deadline) {
-			return nil, &reasonError{agentapi.Errorf(agentapi.CodeTryAgain, "EC2 did not say in time what security groups %s are (%s); the next try may succeed", strings.Join(missing, ","), cause(err)), reasonGroups}
+			return nil, &reasonError{agentapi.Errorf(agentapi.CodeTryAgain, "EC2 did not say in time what security groups %s are (%s); the next try may succeed", strings.Join(missing, ","), cause(err)), lateReason(class)}
 		}
 		t := time.NewTimer(delay)
 		select {

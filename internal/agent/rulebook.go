@@ -28,7 +28,18 @@ const (
 	// rulesFail is the delay after a failure that is no throttling, doubled up to
 	// the slowest rate.
 	rulesFail = time.Second
+	// rulesGap is between two reads, whatever is wanted in between: sets that come
+	// and go cost no more than those that stay.
+	rulesGap = 250 * time.Millisecond
 )
+
+// rulesError says that rules are not there in time.
+type rulesError struct{ cause error }
+
+func (e *rulesError) Error() string {
+	return fmt.Sprintf("read the rules of the pod's security groups: %v", e.cause)
+}
+func (e *rulesError) Unwrap() error { return e.cause }
 
 // RuleReader is what the rules are read from.
 type RuleReader interface {
@@ -121,7 +132,7 @@ func (b *ruleBook) await(ctx context.Context, groups []vpc.SecurityGroupID) (*ru
 			if err == nil {
 				err = context.Cause(ctx)
 			}
-			return nil, fmt.Errorf("read the rules of the pod's security groups: %w", err)
+			return nil, &rulesError{err}
 		}
 	}
 }
@@ -131,11 +142,16 @@ func (b *ruleBook) run(ctx context.Context, from RuleReader) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	fails := 0
+	var began time.Time // of the last read
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-b.poke:
+			if wait := time.Until(began.Add(rulesGap)); wait > 0 {
+				timer.Reset(wait)
+				continue
+			}
 		case <-timer.C:
 		}
 		b.mu.Lock()
@@ -146,6 +162,7 @@ func (b *ruleBook) run(ctx context.Context, from RuleReader) {
 			b.take(&rules{})
 			continue
 		}
+		began = time.Now()
 		r, err := b.readAll(ctx, from, wanted, old)
 		if ctx.Err() != nil {
 			return

@@ -160,6 +160,14 @@ func (a *Agent) keepGate(ctx context.Context) {
 }
 
 func datapathError(err error, at *agentapi.Attachment) error {
+	var rules *rulesError
+	if errors.As(err, &rules) {
+		_, class := outcome(rules.cause)
+		if class == ipam.ClassDenied {
+			return &reasonError{agentapi.Errorf(agentapi.CodeDenied, "EC2 denies the node to read the rules of the pod's security groups (%s); attach the documented IAM policy to the node's role", cause(rules.cause)), reasons[ipam.KindDenied]}
+		}
+		return &reasonError{agentapi.Errorf(agentapi.CodeTryAgain, "EC2 did not say in time what the rules of the pod's security groups are (%s); the next try may succeed", cause(rules.cause)), lateReason(class)}
+	}
 	switch {
 	case errors.Is(err, datapath.ErrInterfaceTaken):
 		e := agentapi.Errorf(agentapi.CodeInvalidEnvironment, "the container's namespace has an interface %s that is not ours; delete it, or choose another CNI_IFNAME", at.IfName)

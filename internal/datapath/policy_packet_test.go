@@ -57,12 +57,17 @@ func from(app string, ports ...policy.Port) policy.NetworkPolicy {
 	}
 }
 
-// talk sends from a socket to the echo at port 7 and says whether it answers.
-func echoes(c net.Conn) bool {
+// answers says whether the echo at the other end answers, for as long as want
+// is worth to wait.
+func answers(c net.Conn, want bool) bool {
+	tries := 2
+	if want {
+		tries = 50
+	}
 	buf := make([]byte, 64)
-	for range 5 {
+	for range tries {
 		_, _ = c.Write([]byte("hello"))
-		_ = c.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
+		_ = c.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
 		if _, err := c.Read(buf); err == nil {
 			return true
 		}
@@ -94,11 +99,11 @@ func TestNetworkPolicyOnPackets(t *testing.T) {
 
 	c.input.Policies = []policy.NetworkPolicy{from("a", policy.Port{Protocol: policy.UDP, Port: echoPort})}
 	c.apply("")
-	if !echoes(fromA) || !echoes(fromNode) {
+	if !answers(fromA, true) || !answers(fromNode, true) {
 		t.Error("who may does not reach the pod")
 	}
 	before := counters(t, c.d)["policy_netpol"]
-	if echoes(fromC) {
+	if answers(fromC, false) {
 		t.Error("who may not reaches the pod")
 	}
 	if after := counters(t, c.d)["policy_netpol"]; after == before {
@@ -107,24 +112,24 @@ func TestNetworkPolicyOnPackets(t *testing.T) {
 
 	c.input.Policies = []policy.NetworkPolicy{from("c")}
 	c.apply("")
-	if echoes(fromA) {
+	if answers(fromA, false) {
 		t.Error("a flow under way outlives the policy that allowed it")
 	}
-	if !echoes(fromC) {
+	if !answers(fromC, true) {
 		t.Error("a flow that was refused is not judged again")
 	}
-	if !echoes(fromNode) {
+	if !answers(fromNode, true) {
 		t.Error("a flow of the node's own under way ends with a change of policy")
 	}
 
 	c.input.Policies[0].Audit = true
 	c.apply("")
-	if !echoes(fromA) {
+	if !answers(fromA, true) {
 		t.Error("a policy in audit mode denies")
 	}
 	c.input.Policies = nil
 	c.apply("")
-	if !echoes(fromA) || !echoes(fromC) {
+	if !answers(fromA, true) || !answers(fromC, true) {
 		t.Error("without a policy the pod is isolated")
 	}
 }
@@ -171,10 +176,10 @@ func TestSecurityGroupsOnPackets(t *testing.T) {
 	c.input.Members = map[vpc.SecurityGroupID][]netip.Prefix{peerGroup: {netip.PrefixFrom(c.pods["a"].Addr, 32)}}
 	c.apply(vpc.GroupSet(webGroup))
 	fromA, fromC := c.connected(c.pods["a"].ns, b.Addr), c.connected(c.pods["c"].ns, b.Addr)
-	if !echoes(fromA) || !c.ping(c.pods["a"].ns, c.pods["a"].Addr, b.Addr) {
+	if !answers(fromA, true) || !c.ping(c.pods["a"].ns, c.pods["a"].Addr, b.Addr) {
 		t.Error("a member does not reach the pod")
 	}
-	if echoes(fromC) {
+	if answers(fromC, false) {
 		t.Error("who is no member reaches the pod")
 	}
 	if counters(t, c.d)["policy_groups"] == 0 {
@@ -182,16 +187,16 @@ func TestSecurityGroupsOnPackets(t *testing.T) {
 	}
 	// No rule lets b begin anything.
 	c.echo(c.pods["a"].ns, c.pods["a"].Addr)
-	if echoes(c.connected(b.ns, c.pods["a"].Addr)) {
+	if answers(c.connected(b.ns, c.pods["a"].Addr), false) {
 		t.Error("the pod reaches what no rule for egress names")
 	}
 	// A tracked flow goes on when its rule goes; a new one does not begin.
 	c.input.Members = nil
 	c.apply(vpc.GroupSet(webGroup))
-	if !echoes(fromA) {
+	if !answers(fromA, true) {
 		t.Error("a tracked flow ends with its rule")
 	}
-	if echoes(c.connected(c.pods["a"].ns, b.Addr)) {
+	if answers(c.connected(c.pods["a"].ns, b.Addr), false) {
 		t.Error("a flow begins after its rule is gone")
 	}
 }
@@ -226,15 +231,19 @@ func TestPolicyOnSCTP(t *testing.T) {
 		binary.BigEndian.PutUint16(m[14:], 20)
 		return m
 	}
-	arrives := func(port uint16) bool {
+	arrives := func(port uint16, want bool) bool {
 		t.Helper()
+		tries := 2
+		if want {
+			tries = 50
+		}
 		buf := make([]byte, 1500)
-		for range 5 {
+		for range tries {
 			if _, err := sender.WriteToIP(init(port), &net.IPAddr{IP: b.Addr.AsSlice()}); err != nil {
 				t.Fatal(err)
 			}
 			for {
-				_ = receiver.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
+				_ = receiver.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
 				n, _, err := receiver.ReadFromIP(buf)
 				if err != nil {
 					break
@@ -247,7 +256,7 @@ func TestPolicyOnSCTP(t *testing.T) {
 		return false
 	}
 	for port, want := range map[uint16]bool{6: false, 7: true, 9: true, 10: false} {
-		if got := arrives(port); got != want {
+		if got := arrives(port, want); got != want {
 			t.Errorf("SCTP to port %d arrives: %v, want %v", port, got, want)
 		}
 	}

@@ -114,6 +114,47 @@ func TestPolicyComesAndGoesWithTheEndpoint(t *testing.T) {
 	}
 }
 
+// A policy that is set while the endpoint is deleted leaves nothing behind.
+func TestPolicyMeetsDelete(t *testing.T) {
+	w := newWorld(t)
+	w.quiet = true
+	d := w.open(Options{})
+	states := []policy.Tables{fromPeers(t, "sgr-1"), fromPeers(t, "sgr-2")}
+	for n := range 5 {
+		a := w.addPod(d, 1+n)
+		if err := d.SetPolicy(a.Endpoint, states[0]); err != nil {
+			t.Fatal(err)
+		}
+		begun, ended := make(chan struct{}), make(chan error)
+		go func() {
+			close(begun)
+			for i := 0; ; i++ {
+				if err := d.SetPolicy(a.Endpoint, states[i%2]); err != nil {
+					ended <- err
+					return
+				}
+			}
+		}()
+		<-begun
+		if _, err := d.Delete(context.Background(), a.ContainerID, a.IfName); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-ended; !errors.Is(err, ErrNotFound) {
+			t.Fatal(err)
+		}
+		index := uint32(a.HostIfIndex)
+		var v bpfgen.NodePolicyEndpoint
+		if err := d.objs.PolicyEndpoints.Lookup(&index, &v); !errors.Is(err, ebpf.ErrKeyNotExist) {
+			t.Fatalf("the deleted endpoint has a policy: %+v (%v)", v, err)
+		}
+	}
+	for _, known := range d.policies.numbers {
+		if known.users != 0 {
+			t.Errorf("table %d has %d users, and there is no endpoint", known.number, known.users)
+		}
+	}
+}
+
 // The gates are exchanged one by one: the epoch of one tells nothing of the other.
 func TestPolicyEpochs(t *testing.T) {
 	w := newWorld(t)

@@ -197,7 +197,9 @@ func (w *world) open(opts Options) *Datapath {
 	if err := d.SetENIs(context.Background(), enis); err != nil {
 		w.t.Fatal(err)
 	}
-	if err := d.SetVPC(context.Background(), []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}); err != nil {
+	d.eniMu.Lock()
+	defer d.eniMu.Unlock()
+	if err := d.setNets([]netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, nil); err != nil {
 		w.t.Fatal(err)
 	}
 	return d

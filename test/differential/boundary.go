@@ -27,8 +27,13 @@ func (c *cloud) applyBoundary(st vpcmodel.Statement) error {
 		if c.isLocal(s.Table, s.Route) {
 			action = "ReplaceRoute"
 		}
-		if s.ENI != "" {
+		switch {
+		case s.ENI != "":
 			return c.do(action, append(params, "NetworkInterfaceId", id(c, s.ENI))...)
+		case s.Gateway != "":
+			return c.do(action, append(params, "GatewayId", id(c, s.Gateway))...)
+		case s.NAT != "":
+			return c.do(action, append(params, "NatGatewayId", id(c, s.NAT))...)
 		}
 		return c.do(action, append(params, "VpcPeeringConnectionId", id(c, s.Peering))...)
 	case vpcmodel.DeleteRoute:
@@ -44,7 +49,7 @@ func (c *cloud) applyBoundary(st vpcmodel.Statement) error {
 	case vpcmodel.DeletePeering:
 		return c.do("DeleteVpcPeeringConnection", "VpcPeeringConnectionId", id(c, s.ID))
 	}
-	return fmt.Errorf("no call makes %q", st)
+	return c.applyGateway(st)
 }
 
 func (c *cloud) destination(r vpcmodel.Route) []string {

@@ -4,6 +4,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/underlay-cni/underlay/internal/packet"
 	"github.com/underlay-cni/underlay/internal/vpc"
@@ -24,6 +25,9 @@ func (g *generator) tryChange() bool {
 	if g.moves && g.chance(0.2) {
 		return g.move()
 	}
+	if len(g.world.Gateways) > 0 && g.chance(0.4) {
+		return g.gatewayChange()
+	}
 	if f.Groups && (g.emphasis == onGroups || g.emphasis == onAll) && g.chance(0.5) {
 		if g.chance(0.3) {
 			return g.openPort(pick(g, g.groups("")))
@@ -35,7 +39,7 @@ func (g *generator) tryChange() bool {
 	kind := g.IntN(16)
 	if g.chance(0.5) {
 		// Half of the changes are of what the world is about.
-		kind = pick(g, [][]int{onGroups: {0, 1, 2, 3, 4, 5}, onACLs: {6, 7, 8, 9}, onRoutes: {10, 11, 12}, onAll: {5, 9, 12}}[g.emphasis])
+		kind = pick(g, [][]int{onGroups: {0, 1, 2, 3, 4, 5}, onACLs: {6, 7, 8, 9}, onRoutes: {10, 11, 12}, onAll: {5, 9, 12}, onGateways: {5, 9, 12}}[g.emphasis])
 	}
 	switch kind {
 	case 0, 1, 2:
@@ -91,8 +95,11 @@ func (g *generator) cut() bool {
 		return false
 	}
 	p := pick(g, g.past)
-	v := g.world.Peek(&p.packet)
+	v := g.world.Peek(&p.sent)
 	e, d := g.world.ENIs[p.to], vpcmodel.In
+	if e == nil || p.sent.From == vpcmodel.Internet {
+		return false
+	}
 	if v.Sender == vpcmodel.Untracked && g.chance(0.7) {
 		e, d = g.world.ENIs[p.packet.From], vpcmodel.Out
 	} else if v.Receiver != vpcmodel.Untracked {
@@ -176,7 +183,7 @@ func (g *generator) unentry(id vpcmodel.ACLID, d vpcmodel.Direction) bool {
 
 func (g *generator) tables(v vpc.VPCID) (out []vpcmodel.TableID) {
 	for id, t := range g.world.Tables {
-		if v == "" || t.VPC == v {
+		if (v == "" || t.VPC == v) && !strings.HasPrefix(string(id), "edge") {
 			out = append(out, id)
 		}
 	}

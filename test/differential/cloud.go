@@ -26,16 +26,18 @@ type cloud struct {
 	ids      map[string]string
 	world    *vpcmodel.World // as it is in vpcd; statements are applied to both
 
-	macs      map[vpc.ENIID]string
-	devices   map[vpc.InstanceID]int // interfaces of an instance so far
-	tableOf   map[vpc.SubnetID]string
-	aclOf     map[vpc.SubnetID]string
-	listIs    map[vpcmodel.ListID]listState
-	silent    map[vpc.VPCID]string // a group without rules, for interfaces without groups
-	lists     int
-	peerings  []string
-	instances []string
-	defaults  []string // names of groups that go with their VPC
+	macs       map[vpc.ENIID]string
+	devices    map[vpc.InstanceID]int // interfaces of an instance so far
+	tableOf    map[vpc.SubnetID]string
+	aclOf      map[vpc.SubnetID]string
+	listIs     map[vpcmodel.ListID]listState
+	silent     map[vpc.VPCID]string          // a group without rules, for interfaces without groups
+	publics    map[netip.Addr]netip.Addr     // Elastic IPs: EC2's by the script's
+	attachedTo map[vpcmodel.GatewayID]string // VPCs, by the script's name
+	lists      int
+	peerings   []string
+	instances  []string
+	defaults   []string // names of groups that go with their VPC
 }
 
 func (c *cloud) isDefault(name string) bool { return slices.Contains(c.defaults, name) }
@@ -50,7 +52,7 @@ func newCloud(ctx context.Context, endpoint string) *cloud {
 		ctx: ctx, endpoint: endpoint, ids: map[string]string{}, world: vpcmodel.NewWorld(vpcmodel.Defaults()),
 		macs: map[vpc.ENIID]string{}, devices: map[vpc.InstanceID]int{},
 		tableOf: map[vpc.SubnetID]string{}, aclOf: map[vpc.SubnetID]string{}, listIs: map[vpcmodel.ListID]listState{},
-		silent: map[vpc.VPCID]string{},
+		silent: map[vpc.VPCID]string{}, publics: map[netip.Addr]netip.Addr{}, attachedTo: map[vpcmodel.GatewayID]string{},
 	}
 }
 

@@ -1,10 +1,13 @@
 package differential
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -20,17 +23,22 @@ type outcome struct {
 	verdicts map[int]vpcmodel.Verdict // by index of the Send
 	received map[int]string           // "" if nobody, else who, as words
 	noise    int                      // frames that no script sent
+	records  []recordDifference
+	kinds    int // of records that were compared
 }
 
 // mismatches lists the Sends of which model and fabric say different things.
 func (o *outcome) mismatches() (out []int) {
 	for i, v := range o.verdicts {
-		if string(v.To) != o.received[i] {
+		if expected(v) != o.received[i] {
 			out = append(out, i)
 		}
 	}
+	for _, d := range o.records {
+		out = append(out, d.index)
+	}
 	slices.Sort(out)
-	return out
+	return slices.Compact(out)
 }
 
 // report writes the script as one that can be replayed, with both verdicts where
@@ -41,12 +49,17 @@ func (o *outcome) report() string {
 		b.WriteString(st.String())
 		if v, ok := o.verdicts[i]; ok {
 			fmt.Fprintf(&b, " # model: %s", v)
-			if string(v.To) != o.received[i] {
+			if expected(v) != o.received[i] {
 				got := o.received[i]
 				if got == "" {
 					got = "nobody"
 				}
 				fmt.Fprintf(&b, "; FABRIC: received by %s", got)
+			}
+		}
+		for _, d := range o.records {
+			if d.index == i {
+				b.WriteString(" # " + d.text)
 			}
 		}
 		b.WriteByte('\n')
@@ -57,7 +70,8 @@ func (o *outcome) report() string {
 // run builds a script's world in vpcd, sends its packets, and removes the world.
 func (s *stand) run(script vpcmodel.Script) (o *outcome, err error) {
 	c := newCloud(s.ctx, s.endpoint)
-	r := &runner{stand: s, cloud: c, ports: map[string]*port{}, sent: map[string]fragment{}, whole: map[int]int{},
+	r := &runner{stand: s, started: time.Now().Add(-time.Second), cloud: c, ports: map[string]*port{}, sent: map[string]fragment{}, whole: map[int]int{},
+		expect: map[uint32]*translated{}, told: map[int]string{}, natPorts: map[natPort]uint16{}, pieces: pieces{},
 		out: &outcome{script: script, verdicts: map[int]vpcmodel.Verdict{}, received: map[int]string{}}}
 	defer func() {
 		for _, p := range r.ports {
@@ -77,9 +91,20 @@ func (s *stand) run(script vpcmodel.Script) (o *outcome, err error) {
 			r.settled = false
 			continue
 		}
+		if send.From == vpcmodel.Internet && len(c.world.NATs) > 0 {
+			// To what port it goes, packets of before tell.
+			if err := r.flush(); err != nil {
+				return nil, err
+			}
+		}
 		r.batch = append(r.batch, sending{i, send})
 	}
-	return r.out, r.flush()
+	if err := r.flush(); err != nil || !Enforced.Records || len(r.out.mismatches()) > 0 {
+		return r.out, err
+	}
+	r.out.records, err = r.compareRecords()
+	r.out.kinds = len(r.wantRecords())
+	return r.out, err
 }
 
 type sending struct {
@@ -102,6 +127,14 @@ type runner struct {
 	batch   []sending
 	sent    map[string]fragment
 	whole   map[int]int // parts of each Send
+	noted   []noted
+	started time.Time
+
+	expect   map[uint32]*translated // by number
+	numbers  map[uint16]int         // Send by the identification of its IP packet, of this batch
+	told     map[int]string         // what its sender was told about a Send
+	natPorts map[natPort]uint16
+	pieces   pieces
 }
 
 // flush sends the batch and collects what was received.
@@ -110,7 +143,7 @@ func (r *runner) flush() error {
 		return nil
 	}
 	batch := r.batch
-	r.batch = nil
+	r.batch, r.numbers = nil, map[uint16]int{}
 	if err := r.refresh(); err != nil {
 		return err
 	}
@@ -122,7 +155,10 @@ func (r *runner) flush() error {
 				return fmt.Errorf("statement %d, %q: %w", b.index+1, b.Send, err)
 			}
 		}
-		return r.sendMarker()
+		if err := r.sendMarker(); err != nil || len(r.cloud.world.NATs) == 0 {
+			return err
+		}
+		return r.sendMarker() // what passes a NAT gateway passes the fabric twice
 	})
 	if err != nil {
 		return err
@@ -152,6 +188,9 @@ func (r *runner) sendOne(b sending) error {
 	}
 	r.out.verdicts[b.index] = v
 	from := r.ports[string(b.From)]
+	if b.From == vpcmodel.Internet {
+		from = r.internet
+	}
 	if from == nil {
 		return fmt.Errorf("%s has no port", b.From)
 	}
@@ -162,13 +201,23 @@ func (r *runner) sendOne(b sending) error {
 		}
 	}
 	r.number++
-	parts := datagrams(&b.Packet, r.number)
+	parts := datagrams(r.real(&b.Packet), r.number)
 	r.whole[b.index] = len(parts)
-	for _, d := range parts {
-		r.sent[string(d)] = fragment{b.index, 1}
-	}
-	if b.Fragments > 1 {
-		r.sent[string(reassembled(parts))] = fragment{b.index, len(parts)}
+	r.note(b, v, parts)
+	r.numbers[uint16(r.number)] = b.index
+	if v.Seen != nil {
+		t := &translated{index: b.index, number: r.number, seen: *v.Seen, cut: b.MayFragment}
+		if b.From != vpcmodel.Internet {
+			t.nat = v.NAT
+		}
+		r.expect[r.number] = t
+	} else {
+		for _, d := range parts {
+			r.sent[string(d)] = fragment{b.index, 1}
+		}
+		if b.Fragments > 1 {
+			r.sent[string(reassembled(parts))] = fragment{b.index, len(parts)}
+		}
 	}
 	for _, d := range parts {
 		if err := from.send(packet.Frame(packet.MAC(from.mac), to, packet.EtherTypeIPv4, d)); err != nil {
@@ -193,7 +242,11 @@ func reassembled(parts [][]byte) []byte {
 func (r *runner) collect(batch []sending) error {
 	buf := make([]byte, 1<<14)
 	got := map[int]map[string]int{}
-	for name, p := range r.ports {
+	ports := maps.Clone(r.ports)
+	if r.internet != nil && len(r.cloud.world.Gateways) > 0 {
+		ports[string(vpcmodel.Internet)] = r.internet
+	}
+	for name, p := range ports {
 		for {
 			frame, err := p.receive(buf)
 			if err != nil {
@@ -202,18 +255,20 @@ func (r *runner) collect(batch []sending) error {
 			if frame == nil {
 				break
 			}
-			if len(frame) < 14 {
+			if len(frame) < 34 {
 				continue
 			}
-			f, ok := r.sent[string(frame[14:])]
-			if !ok {
-				r.out.noise++
+			f, how, err := r.whose(name, frame[14:])
+			if err != nil {
+				return fmt.Errorf("received on %s: %w", name, err)
+			}
+			if f.parts == 0 {
 				continue
 			}
 			if got[f.index] == nil {
 				got[f.index] = map[string]int{}
 			}
-			who := name
+			who := name + how
 			if packet.MAC(frame[:6]) != packet.MAC(p.mac) {
 				who += " with another's MAC"
 			}
@@ -233,9 +288,39 @@ func (r *runner) collect(batch []sending) error {
 			who = append(who, name)
 		}
 		slices.Sort(who)
-		r.out.received[b.index] = strings.Join(who, " and ")
+		r.out.received[b.index] = strings.TrimSpace(strings.Join(who, " and ") + r.told[b.index])
 	}
 	return nil
+}
+
+// whose finds the Send that a datagram received by name is of, and how it differs
+// from what it should be. Without parts it is not to be counted.
+func (r *runner) whose(name string, d []byte) (f fragment, how string, err error) {
+	if f, ok := r.sent[string(d)]; ok {
+		return f, "", nil
+	}
+	if mtu, from, about := told(d); mtu > 0 {
+		i, ok := r.numbers[binary.BigEndian.Uint16(about[4:])]
+		if e := r.cloud.world.ENIs[vpc.ENIID(name)]; ok && e != nil && from == vpc.Router(r.cloud.world.Subnets[e.Subnet].CIDR) {
+			r.told[i] += fmt.Sprintf(" told %d", mtu)
+			if send := r.out.script[i].(vpcmodel.Send); string(send.From) != name {
+				r.told[i] += " at " + name
+			}
+			return fragment{}, "", nil
+		}
+	}
+	if d, err = r.pieces.add(d); err != nil || d == nil {
+		return fragment{}, "", err
+	}
+	t := r.expect[numberOf(d)]
+	if t == nil {
+		r.out.noise++
+		return fragment{}, "", nil
+	}
+	if how := r.match(t, d); how != "" {
+		return fragment{t.index, r.whole[t.index]}, " " + how, nil
+	}
+	return fragment{t.index, r.whole[t.index]}, "", nil
 }
 
 // runAll runs scripts, several at once, and returns what became of each.

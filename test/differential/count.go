@@ -96,6 +96,19 @@ func wanted(f Features) map[string]string {
 		w["route peering"] = "+-"
 		w["route peering transit"] = "-"
 	}
+	if f.Internet {
+		for _, kind := range []string{"igw out", "igw in", "route edge local", "route edge eni"} {
+			w[kind] = "+"
+		}
+		for _, kind := range []string{"igw source", "igw destination", "igw nobody", "igw private source", "mtu igw"} {
+			w[kind] = "-"
+		}
+		w["route igw"] = "+"
+	}
+	if f.Internet && f.NAT {
+		w["nat out"], w["nat in"], w["route nat"] = "+", "+", "+-"
+		w["nat unasked"], w["nat protocol"], w["mtu nat"] = "-", "-", "-"
+	}
 	if f.Fragments {
 		w["fragment"] = "-"
 	}

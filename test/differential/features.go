@@ -1,6 +1,8 @@
 package differential
 
 import (
+	"maps"
+	"slices"
 	"strings"
 
 	"github.com/underlay-cni/underlay/test/vpcmodel"
@@ -19,11 +21,12 @@ type Features struct {
 	Clock     bool // the fabric's clock can be moved, so that idle flows can be tested
 	Internet  bool // internet gateways, Elastic IPs, edge tables, MTU
 	NAT       bool // NAT gateways
+	Records   bool // flow records
 }
 
 // Enforced are those that the fabric enforces. Whatever it learns is added here,
 // and nowhere else.
-var Enforced = Features{Groups: true, Lists: true, ACLs: true, Tables: true, Peerings: true, Fragments: true}
+var Enforced = Features{Groups: true, Lists: true, ACLs: true, Tables: true, Peerings: true, Fragments: true, Internet: true, NAT: true, Records: true}
 
 // Missing names what is not enforced, for the summary of a run.
 func (f Features) Missing() string {
@@ -31,7 +34,7 @@ func (f Features) Missing() string {
 	for name, there := range map[string]bool{
 		"security groups": f.Groups, "prefix lists": f.Lists, "network ACLs": f.ACLs, "route tables": f.Tables,
 		"peerings": f.Peerings, "fragments": f.Fragments, "exempt services": f.Exempt, "idle timeouts": f.Clock,
-		"internet gateways": f.Internet, "NAT gateways": f.NAT,
+		"internet gateways": f.Internet, "NAT gateways": f.NAT, "flow records": f.Records,
 	} {
 		if !there {
 			names = append(names, name)
@@ -81,3 +84,5 @@ func (f Features) Lacks(s vpcmodel.Script) string {
 	}
 	return ""
 }
+
+func sortedKeys[K ~string, V any](m map[K]V) []K { return slices.Sorted(maps.Keys(m)) }

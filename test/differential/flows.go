@@ -38,7 +38,11 @@ func (g *generator) send() {
 	g.script = append(g.script, s)
 	g.counts.Add(v)
 	if v.Delivered() {
-		g.past = append(g.past, passed{*best, v.To})
+		seen := *best
+		if v.Seen != nil {
+			seen = *v.Seen
+		}
+		g.past = append(g.past, passed{seen, *best, v.To})
 		if len(g.past) > 30 {
 			g.past = g.past[1:]
 		}
@@ -70,13 +74,17 @@ func (g *generator) candidate() *vpcmodel.Packet {
 	if len(g.past) > 0 && g.chance(0.5) {
 		p = g.followUp()
 	}
+	if p == nil && len(g.world.Gateways) > 0 && g.chance(0.3) {
+		p = g.fromInternet()
+	}
 	if p == nil && g.chance(0.6) {
 		p = g.aimed()
 	}
 	if p == nil {
 		p = g.newFlow()
 	}
-	return p
+	g.stretch(p)
+	return g.tidy(p)
 }
 
 // newFlow is the first packet of a flow.
@@ -231,13 +239,19 @@ func (g *generator) matching(p *vpcmodel.Packet, m vpcmodel.Match) {
 // destination is an address that a packet of an ENI may be for.
 func (g *generator) destination(from *vpcmodel.ENI) netip.Addr {
 	v := g.world.Subnets[from.Subnet].VPC
+	if g.gatewayOf(v) != "" && g.chance(0.3) {
+		if g.chance(0.1) {
+			return pick(g, privates)
+		}
+		return pick(g, hosts)
+	}
 	switch n := g.IntN(40); {
 	case n < 26:
 		return g.otherAddress(from, v)
 	case n < 33:
 		return g.otherAddress(from, pick(g, g.vpcs))
 	case n < 37:
-		return pick(g, []netip.Addr{netip.MustParseAddr("203.0.113.9"), netip.MustParseAddr("198.51.100.9"), netip.MustParseAddr("198.51.100.200"), netip.MustParseAddr("192.0.2.9")})
+		return pick(g, hosts)
 	case n < 38:
 		return netip.MustParseAddr("169.254.168.9")
 	default: // an address that perhaps nobody has
@@ -289,6 +303,9 @@ func (g *generator) transport(p *vpcmodel.Packet) {
 // followUp is a packet that continues, answers, forwards or is about one before.
 func (g *generator) followUp() *vpcmodel.Packet {
 	last := g.past[len(g.past)-1-g.IntN(min(len(g.past), 1+g.IntN(len(g.past))))]
+	if last.to == vpcmodel.Internet || last.sent.From == vpcmodel.Internet {
+		return g.followOutside(last)
+	}
 	p, to := last.packet, g.world.ENIs[last.to]
 	if to == nil || !to.Attached {
 		return nil
@@ -313,9 +330,35 @@ func (g *generator) followUp() *vpcmodel.Packet {
 		}
 		return q
 	case mine:
-		return g.answer(p, to)
+		return g.answer(p, to.ID)
 	}
 	return nil
+}
+
+// followOutside is followUp for a packet from or to the internet.
+func (g *generator) followOutside(last passed) *vpcmodel.Packet {
+	p, to := last.packet, g.world.ENIs[last.to]
+	switch n := g.IntN(10); {
+	case n < 3:
+		again := last.sent
+		again.Length, again.MayFragment = 0, false
+		if e := g.world.ENIs[again.From]; e != nil && !e.Attached {
+			return nil
+		}
+		if again.Proto == packet.ProtoTCP {
+			again.Flags = pick(g, []uint8{vpcmodel.ACK, vpcmodel.ACK, vpcmodel.PSH | vpcmodel.ACK, vpcmodel.FIN | vpcmodel.ACK, vpcmodel.SYN})
+		}
+		return &again
+	case to != nil && !to.Attached:
+		return nil
+	case to != nil && p.Dst != to.Primary && !holds(to, p.Dst):
+		p.From = to.ID // a middlebox
+		return &p
+	case n < 4 && p.About == nil && p.Proto != packet.ProtoICMP && last.sent.From == vpcmodel.Internet:
+		return &vpcmodel.Packet{From: last.to, Src: p.Dst, Dst: p.Src, Proto: packet.ProtoICMP, Type: 3, Code: uint8(pick(g, []int{1, 3, 4})),
+			About: &vpcmodel.Quote{Src: p.Src, Dst: p.Dst, Proto: p.Proto, SrcPort: p.SrcPort, DstPort: p.DstPort, Ident: p.Ident}}
+	}
+	return g.answer(p, last.to)
 }
 
 func holds(e *vpcmodel.ENI, a netip.Addr) bool {
@@ -327,11 +370,11 @@ func holds(e *vpcmodel.ENI, a netip.Addr) bool {
 	return false
 }
 
-func (g *generator) answer(p vpcmodel.Packet, to *vpcmodel.ENI) *vpcmodel.Packet {
+func (g *generator) answer(p vpcmodel.Packet, to vpc.ENIID) *vpcmodel.Packet {
 	if p.About != nil {
 		return nil
 	}
-	r := &vpcmodel.Packet{From: to.ID, Src: p.Dst, Dst: p.Src, Proto: p.Proto, SrcPort: p.DstPort, DstPort: p.SrcPort, Ident: p.Ident}
+	r := &vpcmodel.Packet{From: to, Src: p.Dst, Dst: p.Src, Proto: p.Proto, SrcPort: p.DstPort, DstPort: p.SrcPort, Ident: p.Ident}
 	switch p.Proto {
 	case packet.ProtoTCP:
 		r.Flags = pick(g, []uint8{vpcmodel.SYN | vpcmodel.ACK, vpcmodel.SYN | vpcmodel.ACK, vpcmodel.ACK, vpcmodel.FIN | vpcmodel.ACK, vpcmodel.RST | vpcmodel.ACK})

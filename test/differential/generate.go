@@ -23,6 +23,7 @@ type generator struct {
 	moves    bool               // interfaces move between instances
 	second   map[vpc.ENIID]bool // those that may: each is not its instance's first
 	vpcs     []vpc.VPCID
+	nats     int               // NAT gateways that were made
 	next     int               // ID of the next packet
 	queue    []vpcmodel.Packet // to be sent next
 	past     []passed          // the last packets that were delivered
@@ -40,23 +41,26 @@ const (
 	onACLs
 	onRoutes
 	onAll
+	onGateways
 )
 
 // emphases are those of the worlds of consecutive seeds.
-var emphases = []emphasis{onGroups, onACLs, onRoutes, onACLs, onGroups, onACLs, onAll}
+var emphases = []emphasis{onGroups, onACLs, onRoutes, onACLs, onGroups, onACLs, onAll, onGateways, onGateways}
 
 // chanceOf are, by emphasis, the chances that an interface has groups of its own
 // instead of one that allows all, that a subnet has an ACL, and a route table.
 var chanceOf = [...]struct{ groups, acl, table float64 }{
-	onGroups: {0.97, 0.1, 0.15},
-	onACLs:   {0.05, 0.7, 0.05},
-	onRoutes: {0.1, 0.1, 0.9},
-	onAll:    {0.6, 0.4, 0.4},
+	onGroups:   {0.97, 0.1, 0.15},
+	onACLs:     {0.05, 0.7, 0.05},
+	onRoutes:   {0.1, 0.1, 0.9},
+	onAll:      {0.6, 0.4, 0.4},
+	onGateways: {0.3, 0.3, 0.1},
 }
 
 // passed is a packet that was delivered, and to whom.
 type passed struct {
-	packet vpcmodel.Packet
+	packet vpcmodel.Packet // as the receiver saw it
+	sent   vpcmodel.Packet
 	to     vpc.ENIID
 }
 
@@ -99,7 +103,7 @@ func prefix(format string, args ...any) netip.Prefix {
 }
 
 // outside are destinations that no VPC has, for routes to middleboxes.
-var outside = []netip.Prefix{prefix("203.0.113.0/24"), prefix("198.51.100.0/25"), prefix("198.51.100.0/24"), prefix("0.0.0.0/0")}
+var outside = []netip.Prefix{prefix("203.0.113.0/24"), prefix("192.0.2.0/25"), prefix("192.0.2.0/24"), prefix("0.0.0.0/0")}
 
 // build makes the objects. Two VPCs can be peered, a third has the addresses of
 // the first.
@@ -155,6 +159,12 @@ func (g *generator) build() {
 	for i, v := range g.vpcs {
 		if g.features.Tables {
 			g.buildTables(i+1, v)
+		}
+	}
+	if g.features.Internet && (g.emphasis == onGateways || g.emphasis == onAll) {
+		for i, v := range g.vpcs[:2] {
+			g.buildGateways(i+1, nets[i], v)
+			g.leadOut(i+1, v)
 		}
 	}
 	for _, e := range g.enis("") {
@@ -418,6 +428,13 @@ func (g *generator) route(id vpcmodel.TableID) bool {
 		}
 	}
 	r.ENI = pick(g, g.enis(t.VPC))
+	if w := g.gatewayOf(t.VPC); w != "" && r.CIDR.IsValid() && slices.Contains(outside, r.CIDR) && g.chance(0.6) {
+		r.ENI = ""
+		if r.NAT = g.natOf(t.VPC); r.NAT == "" || g.chance(0.5) {
+			r.NAT, r.Gateway = "", w
+		}
+		return g.do(vpcmodel.AddRoute{Table: id, Route: r})
+	}
 	if g.features.Peerings && t.VPC != "v3" && r.CIDR.IsValid() && !r.CIDR.Overlaps(g.world.VPCs[t.VPC].CIDRs[0]) && g.chance(0.6) {
 		r.ENI, r.Peering = "", "x1"
 	}

@@ -58,7 +58,8 @@ func (l *lockedBuffer) String() string {
 
 func newKillable(t *testing.T) *killable {
 	t.Helper()
-	k := &killable{options: labOptions(t), stand: &stand{}}
+	k := &killable{options: labOptions(t)}
+	k.stand = &stand{name: k.options.Name}
 	ctx, cancel := context.WithCancel(context.Background())
 	k.ctx = ctx
 	t.Cleanup(func() {
@@ -80,7 +81,7 @@ func newKillable(t *testing.T) *killable {
 // start starts vpcd and does not wait for it.
 func (k *killable) start() error {
 	o := k.options
-	options, err := json.Marshal(childOptions{Name: o.Name, Dir: o.Dir, BPFFS: o.BPFFS, Listen: o.Listen})
+	options, err := json.Marshal(childOptions{o.Name, o.Dir, o.BPFFS, o.Listen, time.Second})
 	if err != nil {
 		return err
 	}
@@ -148,7 +149,8 @@ const killedWorlds = 2
 // Killed at any moment, under calls and traffic, vpcd has lost no change that it
 // has answered; while it is down, comes up, or is in the middle of a change,
 // nothing passes that the rules before and after the change both forbid, and what
-// both allow does; a tracked flow goes on.
+// both allow does; a tracked flow goes on. In the end the flow logs have all that
+// the interfaces counted.
 func TestKilled(t *testing.T) {
 	k := newKillable(t)
 	first := *seed
@@ -156,14 +158,19 @@ func TestKilled(t *testing.T) {
 		first = uint64(time.Now().UnixNano())
 	}
 	t.Logf("-seed %d", first)
+	features := Enforced
+	features.Internet, features.NAT = false, false // calls about them cannot be repeated
 	var worlds []*watched
 	for i := range killedWorlds {
-		w, err := k.watch(first+uint64(i), Enforced, false)
+		w, err := k.watch(first+uint64(i), features, false)
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer w.close()
 		worlds = append(worlds, w)
+		if err := w.logFlows(); err != nil {
+			t.Fatal(err)
+		}
 	}
 	lasting, err := k.layLasting()
 	if err != nil {
@@ -296,6 +303,11 @@ func TestKilled(t *testing.T) {
 			total.add(n)
 		}
 	}
+	logs := &flowTotals{killable: k}
+	if err := eventually(k.ctx, "flow logs and counters agree", func() bool { return logs.read(worlds) != nil || logs.wrong == "" }); err != nil || logs.err != nil {
+		t.Errorf("%v; %v: %s", err, logs.err, logs.wrong)
+	}
+	t.Logf("flow logs: %d files, %d packets of %d interfaces, %d of them with SKIPDATA", logs.files, logs.packets, logs.interfaces, logs.skipped)
 	t.Logf("%d kills, %d of them while it started; %d changes of rules and %d calls answered; %d packets whose verdict was sure, %d received; %d packets of lasting flows",
 		*kills, early, changes.Load(), calls.Load(), total.sure, total.received, lasting.sent)
 }

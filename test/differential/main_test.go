@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"testing"
+	"time"
 
 	"github.com/underlay-cni/underlay/internal/vpcd"
 )
@@ -15,7 +16,10 @@ import (
 const childVariable = "UNDERLAY_DIFFERENTIAL_CHILD"
 
 // childOptions are the Options that go to a child.
-type childOptions struct{ Name, Dir, BPFFS, Listen string }
+type childOptions struct {
+	Name, Dir, BPFFS, Listen string
+	FlowInterval             time.Duration
+}
 
 // TestMain is a vpcd, when childVariable holds its Options: one that a test can
 // kill.
@@ -28,7 +32,7 @@ func TestMain(m *testing.M) {
 	err := json.Unmarshal([]byte(options), &c)
 	if err == nil {
 		err = vpcd.Run(context.Background(), vpcd.Options{
-			Name: c.Name, Dir: c.Dir, BPFFS: c.BPFFS, Listen: c.Listen,
+			Name: c.Name, Dir: c.Dir, BPFFS: c.BPFFS, Listen: c.Listen, FlowInterval: c.FlowInterval,
 			Logger: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})),
 			Ready:  func(a net.Addr) { fmt.Println(a) },
 		})

@@ -33,7 +33,8 @@ func openPort(netns, mac string) (*port, error) {
 			return fmt.Errorf("list addresses: %w", err)
 		}
 		for i := range addrs {
-			if err := netlink.AddrDel(link, &addrs[i]); err != nil {
+			// A second address of a network goes with the first.
+			if err := netlink.AddrDel(link, &addrs[i]); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
 				return fmt.Errorf("remove %s: %w", addrs[i].IPNet, err)
 			}
 		}

@@ -35,6 +35,9 @@ func (c *cloud) remove(terminated func(instances []string) error) error {
 			try("DeleteVpcPeeringConnection", "VpcPeeringConnectionId", id(c, name))
 		}
 	}
+	if err := c.removeGateways(try); err != nil {
+		errs = append(errs, err)
+	}
 	for name := range c.world.ENIs {
 		try("DeleteNetworkInterface", "NetworkInterfaceId", id(c, name))
 	}

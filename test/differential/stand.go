@@ -38,6 +38,7 @@ var stands atomic.Int32
 type stand struct {
 	ctx      context.Context
 	endpoint string
+	name     string // of the lab
 	log      bytes.Buffer
 
 	mu       sync.Mutex // one batch at a time, as markers have one receiver
@@ -45,6 +46,7 @@ type stand struct {
 	from, to *port      // markers go from one to the other
 	marker   netip.Addr
 	at       netip.Addr
+	internet *port // nil until there is one
 }
 
 // newStand starts vpcd in this process, with a lab of its own, to be stopped and
@@ -60,7 +62,7 @@ func newStandWith(t testing.TB, before func(lab string)) *stand {
 	t.Helper()
 	o := labOptions(t)
 	before(o.Name)
-	s := &stand{}
+	s := &stand{name: o.Name}
 	ctx, cancel := context.WithCancel(context.Background())
 	s.ctx = ctx
 	o.Logger = slog.New(slog.NewTextHandler(&s.log, &slog.HandlerOptions{Level: slog.LevelWarn}))
@@ -112,7 +114,9 @@ func labOptions(t testing.TB) vpcd.Options {
 // furnish lifts the quotas that worlds would meet, and makes what markers need.
 func (s *stand) furnish(t testing.TB) {
 	t.Helper()
-	if err := s.admin(http.MethodPut, "chaos", map[string]any{"quotas": map[string]int{"vpcs": 100000, "groups": 100000}}, nil); err != nil {
+	if err := s.admin(http.MethodPut, "chaos", map[string]any{"quotas": map[string]int{
+		"vpcs": 100000, "groups": 100000, "internet-gateways": 1000, "elastic-ips": 1000, "nat-gateways-per-zone": 1000,
+	}}, nil); err != nil {
 		t.Fatal(err)
 	}
 	s.layMarkers(t)
@@ -283,6 +287,9 @@ func onOneCPU(fn func() error) error {
 func (s *stand) openPorts(c *cloud, ports map[string]*port) error {
 	namespaces, err := s.settle()
 	if err != nil {
+		return err
+	}
+	if err := s.openInternet(c); err != nil {
 		return err
 	}
 	for name, e := range c.world.ENIs {

@@ -3,6 +3,7 @@ package differential
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net/netip"
 	"net/url"
@@ -74,7 +75,7 @@ func (s *stand) watch(seed uint64, f Features, moves bool) (*watched, error) {
 var doneAlready = []string{
 	"InvalidPermission.Duplicate", "InvalidPermission.NotFound", "NetworkAclEntryAlreadyExists", "InvalidNetworkAclEntry.NotFound",
 	"RouteAlreadyExists", "InvalidRoute.NotFound", "PrefixListVersionMismatch", "Resource.AlreadyAssigned",
-	"Some of the specified", // … addresses are not assigned
+	"InvalidStateTransition", "Some of the specified", // … addresses are not assigned
 }
 
 // change makes one change, and does not return before it is answered. A call whose
@@ -315,13 +316,16 @@ func (w *watched) probe(n int) (t tally, err error) {
 func (w *watched) fresh() *vpcmodel.Packet {
 	for {
 		p := w.probes.aimed()
-		if p == nil || w.probes.chance(0.3) {
+		if len(w.probes.world.Gateways) > 0 && w.probes.chance(0.2) {
+			p = w.probes.fromInternet()
+		} else if p == nil || w.probes.chance(0.3) {
 			p = w.probes.newFlow()
 		}
-		if w.ports[string(p.From)] == nil {
+		p = w.probes.tidy(p)
+		if p.From != vpcmodel.Internet && w.ports[string(p.From)] == nil {
 			continue
 		}
-		if p.Proto != packet.ProtoTCP && p.Proto != packet.ProtoUDP || p.Fragments > 0 || p.Orphan || p.Direct != "" {
+		if p.Proto != packet.ProtoTCP && p.Proto != packet.ProtoUDP || p.Fragments > 0 || p.Orphan || p.Direct != "" || p.Length > 0 {
 			continue
 		}
 		kind := flowKind{p.Src, p.Dst, p.Proto, p.DstPort}
@@ -338,13 +342,23 @@ func (w *watched) fresh() *vpcmodel.Packet {
 func (w *watched) sendAll(packets []*vpcmodel.Packet) ([]string, error) {
 	w.stand.mu.Lock()
 	defer w.stand.mu.Unlock()
-	sent := map[string]int{}
+	sent := map[uint32]int{}
+	ports := maps.Clone(w.ports)
+	if w.internet != nil {
+		ports[string(vpcmodel.Internet)] = w.internet
+	}
 	err := onOneCPU(func() error {
 		for i, p := range packets {
 			w.number++
-			d := datagrams(p, w.number)[0]
-			sent[string(d)] = i
-			from := w.ports[string(p.From)]
+			q := *p
+			for _, a := range []*netip.Addr{&q.Src, &q.Dst} {
+				if known, ok := w.cloud.publics[*a]; ok {
+					*a = known
+				}
+			}
+			d := datagrams(&q, w.number)[0]
+			sent[w.number] = i
+			from := ports[string(p.From)]
 			err := from.send(packet.Frame(packet.MAC(from.mac), packet.MAC(fabric.RouterMAC), packet.EtherTypeIPv4, d))
 			if err != nil && w.leaving(p.From) {
 				continue
@@ -352,17 +366,20 @@ func (w *watched) sendAll(packets []*vpcmodel.Packet) ([]string, error) {
 				return fmt.Errorf("send %s: %w", p, err)
 			}
 		}
-		return w.sendMarker()
+		if err := w.sendMarker(); err != nil || w.internet == nil {
+			return err
+		}
+		return w.sendMarker() // what passes a NAT gateway passes the fabric twice
 	})
 	if err != nil {
 		return nil, err
 	}
 	got := make([]string, len(packets))
 	buf := make([]byte, 1<<14)
-	for name, p := range w.ports {
+	for name, p := range ports {
 		for {
 			frame, err := p.receive(buf)
-			if err != nil && (w.leaving(vpc.ENIID(name)) || !w.probes.world.ENIs[vpc.ENIID(name)].Attached) {
+			if err != nil && name != string(vpcmodel.Internet) && (w.leaving(vpc.ENIID(name)) || !w.probes.world.ENIs[vpc.ENIID(name)].Attached) {
 				break
 			} else if err != nil {
 				return nil, fmt.Errorf("receive on %s: %w", name, err)
@@ -373,7 +390,7 @@ func (w *watched) sendAll(packets []*vpcmodel.Packet) ([]string, error) {
 			if len(frame) < 14 {
 				continue
 			}
-			if i, ok := sent[string(frame[14:])]; ok {
+			if i, ok := sent[numberOf(frame[14:])]; ok {
 				if got[i] != "" {
 					got[i] += " and "
 				}

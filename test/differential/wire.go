@@ -8,16 +8,23 @@ import (
 	"github.com/underlay-cni/underlay/test/vpcmodel"
 )
 
+// mark stands before the number of a packet.
+const mark = "model\x00\x00\x00"
+
 // datagrams returns the IP packets, one or several fragments, that a model's
 // packet is on the wire. number makes each unlike all others of a run.
 func datagrams(p *vpcmodel.Packet, number uint32) [][]byte {
-	payload := binary.BigEndian.AppendUint32([]byte("model\x00\x00\x00"), number)
+	payload := binary.BigEndian.AppendUint32([]byte(mark), number)
 	body := transport(p, payload)
 	if p.Fragments < 2 && !p.Orphan {
 		if p.Length > 20+len(body) {
 			body = transport(p, append(payload, make([]byte, p.Length-20-len(body))...))
 		}
-		return [][]byte{ip(p.Src, p.Dst, p.Proto, uint16(number), 0x4000, body)}
+		flags := uint16(0x4000)
+		if p.MayFragment {
+			flags = 0
+		}
+		return [][]byte{ip(p.Src, p.Dst, p.Proto, uint16(number), flags, body)}
 	}
 	// Each fragment but the last carries 16 bytes, so that the first has the
 	// whole UDP header.

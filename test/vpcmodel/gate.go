@@ -153,13 +153,13 @@ func (w *World) peerMatches(e *ENI, d Direction, r *Rule, p *Packet, far *ENI) b
 	case r.List != "":
 		return slices.ContainsFunc(w.Lists[r.List], func(c netip.Prefix) bool { return c.Contains(a) })
 	default:
-		return w.referenced(e, d, r.Group, a, far)
+		return w.referenced(e, d, r.Group, a, p.Direct, far)
 	}
 }
 
 // referenced: a reference "matches the PRIVATE IPs of ENIs carrying that SG -
 // primary, secondary, IPv6; addresses in delegated prefixes [inf …]".
-func (w *World) referenced(e *ENI, d Direction, id vpc.SecurityGroupID, a netip.Addr, far *ENI) bool {
+func (w *World) referenced(e *ENI, d Direction, id vpc.SecurityGroupID, a netip.Addr, mac vpc.ENIID, far *ENI) bool {
 	g := w.Groups[id]
 	if g == nil {
 		return false // "Peered SG deleted … => rule stays, stale, matches nothing"
@@ -175,7 +175,9 @@ func (w *World) referenced(e *ENI, d Direction, id vpc.SecurityGroupID, a netip.
 		// "Not preserved through a middlebox/appliance ENI …: match by CIDR
 		// only": it counts when the holder of the source sent the packet itself.
 		if far == nil {
-			return d == Out && w.Settings.EgressReferencesByAddress || w.direct(e, d, a, other)
+			// Beyond the VPC an address alone names nobody: other peers may
+			// have the same. There it counts when the route leads to the holder.
+			return d == Out && w.Settings.EgressReferencesByAddress && g.VPC == w.vpcOf(e) || w.direct(e, d, a, mac, other)
 		}
 		return far == other
 	}
@@ -183,8 +185,8 @@ func (w *World) referenced(e *ENI, d Direction, id vpc.SecurityGroupID, a netip.
 }
 
 // direct reports whether the next hop of a packet from e to a is other itself.
-func (w *World) direct(e *ENI, d Direction, a netip.Addr, other *ENI) bool {
-	return d == Out && w.route(w.Subnets[e.Subnet], &Packet{From: e.ID, Dst: a}).eni == other
+func (w *World) direct(e *ENI, d Direction, a netip.Addr, mac vpc.ENIID, other *ENI) bool {
+	return d == Out && w.route(w.Subnets[e.Subnet], &Packet{From: e.ID, Dst: a, Direct: mac}).eni == other
 }
 
 // untracked: "tracked unless a TCP/UDP rule allows 0.0.0.0/0 (or ::/0) AND the
@@ -196,7 +198,7 @@ func (w *World) direct(e *ENI, d Direction, a netip.Addr, other *ENI) bool {
 // flow, and an untracked one could not be "cut at once". A SYN that is known to
 // belong to no flow answers none.
 func (w *World) untracked(e *ENI, d Direction, p *Packet, known bool) bool {
-	if !p.ports() || d == Out && w.route(w.Subnets[e.Subnet], p).nat != nil {
+	if !p.ports() || w.tracksAll || d == Out && w.route(w.Subnets[e.Subnet], p).nat != nil {
 		return false // "Always tracked: via … NAT GW"
 	}
 	begins := w.anybody(e, d, p) && w.anyPort(e, !d, p)

@@ -238,7 +238,10 @@ func (s Disassociate) Apply(w *World) error {
 }
 
 func (s MakeNAT) Apply(w *World) error {
-	if err := first(need("subnet", w.Subnets, s.Subnet), fresh("NAT gateway", w.NATs, s.ID), w.free(s.Subnet, single(s.Private))); err != nil {
+	if err := first(need("subnet", w.Subnets, s.Subnet), fresh("NAT gateway", w.NATs, s.ID)); err != nil {
+		return err
+	}
+	if err := w.free(s.Subnet, single(s.Private)); err != nil {
 		return err
 	}
 	if s.Public != "" {
@@ -416,6 +419,10 @@ func (w *World) leave(e *ENI, s *Subnet, p *Packet, g *Gateway) Verdict {
 	}
 	seen := *p
 	seen.Src = public.Public
+	if p.About != nil && p.About.Dst == p.Src {
+		about := *p.About
+		about.Dst, seen.About = public.Public, &about
+	}
 	return Verdict{To: Internet, Rule: "igw out", Rules: append(rules, "igw out"), Seen: &seen}
 }
 
@@ -440,6 +447,10 @@ func (w *World) arrive(p *Packet) Verdict {
 	}
 	seen := *p
 	seen.Dst = public.Private
+	if p.About != nil && p.About.Src == p.Dst {
+		about := *p.About
+		about.Src, seen.About = public.Private, &about
+	}
 	if public.NAT != "" {
 		return w.answered(w.NATs[public.NAT], nil, &seen)
 	}
@@ -486,7 +497,7 @@ func (w *World) translate(e *ENI, s *Subnet, p *Packet, n *NAT) Verdict {
 	}
 	f, reset := n.flow(w, p)
 	if reset {
-		return Verdict{Where: AtNAT, Rule: "nat idle", Rules: rules, Why: "the flow was idle for 350 s: a reset answers"}
+		return Verdict{Where: AtNAT, Rule: "nat idle", Rules: rules, Why: "no such flow, or idle for 350 s: a reset answers"}
 	}
 	seen := *p
 	seen.Src = n.Private
@@ -505,7 +516,7 @@ func (w *World) translate(e *ENI, s *Subnet, p *Packet, n *NAT) Verdict {
 	case h.nat != nil:
 		v = Verdict{Where: AtRoute, Rule: "route nat again", Why: "a NAT gateway behind a NAT gateway"}
 	default:
-		v = w.enter(home, h.eni, &seen, nil)
+		v = w.byNAT(home, h.eni, &seen)
 		v.Rules = append([]string{"route " + h.rule}, v.Rules...)
 	}
 	if v.Seen == nil && v.Delivered() {
@@ -529,13 +540,13 @@ func (n *NAT) flow(w *World, p *Packet) (f *natFlow, reset bool) {
 		}
 		if w.Now-f.last >= natIdle {
 			n.flows = slices.Delete(n.flows, i, i+1)
-			if p.Proto == packet.ProtoTCP && p.Flags&(SYN|ACK) != SYN {
-				return nil, true
-			}
 			break
 		}
 		f.last = w.Now
 		return f, false
+	}
+	if p.Proto == packet.ProtoTCP && p.Flags&(SYN|ACK) != SYN {
+		return nil, true // what goes on with a flow that it does not know
 	}
 	n.port++
 	f = &natFlow{k, n.port, w.Now}
@@ -578,7 +589,7 @@ func (w *World) answered(n *NAT, from *Subnet, p *Packet) Verdict {
 	if h.eni == nil {
 		return Verdict{Where: AtRoute, Rule: "route " + h.rule, Rules: rules, Why: "no way back inside: " + h.why}
 	}
-	v := w.enter(home, h.eni, &seen, nil)
+	v := w.byNAT(home, h.eni, &seen)
 	v.Rules = append(append(rules, "nat in"), v.Rules...)
 	if v.Seen == nil {
 		v.Seen = &seen
@@ -614,4 +625,11 @@ func why1(rules []string) Where {
 		return AtACLIn
 	}
 	return AtACLOut
+}
+
+// byNAT is enter for what a NAT gateway sends: "Always tracked".
+func (w *World) byNAT(home *Subnet, to *ENI, p *Packet) Verdict {
+	w.tracksAll = true
+	defer func() { w.tracksAll = false }()
+	return w.enter(home, to, p, nil)
 }

@@ -69,7 +69,9 @@ func (w *World) judge(p *Packet) Verdict {
 	sent, kept := Verdict{}, clone(e.flows)
 	var why string
 	if sent.Sender, sent.Rule, why = w.gate(e, Out, p, nil); why != "" {
-		w.note(e, Out, p, false, 0)
+		if w.Settings.LogUnrouted || w.route(s, p).why == "" {
+			w.note(e, Out, p, false, 0)
+		}
 		return Verdict{Where: AtEgress, Rule: "out " + sent.Rule, Why: string(e.ID) + ": " + why}
 	}
 	v := w.carry(e, s, p)
@@ -118,7 +120,7 @@ func (w *World) carry(e *ENI, s *Subnet, p *Packet) Verdict {
 	h := w.route(s, p)
 	switch {
 	case h.why != "":
-		if w.Settings.LogUndelivered {
+		if w.Settings.LogUnrouted {
 			w.note(e, Out, p, true, 0)
 		}
 		return Verdict{Where: AtRoute, Rule: "route " + h.rule, Why: h.why}

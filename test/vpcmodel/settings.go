@@ -17,6 +17,7 @@ type Settings struct {
 	// destination's address also when the route leads through a middlebox. The
 	// facts say that a reference is "not preserved through a middlebox"; what
 	// could be lost on the way is the source's identity, not the destination's.
+	// It does not reach over a peering: beyond it an address alone names nobody.
 	EgressReferencesByAddress bool
 
 	// MidStream: a TCP segment that no tracked flow claims is judged by the
@@ -44,10 +45,10 @@ type Settings struct {
 	// 8 IGW (Nitro)".
 	IGWPath int
 
-	// LogUndelivered: a packet that its sender's groups and ACL let pass is logged
-	// there as accepted whatever becomes of it later, also when no route leads
-	// anywhere. "REJECT: not allowed by SG or NACL", and by nothing else.
-	LogUndelivered bool
+	// LogUnrouted: what no route leads anywhere is logged at its sender, as its
+	// gate says. The facts know REJECT, "not allowed by SG or NACL", and say
+	// nothing of what is dropped for other reasons, nor which comes first.
+	LogUnrouted bool
 
 	// Idle timeouts that the facts leave open. OtherTimeout is from "reply
 	// accepted within 600 s". TCPHandshake holds until the answer to a SYN is
@@ -72,7 +73,6 @@ func Defaults() Settings {
 		MidStream:                 true,
 		TrackUndelivered:          true,
 		IGWPath:                   8,
-		LogUndelivered:            true,
 		ICMPTimeout:               30 * time.Second,
 		OtherTimeout:              600 * time.Second,
 		TCPHandshake:              60 * time.Second,

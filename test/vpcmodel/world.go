@@ -37,7 +37,8 @@ type World struct {
 	Elastics map[ElasticID]*Elastic
 	NATs     map[NATID]*NAT
 
-	noted []Record // of the packet that is on its way
+	noted     []Record // of the packet that is on its way
+	tracksAll bool     // it comes from a NAT gateway
 }
 
 // NewWorld returns an empty world.

@@ -378,7 +378,6 @@ const (
 	FabricVarIcmpTimeout           = "icmp_timeout"
 	FabricVarInternetMtu           = "internet_mtu"
 	FabricVarLinklocalPps          = "linklocal_pps"
-	FabricVarMtu                   = "mtu"
 	FabricVarOpenFlags             = "open_flags"
 	FabricVarOtherTimeout          = "other_timeout"
 	FabricVarRouterMac             = "router_mac"
@@ -478,7 +477,6 @@ type FabricVariableSpecs struct {
 	IcmpTimeout           *ebpf.VariableSpec `ebpf:"icmp_timeout"`
 	InternetMtu           *ebpf.VariableSpec `ebpf:"internet_mtu"`
 	LinklocalPps          *ebpf.VariableSpec `ebpf:"linklocal_pps"`
-	Mtu                   *ebpf.VariableSpec `ebpf:"mtu"`
 	OpenFlags             *ebpf.VariableSpec `ebpf:"open_flags"`
 	OtherTimeout          *ebpf.VariableSpec `ebpf:"other_timeout"`
 	RouterMac             *ebpf.VariableSpec `ebpf:"router_mac"`
@@ -568,7 +566,6 @@ type FabricVariables struct {
 	IcmpTimeout           *ebpf.Variable `ebpf:"icmp_timeout"`
 	InternetMtu           *ebpf.Variable `ebpf:"internet_mtu"`
 	LinklocalPps          *ebpf.Variable `ebpf:"linklocal_pps"`
-	Mtu                   *ebpf.Variable `ebpf:"mtu"`
 	OpenFlags             *ebpf.Variable `ebpf:"open_flags"`
 	OtherTimeout          *ebpf.Variable `ebpf:"other_timeout"`
 	RouterMac             *ebpf.Variable `ebpf:"router_mac"`
