@@ -2,6 +2,7 @@ package cli
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -40,9 +41,10 @@ down; --keep (or KEEP=1) leaves it up. Ends with an error if a proof fails.`,
 type demoPlan struct {
 	name, short, long, example string
 
-	intro string // said before the lab is made
-	tools []string
-	prove func(d *demo, ctx context.Context)
+	intro        string // said before the lab is made
+	instanceType string // of its nodes; "" is m5.large
+	tools        []string
+	prove        func(d *demo, ctx context.Context)
 }
 
 // packages are what the tools of demos come with on Debian.
@@ -107,8 +109,12 @@ func (a *App) demo(ctx context.Context, plan demoPlan, keep bool) (err error) {
 		}
 	}
 	d.say(plan.intro)
-	d.shell("underlay up" + a.labFlag())
-	if d.lab, err = a.up(ctx, upOptions{nodes: 2, zones: 2, instanceType: "m5.large", listen: defaultListen}); err != nil {
+	command := "underlay up" + a.labFlag()
+	if plan.instanceType != "" {
+		command += " --instance-type " + plan.instanceType
+	}
+	d.shell(command)
+	if d.lab, err = a.up(ctx, upOptions{nodes: 2, zones: 2, instanceType: cmp.Or(plan.instanceType, "m5.large"), listen: defaultListen}); err != nil {
 		return err
 	}
 	made := a.now()

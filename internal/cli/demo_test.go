@@ -98,7 +98,7 @@ func TestWrap(t *testing.T) {
 func TestSidesFit(t *testing.T) {
 	var b strings.Builder
 	d := &demo{out: &b}
-	s := compared(netip.MustParseAddr("10.0.10.106"), netip.MustParseAddr("10.0.16.106"), netip.MustParseAddr("10.0.10.104"), netip.MustParseAddr("10.0.16.104"), "9001", "8951")
+	s := compared(netip.MustParseAddr("10.0.10.106"), netip.MustParseAddr("10.0.16.106"), netip.MustParseAddr("10.0.10.107"), netip.MustParseAddr("10.0.10.104"), netip.MustParseAddr("10.0.16.104"), "9001", "8951")
 	s.print(d)
 	lines := 0
 	for line := range strings.Lines(b.String()) {

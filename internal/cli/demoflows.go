@@ -84,8 +84,16 @@ func (d *demo) addressNames(ctx context.Context) (map[string]string, error) {
 	if err != nil {
 		return nil, err
 	}
+	node := map[vpc.InstanceID]string{}
+	for _, n := range f.Lab.Nodes {
+		node[vpc.InstanceID(n.InstanceID)] = n.Name
+	}
 	for _, e := range enis {
-		names[string(e.ID)] = names[e.Primary.String()]
+		name := names[e.Primary.String()]
+		if n := node[e.Instance]; n != "" {
+			name = fmt.Sprintf("%s's eth%d", n, e.DeviceIndex)
+		}
+		names[string(e.ID)] = name
 	}
 	return names, nil
 }

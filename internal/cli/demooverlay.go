@@ -22,7 +22,9 @@ KEEP=1) leaves it up. Ends with an error if a proof fails.`,
 	example: "  underlay demo overlay\n  underlay demo overlay --keep",
 	intro:   "A VPC in one process, two nodes with an agent each, a VM and a database:",
 	tools:   []string{"bash", "ip", "bridge", "nft"},
-	prove:   (*demo).proveOverlay,
+
+	instanceType: "t3.medium",
+	prove:        (*demo).proveOverlay,
 }
 
 // The overlay, as flannel makes one: VXLAN over UDP 8472 between the nodes.
@@ -94,39 +96,37 @@ func (d *demo) proveOverlay(ctx context.Context) {
 		if t, err = d.makeTiers(ctx); err != nil {
 			return err
 		}
-		t.balancer.on, t.app.on = "pods on "+node1.Name, "pods on "+node2.Name
+		t.balancer.on = "a pod"
 		// It may call whom it likes: it is the database that must refuse.
 		t.balancer.out = t.client.out
-		if err := t.api.Allow(ctx, t.balancer.id, ec2.LabRule{Egress: true, Protocol: "-1", CIDR: vpcCIDR}); err != nil {
-			return err
-		}
-		return firstError(d.place(ctx, t, t.balancer, node1.Name), d.place(ctx, t, t.app, node2.Name))
+		return t.api.Allow(ctx, t.balancer.id, ec2.LabRule{Egress: true, Protocol: "-1", CIDR: vpcCIDR})
 	}) {
 		return
 	}
 	fmt.Fprintln(d.out)
-	d.say("Native first. Each tier has a group, and its pods have addresses of an ENI that carries it:")
-	t.print(d)
-	d.fact(ctx, "A load balancer and an application in pods, a managed database behind them.",
-		fmt.Sprintf("underlay run lb --node %[2]s%[1]s\nunderlay run app --node %[3]s%[1]s -- underlay serve-tcp --server-name app --listen :%[4]d\nunderlay service add orders --group %[5]s%[1]s",
-			f, node1.Name, node2.Name, portApp, t.db.id),
-		hears("lb", "app", "database orders answers"))
-	lb, _ := d.pod("lb")
-	app, _ := d.pod("app")
+	d.say("Native first. Each tier has a group, and its pods have addresses of interfaces that carry it:")
+	d.printTiers(t.balancer, t.app, t.db)
+	d.fact(ctx, "A load balancer and an application in pods, on both nodes, a managed database behind them.",
+		strings.Join([]string{
+			d.run("lb", node1, t.balancer, 0), d.run("app-1", node1, t.app, portApp), d.run("app-2", node2, t.app, portApp),
+			fmt.Sprintf("underlay service add orders --group %s%s", t.db.id, f),
+		}, "\n"),
+		hears("lb", "app-1", "app-2", "database orders answers"))
+	lb, lbENI := d.pod("lb")
+	app1, _ := d.pod("app-1")
+	app, appENI := d.pod("app-2")
 	orders, ok := d.machine("orders")
-	if !lb.IsValid() || !app.IsValid() || !ok {
+	if !lb.IsValid() || !app1.IsValid() || !app.IsValid() || !ok {
 		return // said above
 	}
 	exec := func(pod string) string { return fmt.Sprintf("underlay exec %s%s --", pod, f) }
 	door := netip.AddrPortFrom(orders, portDatabase)
 	began := d.a.now()
 	d.fact(ctx, "What is allowed works, and everybody sees the pod's own address.",
-		call(exec("lb"), app, portApp)+"\n"+call(exec("app"), orders, portDatabase),
-		hears(fmt.Sprintf("app: hello %s", lb), fmt.Sprintf("orders: hello %s", app)))
+		call(exec("lb"), app, portApp)+"\n"+call(exec("app-1"), orders, portDatabase),
+		hears(fmt.Sprintf("app-2: hello %s", lb), fmt.Sprintf("orders: hello %s", app1)))
 	d.fact(ctx, "The database's group lets in the application and nobody else: not the load balancer.",
 		knock(exec("lb"), door), silent(door))
-	_, lbENI := d.pod("lb")
-	_, appENI := d.pod("app")
 	enis, err := d.interfaces(ctx, t)
 	if !d.step(ctx, "learn who has which interface", func() error { return err }) {
 		return
@@ -137,11 +137,11 @@ func (d *demo) proveOverlay(ctx context.Context) {
 		attempt{src: lb, dst: door, eni: enis["orders"], direction: ingress, action: "REJECT"},
 	))
 
-	d.overlaid(ctx, t, lb, app, orders)
+	d.overlaid(ctx, t, lb, app1, app, orders)
 }
 
 // overlaid does the same once more on an overlay.
-func (d *demo) overlaid(ctx context.Context, t *tiers, lb, app, orders netip.Addr) {
+func (d *demo) overlaid(ctx context.Context, t *tiers, lb, app1, app, orders netip.Addr) {
 	node1, node2 := d.lab.Lab.Nodes[0], d.lab.Lab.Nodes[1]
 	h, f := d.a.home(), d.a.labFlag()
 	nodes := &tier{name: "nodes", on: "both nodes, all their pods", in: []string{fmt.Sprintf("udp %d from nodes", vxlanPort)}, out: []string{fmt.Sprintf("udp %d to nodes, 5432 to db", vxlanPort)}}
@@ -152,7 +152,8 @@ func (d *demo) overlaid(ctx context.Context, t *tiers, lb, app, orders netip.Add
 		return firstError(
 			t.api.Allow(ctx, nodes.id, ec2.LabRule{Protocol: "udp", Port: vxlanPort, Group: nodes.id}, ec2.LabRule{Egress: true, Protocol: "udp", Port: vxlanPort, Group: nodes.id}),
 			t.allow(ctx, nodes, t.db, portDatabase, true),
-			d.place(ctx, t, nodes, node1.Name, node2.Name),
+			d.setGroups(ctx, t, node1.Name, nodes.id),
+			d.setGroups(ctx, t, node2.Name, nodes.id),
 		)
 	}) {
 		return
@@ -160,10 +161,8 @@ func (d *demo) overlaid(ctx context.Context, t *tiers, lb, app, orders netip.Add
 	pods := []overlayPod{{"overlay-lb", node1, addressOf(overlayCIDR, 11)}, {"overlay-app-1", node1, addressOf(overlayCIDR, 12)}, {"overlay-app-2", node2, addressOf(overlayCIDR, 21)}}
 	fmt.Fprintln(d.out)
 	d.say("Now an overlay between the same nodes. The VPC sees nodes alone, so there can be one group for all that runs on them; the database must let that in:")
-	rows := table{head: []string{"GROUP", "ON", "LETS IN", "LETS OUT"}}
-	rows.row(cell{text: nodes.name, tone: strong}, text(nodes.on), text(nodes.in[0]), text(nodes.out[0]))
-	rows.row(cell{text: t.db.name, tone: strong}, text(t.db.on), text("5432 from nodes"), cell{text: "nothing", tone: dim})
-	rows.write(d.out, "    ", d.color)
+	t.db.in = []string{"5432 from nodes"}
+	d.printTiers(nodes, t.db)
 	d.fact(ctx, "The overlay: VXLAN between the nodes, pods on a bridge, and the node's own address towards what is outside.",
 		d.overlayNode(node1, node2, addressOf(overlayCIDR, 1), pods[:2])+"\n"+d.overlayNode(node2, node1, addressOf(overlayCIDR, 2), pods[2:]),
 		func(string) string { return "" })
@@ -198,15 +197,15 @@ func (d *demo) overlaid(ctx context.Context, t *tiers, lb, app, orders netip.Add
 		hears("9001\n8951"))
 	left, right, _ := strings.Cut(mtus, "\n")
 	if all := d.results; ctx.Err() == nil && !slices.ContainsFunc(all, func(p proof) bool { return !p.OK }) {
-		compared(lb, app, node1.IP, node2.IP, left, right).print(d)
+		compared(lb, app, app1, node1.IP, node2.IP, left, right).print(d)
 	}
 }
 
 // compared is what has been proven of both networks.
-func compared(lb, app, node1, node2 netip.Addr, mtu, overlayMTU string) *sides {
+func compared(lb, app, app1, node1, node2 netip.Addr, mtu, overlayMTU string) *sides {
 	var s sides
-	s.add("lb to app, in the flow log", fmt.Sprintf("%s > %s tcp %d", lb, app, portApp), fmt.Sprintf("%s > %s udp %d", node1, node2, vxlanPort))
-	s.add("app to database: it sees", fmt.Sprintf("%s, the pod", app), fmt.Sprintf("%s, the node", node1))
+	s.add("flow log of lb to app", fmt.Sprintf("%s > %s tcp %d", lb, app, portApp), fmt.Sprintf("%s > %s udp %d", node1, node2, vxlanPort))
+	s.add("app to database: it sees", fmt.Sprintf("%s, the pod", app1), fmt.Sprintf("%s, the node", node1))
 	s.add("lb to database: it sees", "nothing: refused, REJECT in the log", fmt.Sprintf("%s, the node: let in", node1))
 	s.add("its group can let in", "app, and nobody else", "all that runs on the nodes")
 	s.add("MTU of a pod", mtu, overlayMTU)

@@ -19,9 +19,11 @@ application host which somebody has taken over reaches nothing else, and where t
 flow log says so. Then takes the lab down; --keep (or KEEP=1) leaves it up. Ends
 with an error if a proof fails.`,
 	example: "  underlay demo three-tier\n  underlay demo three-tier --keep",
-	intro:   "A VPC in one process, two nodes with an agent each, a VM and a database:",
+	intro:   "A VPC in one process, two nodes with an agent each (of a type without trunk interfaces), a VM and a database:",
 	tools:   []string{"bash"},
-	prove:   (*demo).proveThreeTier,
+
+	instanceType: "t3.medium",
+	prove:        (*demo).proveThreeTier,
 }
 
 // The ports of the tiers.
@@ -43,6 +45,7 @@ type tier struct {
 type tiers struct {
 	api                       *ec2.Lab
 	client, balancer, app, db *tier
+	jobs                      *tier // of somebody else
 }
 
 // makeTiers makes the groups and gives vm-1 that of a client.
@@ -53,6 +56,7 @@ func (d *demo) makeTiers(ctx context.Context) (*tiers, error) {
 		balancer: &tier{name: "lb", on: "the load balancer", in: []string{"80 from client"}, out: []string{"8080 to app"}},
 		app:      &tier{name: "app", on: "the application", in: []string{"8080 from lb"}, out: []string{"5432 to db"}},
 		db:       &tier{name: "db", on: "the database", in: []string{"5432 from app"}},
+		jobs:     &tier{name: "jobs", on: "a pod of others", in: []string{"8080 from jobs"}},
 	}
 	for _, g := range t.all() {
 		id, err := t.api.EmptyGroup(ctx, vpc.VPCID(d.lab.Lab.VPCID), g.name, "the tier "+g.name)
@@ -66,11 +70,12 @@ func (d *demo) makeTiers(ctx context.Context) (*tiers, error) {
 		t.allow(ctx, t.client, t.balancer, portBalancer, false),
 		t.allow(ctx, t.balancer, t.app, portApp, true),
 		t.allow(ctx, t.app, t.db, portDatabase, true),
+		t.allow(ctx, t.jobs, t.jobs, portApp, false),
 		d.setGroups(ctx, t, "vm-1", t.client.id),
 	)
 }
 
-func (t *tiers) all() []*tier { return []*tier{t.client, t.balancer, t.app, t.db} }
+func (t *tiers) all() []*tier { return []*tier{t.client, t.balancer, t.app, t.db, t.jobs} }
 
 // labAPI is the lab's EC2.
 func labAPI(f *labFile) *ec2.Lab { return ec2.NewLab(f.Lab.Endpoint, region) }
@@ -85,8 +90,8 @@ func (t *tiers) allow(ctx context.Context, from, to *tier, port int, out bool) e
 	return err
 }
 
-// print shows the groups and all that they allow.
-func (t *tiers) print(d *demo) {
+// printTiers shows groups and all that they allow.
+func (d *demo) printTiers(groups ...*tier) {
 	rows := table{head: []string{"GROUP", "ON", "LETS IN", "LETS OUT", "ID"}}
 	words := func(w []string) cell {
 		if len(w) == 0 {
@@ -94,20 +99,10 @@ func (t *tiers) print(d *demo) {
 		}
 		return text(strings.Join(w, ", "))
 	}
-	for _, g := range t.all() {
+	for _, g := range groups {
 		rows.row(cell{text: g.name, tone: strong}, text(g.on), words(g.in), words(g.out), text(string(g.id)))
 	}
 	rows.write(d.out, "    ", d.color)
-}
-
-// place says that a tier lives on a node: what runs there has the tier's group,
-// and no other.
-func (d *demo) place(ctx context.Context, t *tiers, g *tier, nodes ...string) error {
-	var errs []error
-	for _, n := range nodes {
-		errs = append(errs, d.setGroups(ctx, t, n, g.id))
-	}
-	return errors.Join(errs...)
 }
 
 // setGroups gives the first interface of a machine other groups.
@@ -140,6 +135,16 @@ func (d *demo) machine(name string) (netip.Addr, bool) {
 		}
 	}
 	return netip.Addr{}, false
+}
+
+// run is the command that starts a pod of a tier on a node, with a server if it
+// has a port.
+func (d *demo) run(pod string, on Node, g *tier, port int) string {
+	s := fmt.Sprintf("underlay run %s --node %s --security-groups %s%s", pod, on.Name, g.name, d.a.labFlag())
+	if port > 0 {
+		s += fmt.Sprintf(" -- underlay serve-tcp --server-name %s --listen :%d", pod, port)
+	}
+	return s
 }
 
 // call connects from inside a machine and shows what is said.
@@ -186,26 +191,23 @@ func (d *demo) proveThreeTier(ctx context.Context) {
 	f := d.a.labFlag()
 	node1, node2 := d.lab.Lab.Nodes[0], d.lab.Lab.Nodes[1]
 	var t *tiers
-	if !d.step(ctx, "make the groups", func() (err error) {
-		if t, err = d.makeTiers(ctx); err != nil {
-			return err
-		}
-		return d.place(ctx, t, t.app, node1.Name, node2.Name)
-	}) {
+	if !d.step(ctx, "make the groups", func() (err error) { t, err = d.makeTiers(ctx); return err }) {
 		return
 	}
 	fmt.Fprintln(d.out)
-	d.say("Four groups, and all that they allow:")
-	t.print(d)
+	d.say("Five groups, and all that they allow:")
+	d.printTiers(t.all()...)
 
-	d.fact(ctx, "The application runs in pods on both nodes; their ENIs carry its group. Its database is managed: no agent can run on it.",
-		fmt.Sprintf("underlay run app-1 --node %[2]s%[1]s -- underlay serve-tcp --server-name app-1 --listen :%[4]d\nunderlay run app-2 --node %[3]s%[1]s -- underlay serve-tcp --server-name app-2 --listen :%[4]d\nunderlay service add orders --group %[5]s%[1]s",
-			f, node1.Name, node2.Name, portApp, t.db.id),
-		hears("app-1", "app-2", "database orders answers"))
-	app1, _ := d.pod("app-1")
+	d.fact(ctx, "The application runs in pods on both nodes, on interfaces that carry its group. Somebody else's pod is on the first node too.",
+		strings.Join([]string{d.run("app-1", node1, t.app, portApp), d.run("app-2", node2, t.app, portApp), d.run("jobs", node1, t.jobs, portApp)}, "\n"),
+		hears("app-1", "app-2", "jobs"))
+	d.fact(ctx, "Its database is managed: no agent can run on it.",
+		fmt.Sprintf("underlay service add orders --group %s%s", t.db.id, f), hears("database orders answers"))
+	app1, app1ENI := d.pod("app-1")
 	app2, _ := d.pod("app-2")
+	jobs, _ := d.pod("jobs")
 	orders, ok := d.machine("orders")
-	if !app1.IsValid() || !app2.IsValid() || !ok {
+	if !app1.IsValid() || !app2.IsValid() || !jobs.IsValid() || !ok {
 		return // said above
 	}
 	d.fact(ctx, "The load balancer is managed too, and forwards to the pods by their addresses.",
@@ -243,24 +245,26 @@ func (d *demo) proveThreeTier(ctx context.Context) {
 	d.fact(ctx, "Somebody has taken over app-1. It tries the other pod of its tier, the load balancer, another port of its database, the database of others, the client, a node:",
 		knock(inApp, aims...), silent(aims...))
 
-	_, node1ENI := d.pod("app-1")
+	beside := at(jobs, portApp)
+	d.fact(ctx, "Nor the pod beside it. The VPC does not see what pods of one node say to each other: the node refuses it, by the same groups.",
+		knock(inApp, beside), silent(beside))
+
 	var refused []attempt
 	if !d.step(ctx, "learn who has which interface", func() error {
 		enis, err := d.interfaces(ctx, t)
 		if err != nil {
 			return err
 		}
-		ordersENI := enis["orders"]
 		for _, x := range short {
-			eni := node1ENI // app-1's
+			eni := app1ENI
 			if x.Addr() == orders {
-				eni = ordersENI
+				eni = enis["orders"]
 			}
 			refused = append(refused, attempt{src: vm, dst: x, eni: eni, direction: ingress, action: "REJECT"})
 		}
 		refused = append(refused, attempt{src: balancer, dst: at(orders, portDatabase), eni: enis["lb"], direction: egress, action: "REJECT"})
 		for _, x := range aims {
-			refused = append(refused, attempt{src: app1, dst: x, eni: node1ENI, direction: egress, action: "REJECT"})
+			refused = append(refused, attempt{src: app1, dst: x, eni: app1ENI, direction: egress, action: "REJECT"})
 		}
 		return nil
 	}) {

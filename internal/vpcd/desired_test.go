@@ -386,3 +386,21 @@ func TestDesiredGateways(t *testing.T) {
 		t.Errorf("the NAT gateway's interface: %+v", i)
 	}
 }
+
+// IMDS shows host names in the domain of the VPC's DHCP options, if they have one.
+func TestDomainOf(t *testing.T) {
+	for name, tt := range map[string]struct {
+		options *store.DHCPOptions
+		want    string
+	}{
+		"none":         {nil, ""},
+		"the region's": {&store.DHCPOptions{Default: true}, ""},
+		"others":       {&store.DHCPOptions{Options: []store.DHCPOption{{Key: "ntp-servers", Values: []string{"10.0.0.9"}}}}, ""},
+		"one":          {&store.DHCPOptions{Options: []store.DHCPOption{{Key: "domain-name", Values: []string{"corp.example"}}}}, "corp.example"},
+		"several":      {&store.DHCPOptions{Options: []store.DHCPOption{{Key: "domain-name", Values: []string{"corp.example lab.example"}}}}, "corp.example"},
+	} {
+		if got := domainOf(tt.options); got != tt.want {
+			t.Errorf("%s: %q, want %q", name, got, tt.want)
+		}
+	}
+}

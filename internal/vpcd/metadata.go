@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strings"
 	"time"
 
 	"github.com/underlay-cni/underlay/internal/vpc"
@@ -54,6 +55,9 @@ func (m *metadata) Metadata(id vpc.InstanceID) (*imds.Instance, bool) {
 			Tags:          current.Metadata.Tags == "enabled",
 		},
 	}
+	if v := state.VPC(i.VPC); v != nil {
+		out.Domain = domainOf(state.DHCP(v.DHCPOptions))
+	}
 	for e := range state.InterfacesOf(id) {
 		// The first interface is there before the instance can ask.
 		if e.Attachment.Status == store.Attaching && e.Attachment.DeviceIndex != 0 {
@@ -62,6 +66,21 @@ func (m *metadata) Metadata(id vpc.InstanceID) (*imds.Instance, bool) {
 		out.Interfaces = append(out.Interfaces, m.iface(state, e))
 	}
 	return out, true
+}
+
+// domainOf is the domain name of a set of DHCP options, "" for the region's own.
+// Of several, which Linux would search, it is the first.
+func domainOf(o *store.DHCPOptions) string {
+	if o == nil || o.Default {
+		return ""
+	}
+	for _, x := range o.Options {
+		if x.Key == "domain-name" && len(x.Values) > 0 {
+			first, _, _ := strings.Cut(x.Values[0], " ")
+			return first
+		}
+	}
+	return ""
 }
 
 // view is the older of what lags and what is mapped.

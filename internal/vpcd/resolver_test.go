@@ -134,6 +134,41 @@ func TestNames(t *testing.T) {
 		t.Errorf("enableDnsSupport on again: %s", got)
 	}
 
+	// A peer is reached, its resolver is not; it has its own.
+	peer := r.id("vpc", "CreateVpc", "CidrBlock=10.4.0.0/16")
+	ps := r.id("subnet", "CreateSubnet", "VpcId="+peer, "CidrBlock=10.4.1.0/24")
+	pcx := r.id("pcx", "CreateVpcPeeringConnection", "VpcId="+v, "PeerVpcId="+peer)
+	r.ec2("AcceptVpcPeeringConnection", "VpcPeeringConnectionId="+pcx)
+	for of, to := range map[string]string{v: "10.4.0.0/16", peer: "10.3.0.0/16"} {
+		r.ec2("CreateRoute", "RouteTableId="+r.id("rtb", "DescribeRouteTables", "Filter.1.Name=vpc-id", "Filter.1.Value.1="+of),
+			"DestinationCidrBlock="+to, "VpcPeeringConnectionId="+pcx)
+	}
+	r.ec2("RunInstances", "ImageId=ami-00000000000000001", "InstanceType=m5.large", "MinCount=1", "MaxCount=1", "SubnetId="+ps)
+	peerNetns := ""
+	eventually(t, "the peer's instance runs", func() bool {
+		var all []InstanceInfo
+		r.admin("GET", "instances", nil, &all)
+		for _, x := range all {
+			if x.Netns != netns && x.State == "running" {
+				peerNetns = x.Netns
+			}
+		}
+		return peerNetns != ""
+	})
+	if got := lookup(namesInside(peerNetns, "10.4.0.2", "udp4"), "internet.test"); got != "[203.0.113.10]" {
+		t.Errorf("the peer's own resolver: %s", got)
+	}
+	if err := nl.Do(peerNetns, func() error {
+		c, err := net.DialTimeout("tcp4", "10.3.0.2:53", 200*time.Millisecond)
+		if err == nil {
+			c.Close()
+			return errors.New("it answers")
+		}
+		return nil
+	}); err != nil {
+		t.Errorf("the resolver of a peer: %v", err)
+	}
+
 	r.stop()
 	r = start(t, o)
 	eventually(t, "healthy again", func() bool {

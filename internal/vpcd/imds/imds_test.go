@@ -366,6 +366,25 @@ func FuzzToken(f *testing.F) {
 	})
 }
 
+// A VPC's DHCP options may name another domain, as AWS's IMDS then shows.
+func TestDomainOfDHCPOptions(t *testing.T) {
+	f := setup(t)
+	f.i.Domain = "corp.example"
+	for path, want := range map[string]string{
+		"/latest/meta-data/hostname":                                                 "ip-10-0-1-5.corp.example",
+		"/latest/meta-data/local-hostname":                                           "ip-10-0-1-5.corp.example",
+		"/latest/meta-data/network/interfaces/macs/02:00:00:00:00:02/local-hostname": "ip-10-0-1-6.corp.example",
+	} {
+		if got := f.get(path); got != want {
+			t.Errorf("%s: %q, want %q", path, got, want)
+		}
+	}
+	f.i.ByResource = true
+	if got := f.get("/latest/meta-data/hostname"); got != "i-0123456789abcdef0.corp.example" {
+		t.Errorf("by resource: %q", got)
+	}
+}
+
 func TestPublicAddresses(t *testing.T) {
 	f := setup(t)
 	n := &f.i.Interfaces[0]

@@ -1,6 +1,7 @@
 package imds
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -32,6 +33,7 @@ type Instance struct {
 	Tags        map[string]string
 	Interfaces  []Interface // attached ones; device 0 of card 0 is the primary
 	ByResource  bool        // the host name is the instance's id, not its address
+	Domain      string      // what host names end with, of the VPC's DHCP options; "" is the region's
 	Options     Options
 }
 
@@ -76,12 +78,14 @@ func (i *Instance) primary() *Interface {
 	return nil
 }
 
-// hostname is the private name of an address: ip-10-0-0-5.ec2.internal.
+// hostname is the name that an address has as DHCP gives it: the private name,
+// ip-10-0-0-5.ec2.internal, or one in the domain of the VPC's DHCP options.
 func (i *Instance) hostname(a netip.Addr) string {
+	host, domain, _ := strings.Cut(vpc.PrivateName(a, i.Region), ".")
 	if i.ByResource {
-		return string(i.ID) + "." + vpc.PrivateDomain(i.Region)
+		host = string(i.ID)
 	}
-	return vpc.PrivateName(a, i.Region)
+	return host + "." + cmp.Or(i.Domain, domain)
 }
 
 // role is the name of the role of the instance profile; by convention of the
