@@ -46,6 +46,7 @@ BENCH ?= .
 
 bench: packages-test ## ratios, each measured interleaved in one run
 	@$(GO) test -count=1 -timeout 60m -run '^$$' -bench '$(BENCH)' -benchtime 1x ./test/bench $(BENCHFLAGS)
+	@$(GO) test -count=1 -timeout 10m -run '^$$' -bench Policy -benchtime 1x ./internal/datapath
 
 # What E2E_RUN names, in a lab with kube-proxy in the mode E2E_PROXY; logs and
 # reports go to E2E_OUT. E2E_FOCUS: only those of upstream's specs that match.

@@ -486,7 +486,7 @@ __noinline int judge(struct conn *c, const struct tuple *t, __u32 end, __u32 ask
  */
 __noinline int renew(struct conn *c, const struct packet *p)
 {
-	__u32 now = policy_now(), opener, gates;
+	__u32 now = policy_now(), opener, gates, ask;
 	struct iface *pod;
 	struct tuple t;
 	int reason = 0;
@@ -522,7 +522,11 @@ __noinline int renew(struct conn *c, const struct packet *p)
 			if (pod)
 				t.src = pod->addr;
 		}
-		reason = judge(c, &t, end, end == opener ? POLICY_EGRESS : POLICY_INGRESS, gates);
+		ask = end == opener ? POLICY_EGRESS : POLICY_INGRESS;
+		/* Who began it is not told by this packet, which may be the pod's. */
+		if (c->verdict[end][GATE_NETPOL].rule == RULE_HOST)
+			ask |= POLICY_FROM_HOST;
+		reason = judge(c, &t, end, ask, gates);
 	}
 	c->generation = now;
 	if (reason)

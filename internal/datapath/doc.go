@@ -43,7 +43,7 @@
 // # Order of Delete
 //
 //  1. the record, Tombstone with its time of release: the answer can be given.
-//  2. the entry in `ifaces`: nothing passes any more.
+//  2. the entry in `ifaces`: nothing passes any more; then its policy.
 //  3. the route. Here Delete returns.
 //  4. the device, pins if there are any, the counters: by the reaper, with others' (reap.go).
 //

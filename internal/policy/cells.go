@@ -25,7 +25,7 @@ const (
 	bitsInCell = CellSize * 8        // rules in a cell of a bitmap
 	keys6      = CellSize / 16       // IPv6 addresses in a cell
 	maxLevels  = 5                   // of trees of words: 16^5 intervals
-	maxLevels6 = 8                  // of trees of IPv6 addresses: 4^8
+	maxLevels6 = 8                   // of trees of IPv6 addresses: 4^8
 	headCells  = 3                   // header, egress, ingress
 	maxCells   = 64 << 20 / CellSize // 64 MiB
 )

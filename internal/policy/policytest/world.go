@@ -18,6 +18,7 @@ type World struct {
 	Endpoints []policy.Endpoint
 
 	r     *rand.Rand
+	large bool // many rules, of which few are for everybody
 	addrs []netip.Addr
 	ports []uint16
 	icmp  [][2]uint8
@@ -31,7 +32,7 @@ var (
 	protocols  = []policy.Protocol{policy.TCP, policy.UDP, policy.SCTP}
 )
 
-// New makes a world. One in sixteen has groups with hundreds of rules.
+// New makes a world. One in eight has groups with hundreds of rules.
 func New(seed uint64) *World {
 	w := &World{r: rand.New(rand.NewPCG(seed, 0x756e6465726c6179))}
 	w.Groups = map[vpc.SecurityGroupID]policy.SecurityGroup{}
@@ -50,11 +51,11 @@ func New(seed uint64) *World {
 	for i := range 1 + w.r.IntN(5) {
 		w.Members[groupID(i)] = w.prefixes(20)
 	}
-	rules := 12
-	if w.r.IntN(16) == 0 {
-		rules = 400
+	rules, groups := 12, 1+w.r.IntN(5)
+	if seed%8 == 7 {
+		rules, groups, w.large = 500, 5, true
 	}
-	for i := range 1 + w.r.IntN(5) {
+	for i := range groups {
 		w.Groups[groupID(i)] = policy.SecurityGroup{Ingress: w.groupRules(rules), Egress: w.groupRules(rules)}
 	}
 	if w.r.IntN(2) == 0 {
@@ -171,7 +172,12 @@ func (w *World) groupRules(most int) []policy.GroupRule {
 	var out []policy.GroupRule
 	for range w.r.IntN(most) {
 		r := policy.GroupRule{ID: fmt.Sprintf("sgr-%017x", w.r.Uint64()>>1), FromPort: policy.AnyPort, ToPort: policy.AnyPort}
-		switch w.r.IntN(8) {
+		wide := !w.large || w.r.IntN(100) == 0
+		kind, peer := w.r.IntN(8), w.r.IntN(6)
+		if !wide {
+			kind, peer = max(kind, 2), max(peer, 4)
+		}
+		switch kind {
 		case 0:
 			r.Protocol = policy.AnyProtocol
 		case 1:
@@ -189,7 +195,7 @@ func (w *World) groupRules(most int) []policy.GroupRule {
 			r.Protocol = pick(w.r, []int{int(policy.TCP), int(policy.UDP)})
 			switch w.r.IntN(4) {
 			case 0:
-				if w.r.IntN(2) == 0 {
+				if wide && w.r.IntN(2) == 0 {
 					r.FromPort, r.ToPort = 0, 0xffff
 				}
 			case 1:
@@ -200,7 +206,7 @@ func (w *World) groupRules(most int) []policy.GroupRule {
 				r.ToPort = r.FromPort
 			}
 		}
-		switch w.r.IntN(6) {
+		switch peer {
 		case 0:
 			r.PrefixList = vpc.PrefixListID(fmt.Sprintf("pl-%017d", w.r.IntN(4)))
 		case 1, 2:
@@ -316,6 +322,25 @@ func (w *World) Flow(ep *policy.Endpoint, dir policy.Direction) policy.Flow {
 	if len(w.addrs) > 0 && w.r.IntN(4) > 0 {
 		remote = pick(w.r, w.addrs)
 	}
+	f := policy.Flow{FromHost: w.r.IntN(64) == 0}
+	f.Protocol = pick(w.r, []policy.Protocol{policy.TCP, policy.TCP, policy.TCP, policy.UDP, policy.UDP, policy.SCTP, policy.ICMP, policy.ICMPv6, 47, policy.Protocol(w.r.IntN(256))})
+	// Sometimes what one rule is about.
+	var rule *policy.GroupRule
+	if groups := ep.Groups.Groups(); len(groups) > 0 && w.r.IntN(4) == 0 {
+		rules := w.Groups[pick(w.r, groups)].Ingress
+		if dir == policy.Egress {
+			rules = w.Groups[pick(w.r, groups)].Egress
+		}
+		if len(rules) > 0 {
+			rule = &rules[w.r.IntN(len(rules))]
+			if rule.CIDR.IsValid() {
+				remote = rule.CIDR.Addr()
+			}
+			if rule.Protocol >= 0 {
+				f.Protocol = policy.Protocol(rule.Protocol)
+			}
+		}
+	}
 	own := netip.MustParseAddr("10.0.9.9")
 	if remote.Is6() {
 		own = netip.MustParseAddr("2600:1f18:9::9")
@@ -323,16 +348,18 @@ func (w *World) Flow(ep *policy.Endpoint, dir policy.Direction) policy.Flow {
 	if i := slices.IndexFunc(ep.Addrs, func(a netip.Addr) bool { return a.Is4() == remote.Is4() }); i >= 0 {
 		own = ep.Addrs[i]
 	}
-	f := policy.Flow{Src: remote, Dst: own, FromHost: w.r.IntN(64) == 0}
+	f.Src, f.Dst = remote, own
 	if dir == policy.Egress {
 		f.Src, f.Dst = own, remote
 	}
-	f.Protocol = pick(w.r, []policy.Protocol{policy.TCP, policy.TCP, policy.TCP, policy.UDP, policy.UDP, policy.SCTP, policy.ICMP, policy.ICMPv6, 47, policy.Protocol(w.r.IntN(256))})
 	switch f.Protocol {
 	case policy.TCP, policy.UDP, policy.SCTP:
 		f.SrcPort, f.DstPort = uint16(w.r.IntN(1<<16)), uint16(w.r.IntN(1<<16))
 		if len(w.ports) > 0 && w.r.IntN(4) > 0 {
 			f.DstPort = pick(w.r, w.ports)
+		}
+		if rule != nil && rule.FromPort >= 0 {
+			f.DstPort = uint16(rule.FromPort)
 		}
 	case policy.ICMP, policy.ICMPv6:
 		f.ICMPType, f.ICMPCode = uint8(w.r.IntN(20)), uint8(w.r.IntN(5))
