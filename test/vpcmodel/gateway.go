@@ -451,19 +451,20 @@ func (w *World) arrive(p *Packet) Verdict {
 		about := *p.About
 		about.Src, seen.About = public.Private, &about
 	}
-	if public.NAT != "" {
-		return w.answered(w.NATs[public.NAT], nil, &seen)
-	}
 	// "Edge association (gateway route table): targets local/ENI".
 	kind := "edge local"
 	to := w.holder(v, seen.Dst)
+	led := false
 	if t := w.Tables[g.Table]; t != nil {
 		if r, _ := w.longest(w.VPCs[v], t, seen.Dst); r != nil {
-			kind, to = "edge eni", w.ENIs[r.ENI]
+			kind, to, led = "edge eni", w.ENIs[r.ENI], true
 			if to == nil || !to.Attached {
 				return Verdict{Where: AtRoute, Rule: "route " + kind, Why: "blackhole: the interface is not attached"}
 			}
 		}
+	}
+	if public.NAT != "" && !led {
+		return w.answered(w.NATs[public.NAT], nil, &seen)
 	}
 	if to == nil {
 		return Verdict{Where: AtRoute, Rule: "route " + kind, Why: "no interface has the address"}
