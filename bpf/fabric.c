@@ -149,7 +149,6 @@ struct counters {
 
 /* The router of every subnet; locally administered, never an ENI's. */
 volatile const __u8 router_mac[6] = {0x02, 0x00, 0x5e, 0x00, 0x00, 0x01};
-volatile const __u32 mtu = 9001; /* IP length, within a VPC and between peers */
 volatile const __u32 internet_mtu = 1500; /* IP length, through an internet gateway */
 volatile const enum drop_reason drop_reasons = DROP_REASONS; /* shows the type to bpf2go */
 

@@ -83,7 +83,7 @@ func get(t *testing.T, netns, from, url string, wait time.Duration) string {
 	t.Helper()
 	tr := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, network, address string) (c net.Conn, err error) {
 		err = nl.Do(netns, func() error {
-			d := net.Dialer{Timeout: wait, LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
+			d := net.Dialer{Timeout: wait, LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(from), 0))}
 			d.SetMultipathTCP(false)
 			c, err = d.DialContext(ctx, "tcp4", address)
 			return err

@@ -50,6 +50,7 @@ var fences = []struct {
 	{"github.com/google/nftables", []string{"internal/datapath", "internal/vpcd/fabric"}, "each table has one owner: the node's, and those of NAT gateways"},
 	{"k8s.io/", []string{"api", "internal/kube", "internal/controller"}, "everything else works without Kubernetes"},
 	{"github.com/google/go-containerregistry", []string{"internal/oci"}, "images have one maker"},
+	{"github.com/parquet-go/", []string{"internal/vpcd"}, "flow logs are vpcd's to write"},
 	{"go.etcd.io/bbolt", []string{"internal/vpcd/store"}, "a node keeps no database; only vpcd does"},
 }
 

@@ -3,10 +3,14 @@ package fabric
 import (
 	"net"
 	"net/netip"
+	"os"
+	"os/exec"
 	"testing"
 	"time"
 
+	"github.com/underlay-cni/underlay/internal/nl"
 	"github.com/underlay-cni/underlay/internal/vpc"
+	"github.com/underlay-cni/underlay/internal/vpcd/fabric/bpfgen"
 )
 
 var (
@@ -134,21 +138,13 @@ func TestInternetGateway(t *testing.T) {
 	a.reachesAt(pod, internetAddr)
 	// A restart of the process changes nothing.
 	l.shut()
-	a.reachesAt2(t, pod, internetAddr)
+	a.reachesAt(pod, internetAddr)
 	l.open()
 	l.set()
 	a.reachesAt(pod, internetAddr)
 	l.cfg.Tables[0].Routes = l.cfg.Tables[0].Routes[:1]
 	l.set()
 	a.counts(NoRoute, func() { a.reachesNot(pod, internetAddr) })
-}
-
-// reachesAt2 is reachesAt while no process has the fabric open.
-func (h *host) reachesAt2(t *testing.T, from, to netip.Addr) {
-	t.Helper()
-	if _, err := h.ping(from, to, 56, patience); err != nil {
-		t.Errorf("ping %s → %s: %v", from, to, err)
-	}
 }
 
 // What comes from the internet meets the ACL and the groups of who has the
@@ -195,4 +191,33 @@ func TestInternetMeetsTheGates(t *testing.T) {
 	l.cfg.Tables[0].Routes = l.cfg.Tables[0].Routes[:1]
 	l.set()
 	a.counts(NoRoute, func() { ask(7, refusal) })
+}
+
+// TestInternetLost takes parts of the internet away: the next Set makes it anew.
+func TestInternetLost(t *testing.T) {
+	l := newLab(t)
+	l.withInternet()
+	a := l.add(subnetA, "10.0.0.4")
+	l.elastic(public(1), a.addr)
+	l.set()
+	a.reachesAt(a.addr, internetAddr)
+	for name, lose := range map[string]func() error{
+		"device":    func() error { return exec.Command("ip", "-n", l.names.fabric(), "link", "del", internetName).Run() },
+		"namespace": func() error { return nl.DeleteNamed(l.names.internet()) },
+		"program":   func() error { return os.Remove(linkPin(l, internetName+"-in")) },
+		"mark of being whole": func() error {
+			return l.objs.Internet.Put(uint32(0), bpfgen.FabricTarget{})
+		},
+	} {
+		if err := lose(); err != nil {
+			t.Fatal(err)
+		}
+		l.shut()
+		l.open()
+		l.set()
+		if _, err := a.ping(a.addr, internetAddr, 56, patience); err != nil {
+			t.Errorf("%s lost: %v", name, err)
+		}
+		l.outside().reachesAt(internetAddr, public(1))
+	}
 }

@@ -321,6 +321,7 @@ func TestSharedWithC(t *testing.T) {
 		"station":    {binary.Size(bpfgen.FabricStation{}), 16},
 		"route_key":  {binary.Size(bpfgen.FabricRouteKey{}), 28},
 		"route":      {binary.Size(bpfgen.FabricRoute{}), 28},
+		"public":     {binary.Size(bpfgen.FabricPublic{}), 16},
 		"counters":   {binary.Size(bpfgen.FabricCounters{}), 96 + 8*len(dropReasons)},
 		"rule":       {binary.Size(bpfgen.FabricRule{}), 24},
 		"policy":     {binary.Size(bpfgen.FabricPolicy{}), 168 + 2*1000*24},
@@ -348,13 +349,13 @@ func TestSharedWithC(t *testing.T) {
 		t.Fatal(err)
 	}
 	var mtu, reasons uint32
-	if err := spec.Variables[bpfgen.FabricVarMtu].Get(&mtu); err != nil {
+	if err := spec.Variables[bpfgen.FabricVarInternetMtu].Get(&mtu); err != nil {
 		t.Fatal(err)
 	}
 	if err := spec.Variables[bpfgen.FabricVarDropReasons].Get(&reasons); err != nil {
 		t.Fatal(err)
 	}
-	if !bytes.Equal(mac, RouterMAC) || mtu != MTU || int(reasons) != len(dropReasons) {
-		t.Errorf("C has router %v, MTU %d, %d reasons; Go %v, %d, %d", net.HardwareAddr(mac), mtu, reasons, RouterMAC, MTU, len(dropReasons))
+	if !bytes.Equal(mac, RouterMAC) || mtu != InternetMTU || int(reasons) != len(dropReasons) {
+		t.Errorf("C has router %v, the internet's MTU %d, %d reasons; Go %v, %d, %d", net.HardwareAddr(mac), mtu, reasons, RouterMAC, InternetMTU, len(dropReasons))
 	}
 }

@@ -364,7 +364,6 @@ const (
 	FabricVarGatewayPrograms       = "gateway_programs"
 	FabricVarIcmpTimeout           = "icmp_timeout"
 	FabricVarInternetMtu           = "internet_mtu"
-	FabricVarMtu                   = "mtu"
 	FabricVarOpenFlags             = "open_flags"
 	FabricVarOtherTimeout          = "other_timeout"
 	FabricVarRouterMac             = "router_mac"
@@ -462,7 +461,6 @@ type FabricVariableSpecs struct {
 	GatewayPrograms       *ebpf.VariableSpec `ebpf:"gateway_programs"`
 	IcmpTimeout           *ebpf.VariableSpec `ebpf:"icmp_timeout"`
 	InternetMtu           *ebpf.VariableSpec `ebpf:"internet_mtu"`
-	Mtu                   *ebpf.VariableSpec `ebpf:"mtu"`
 	OpenFlags             *ebpf.VariableSpec `ebpf:"open_flags"`
 	OtherTimeout          *ebpf.VariableSpec `ebpf:"other_timeout"`
 	RouterMac             *ebpf.VariableSpec `ebpf:"router_mac"`
@@ -549,7 +547,6 @@ type FabricVariables struct {
 	GatewayPrograms       *ebpf.Variable `ebpf:"gateway_programs"`
 	IcmpTimeout           *ebpf.Variable `ebpf:"icmp_timeout"`
 	InternetMtu           *ebpf.Variable `ebpf:"internet_mtu"`
-	Mtu                   *ebpf.Variable `ebpf:"mtu"`
 	OpenFlags             *ebpf.Variable `ebpf:"open_flags"`
 	OtherTimeout          *ebpf.Variable `ebpf:"other_timeout"`
 	RouterMac             *ebpf.Variable `ebpf:"router_mac"`
