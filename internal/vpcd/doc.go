@@ -9,6 +9,10 @@
 // each change, again when a lagging address mapping is due, and after an error.
 // The reconciler writes one thing back: that the namespace of an instance whose
 // power cycles is gone, so that the next one is made.
+// The flow logger ends the fabric's intervals of flow records and writes them
+// into the files of flow logs; what it tells of an interface is what the fabric
+// was told when the interface was made.
+//
 // Each attached interface of an instance has two listeners in the fabric's
 // namespace: IMDS, and the EC2 API.
 //

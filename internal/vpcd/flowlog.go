@@ -206,7 +206,7 @@ func (l *flowLogger) about(state *store.State, e *fabric.Logged) shownRecord {
 	if e.Instance != "" {
 		s.machine = state.TagsOf(string(e.Instance))["Name"]
 	} else if x := state.ENI(e.ENI); x != nil {
-		s.machine = x.Service
+		s.machine = cmp.Or(x.Service, string(x.NAT))
 	}
 	return s
 }

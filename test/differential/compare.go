@@ -71,7 +71,7 @@ func (o *outcome) report() string {
 func (s *stand) run(script vpcmodel.Script) (o *outcome, err error) {
 	c := newCloud(s.ctx, s.endpoint)
 	r := &runner{stand: s, started: time.Now().Add(-time.Second), cloud: c, ports: map[string]*port{}, sent: map[string]fragment{}, whole: map[int]int{},
-		expect: map[uint32]*translated{}, told: map[int]string{}, natPorts: map[natPort]uint16{}, pieces: pieces{},
+		expect: map[uint32]*translated{}, indexOf: map[uint32]int{}, told: map[int]string{}, natPorts: map[natPort]uint16{}, pieces: pieces{},
 		out: &outcome{script: script, verdicts: map[int]vpcmodel.Verdict{}, received: map[int]string{}}}
 	defer func() {
 		for _, p := range r.ports {
@@ -131,6 +131,7 @@ type runner struct {
 	started time.Time
 
 	expect   map[uint32]*translated // by number
+	indexOf  map[uint32]int         // of all Sends, by number
 	numbers  map[uint16]int         // Send by the identification of its IP packet, of this batch
 	told     map[int]string         // what its sender was told about a Send
 	natPorts map[natPort]uint16
@@ -204,7 +205,7 @@ func (r *runner) sendOne(b sending) error {
 	parts := datagrams(r.real(&b.Packet), r.number)
 	r.whole[b.index] = len(parts)
 	r.note(b, v, parts)
-	r.numbers[uint16(r.number)] = b.index
+	r.numbers[uint16(r.number)], r.indexOf[r.number] = b.index, b.index
 	if v.Seen != nil {
 		t := &translated{index: b.index, number: r.number, seen: *v.Seen, cut: b.MayFragment}
 		if b.From != vpcmodel.Internet {
@@ -313,6 +314,9 @@ func (r *runner) whose(name string, d []byte) (f fragment, how string, err error
 		return fragment{}, "", err
 	}
 	t := r.expect[numberOf(d)]
+	if i, ok := r.indexOf[numberOf(d)]; t == nil && ok && d[9] == r.out.script[i].(vpcmodel.Send).Proto {
+		return fragment{i, r.whole[i]}, fmt.Sprintf(" as %s > %s", addr(d[12:16]), addr(d[16:20])), nil
+	}
 	if t == nil {
 		r.out.noise++
 		return fragment{}, "", nil

@@ -91,13 +91,14 @@ func TestReplay(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	o, err := newStand(t).run(script)
+	s := newStand(t)
+	o, err := s.run(script)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Logf("\n%s", o.report())
 	if n := len(o.mismatches()); n > 0 {
-		t.Errorf("%d packets differ", n)
+		t.Errorf("%d packets differ; smallest script that shows it:\n%s", n, s.minimal(o, *tries).report())
 	}
 }
 

@@ -54,6 +54,30 @@ var faults = []fault{
 	{name: "no destination check", on: onRoutes, file: "fabric.c", old: "if (!w->held && (w->to->flags & ENI_SOURCE_DEST_CHECK))", new: "if (0)"},
 	{name: "no source check", on: onRoutes, file: "fabric.c", old: "if (!owner && (self->flags & ENI_SOURCE_DEST_CHECK))", new: "if (0)"},
 
+	{name: "a peering leads back into its own VPC", on: onRoutes, file: "fabric.c", old: "w->to = mapping(r->vni, iph->daddr);", new: "w->to = mapping(self->vni, iph->daddr);"},
+	{name: "internet gateways take private destinations", on: onGateways, file: "fabric_nat.h", old: "if (private_address(iph->daddr))", new: "if (0)"},
+	{name: "UDP's checksum stays as it was", on: onGateways, file: "fabric_nat.h", old: "if (l4 && protocol == IPPROTO_UDP &&", new: "if (0 && protocol == IPPROTO_UDP &&"},
+	{name: "what ICMP errors quote is not translated", on: onGateways, file: "fabric_nat.h", old: "if (type == 3 || type == 4 || type == 5 || type == 11 || type == 12)", new: "if (0)"},
+	{name: "a gateway's own table counts for nothing", on: onGateways, file: "fabric_nat.h", old: "if (public->table) {", new: "if (0) {"},
+	{name: "no ACL for what comes from the internet", on: onGateways, file: "fabric_nat.h", old: "may_enter(&packet, 0, &way, 1)", new: "may_enter(&packet, 0, &way, 0)"},
+	{name: "an internet gateway takes a byte too many", on: onGateways, file: "fabric_nat.h", old: "size.longest > internet_mtu && must_tell(skb)", new: "size.longest > internet_mtu + 1 && must_tell(skb)"},
+	{name: "what an ACL refuses is logged as accepted", on: onACLs, file: "fabric_log.h", old: "key.verdict = VERDICT_ACL;", new: "key.verdict = VERDICT_ACCEPT;"},
+	{name: "a SYN-ACK is logged as a SYN", on: onGroups, file: "fabric_log.h", old: "if (!(flags & TCP_ACK))", new: "if (1)"},
+	{name: "the first packet's bytes are not logged", on: onRoutes, file: "fabric_log.h", old: "begun.bytes = p->bytes;", new: "begun.bytes = 0;"},
+	{name: "identifiers of ICMP are logged as ports", on: onGroups, file: "fabric_log.h", old: "if (key.protocol == IPPROTO_TCP || key.protocol == IPPROTO_UDP) {", new: "if (1) {"},
+	{name: "what is received is not logged", on: onRoutes, file: "fabric.c", old: "log_packet(p, w->to->ifindex, INGRESS, reason, PATH_NONE);", new: ""},
+	{name: "a peering's traffic path is the VPC's", on: onRoutes, file: "fabric.c", old: "return PATH_PEERING;", new: "return PATH_VPC;"},
+
+	{name: "only primary addresses have public ones", on: onGateways, config: func(c *fabric.Config) {
+		c.Publics = slices.DeleteFunc(slices.Clone(c.Publics), func(p fabric.Public) bool {
+			return !slices.ContainsFunc(c.Interfaces, func(i fabric.Interface) bool { return i.Primary == p.Private })
+		})
+	}},
+	{name: "groups judge NAT gateways", on: onGateways, config: func(c *fabric.Config) {
+		for i := range c.Interfaces {
+			c.Interfaces[i].Ungated = false
+		}
+	}},
 	{name: "the last rule of each group is lost", on: onGroups, config: eachGroup(func(g *fabric.Group) {
 		if n := len(g.Ingress); n > 1 { // the markers' group has one
 			g.Ingress = g.Ingress[:n-1]
@@ -194,5 +218,11 @@ func (o *outcome) said(i int) string {
 	if who == "" {
 		who = "nobody"
 	}
-	return fmt.Sprintf("%s; model: %s; received by %s", strings.TrimSpace(o.script[i].String()), o.verdicts[i], who)
+	text := fmt.Sprintf("%s; model: %s; received by %s", strings.TrimSpace(o.script[i].String()), o.verdicts[i], who)
+	for _, d := range o.records {
+		if d.index == i {
+			return text + "; " + d.text
+		}
+	}
+	return text
 }

@@ -176,6 +176,9 @@ func (g *generator) tidy(p *vpcmodel.Packet) *vpcmodel.Packet {
 				p.Flags |= vpcmodel.ACK
 			}
 		}
+		if p.Proto == packet.ProtoICMP && p.About == nil {
+			p.Code = 0 // an answer has the code of its query, for some
+		}
 		// Nobody but the gateway speaks for it.
 		if e := g.world.ENIs[p.From]; e != nil && !holds(e, p.Src) {
 			p.Src = e.Primary

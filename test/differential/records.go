@@ -59,8 +59,22 @@ func (r *runner) note(b sending, v vpcmodel.Verdict, parts [][]byte) {
 		}
 		// The later fragments of what is refused are nobody's.
 		n.skip = b.Fragments > 1 && !v.Delivered()
+		if b.From == vpcmodel.Internet && v.NAT != "" && !r.learnt(v.NAT, &b.Packet) {
+			n.skip = true // to a port that nobody has seen
+		}
 		r.noted = append(r.noted, n)
 	}
+}
+
+// learnt reports whether it is known which port a NAT gateway gave the flow that a
+// packet from the internet is for.
+func (r *runner) learnt(nat vpcmodel.NATID, p *vpcmodel.Packet) bool {
+	port := p.DstPort
+	if p.Proto == 1 {
+		port = p.Ident
+	}
+	_, ok := r.natPorts[natPort{nat, p.Proto, port}]
+	return ok
 }
 
 // recordKey is a record without what adds up. What path a refused packet would

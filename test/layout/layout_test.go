@@ -51,6 +51,7 @@ var fences = []struct {
 	{"k8s.io/", []string{"api", "internal/kube", "internal/controller"}, "everything else works without Kubernetes"},
 	{"github.com/google/go-containerregistry", []string{"internal/oci"}, "images have one maker"},
 	{"github.com/miekg/dns", []string{"internal/vpcd/dns"}, "names have one resolver"},
+	{"github.com/parquet-go/", []string{"internal/vpcd"}, "flow logs are vpcd's to write"},
 	{"go.etcd.io/bbolt", []string{"internal/vpcd/store"}, "a node keeps no database; only vpcd does"},
 }
 

@@ -451,19 +451,20 @@ func (w *World) arrive(p *Packet) Verdict {
 		about := *p.About
 		about.Src, seen.About = public.Private, &about
 	}
-	if public.NAT != "" {
-		return w.answered(w.NATs[public.NAT], nil, &seen)
-	}
 	// "Edge association (gateway route table): targets local/ENI".
 	kind := "edge local"
 	to := w.holder(v, seen.Dst)
+	led := false
 	if t := w.Tables[g.Table]; t != nil {
 		if r, _ := w.longest(w.VPCs[v], t, seen.Dst); r != nil {
-			kind, to = "edge eni", w.ENIs[r.ENI]
+			kind, to, led = "edge eni", w.ENIs[r.ENI], true
 			if to == nil || !to.Attached {
 				return Verdict{Where: AtRoute, Rule: "route " + kind, Why: "blackhole: the interface is not attached"}
 			}
 		}
+	}
+	if public.NAT != "" && !led {
+		return w.answered(w.NATs[public.NAT], nil, nil, &seen)
 	}
 	if to == nil {
 		return Verdict{Where: AtRoute, Rule: "route " + kind, Why: "no interface has the address"}
@@ -556,14 +557,14 @@ func (n *NAT) flow(w *World, p *Packet) (f *natFlow, reset bool) {
 
 // answered takes a packet that is for a NAT gateway's address, from a subnet or
 // (nil) the internet, to the inside.
-func (w *World) answered(n *NAT, from *Subnet, p *Packet) Verdict {
+func (w *World) answered(n *NAT, e *ENI, from *Subnet, p *Packet) Verdict {
 	home := w.Subnets[n.Subnet]
 	var rules []string
 	if from == nil {
 		rules = append(rules, "igw in")
 	}
 	why := ""
-	if rules, why = w.cross(nil, from, home, p, rules, 0); why != "" {
+	if rules, why = w.cross(e, from, home, p, rules, 1); why != "" {
 		return Verdict{Where: why1(rules), Rule: last(rules), Rules: rules[:len(rules)-1], Why: why}
 	}
 	port, ours := p.DstPort, p.SrcPort

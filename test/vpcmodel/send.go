@@ -127,7 +127,7 @@ func (w *World) carry(e *ENI, s *Subnet, p *Packet) Verdict {
 	case h.gateway != nil:
 		return w.leave(e, s, p, h.gateway)
 	case h.natAnswer:
-		return w.answered(h.nat, s, p)
+		return w.answered(h.nat, e, s, p)
 	case h.nat != nil:
 		return w.translate(e, s, p, h.nat)
 	}
