@@ -248,7 +248,10 @@ func (a *App) showFlows(ctx context.Context, sources []flowSource, q flowQuery, 
 	}
 	wg.Wait()
 	for _, err := range errs {
-		if err != nil && !(q.follow && errors.Is(err, context.Canceled)) { // Ctrl-C is how one leaves
+		if q.follow && errors.Is(err, context.Canceled) {
+			continue // Ctrl-C is how one leaves
+		}
+		if err != nil {
 			return err
 		}
 	}
