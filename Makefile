@@ -17,7 +17,7 @@ TEST_PACKAGES := iproute2 iputils-ping nftables tcpdump bpftool awscli python3-b
 # copied into its test image.
 KUBERNETES_PACKAGES := etcd-server containerd runc containernetworking-plugins conntrack iptables nftables ipset iproute2 procps \
 	busybox-static dash bash curl wget netcat-openbsd bind9-dnsutils bind9-host iperf socat tcpdump iputils-ping libc-bin util-linux
-DEMO_PACKAGES := iproute2 iputils-ping tcpdump awscli
+DEMO_PACKAGES := iproute2 iputils-ping tcpdump awscli nftables
 # What regenerates the BPF objects; a build needs Go alone.
 GENERATE_PACKAGES := clang-14 llvm-14 libbpf-dev linux-libc-dev clang-format-14
 
@@ -32,8 +32,8 @@ build: ## all commands, into bin/ (the first time compiles the AWS SDK: minutes)
 	@echo "building into bin/ (the first build compiles the AWS SDK and takes minutes)" >&2
 	@$(PROGRESS) "still compiling" $(GO) build -trimpath -ldflags '-s -w' -o bin/ ./cmd/...
 
-demo: packages-demo build ## a VPC with nodes and pods, each fact proven; KEEP=1 leaves it up
-	@bin/underlay demo
+demo: packages-demo build ## a VPC with nodes and pods, each fact proven; KEEP=1 leaves it up; DEMO=three-tier, DEMO=overlay: others
+	@bin/underlay demo $(DEMO)
 
 # No cached results: the end-to-end tests build the commands themselves, which
 # Go's test cache does not see.
@@ -41,17 +41,22 @@ test: packages-test ## all tests; root lets those run that need namespaces and B
 	@$(PROGRESS) "still compiling Helm, which test/chart runs (minutes, the first time)" hack/helm.sh >/dev/null
 	@$(PROGRESS) "still compiling or testing" $(GO) test -count=1 -timeout 14m ./...
 
+# BENCH names benchmarks; BENCHFLAGS=-turns=1 is a trial, which keeps no figure.
+BENCH ?= .
+
 bench: packages-test ## ratios, each measured interleaved in one run
-	@$(GO) test -count=1 -timeout 30m -run '^$$' -bench . -benchtime 1x ./test/bench/...
+	@$(GO) test -count=1 -timeout 30m -run '^$$' -bench '$(BENCH)' -benchtime 1x ./test/bench $(BENCHFLAGS)
+	@$(GO) test -count=1 -timeout 10m -run '^$$' -bench Policy -benchtime 1x ./internal/datapath
 
 # What E2E_RUN names, in a lab with kube-proxy in the mode E2E_PROXY; logs and
 # reports go to E2E_OUT. E2E_FOCUS: only those of upstream's specs that match.
+# E2E_FLAGS: further flags of the tests, as -secondary.
 E2E_PROXY ?= nftables
 E2E_RUN ?= .
 E2E_OUT ?= /tmp/underlay-e2e
 E2E_FOCUS ?=
 e2e-k8s: packages-test packages-kubernetes ## on a real Kubernetes: upstream's network specs, and checks of our own (builds it once: 5 to 30 minutes)
-	@TEST_KUBERNETES=1 $(GO) test -count=1 -v -timeout 85m -run '$(E2E_RUN)' ./test/kubernetes -proxy $(E2E_PROXY) -out $(E2E_OUT) -focus '$(E2E_FOCUS)'
+	@TEST_KUBERNETES=1 $(GO) test -count=1 -v -timeout 85m -run '$(E2E_RUN)' ./test/kubernetes -proxy $(E2E_PROXY) -out $(E2E_OUT) -focus '$(E2E_FOCUS)' $(E2E_FLAGS)
 
 bench-k8s: packages-test packages-kubernetes ## pod created to Ready, as a ratio to ptp with host-local
 	@TEST_KUBERNETES=1 $(GO) test -count=1 -v -timeout 60m -run '^$$' -bench . -benchtime 1x ./test/kubernetes

@@ -12,6 +12,8 @@
  * Addresses are keys of 16 bytes, IPv4 mapped (::ffff:a.b.c.d); what a key
  * means depends on its VNI, the number of the VPC.
  */
+#include <stddef.h>
+
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
 #include <linux/if_packet.h>
@@ -50,6 +52,7 @@ enum drop_reason {
 	DROP_IGW_SOURCE, /* to the internet, from an address without a public one */
 	DROP_IGW_PRIVATE, /* between the internet and an address of RFC 1918 or RFC 6598 */
 	DROP_NO_PUBLIC, /* from the internet, to a public address that leads nowhere */
+	DROP_LINKLOCAL_ALLOWANCE, /* more packets to link-local services than an ENI may send */
 	DROP_REASONS, /* how many there are */
 };
 
@@ -90,7 +93,7 @@ struct eni {
 	__be32 configured; /* the address that Set gave the guest end, 0: none */
 	__u8 mac[6];
 	__u16 device_index; /* the guest end is called eth%u */
-	__u32 pad;
+	__be32 resolver; /* the VPC's own address of its resolver, 0: it has none */
 	__u64 table; /* number of its subnet's route table */
 	__u64 guest; /* inode of the guest's namespace when the pair was made */
 	char id[32]; /* "eni-…", for who reads the map */
@@ -316,13 +319,6 @@ static __always_inline int link_local(__be32 ip)
 	return (ip & bpf_htonl(0xffff0000)) == bpf_htonl(0xa9fe0000);
 }
 
-/* The services that listen in the fabric's namespace: IMDS and the EC2 API. */
-static __always_inline int is_service(__be32 ip)
-{
-	return ip == bpf_htonl(0xa9fea9fe) /* 169.254.169.254 */ ||
-	       ip == bpf_htonl(0xa9feab18) /* 169.254.171.24 */;
-}
-
 /* What a frame is on the wire: its packets, their IP bytes, the longest one. */
 struct size {
 	__u32 packets;
@@ -365,6 +361,8 @@ static __always_inline void measure(struct __sk_buff *skb, const struct iphdr *i
 		s->bytes = length + (s->packets - 1) * headers;
 	}
 }
+
+#include "fabric_service.h"
 
 static __always_inline void count_received(__u32 ifindex, __u64 packets, __u64 bytes)
 {
@@ -451,7 +449,7 @@ static __always_inline int from_guest_arp(struct __sk_buff *skb, const struct en
 		return drop(ifindex, DROP_ARP_UNANSWERED);
 
 	router = self->subnet + bpf_htonl(1); /* no carry: a subnet is even */
-	if (target == router || link_local(target)) {
+	if (target == router || link_local(target) || is_resolver(self, target)) {
 		load_router_mac(answer);
 	} else {
 		if ((target & self->netmask) != self->subnet)
@@ -677,16 +675,19 @@ static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct e
 
 	measure(skb, iph, &size);
 	load_router_mac(router);
-	if (is_service(iph->daddr) && same_mac(eth->h_dest, router)) {
-		count_sent(ifindex, &size);
-		count_exempt(ifindex, EGRESS, size.packets, size.bytes);
-		bpf_skb_change_type(skb, PACKET_HOST);
-		return TCX_PASS;
+	if (same_mac(eth->h_dest, router)) {
+		if (!within_allowance(ifindex, self, iph->daddr, size.packets))
+			return drop(ifindex, DROP_LINKLOCAL_ALLOWANCE);
+		if (is_service(self, iph->daddr, iph->protocol)) {
+			count_sent(ifindex, &size);
+			count_exempt(ifindex, EGRESS, size.packets, size.bytes);
+			return from_guest_service(skb, self, iph);
+		}
 	}
 	reason = resolve(self, eth, iph, &way);
 	if (reason)
 		return drop(ifindex, reason);
-	reason = parse(skb, iph, &packet);
+	reason = parse(skb, &packet);
 	if (reason)
 		return drop(ifindex, reason);
 	packet.packets = size.packets;
@@ -774,6 +775,7 @@ int to_guest(struct __sk_buff *skb)
 	struct iphdr *iph;
 	struct size size;
 	struct eni *self;
+	int resolver;
 
 	if (skb->mark & CUT)
 		return cut(skb);
@@ -789,7 +791,8 @@ int to_guest(struct __sk_buff *skb)
 	iph = (void *)(eth + 1);
 	if ((void *)(iph + 1) > (void *)(long)skb->data_end)
 		return drop(ifindex, DROP_MALFORMED);
-	if (!is_service(iph->saddr))
+	resolver = self->resolver && iph->saddr == RESOLVER_ALIAS;
+	if (!resolver && !is_service(self, iph->saddr, iph->protocol))
 		return drop(ifindex, DROP_NOT_SERVICE);
 	measure(skb, iph, &size);
 	__builtin_memcpy(eth->h_dest, self->mac, 6);
@@ -800,6 +803,9 @@ int to_guest(struct __sk_buff *skb)
 		c->rx_bytes += size.bytes;
 	}
 	count_exempt(ifindex, INGRESS, size.packets, size.bytes);
+	if (resolver &&
+	    readdress(skb, iph, offsetof(struct iphdr, saddr), RESOLVER_ALIAS, self->resolver))
+		return drop(ifindex, DROP_MALFORMED);
 	return TCX_PASS;
 }
 

@@ -265,16 +265,21 @@ static __noinline void set_about(struct __sk_buff *skb, __u32 offset, struct pac
 }
 
 /*
- * parse reads what the gates need; p is all zero. It returns 0, or the reason
- * why the packet cannot be judged.
+ * parse reads what the gates need of a frame that ipv4_header has looked at; p
+ * is all zero. It returns 0, or the reason why the packet cannot be judged. Not
+ * static, as gate.
  */
-static __always_inline enum drop_reason parse(struct __sk_buff *skb, const struct iphdr *iph,
-					      struct packet *p)
+__noinline int parse(struct __sk_buff *skb, struct packet *p)
 {
-	__u32 offset = ETH_HLEN + iph->ihl * 4;
-	__u16 frag_off = bpf_ntohs(iph->frag_off);
+	struct iphdr *iph = (void *)(long)skb->data + ETH_HLEN;
+	__u16 frag_off;
+	__u32 offset;
 	__u8 l4[14] = {};
 
+	if (!p || (void *)(iph + 1) > (void *)(long)skb->data_end)
+		return DROP_MALFORMED;
+	offset = ETH_HLEN + iph->ihl * 4;
+	frag_off = bpf_ntohs(iph->frag_off);
 	p->now = now_ns();
 	p->tuple.saddr = iph->saddr;
 	p->tuple.daddr = iph->daddr;

@@ -233,7 +233,7 @@ static __always_inline void count_cut(struct packet *p, __u32 limit)
  * send_cut sends a frame that must_tell allows to cut, addressed already, in
  * fragments of at most limit bytes. Each begins at a multiple of 8 (RFC 791).
  */
-static __always_inline int send_cut(struct __sk_buff *skb, __u32 ifindex, __u32 limit)
+__noinline int send_cut(struct __sk_buff *skb, __u32 ifindex, __u32 limit)
 {
 	__u32 length = skb->len - ETH_HLEN - sizeof(struct iphdr);
 	__u32 chunk = (limit - sizeof(struct iphdr)) & ~7u;

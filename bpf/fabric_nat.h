@@ -75,7 +75,7 @@ static __always_inline int replace_quoted(struct __sk_buff *skb, __u32 l4, __u32
 }
 
 /* translate puts to in the place of from, the frame's source or destination (at). */
-static __always_inline int translate(struct __sk_buff *skb, __u32 at, __be32 from, __be32 to)
+__noinline int translate(struct __sk_buff *skb, __u32 at, __be32 from, __be32 to)
 {
 	struct iphdr *iph = (void *)(long)skb->data + ETH_HLEN;
 	__u32 l4 = 0, behind;
@@ -177,7 +177,7 @@ int from_internet(struct __sk_buff *skb)
 	if (!iph)
 		return drop(0, DROP_MALFORMED);
 	measure(skb, iph, &size);
-	reason = parse(skb, iph, &packet);
+	reason = parse(skb, &packet);
 	if (reason)
 		return drop(way.to->ifindex, reason);
 	packet.packets = size.packets;

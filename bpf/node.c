@@ -3,25 +3,31 @@
  * The node's datapath: what stands between a pod and the node's network stack.
  *
  *	from_pod	ingress of the host veth: what the pod sends
- *	to_pod		egress of the host veth: what the pod is sent
+ *	to_pod		egress of the host veth: what the stack sends the pod
+ *	from_eni	ingress of an ENI: what the VPC sends the node
+ *	to_eni		egress of an ENI: what the node sends the VPC
  *
  * They stand on a clsact qdisc or on TCX links.
  *
- * Both fail closed: an interface that is not in the map `ifaces`, or whose
- * gate is shut, passes nothing in either direction.
+ * The first two fail closed: an interface that is not in the map `ifaces`, or
+ * whose gate is shut, passes nothing in either direction. The other two see the
+ * node's own packets as well, and leave them alone.
  *
  * What passes returns TC_ACT_UNSPEC (TCX calls it TCX_NEXT), not TC_ACT_OK:
  * that would end the chain and with it every program that somebody else
  * attached behind ours. If nobody else decides, the packet goes on to the
  * stack as well. Drops return TC_ACT_SHOT and end it.
  *
- * Only the headers of the kernel's user API and libbpf's helper declarations
- * are used: no kernel type is relocated, so the object needs no BTF of the
- * running kernel.
+ * The headers are those of the kernel's user API and libbpf's helper
+ * declarations. One field of one kernel type is relocated, for the kernel's
+ * conntrack (node_direct.h), so the running kernel must have its BTF.
  */
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
+#include <linux/in.h>
+#include <linux/in6.h>
 #include <linux/ip.h>
+#include <linux/ipv6.h>
 #include <linux/pkt_cls.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -40,7 +46,10 @@ enum node_const {
 	 * ENI's mark index, 1..31, and are never all zero after from_pod. */
 	NODE_MARK_MASK = 0x3046,
 	/* Version of the maps' layout, in map `meta`. */
-	NODE_LAYOUT = 1,
+	NODE_LAYOUT = 2,
+	/* Size of map policy_tables; its number 0 is nobody's. Endpoints with equal
+	 * policy share a table; while one is exchanged for another both are there. */
+	NODE_POLICY_TABLES = 16384,
 };
 
 enum drop_reason {
@@ -56,6 +65,11 @@ enum drop_reason {
 	DROP_ETHERTYPE,		/* neither IPv4, IPv6 nor ARP */
 	DROP_SOURCE_ADDRESS,	/* IPv4 source is not the endpoint's */
 	DROP_IMDS,		/* instance metadata, and pods may not */
+	DROP_FRAGMENT,		/* its datagram's first fragment was not seen */
+	DROP_CONNTRACK_FULL,	/* no room for another flow */
+	DROP_TUPLE_COLLISION,	/* translated onto the addresses of a direct flow */
+	DROP_POLICY_GROUPS,	/* refused by the security groups */
+	DROP_POLICY_NETPOL,	/* refused by NetworkPolicy */
 	DROP_REASONS,		/* how many there are */
 };
 
@@ -64,7 +78,12 @@ enum drop_reason {
 
 enum iface_flags {
 	IFACE_READY = 1,	/* the gate is open: policy is in place */
+	IFACE_STACK = 2,	/* no flow of it bypasses the stack */
+	IFACE_GROUPS = 4,	/* its groups are judged here for all that it sends and receives */
 };
+
+/* endpoint.state */
+#define ENDPOINT_TOMBSTONE	3
 
 struct addr {
 	__u8 b[16];		/* IPv6, or IPv4 as ::ffff:a.b.c.d */
@@ -77,6 +96,8 @@ struct iface {
 	__u8 host_mac[6];
 	__u32 mark;		/* of the ENI, within NODE_MARK_MASK, never 0 */
 	__u32 flags;		/* enum iface_flags */
+	__u32 eni;		/* index of the ENI, in map `enis` */
+	__u32 slot;		/* in map `slots`, from 1 */
 };
 
 /* Packets and bytes are counted with the Ethernet header, as the interface's
@@ -92,9 +113,9 @@ struct iface_counters {
 	__u32 last_drop_proto;	/* EtherType, host order */
 };
 
-/* The commit record of an endpoint, keyed by its address. The programs do not
- * read it: it is the node's memory, written and read by the agent alone. Text
- * ends with a zero byte or with its field. */
+/* The commit record of an endpoint, keyed by its address: the node's memory,
+ * written by the agent alone. The programs read from it which host veth has an
+ * address. Text ends with a zero byte or with its field. */
 struct endpoint {
 	__u32 version;		/* of this struct */
 	__u32 state;		/* 1 adding, 2 live, 3 tombstone */
@@ -106,7 +127,8 @@ struct endpoint {
 	__u32 peer_ifindex;
 	__u32 mtu;
 	__u8 mac[6];
-	__u8 pad[2];
+	__u8 stack_only;	/* 1: none of its flows bypasses the stack */
+	__u8 pad;
 	__u8 container_id[128];
 	__u8 ifname[16];
 	__u8 host_ifname[16];
@@ -123,8 +145,12 @@ struct layout_meta {
 	__u32 reserved;
 };
 
+#define NSEC_PER_SEC 1000000000ULL
+
 /* Configuration, set before the program is loaded. */
 const volatile __u32 imds_allowed = 0;
+/* No pod has an IPv6 address yet: tests alone set this, to run the parsers. */
+const volatile __u32 ipv6_allowed = 0;
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -169,10 +195,33 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } drops SEC(".maps");
 
+/* Host veths by slot: a packet's way through the stack leaves 16 bits of the
+ * packet, its tc_index, which keep whose it was. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, MAX_IFACES + 1);
+	__type(key, __u32);
+	__type(value, __u32);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} slots SEC(".maps");
+
+#include "node_tuple.h"
+#include "node_conn.h"
+#include "node_policy.h"
+#include "node_event.h"
+
 /* Keeps types in the object's BTF that no map or program names. */
 enum node_const node_const_btf SEC(".bss.btf") = 0;
 enum drop_reason drop_reason_btf SEC(".bss.btf") = 0;
 enum iface_flags iface_flags_btf SEC(".bss.btf") = 0;
+enum policy_flags policy_flags_btf SEC(".bss.btf") = 0;
+enum provenance provenance_btf SEC(".bss.btf") = 0;
+enum conn_state conn_state_btf SEC(".bss.btf") = 0;
+enum conn_flag conn_flag_btf SEC(".bss.btf") = 0;
+enum path_count path_count_btf SEC(".bss.btf") = 0;
+enum gate gate_btf SEC(".bss.btf") = 0;
+struct event *event_btf SEC(".bss.btf") = 0;
+struct ended *ended_btf SEC(".bss.btf") = 0;
 
 /* ARP for IPv4 over Ethernet (RFC 826). linux/if_arp.h hides the addresses, and
  * its includes do not compile for the BPF target. */
@@ -195,8 +244,11 @@ struct arp_ether {
 #define POD_GATEWAY	bpf_htonl(0xa9fe0101)	/* 169.254.1.1 */
 #define IMDS_IPV4	bpf_htonl(0xa9fea9fe)	/* 169.254.169.254 */
 
-static __always_inline int drop(struct __sk_buff *skb, __u32 ifindex, __u32 reason)
+/* Counts a packet that is dropped, and tells who watches; p may be 0. */
+__noinline int drop_packet(struct __sk_buff *skb, __u32 ifindex, __u32 reason,
+				  const struct packet *p)
 {
+	struct event e = { .reason = reason };
 	struct iface_counters *stats;
 	__u64 *count;
 
@@ -210,7 +262,13 @@ static __always_inline int drop(struct __sk_buff *skb, __u32 ifindex, __u32 reas
 		stats->last_drop_reason = reason;
 		stats->last_drop_proto = bpf_ntohs(skb->protocol);
 	}
+	send_event(skb, p ? &p->tuple : 0, &e);
 	return TC_ACT_SHOT;
+}
+
+static __always_inline int drop(struct __sk_buff *skb, __u32 ifindex, __u32 reason)
+{
+	return drop_packet(skb, ifindex, reason, 0);
 }
 
 static __always_inline bool same_mac(const __u8 *a, const __u8 *b)
@@ -278,19 +336,299 @@ static __always_inline int arp(struct __sk_buff *skb, __u32 ifindex, const struc
 	return bpf_redirect(ifindex, 0);
 }
 
+#include "node_direct.h"
+
+enum eni_flag eni_flag_btf SEC(".bss.btf") = 0;
+enum net_flag net_flag_btf SEC(".bss.btf") = 0;
+
+/* An entry that the packet cannot go on with: the flow is over, or refused, or
+ * was that of a pod which had the address before. */
+static __always_inline bool stale(const struct conn *c, const struct packet *p, __u32 end, __u32 ifindex)
+{
+	__u32 had = c->ifindex[end & 1];
+
+	/* What was refused is judged anew when it is tried again, by the same end. */
+	return conn_over(c, p->now) || conn_again(c, p) ||
+	       ((c->flags & CONN_DENIED) && ((p->end & 1) == c->opener || (p->flags & PACKET_OPENS))) ||
+	       (had && ifindex && had != ifindex);
+}
+
+/* Finds the packet's flow. An ICMP error that is about no flow we know of is a
+ * packet of its own. */
+static __always_inline struct conn *find(struct __sk_buff *skb, struct packet *p, int v6)
+{
+	struct conn *c = bpf_map_lookup_elem(&conns, &p->key);
+
+	if (!c && (p->flags & PACKET_ERROR)) {
+		read_packet(skb, p, v6, 0);
+		c = bpf_map_lookup_elem(&conns, &p->key);
+	}
+	return c;
+}
+
+/* When the table is full and flows that are over were not swept up, as without
+ * an agent, a packet looks for some itself: at so many entries, so often. */
+#define ROOM_LOOKS	1024
+#define ROOM_EVERY_NS	10000000ULL
+
+__u64 room_made_ns = 0;
+
+struct bpf_map;
+
+struct room {
+	__u64 now;
+	__u32 looked;
+	__u32 found;
+};
+
+static long make_room_of(struct bpf_map *map, struct conn_key *key, struct conn *c, struct room *r)
+{
+	if (conn_over(c, r->now)) {
+		send_ended(key, c);
+		bpf_map_delete_elem(map, key);
+		count(PATH_EVICTED);
+		r->found++;
+	}
+	return ++r->looked >= ROOM_LOOKS;
+}
+
+__noinline int make_room(__u64 now)
+{
+	struct room r = { .now = now };
+
+	if (now < room_made_ns + ROOM_EVERY_NS)
+		return 0;
+	room_made_ns = now;
+	bpf_for_each_map_elem(&conns, make_room_of, &r, 0);
+	return r.found;
+}
+
+/* Enters a flow that begins in the place of old, if there is one. It returns 0 or
+ * the reason to drop. */
+__noinline int put(struct packet *p, struct conn *n, struct conn *old)
+{
+	__u64 how = old ? BPF_ANY : BPF_NOEXIST;
+	long err;
+
+	if (!p || !n)
+		return DROP_CONNTRACK_FULL;
+	if (old && (old->flags & CONN_DENIED) && (n->flags & CONN_DENIED)) {
+		/* Refused again: it goes on counting. */
+		n->created_ns = old->created_ns;
+		n->packets[0] = old->packets[0];
+		n->packets[1] = old->packets[1];
+		n->bytes[0] = old->bytes[0];
+		n->bytes[1] = old->bytes[1];
+	} else if (old) {
+		send_ended(&p->key, old);
+	}
+	err = bpf_map_update_elem(&conns, &p->key, n, how);
+	if (err && err != -EEXIST && make_room(p->now))
+		err = bpf_map_update_elem(&conns, &p->key, n, how);
+	if (err && err != -EEXIST) {
+		count(PATH_NO_ROOM);
+		return DROP_CONNTRACK_FULL;
+	}
+	if (!err && !(n->flags & CONN_DENIED)) {
+		count(n->provenance == PROVENANCE_DIRECT ? PATH_BEGUN_DIRECT : PATH_BEGUN_STACK);
+		if (n->flags & CONN_MIDFLOW)
+			count(PATH_MIDFLOW);
+	}
+	return 0;
+}
+
+/*
+ * Asks gates about a flow, and keeps what they say: of the pod here that is this
+ * end, with ask of enum policy_ask. Bits of gates are those of enum gate. It
+ * returns 0 or the reason to drop.
+ */
+__noinline int judge(struct conn *c, const struct tuple *t, __u32 end, __u32 ask, __u32 gates)
+{
+	struct verdict v = {};
+	int reason = 0;
+
+	if (!c || !t)
+		return DROP_POLICY_NETPOL;
+	end &= 1;
+	policy_judge(t, c->ifindex[end], ask, &v);
+	if (!c->generation)
+		c->generation = v.generation;
+	if (v.stack && c->provenance == PROVENANCE_DIRECT)
+		c->provenance = PROVENANCE_STACK;
+#pragma unroll
+	for (int g = 0; g < GATES; g++) {
+		if (!(gates & (1 << g)))
+			continue;
+		c->judged[end] |= 1 << g;
+		c->allowed[end] &= ~(1 << g);
+		c->audit[end] &= ~(1 << g);
+		if (v.allow[g])
+			c->allowed[end] |= 1 << g;
+		else
+			reason = g == GATE_GROUPS ? DROP_POLICY_GROUPS : DROP_POLICY_NETPOL;
+		if (v.audit[g])
+			c->audit[end] |= 1 << g;
+		c->verdict[end][g].rule = v.rule[g];
+		c->verdict[end][g].epoch = v.epoch[g];
+		if (g == GATE_GROUPS && v.untracked)
+			c->flags |= CONN_UNTRACKED;
+	}
+	return reason;
+}
+
+#define NETPOL		(1 << GATE_NETPOL)
+#define BOTH_GATES	(1 << GATE_NETPOL | 1 << GATE_GROUPS)
+
+/*
+ * Compares a flow's verdicts with what policy says now, after some policy changed:
+ * NetworkPolicy's are renewed, those of groups only where AWS does not track. It
+ * returns 0 or the reason to drop.
+ */
+__noinline int renew(struct conn *c, const struct packet *p)
+{
+	__u32 now = policy_now(), opener, gates, ask;
+	struct iface *pod;
+	struct tuple t;
+	int reason = 0;
+
+	if (!c || !p)
+		return 0;
+	opener = c->opener & 1;
+	t = p->tuple;
+	if ((p->end & 1) != opener) { /* as the flow's first packet had it */
+		t.src = p->tuple.dst;
+		t.dst = p->tuple.src;
+		if (!t.query) {
+			t.sport = p->tuple.dport;
+			t.dport = p->tuple.sport;
+		}
+	}
+#pragma unroll
+	for (__u32 end = 0; end < 2; end++) {
+		__u32 ifindex = c->ifindex[end];
+
+		gates = 0;
+		if (!c->judged[end] || !ifindex)
+			continue;
+		if (c->verdict[end][GATE_NETPOL].epoch != policy_epoch(ifindex, GATE_NETPOL))
+			gates |= 1 << GATE_NETPOL;
+		if ((c->flags & CONN_UNTRACKED) && (c->judged[end] & (1 << GATE_GROUPS)) &&
+		    c->verdict[end][GATE_GROUPS].epoch != policy_epoch(ifindex, GATE_GROUPS))
+			gates |= 1 << GATE_GROUPS;
+		if (!gates || reason)
+			continue;
+		if (end == opener) {
+			pod = bpf_map_lookup_elem(&ifaces, &ifindex);
+			if (pod)
+				t.src = pod->addr;
+		}
+		ask = end == opener ? POLICY_EGRESS : POLICY_INGRESS;
+		/* Who began it is not told by this packet, which may be the pod's. */
+		if (c->verdict[end][GATE_NETPOL].rule == RULE_HOST)
+			ask |= POLICY_FROM_HOST;
+		reason = judge(c, &t, end, ask, gates);
+	}
+	c->generation = now;
+	if (reason)
+		c->flags |= CONN_DENIED;
+	return reason;
+}
+
+/* The gate that refused a flow. */
+static __always_inline int refused_by(const struct conn *c)
+{
+	__u32 denied = (c->judged[0] & ~c->allowed[0]) | (c->judged[1] & ~c->allowed[1]);
+
+	return denied & (1 << GATE_GROUPS) ? DROP_POLICY_GROUPS : DROP_POLICY_NETPOL;
+}
+
+static __always_inline struct eni *eni_of(const struct iface *pod)
+{
+	__u32 index = pod->eni;
+
+	return bpf_map_lookup_elem(&enis, &index);
+}
+
+static __always_inline bool in_subnet(const struct eni *eni, const struct addr *a)
+{
+	return eni && eni->mask && (v4_of(a) & eni->mask) == eni->subnet;
+}
+
+/* Enters a flow that a pod begins. It returns 0 or the reason to drop. */
+__noinline int begin_from_pod(struct __sk_buff *skb, struct packet *p, const struct iface *pod,
+			      struct conn *old)
+{
+	struct conn *n;
+	struct iface *other;
+	__u32 end, peer, way;
+	struct eni *eni;
+	int reason;
+
+	if (!p || !pod)
+		return DROP_MALFORMED;
+	n = conn_new(p, PROVENANCE_STACK);
+	if (!n)
+		return DROP_CONNTRACK_FULL;
+	eni = eni_of(pod);
+	end = p->end & 1;
+	n->ifindex[end] = skb->ifindex;
+	n->flags |= CONN_SENDER << end;
+	if (eni && (eni->flags & ENI_DIRECT) && !(pod->flags & IFACE_STACK) &&
+	    plain_opening(skb, p) && in_vpc(&p->tuple.dst)) {
+		way = ask_fib(skb, &p->tuple, pod->mark);
+		peer = local_pod(&p->tuple.dst);
+		if (!peer) {
+			if (way && way == eni->ifindex)
+				n->provenance = PROVENANCE_DIRECT;
+		} else if (way == peer) {
+			other = bpf_map_lookup_elem(&ifaces, &peer);
+			if (other && !(other->flags & IFACE_STACK))
+				n->provenance = PROVENANCE_DIRECT;
+			/* Across subnets by the wire, where the ACLs are (D9). */
+			if (in_subnet(eni, &p->tuple.dst)) {
+				n->flags |= CONN_LOCAL;
+				n->ifindex[1 - end] = peer;
+			}
+		}
+		if (n->provenance == PROVENANCE_DIRECT)
+			n->eni_ifindex = n->flags & CONN_LOCAL ? 0 : eni->ifindex;
+		else
+			n->flags &= ~CONN_LOCAL;
+	}
+	if (n->provenance == PROVENANCE_DIRECT) {
+		/* What takes the stack is judged where it leaves it. */
+		reason = judge(n, &p->tuple, end, POLICY_EGRESS,
+			       n->flags & CONN_LOCAL || pod->flags & IFACE_GROUPS ? BOTH_GATES : NETPOL);
+		if (!reason && (n->flags & CONN_LOCAL))
+			reason = judge(n, &p->tuple, 1 - end, POLICY_INGRESS, BOTH_GATES);
+		if (n->provenance != PROVENANCE_DIRECT)
+			n->flags &= ~CONN_LOCAL; /* the policy wants it so */
+		if (reason)
+			n->flags |= CONN_DENIED;
+	} else {
+		n->ifindex[1 - end] = 0;
+	}
+	return put(p, n, old);
+}
+
 SEC("tc")
 int from_pod(struct __sk_buff *skb)
 {
 	const __u32 need = sizeof(struct ethhdr) + sizeof(struct iphdr);
-	__u32 ifindex = skb->ifindex;
+	__u32 ifindex = skb->ifindex, reason, peer;
 	struct iface_counters *stats;
-	struct iface *ep;
+	struct iface *ep, *other;
+	struct packet *p = packet_new();
+	struct addr src;
 	struct ethhdr *eth;
 	struct iphdr *ip;
+	struct eni *eni;
+	struct conn *c;
 	__be16 proto;
+	int v6 = 0;
 
 	ep = bpf_map_lookup_elem(&ifaces, &ifindex);
-	if (!ep)
+	if (!ep || !p)
 		return drop(skb, ifindex, DROP_UNKNOWN_INTERFACE);
 	if (!(ep->flags & IFACE_READY) || !(ep->mark & NODE_MARK_MASK))
 		return drop(skb, ifindex, DROP_NOT_READY);
@@ -310,43 +648,240 @@ int from_pod(struct __sk_buff *skb)
 		return drop(skb, ifindex, DROP_VLAN);
 	if (proto == bpf_htons(ETH_P_ARP))
 		return arp(skb, ifindex, ep);
-	if (proto == bpf_htons(ETH_P_IPV6))
-		return drop(skb, ifindex, DROP_IPV6);
-	if (proto != bpf_htons(ETH_P_IP))
+	if (proto == bpf_htons(ETH_P_IPV6)) {
+		if (!ipv6_allowed)
+			return drop(skb, ifindex, DROP_IPV6);
+		v6 = 1;
+	} else if (proto != bpf_htons(ETH_P_IP)) {
 		return drop(skb, ifindex, DROP_ETHERTYPE);
+	}
 
-	if (!readable(skb, need))
-		return drop(skb, ifindex, DROP_MALFORMED);
-	eth = (void *)(long)skb->data;
-	if ((void *)eth + need > (void *)(long)skb->data_end)
-		return drop(skb, ifindex, DROP_MALFORMED);
-	ip = (void *)(eth + 1);
-	if (ip->version != 4 || ip->ihl < 5)
-		return drop(skb, ifindex, DROP_MALFORMED);
-	if (ip->saddr != v4_of(&ep->addr))
-		return drop(skb, ifindex, DROP_SOURCE_ADDRESS);
-	if (ip->daddr == IMDS_IPV4 && !imds_allowed)
-		return drop(skb, ifindex, DROP_IMDS);
+	if (!v6) {
+		if (!readable(skb, need))
+			return drop(skb, ifindex, DROP_MALFORMED);
+		eth = (void *)(long)skb->data;
+		if ((void *)eth + need > (void *)(long)skb->data_end)
+			return drop(skb, ifindex, DROP_MALFORMED);
+		ip = (void *)(eth + 1);
+		if (ip->version != 4 || ip->ihl < 5)
+			return drop(skb, ifindex, DROP_MALFORMED);
+		if (ip->saddr != v4_of(&ep->addr))
+			return drop(skb, ifindex, DROP_SOURCE_ADDRESS);
+		if (ip->daddr == IMDS_IPV4 && !imds_allowed)
+			return drop(skb, ifindex, DROP_IMDS);
+	}
+	if (v6) {
+		/* Not the tuple's: an ICMP error's is that of the flow it is about. */
+		if (bpf_skb_load_bytes(skb, ETH_HLEN + offsetof(struct ipv6hdr, saddr), &src, sizeof(src)))
+			return drop(skb, ifindex, DROP_MALFORMED);
+		if (!same_addr(&src, &ep->addr))
+			return drop(skb, ifindex, DROP_SOURCE_ADDRESS);
+	}
+	reason = read_packet(skb, p, v6, 1);
+	if (reason)
+		return drop(skb, ifindex, reason);
 
-	skb->mark = (skb->mark & ~NODE_MARK_MASK) | (ep->mark & NODE_MARK_MASK);
+	c = find(skb, p, v6);
+	if (!c || stale(c, p, p->end, ifindex)) {
+		reason = begin_from_pod(skb, p, ep, c);
+		c = bpf_map_lookup_elem(&conns, &p->key);
+		if (reason || !c)
+			return drop_packet(skb, ifindex, DROP_CONNTRACK_FULL, p);
+	}
+	if (!c->ifindex[p->end & 1])
+		c->ifindex[p->end & 1] = ifindex;
+	if (!(c->flags & (CONN_SENDER << (p->end & 1))))
+		c->flags |= CONN_SENDER << (p->end & 1);
+	conn_see(c, p, true);
+	if (c->generation && c->generation != policy_now())
+		renew(c, p);
+	if (c->flags & CONN_DENIED)
+		return drop_packet(skb, ifindex, refused_by(c), p);
 
 	stats = bpf_map_lookup_elem(&iface_stats, &ifindex);
 	if (stats) {
 		stats->from_packets++;
 		stats->from_bytes += skb->len;
 	}
+	if (direct_enabled && c->provenance == PROVENANCE_DIRECT) {
+		if (c->flags & CONN_LOCAL) {
+			peer = c->ifindex[1 - (p->end & 1)];
+			other = bpf_map_lookup_elem(&ifaces, &peer);
+			if (other && (other->flags & IFACE_READY) && !must_take_stack(skb, p, peer) &&
+			    lower_ttl(skb)) {
+				count(PATH_DIRECT);
+				return enter_pod(skb, peer, other);
+			}
+		} else {
+			eni = eni_of(ep);
+			if (eni && (eni->flags & ENI_DIRECT) && !must_take_stack(skb, p, eni->ifindex) &&
+			    lower_ttl(skb)) {
+				count(PATH_DIRECT);
+				return leave_by_eni(skb, eni);
+			}
+		}
+		count(PATH_EXCEPTION);
+	} else {
+		count(PATH_STACK);
+	}
+	skb->mark = (skb->mark & ~NODE_MARK_MASK) | (ep->mark & NODE_MARK_MASK);
+	skb->tc_index = ep->slot;
 	return TC_ACT_UNSPEC;
+}
+
+/* The pod here that a packet out of the stack is from, whatever became of its
+ * source address on the way; 0: none. */
+static __always_inline __u32 origin_of(__u32 slot, const struct addr *src)
+{
+	__u32 *ifindex;
+
+	if (slot && slot <= MAX_IFACES) {
+		ifindex = bpf_map_lookup_elem(&slots, &slot);
+		if (ifindex && *ifindex)
+			return *ifindex;
+	}
+	return local_pod(src);
+}
+
+/* Judges what a pod sends, where it leaves the stack: by the address that it had
+ * in the pod. */
+__noinline int judge_origin(struct conn *c, const struct packet *p, __u32 end, __u32 ifindex,
+				   __u32 groups)
+{
+	struct iface *pod = bpf_map_lookup_elem(&ifaces, &ifindex);
+	struct tuple t;
+
+	if (!pod || !c || !p)
+		return 0; /* it was deleted meanwhile */
+	t = p->tuple;
+	t.src = pod->addr;
+	return judge(c, &t, end, POLICY_EGRESS, groups || pod->flags & IFACE_GROUPS ? BOTH_GATES : NETPOL);
+}
+
+/* Judges a flow where it leaves the stack: what a pod here, `from`, sends, and what
+ * another, `to`, receives; either may be 0. */
+__noinline int judge_stack(struct __sk_buff *skb, struct conn *c, const struct packet *p, __u32 from,
+				  __u32 to)
+{
+	__u32 end, me, groups = 0, ask = POLICY_INGRESS;
+	struct iface *pod = 0;
+	int reason = 0;
+
+	if (!c || !p)
+		return DROP_POLICY_NETPOL;
+	end = p->end & 1;
+	me = 1 - end;
+	if (to) {
+		pod = bpf_map_lookup_elem(&ifaces, &to);
+		if (!pod)
+			return 0;
+		groups = (from && in_subnet(eni_of(pod), &p->tuple.src)) || pod->flags & IFACE_GROUPS;
+		/* What the node's own processes send came by no device (D10). */
+		if (!from && !skb->ingress_ifindex)
+			ask |= POLICY_FROM_HOST;
+	}
+	if (from && !c->judged[end])
+		reason = judge_origin(c, p, end, from, groups);
+	if (!reason && to && !c->judged[me])
+		reason = judge(c, &p->tuple, me, ask, groups ? BOTH_GATES : NETPOL);
+	return reason;
+}
+
+/* A flow whose beginning was not seen may have begun at either end: if it could
+ * not at the one that is seen first, it is judged as the other's. */
+__noinline int judge_midflow(struct conn *c, const struct packet *p, __u32 from, __u32 to)
+{
+	struct tuple t;
+	__u32 end, me;
+	int reason = 0;
+
+	if (!c || !p)
+		return DROP_POLICY_NETPOL;
+	end = p->end & 1;
+	me = 1 - end;
+	t = p->tuple;
+	t.src = p->tuple.dst;
+	t.dst = p->tuple.src;
+	t.sport = p->tuple.dport;
+	t.dport = p->tuple.sport;
+	c->opener = me;
+	if (to)
+		reason = judge(c, &t, me, POLICY_EGRESS, NETPOL);
+	if (!reason && from)
+		reason = judge(c, &t, end, POLICY_INGRESS, NETPOL);
+	if (reason)
+		c->opener = end;
+	return reason;
+}
+
+/*
+ * A packet that the stack sends on to an ENI, or to the pod `to` of this node.
+ * It finds or begins the flow, which is the stack's unless it is known to be
+ * another's, and judges it. It returns 0 or the reason to drop.
+ */
+__noinline int out_of_stack(struct __sk_buff *skb, struct packet *p, __u32 from, __u32 to)
+{
+	struct conn *c, *n = 0, *old;
+	int reason = 0;
+	__u32 end, me;
+
+	if (!p)
+		return DROP_MALFORMED;
+	end = p->end & 1;
+	me = 1 - end;
+	c = bpf_map_lookup_elem(&conns, &p->key);
+	old = c;
+	if (c && stale(c, p, to ? me : end, to ? to : from))
+		c = 0;
+	if (c && c->provenance == PROVENANCE_DIRECT && !(p->flags & PACKET_ERROR) &&
+	    ask_ct(skb, &p->tuple, 1) == CT_TRANSLATED)
+		return DROP_TUPLE_COLLISION;
+
+	if (!c) {
+		n = conn_new(p, PROVENANCE_STACK);
+		if (!n)
+			return DROP_CONNTRACK_FULL;
+		c = n;
+	}
+	if (to && !c->ifindex[me])
+		c->ifindex[me] = to;
+	if (from && !c->ifindex[end])
+		c->ifindex[end] = from;
+	if (!to)
+		c->eni_ifindex = skb->ifindex;
+	else if (!c->eni_ifindex && !from)
+		c->eni_ifindex = skb->ingress_ifindex;
+	if (c->generation && c->generation != policy_now())
+		renew(c, p);
+	if (!(c->flags & CONN_DENIED) && c->opener == end) {
+		reason = judge_stack(skb, c, p, from, to);
+		if (reason && (c->flags & CONN_MIDFLOW) && !(p->flags & PACKET_OPENS) &&
+		    !(c->flags & (CONN_SEEN << me)))
+			reason = judge_midflow(c, p, from, to);
+		if (reason)
+			c->flags |= CONN_DENIED;
+	}
+	if (n) {
+		reason = put(p, n, old);
+		c = bpf_map_lookup_elem(&conns, &p->key);
+		if (reason || !c)
+			return DROP_CONNTRACK_FULL;
+	}
+	conn_see(c, p, to && !(c->flags & (CONN_SENDER << end)));
+	return c->flags & CONN_DENIED ? refused_by(c) : 0;
 }
 
 SEC("tc")
 int to_pod(struct __sk_buff *skb)
 {
-	__u32 ifindex = skb->ifindex;
+	__u32 ifindex = skb->ifindex, reason, slot = skb->tc_index, from;
 	struct iface_counters *stats;
+	struct packet *p = packet_new();
 	struct iface *ep;
+	int v6 = 0;
 
 	ep = bpf_map_lookup_elem(&ifaces, &ifindex);
-	if (!ep)
+	if (!ep || !p)
 		return drop(skb, ifindex, DROP_UNKNOWN_INTERFACE);
 	if (!(ep->flags & IFACE_READY))
 		return drop(skb, ifindex, DROP_NOT_READY);
@@ -354,6 +889,26 @@ int to_pod(struct __sk_buff *skb)
 	/* The pod must not see which ENI a packet came by, nor find the bits
 	 * taken by somebody inside it who uses marks. */
 	skb->mark &= ~NODE_MARK_MASK;
+	skb->tc_index = 0;
+
+	if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
+		if (!ipv6_allowed)
+			return drop(skb, ifindex, DROP_IPV6);
+		v6 = 1;
+	}
+	if (v6 || skb->protocol == bpf_htons(ETH_P_IP)) {
+		reason = read_packet(skb, p, v6, 1);
+		if (reason)
+			return drop(skb, ifindex, reason);
+		from = origin_of(slot, &p->tuple.src);
+		if (p->flags & PACKET_ERROR)
+			find(skb, p, v6);
+		reason = out_of_stack(skb, p, from, ifindex);
+		if (reason)
+			return drop_packet(skb, ifindex, reason, p);
+		if (!from)
+			count(PATH_STACK);
+	}
 
 	stats = bpf_map_lookup_elem(&iface_stats, &ifindex);
 	if (stats) {
@@ -361,6 +916,121 @@ int to_pod(struct __sk_buff *skb)
 		stats->to_bytes += skb->len;
 	}
 	return TC_ACT_UNSPEC;
+}
+
+SEC("tc")
+int to_eni(struct __sk_buff *skb)
+{
+	__u32 slot = skb->tc_index, reason, from;
+	struct packet *p = packet_new();
+	struct addr src;
+	__be32 saddr;
+
+	skb->tc_index = 0;
+	if (slot == TC_DIRECT || !p)
+		return TC_ACT_UNSPEC;
+	if (skb->protocol != bpf_htons(ETH_P_IP) ||
+	    bpf_skb_load_bytes(skb, ETH_HLEN + offsetof(struct iphdr, saddr), &saddr, sizeof(saddr)))
+		return TC_ACT_UNSPEC;
+	map_v4(&src, saddr);
+	from = origin_of(slot, &src);
+	if (!from)
+		return TC_ACT_UNSPEC; /* the node's own */
+
+	reason = read_packet(skb, p, 0, 1);
+	if (!reason && (p->flags & PACKET_ERROR))
+		find(skb, p, 0);
+	if (!reason)
+		reason = out_of_stack(skb, p, from, 0);
+	if (reason)
+		return drop_packet(skb, from, reason, p);
+	return TC_ACT_UNSPEC;
+}
+
+/* Enters a flow that begins with a packet from the VPC to a pod here. It returns 0,
+ * the reason to drop, or -1 if the stack must say what becomes of the packet. */
+__noinline int begin_from_eni(struct __sk_buff *skb, struct packet *p, struct conn *old)
+{
+	__u32 me, to;
+	struct iface *pod;
+	struct eni *eni;
+	struct conn *n;
+	int reason;
+
+	if (!p)
+		return -1;
+	me = 1 - (p->end & 1);
+	to = local_pod(&p->tuple.dst);
+	if (!to)
+		return -1;
+	pod = bpf_map_lookup_elem(&ifaces, &to);
+	if (!pod || !(pod->flags & IFACE_READY) || (pod->flags & IFACE_STACK))
+		return -1;
+	eni = eni_of(pod);
+	if (!eni || !(eni->flags & ENI_DIRECT) || eni->ifindex != skb->ifindex ||
+	    !plain_opening(skb, p) || !in_vpc(&p->tuple.src) || ask_fib(skb, &p->tuple, 0) != to)
+		return -1;
+	n = conn_new(p, PROVENANCE_DIRECT);
+	if (!n)
+		return -1;
+	n->ifindex[me] = to;
+	n->eni_ifindex = eni->ifindex;
+	reason = judge(n, &p->tuple, me, POLICY_INGRESS, pod->flags & IFACE_GROUPS ? BOTH_GATES : NETPOL);
+	if (reason)
+		n->flags |= CONN_DENIED;
+	return put(p, n, old);
+}
+
+SEC("tc")
+int from_eni(struct __sk_buff *skb)
+{
+	__u32 to, me;
+	struct packet *p = packet_new();
+	struct iface *pod;
+	struct conn *c;
+	int reason;
+
+	/* What another node, or another namespace of this machine, left there. */
+	skb->tc_index = 0;
+	if (skb->protocol != bpf_htons(ETH_P_IP) || skb->vlan_present || !p)
+		return TC_ACT_UNSPEC;
+	/* What cannot be read, the stack drops, or to_pod. */
+	if (read_packet(skb, p, 0, 1))
+		return TC_ACT_UNSPEC;
+	c = bpf_map_lookup_elem(&conns, &p->key);
+	me = 1 - (p->end & 1);
+	if (!c || stale(c, p, 0, 0)) {
+		if (p->flags & PACKET_ERROR)
+			return TC_ACT_UNSPEC;
+		reason = begin_from_eni(skb, p, c);
+		if (reason < 0)
+			return TC_ACT_UNSPEC;
+		c = bpf_map_lookup_elem(&conns, &p->key);
+		if (reason || !c)
+			return drop_packet(skb, local_pod(&p->tuple.dst), DROP_CONNTRACK_FULL, p);
+	}
+	if (c->provenance != PROVENANCE_DIRECT || !direct_enabled || (c->flags & CONN_LOCAL)) {
+		conn_see(c, p, false);
+		return TC_ACT_UNSPEC;
+	}
+	to = c->ifindex[me & 1];
+	if (!to || !(pod = bpf_map_lookup_elem(&ifaces, &to)))
+		/* Of a pod here, by way of the wire, or of a pod that is gone: the
+		 * stack finds whose the address is now. */
+		return TC_ACT_UNSPEC;
+	if (!(pod->flags & IFACE_READY) || must_take_stack(skb, p, to)) {
+		count(PATH_EXCEPTION);
+		return TC_ACT_UNSPEC;
+	}
+	conn_see(c, p, !(c->flags & (CONN_SENDER << (p->end & 1))));
+	if (c->generation && c->generation != policy_now())
+		renew(c, p);
+	if (c->flags & CONN_DENIED)
+		return drop_packet(skb, to, refused_by(c), p);
+	if (!lower_ttl(skb))
+		return TC_ACT_UNSPEC;
+	count(PATH_DIRECT);
+	return enter_pod(skb, to, pod);
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

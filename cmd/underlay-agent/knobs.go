@@ -2,9 +2,12 @@ package main
 
 import (
 	"fmt"
+	"net/netip"
 	"strconv"
+	"strings"
 	"time"
 
+	"github.com/underlay-cni/underlay/internal/datapath"
 	"github.com/underlay-cni/underlay/internal/ipam"
 )
 
@@ -66,4 +69,40 @@ func knobs(lookup func(string) (string, bool), prefixes bool) (func(*ipam.Config
 			}
 		}
 	}, nil
+}
+
+// snatKnobs reads the AWS VPC CNI's settings of source addresses: the first is
+// overridden by --snat, if that is given; ranges add to those of --snat-exclude.
+func snatKnobs(lookup func(string) (string, bool), given bool, o *options) error {
+	const external, exclude = "AWS_VPC_K8S_CNI_EXTERNALSNAT", "AWS_VPC_K8S_CNI_EXCLUDE_SNAT_CIDRS"
+	if text, ok := lookup(external); ok && text != "" {
+		on, err := strconv.ParseBool(text)
+		if err != nil {
+			return fmt.Errorf("%s is %q; set it to true or false, or leave it unset", external, text)
+		}
+		if on && !given {
+			o.snat = datapath.SNATNone
+		}
+	}
+	if text, ok := lookup(exclude); ok && text != "" {
+		more, err := parseRanges(text)
+		if err != nil {
+			return fmt.Errorf("%s: %w", exclude, err)
+		}
+		o.snatExclude = append(o.snatExclude, more...)
+	}
+	return nil
+}
+
+// parseRanges reads IPv4 ranges with commas between them.
+func parseRanges(text string) ([]netip.Prefix, error) {
+	var out []netip.Prefix
+	for _, s := range strings.Split(text, ",") {
+		p, err := netip.ParsePrefix(strings.TrimSpace(s))
+		if err != nil || !p.Addr().Is4() {
+			return nil, fmt.Errorf("%q is no IPv4 range, such as 198.51.100.0/24", s)
+		}
+		out = append(out, p.Masked())
+	}
+	return out, nil
 }

@@ -1,12 +1,15 @@
 package main
 
 import (
+	"fmt"
+	"io"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/underlay-cni/underlay/internal/datapath"
 	"github.com/underlay-cni/underlay/internal/ipam"
 	"github.com/underlay-cni/underlay/internal/vpc"
 )
@@ -51,6 +54,39 @@ func TestKnobs(t *testing.T) {
 	for _, env := range []string{"WARM_IP_TARGET=many", "MINIMUM_IP_TARGET=-1", "MAX_ENI=0", "IP_COOLDOWN_PERIOD=30s", "ENABLE_PREFIX_DELEGATION=maybe", "WARM_ENI_TARGET=99999999999"} {
 		name, _, _ := strings.Cut(env, "=")
 		if _, err := knobs(environ(env), false); err == nil || !strings.Contains(err.Error(), name) || !strings.Contains(err.Error(), "set it to") {
+			t.Errorf("%s: %v", env, err)
+		}
+	}
+}
+
+func TestSNATKnobs(t *testing.T) {
+	for _, tc := range []struct {
+		env, args string
+		mode      datapath.SNAT
+		exclude   string
+	}{
+		{"", "", datapath.SNATByENI, "[]"},
+		{"AWS_VPC_K8S_CNI_EXTERNALSNAT=true", "", datapath.SNATNone, "[]"},
+		{"AWS_VPC_K8S_CNI_EXTERNALSNAT=false", "", datapath.SNATByENI, "[]"},
+		{"AWS_VPC_K8S_CNI_EXTERNALSNAT=true", "--snat=primary", datapath.SNATByPrimary, "[]"},
+		{"AWS_VPC_K8S_CNI_EXCLUDE_SNAT_CIDRS=198.51.100.0/24,192.0.2.9/25", "--snat-exclude 203.0.113.0/24", datapath.SNATByENI, "[203.0.113.0/24 198.51.100.0/24 192.0.2.0/25]"},
+	} {
+		for _, v := range strings.Fields(tc.env) {
+			name, value, _ := strings.Cut(v, "=")
+			t.Setenv(name, value)
+		}
+		o, err := parseFlags(strings.Fields(tc.args), io.Discard)
+		if err != nil || o.snat != tc.mode || fmt.Sprint(o.snatExclude) != tc.exclude {
+			t.Errorf("%s %s: %s %v, %v", tc.env, tc.args, o.snat, o.snatExclude, err)
+		}
+		for _, v := range strings.Fields(tc.env) {
+			name, _, _ := strings.Cut(v, "=")
+			t.Setenv(name, "")
+		}
+	}
+	for _, env := range []string{"AWS_VPC_K8S_CNI_EXTERNALSNAT=perhaps", "AWS_VPC_K8S_CNI_EXCLUDE_SNAT_CIDRS=10.0.0.0"} {
+		name, _, _ := strings.Cut(env, "=")
+		if err := snatKnobs(environ(env), false, &options{}); err == nil || !strings.Contains(err.Error(), name) {
 			t.Errorf("%s: %v", env, err)
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -16,6 +17,8 @@ import (
 
 	"github.com/underlay-cni/underlay/internal/agentapi/install"
 	"github.com/underlay-cni/underlay/internal/datapath"
+	"github.com/underlay-cni/underlay/internal/flowlog"
+	"github.com/underlay-cni/underlay/internal/ipam"
 )
 
 // maxSocketPath is what fits into sockaddr_un.sun_path with its zero, unix(7).
@@ -26,9 +29,14 @@ type options struct {
 	nodeName, kubeconfig, procSysNet      string
 	cniConf, cniBin, plugin               string
 	hook                                  datapath.Hook
+	snat                                  datapath.SNAT
+	snatExclude                           []netip.Prefix
 	level                                 slog.Level
 	prefixes                              bool
-	sweep                                 time.Duration
+	sweep, linger                         time.Duration
+	flowDir, flowFormat                   string
+	flowInterval                          time.Duration
+	flows                                 *flowlog.Format // of flowFormat; nil: JSON
 
 	uninstall, force, stay bool
 }
@@ -47,10 +55,20 @@ func parseFlags(args []string, stderr io.Writer) (options, error) {
 	f.StringVar(&o.bpffs, "bpffs", "/sys/fs/bpf/underlay", "`directory` in a mounted BPF file system that outlives the agent")
 	f.StringVar(&o.imds, "imds", "deny", "may pods reach the instance metadata: allow or deny")
 	f.StringVar((*string)(&o.hook), "hook", string(datapath.Hooks[0]), "where the BPF programs stand on pods' devices: clsact, in place at once; or tcx, which leaves the ingress qdisc to others, such as the CNI project's bandwidth plugin, and takes the kernel 10 to 50 ms for each pod")
+	f.StringVar((*string)(&o.snat), "snat", string(datapath.SNATs[0]), "by which address pods speak to the internet: eni, the primary one of their own interface; primary, that of the node's first, for public subnets, where no other interface has a public address; or none of the node, but their own, where somebody else translates")
+	f.Func("snat-exclude", "`ranges` of public addresses that pods speak to under their own, such as a peered VPC's: CIDR,CIDR; may be repeated. The VPC's ranges, as they change, RFC 1918, RFC 6598 and link-local always are", func(s string) error {
+		more, err := parseRanges(s)
+		o.snatExclude = append(o.snatExclude, more...)
+		return err
+	})
 	f.StringVar(&o.cluster, "cluster", "default", "`name` of the cluster, in the tags of the interfaces that the agent makes")
 	f.BoolVar(&o.prefixes, "prefixes", false, "take addresses as /28 prefixes, sixteen at a time, where instance type and subnet allow it")
 	f.DurationVar(&o.sweep, "sweep", 0, "`time` between deletions of the interfaces that dead nodes of the cluster left, e.g. 10m; set it on one agent of a cluster; 0: never")
+	f.DurationVar(&o.linger, "security-groups-linger", ipam.Default().SetLinger, "`time` that the interface of a set of security groups is kept after its last pod: to make and attach one takes seconds, and while it is kept no other set can have its place")
 	f.StringVar(&o.metrics, "metrics-listen", "", "`address` for /metrics (Prometheus), /livez and /readyz, e.g. 127.0.0.1:9464; empty: none")
+	f.StringVar(&o.flowDir, "flow-dir", "", "`directory` for files of flow records; empty: none are written, and underlay flows has the latest all the same")
+	f.StringVar(&o.flowFormat, "flow-format", flowlog.Default, "`fields` of a record, as VPC flow logs have them, and pod, namespace, node, direction, verdict, rule; or json")
+	f.DurationVar(&o.flowInterval, "flow-interval", time.Minute, "how long a flow record collects, from 1s to 10m")
 	f.StringVar(&o.nodeName, "node-name", "", "`name` of the node in Kubernetes: the agent then takes the taint underlay.dev/agent-not-ready off, publishes how many pods the node has addresses for, and posts events on pods; empty: there is no Kubernetes")
 	f.StringVar(&o.kubeconfig, "kubeconfig", "", "`file` by which the API server is found; empty: as a pod of the cluster finds it")
 	f.StringVar(&o.cniConf, "cni-conf", "", "`file` to write the CNI configuration list to when the agent serves, e.g. /etc/cni/net.d/10-underlay.conflist; with --cni-bin; empty: somebody else installs")
@@ -69,7 +87,9 @@ It runs as root in the node's network namespace. EC2 and its credentials are
 found as the AWS SDK documents it (AWS_ENDPOINT_URL_EC2, the instance's role, …).
 The AWS VPC CNI's WARM_IP_TARGET, MINIMUM_IP_TARGET, WARM_PREFIX_TARGET,
 WARM_ENI_TARGET, MAX_ENI, IP_COOLDOWN_PERIOD and ENABLE_PREFIX_DELEGATION keep
-their meaning in the environment; without them one address is kept free.
+their meaning in the environment; without them one address is kept free. So do
+AWS_VPC_K8S_CNI_EXTERNALSNAT (--snat=none) and AWS_VPC_K8S_CNI_EXCLUDE_SNAT_CIDRS
+(--snat-exclude).
 
 underlay-agent uninstall, with the same flags, takes a node on which no agent
 and no pod runs any more back to what it was: config list and plugin, rules,
@@ -87,6 +107,14 @@ Flags:
 		f.PrintDefaults()
 	}
 	err := f.Parse(args)
+	if err == nil {
+		given := false
+		f.Visit(func(f *flag.Flag) { given = given || f.Name == "snat" })
+		err = snatKnobs(os.LookupEnv, given, &o)
+		if err != nil {
+			fmt.Fprintf(stderr, "underlay-agent: %v\n", err)
+		}
+	}
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 		return o, err
@@ -98,12 +126,16 @@ Flags:
 		err = fmt.Errorf("--imds is %q, want allow or deny", o.imds)
 	case !slices.Contains(datapath.Hooks, o.hook):
 		err = fmt.Errorf("--hook is %q, want one of %v", o.hook, datapath.Hooks)
+	case !slices.Contains(datapath.SNATs, o.snat):
+		err = fmt.Errorf("--snat is %q, want one of %v", o.snat, datapath.SNATs)
 	case o.cluster == "" || len(o.cluster) > 256: // EC2's limit for a tag's value
 		err = errors.New("--cluster wants a name of 1 to 256 characters")
 	case !filepath.IsAbs(o.socket) || len(o.socket) > maxSocketPath:
 		err = fmt.Errorf("--socket is %q, want an absolute path of at most %d bytes", o.socket, maxSocketPath)
 	case o.sweep < 0 || o.sweep > 0 && o.sweep < time.Second:
 		err = fmt.Errorf("--sweep is %s, want 0 or at least 1s", o.sweep)
+	case o.linger < 0:
+		err = fmt.Errorf("--security-groups-linger is %s, want 0 or more", o.linger)
 	case !filepath.IsAbs(o.bpffs):
 		err = fmt.Errorf("--bpffs is %q, want an absolute path", o.bpffs)
 	case !filepath.IsAbs(o.procSysNet):
@@ -114,8 +146,19 @@ Flags:
 		err = fmt.Errorf("--cni-conf is %q and --cni-bin %q, want absolute paths", o.cniConf, o.cniBin)
 	case o.cniConf != "" && filepath.Ext(o.cniConf) != ".conflist": // libcni reads lists from no other
 		err = fmt.Errorf("--cni-conf is %q, want a name that ends with .conflist: runtimes read no other list", o.cniConf)
+	case o.flowDir != "" && !filepath.IsAbs(o.flowDir):
+		err = fmt.Errorf("--flow-dir is %q, want an absolute path", o.flowDir)
+	case o.flowInterval < time.Second || o.flowInterval > 10*time.Minute:
+		err = fmt.Errorf("--flow-interval is %s, want 1s to 10m", o.flowInterval)
 	case o.kubeconfig != "" && o.nodeName == "":
 		err = errors.New("--kubeconfig wants --node-name")
+	}
+	if err == nil && o.flowFormat != "json" {
+		var format flowlog.Format
+		if format, err = flowlog.ParseFormat(o.flowFormat); err != nil {
+			err = fmt.Errorf("--flow-format: %w", err)
+		}
+		o.flows = &format
 	}
 	if err != nil {
 		fmt.Fprintf(stderr, "underlay-agent: %v; see underlay-agent --help\n", err)

@@ -76,7 +76,7 @@ func uninstall(ctx context.Context, o options, log *slog.Logger) error {
 	}
 	errs = append(errs, err)
 	if removal.Any() {
-		log.Info("datapath removed", "op", "uninstall", "links", removal.Links, "rules", removal.Rules, "routes", removal.Routes, "nftables", removal.Table, "pins", removal.Pins)
+		log.Info("datapath removed", "op", "uninstall", "links", removal.Links, "rules", removal.Rules, "routes", removal.Routes, "nftables", removal.Table, "pins", removal.Pins, "filters", removal.Filters)
 	}
 	if err == nil {
 		errs = append(errs, giveBack(ctx, o, log))

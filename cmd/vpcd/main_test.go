@@ -52,6 +52,20 @@ func vpcdWith(t *testing.T, control *chaos.Control) string {
 	return srv.URL
 }
 
+// A setting that would be taken for another is refused before anything is made.
+func TestServeRefuses(t *testing.T) {
+	for _, tt := range []struct{ flag, want string }{
+		{"--linklocal-pps=0", "-1 for any"},
+		{"--icmp-timeout=1500ms", "whole seconds"},
+		{"--tcp-closed-timeout=0", "1s or more"},
+		{"--fragment-timeout=-1s", "whole seconds"},
+	} {
+		if _, err := run(t, "serve", "--no-fabric", "--dir", t.TempDir(), "--listen", "127.0.0.1:0", tt.flag); err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: %v", tt.flag, err)
+		}
+	}
+}
+
 func TestChaos(t *testing.T) {
 	control := chaos.New(nil)
 	url := vpcdWith(t, control)

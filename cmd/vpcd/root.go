@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/underlay-cni/underlay/internal/vpcd"
+	"github.com/underlay-cni/underlay/internal/vpcd/fabric"
 )
 
 // defaultListen is where the EC2 API is, for servers and for clients.
@@ -111,6 +112,15 @@ GET http://LISTEN/_vpcd/health answers 200 once everything stands.`,
 			if o.FlowInterval < time.Second || o.FlowInterval > 10*time.Minute {
 				return fmt.Errorf("--flow-interval %v: give 1s to 10m", o.FlowInterval)
 			}
+			if o.LinkLocalPPS == 0 || o.LinkLocalPPS < -1 {
+				return fmt.Errorf("--linklocal-pps %d: give a number of packets above 0, or -1 for any number", o.LinkLocalPPS)
+			}
+			if err := o.Inferred.Check(); err != nil {
+				return fmt.Errorf("%w; give one such as 30s", err)
+			}
+			if i := o.Inferred; min(i.TCPHandshake, i.TCPClosed, i.ICMP, i.Fragments) == 0 {
+				return errors.New("a timeout of 0 would forget a flow at once; give 1s or more")
+			}
 			if !o.NoFabric {
 				if err := needRoot("vpcd serve"); err != nil {
 					return fmt.Errorf("%w, or --no-fabric for the API alone", err)
@@ -134,6 +144,12 @@ GET http://LISTEN/_vpcd/health answers 200 once everything stands.`,
 	f.StringVar(&o.S3Dir, "s3-dir", "", "folder that stands for S3: flow logs to arn:aws:s3:::BUCKET go to BUCKET in it (default s3 in --dir)")
 	f.DurationVar(&o.FlowInterval, "flow-interval", time.Minute, "a flow record is of so long at most, and then in a file; 1s to 10m")
 	f.StringArrayVar(&o.Policies, "iam-policy", nil, "FILE with an IAM policy that calls must be allowed by, or ACCESSKEY=FILE for who signs with that key; repeatable")
+	f.IntVar(&o.LinkLocalPPS, "linklocal-pps", 1024, "packets per second that an interface may send to link-local services: DNS, IMDS and NTP together; -1 for any number")
+	f.DurationVar(&o.Inferred.TCPHandshake, "tcp-handshake-timeout", fabric.DefaultInferred.TCPHandshake, "how long a security group remembers a TCP connection that is not established")
+	f.DurationVar(&o.Inferred.TCPClosed, "tcp-closed-timeout", fabric.DefaultInferred.TCPClosed, "… a TCP connection that is closed")
+	f.DurationVar(&o.Inferred.ICMP, "icmp-timeout", fabric.DefaultInferred.ICMP, "… an ICMP query")
+	f.DurationVar(&o.Inferred.Fragments, "fragment-timeout", fabric.DefaultInferred.Fragments, "… the first fragment of a datagram, which the later ones follow")
+	f.BoolVar(&o.Inferred.ReceiverGroups, "egress-groups-by-receiver", false, "a group in an egress rule means the interface that receives the packet, a middlebox too, instead of the one that has its destination")
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error; debug logs each request")
 	return c
 }

@@ -36,6 +36,7 @@ type rig struct {
 	rival  string // where another agent is; guarded by cloud.mu
 
 	orchestrator Orchestrator
+	judges       bool // the kernel judges by security groups
 }
 
 // run runs fn in a bubble of virtual time, with a cloud and a kernel.
@@ -57,8 +58,13 @@ func run(t *testing.T, typ string, fn func(*rig)) {
 // start starts an agent; one that runs is stopped first.
 func (r *rig) start() {
 	r.stop()
-	r.a = New(Options{Version: "test", Cluster: "test", Socket: r.socket, Datapath: r.kernel, Metadata: fakeIMDS{r.cloud},
-		ConnectEC2: func(context.Context, string) (EC2, error) { return r.cloud, nil }, Logger: slog.New(slog.DiscardHandler), Sweep: r.sweep, Tune: r.tune, Rival: r.theRival, Orchestrator: r.orchestrator})
+	opts := Options{Version: "test", Cluster: "test", Socket: r.socket, Datapath: r.kernel, Metadata: fakeIMDS{r.cloud},
+		ConnectEC2: func(context.Context, string) (EC2, error) { return r.cloud, nil }, Logger: slog.New(slog.DiscardHandler), Sweep: r.sweep, Tune: r.tune, Rival: r.theRival, Orchestrator: r.orchestrator}
+	if r.judges {
+		opts.SetPolicy = r.kernel.SetPolicy
+	}
+	r.a = New(opts)
+	r.kernel.before = r.a.BeforeReady
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error)
 	go func() { ended <- r.a.Run(ctx) }()
@@ -558,6 +564,57 @@ func TestRepair(t *testing.T) {
 		synctest.Wait()
 		if sets() == before {
 			t.Error("nothing was looked at unasked")
+		}
+	})
+}
+
+// The VPC's ranges are followed, and what others have in the way is told.
+func TestSurvey(t *testing.T) {
+	run(t, "m5.large", func(r *rig) {
+		first, second := netip.MustParsePrefix("10.0.0.0/16"), netip.MustParsePrefix("198.51.100.0/24")
+		set := func(obstacle string, err error, cidrs ...netip.Prefix) {
+			r.cloud.mu.Lock()
+			r.cloud.cidrs, r.cloud.noIMDS = cidrs, err
+			r.cloud.mu.Unlock()
+			r.kernel.mu.Lock()
+			r.kernel.obstacle = obstacle
+			r.kernel.mu.Unlock()
+		}
+		look := func(want ...netip.Prefix) agentapi.Inspection {
+			t.Helper()
+			synctest.Wait()
+			r.kernel.mu.Lock()
+			got := r.kernel.vpc
+			r.kernel.mu.Unlock()
+			if !slices.Equal(got, want) {
+				t.Errorf("the datapath knows %v of the VPC, want %v", got, want)
+			}
+			in, err := r.a.Inspect(context.Background())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !slices.Equal(in.Node.VPCCIDRs, want) {
+				t.Errorf("told are %v, want %v", in.Node.VPCCIDRs, want)
+			}
+			return *in
+		}
+		says := func(in agentapi.Inspection, op, text string) bool {
+			return slices.ContainsFunc(in.LastErrors, func(i agentapi.Incident) bool { return i.Op == op && strings.Contains(i.Message, text) })
+		}
+		set("", nil, first)
+		r.start()
+		if in := look(first); len(in.LastErrors) > 0 {
+			t.Errorf("incidents: %+v", in.LastErrors)
+		}
+		set("FORWARD drops", nil, first, second)
+		time.Sleep(repairEvery)
+		if in := look(first, second); !says(in, "forwarding", "FORWARD drops") || !in.Healthy {
+			t.Errorf("healthy: %v, incidents: %+v", in.Healthy, in.LastErrors)
+		}
+		set("", errors.New("no metadata"), first)
+		time.Sleep(repairEvery)
+		if in := look(first, second); !says(in, "vpc", "stay as they were known") {
+			t.Errorf("incidents: %+v", in.LastErrors)
 		}
 	})
 }

@@ -5,19 +5,22 @@ import (
 	"errors"
 	"net/http"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
+	"github.com/underlay-cni/underlay/internal/agent/recorder"
 	"github.com/underlay-cni/underlay/internal/agentapi"
+	"github.com/underlay-cni/underlay/internal/flowlog"
 	"github.com/underlay-cni/underlay/internal/ipam"
 	"github.com/underlay-cni/underlay/internal/vpc"
 )
 
 // metrics are the agent's numbers. Labels are bounded: states, names of calls,
-// outcomes, error codes, drop reasons, the node's subnets; never a pod or an
-// address.
+// outcomes, error codes, drop reasons, the node's subnets and, as many as it has
+// interfaces, its sets of security groups; never a pod or an address.
 type metrics struct {
 	registry *prometheus.Registry
 	adds     *prometheus.HistogramVec
@@ -79,15 +82,23 @@ var (
 	descReady     = prometheus.NewDesc("underlay_ready", "1 when ADDs can be served.", nil, nil)
 	descENIs      = prometheus.NewDesc("underlay_enis", "Network interfaces of the node, by state.", []string{"state"}, nil)
 	descAddresses = prometheus.NewDesc("underlay_addresses", "Addresses of the pool, by state; primaries are not of it.", []string{"state"}, nil)
+	descSets      = prometheus.NewDesc("underlay_group_set_addresses", "Addresses of each set of security groups that has interfaces on the node, by state; groups are sorted IDs, joined by commas.", []string{"groups", "state"}, nil)
+	descSetENIs   = prometheus.NewDesc("underlay_group_set_enis", "Network interfaces of each set of security groups.", []string{"groups"}, nil)
+	descSetsLeft  = prometheus.NewDesc("underlay_group_sets_allocatable", "How many further sets of security groups the node has interfaces for.", nil, nil)
 	descWaiting   = prometheus.NewDesc("underlay_adds_waiting", "ADDs that wait for an address.", nil, nil)
 	descExhausted = prometheus.NewDesc("underlay_subnet_exhausted", "1 for a subnet of the node where EC2 found no free address, or no free prefix, when last asked.", []string{"subnet", "lacks"}, nil)
 	descNotices   = prometheus.NewDesc("underlay_notices_dropped_total", "What pods' users were not told, in Kubernetes' events, for want of room.", nil, nil)
+	descRecords   = prometheus.NewDesc("underlay_flow_records_total", "Flow records made.", []string{"direction", "action"}, nil)
+	descRecorded  = prometheus.NewDesc("underlay_flow_packets_total", "Packets in flow records.", []string{"direction", "action"}, nil)
+	descBytes     = prometheus.NewDesc("underlay_flow_bytes_total", "IP bytes in flow records.", []string{"direction", "action"}, nil)
+	descSkipped   = prometheus.NewDesc("underlay_flow_skipped_packets_total", "Packets that pods' interfaces counted and no flow record could be made of.", nil, nil)
+	descFailures  = prometheus.NewDesc("underlay_flow_failures_total", "Intervals whose flow records could not be read or written in time; later ones make up for them.", nil, nil)
 	descDrops     = prometheus.NewDesc("underlay_dropped_packets_total", "Packets that the node's programs dropped, by reason.", []string{"reason"}, nil)
 )
 
 // Describe implements prometheus.Collector.
 func (v *view) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descReady, descENIs, descAddresses, descWaiting, descExhausted, descNotices, descDrops} {
+	for _, d := range []*prometheus.Desc{descReady, descENIs, descAddresses, descSets, descSetENIs, descSetsLeft, descWaiting, descExhausted, descNotices, descRecords, descRecorded, descBytes, descSkipped, descFailures, descDrops} {
 		ch <- d
 	}
 }
@@ -108,8 +119,11 @@ func (v *view) Collect(ch chan<- prometheus.Metric) {
 	enis := map[string]int{}
 	waiting := 0
 	exhausted := map[vpc.SubnetID][2]int{} // of addresses, of prefixes
+	var groups []agentapi.GroupSet
+	setsLeft := 0
 	if v.a.ask(ctx, func(o *owner) {
 		n, waiting = countAll(&o.state), len(o.state.Waiting)
+		groups, setsLeft = sets(&o.state), o.state.SlotsLeft()
 		for _, e := range o.state.ENIs {
 			enis[state(e)]++
 			if e.Managed {
@@ -131,6 +145,21 @@ func (v *view) Collect(ch chan<- prometheus.Metric) {
 		gauge(descAddresses, n.Cooling, "cooling")
 		gauge(descAddresses, n.Foreign, "foreign")
 		gauge(descWaiting, waiting)
+		gauge(descSetsLeft, setsLeft)
+		for _, g := range groups {
+			if g.ENIs == 0 {
+				continue // its pods wait, and it may never have one
+			}
+			name := strings.Join(g.Groups, ",")
+			if g.Node {
+				name = "node" // whatever they are: a pod can ask for the same
+			}
+			gauge(descSetENIs, g.ENIs, name)
+			gauge(descSets, g.InUse, name, "bound")
+			gauge(descSets, g.Free, name, "free")
+			gauge(descSets, g.Cooling, name, "cooling")
+			gauge(descSets, g.Coming, name, "assigned")
+		}
 		for s, c := range enis {
 			gauge(descENIs, c, s)
 		}
@@ -142,6 +171,7 @@ func (v *view) Collect(ch chan<- prometheus.Metric) {
 	if o := v.a.opts.Orchestrator; o != nil {
 		ch <- prometheus.MustNewConstMetric(descNotices, prometheus.CounterValue, float64(o.Dropped()))
 	}
+	v.flows(ch)
 	drops, err := v.a.opts.Datapath.Counters()
 	if err != nil {
 		return // a scrape without them says so by their absence
@@ -149,4 +179,29 @@ func (v *view) Collect(ch chan<- prometheus.Metric) {
 	for reason, c := range drops {
 		ch <- prometheus.MustNewConstMetric(descDrops, prometheus.CounterValue, float64(c), reason)
 	}
+}
+
+// flows are the sums of the flow records.
+func (v *view) flows(ch chan<- prometheus.Metric) {
+	v.a.mu.Lock()
+	f := v.a.flows
+	v.a.mu.Unlock()
+	if f == nil {
+		return
+	}
+	// The latest failure is counted among the totals.
+	t, _ := f.Totals()
+	count := func(d *prometheus.Desc, n uint64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(n), labels...)
+	}
+	for _, d := range []flowlog.Direction{flowlog.Egress, flowlog.Ingress} {
+		for accepted, action := range map[bool]string{true: "accept", false: "reject"} {
+			k := recorder.Kind{Direction: d, Accepted: accepted}
+			count(descRecords, t.Records[k], d.String(), action)
+			count(descRecorded, t.Packets[k], d.String(), action)
+			count(descBytes, t.Bytes[k], d.String(), action)
+		}
+	}
+	count(descSkipped, t.Skipped)
+	count(descFailures, t.Failures)
 }

@@ -39,6 +39,7 @@ func (a *Agent) repair(ctx context.Context, o *owner) error {
 	}
 	tick := time.NewTicker(repairEvery)
 	defer tick.Stop()
+	o.spawn(func() { a.survey(ctx) })
 	for {
 		select {
 		case <-ctx.Done():
@@ -58,6 +59,7 @@ func (a *Agent) repair(ctx context.Context, o *owner) error {
 		a.tell(ctx, func(o *owner) {
 			links := o.links()
 			o.spawn(func() {
+				a.survey(ctx)
 				ev, err := o.observeLinks(links)
 				if err != nil {
 					if ctx.Err() == nil {
@@ -68,5 +70,32 @@ func (a *Agent) repair(ctx context.Context, o *owner) error {
 				a.tell(ctx, func(o *owner) { o.step(ev) })
 			})
 		})
+	}
+}
+
+// survey looks at what changes around the node without a word: the VPC's ranges,
+// and what others on the node let through.
+func (a *Agent) survey(ctx context.Context) {
+	a.mu.Lock()
+	mac := a.identity.MAC
+	a.mu.Unlock()
+	cidrs, err := a.opts.Metadata.VPCCIDRs(ctx, mac)
+	if err == nil {
+		err = a.opts.Datapath.SetVPC(ctx, cidrs)
+	}
+	switch {
+	case err != nil && ctx.Err() == nil:
+		a.incident("vpc", err.Error()+"; the VPC's ranges stay as they were known")
+	case err == nil:
+		a.mu.Lock()
+		a.identity.VPCCIDRs = cidrs
+		a.mu.Unlock()
+	}
+	obstacle, err := a.opts.Datapath.Obstacle()
+	if err != nil {
+		obstacle = "what others on the node let through is not known: " + err.Error()
+	}
+	if obstacle != "" {
+		a.incident("forwarding", obstacle)
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/underlay-cni/underlay/internal/agentapi/pipe"
 	"github.com/underlay-cni/underlay/internal/datapath"
 	"github.com/underlay-cni/underlay/internal/ipam"
+	"github.com/underlay-cni/underlay/internal/vpc"
 )
 
 // gateway is the next hop inside every pod: link-local, so that it is the same
@@ -68,9 +69,20 @@ func (a *Agent) add(ctx context.Context, at *agentapi.Attachment, timeout time.D
 		return nil, err
 	}
 	defer unlock()
+	set, err := a.groupSet(ctx, at.Groups, deadline)
+	if err != nil {
+		return nil, err
+	}
 	if ep, ok := a.endpoint(k); ok {
 		err := a.opts.Datapath.Check(ctx, ep, netns)
 		if err == nil {
+			has, same, err := a.inGroups(ctx, ep.ENI, set)
+			if err != nil {
+				return nil, err
+			}
+			if !same { // a pod keeps its groups until it is made anew
+				return nil, agentapi.Errorf(agentapi.CodeConflict, "container %s has %s with %s, and ADD asks for %s; send DEL first", at.ContainerID, ep.Addr, describeSet(has), describeSet(set))
+			}
 			return result(ep), nil
 		}
 		// The runtime made the container's namespace anew without a DEL.
@@ -80,15 +92,18 @@ func (a *Agent) add(ctx context.Context, at *agentapi.Attachment, timeout time.D
 		}
 	}
 	for try := 1; ; try++ {
-		ans, err := a.request(ctx, at, deadline)
+		ans, err := a.request(ctx, at, set, deadline)
 		if err != nil {
 			return nil, err
 		}
-		ep, err := a.opts.Datapath.Add(ctx, datapath.Endpoint{
+		if set != "" && ans.groups != set { // changed by somebody a moment ago, or the address is of an earlier request
+			a.release(ans.addr.reply.Addr, time.Now(), true)
+			return nil, agentapi.Errorf(agentapi.CodeTryAgain, "%s, where the pod was to have its address, carries security groups %s and no longer %s; try again", ans.addr.reply.ENI, ans.groups, set)
+		}
+		ep, err := a.attach(ctx, k, deadline, datapath.Endpoint{
 			ContainerID: at.ContainerID, IfName: at.IfName, Netns: at.Netns, Addr: ans.addr.reply.Addr, ENI: ans.addr.reply.ENI, ENIIndex: ans.addr.index,
 			PodNamespace: at.Pod.Namespace, PodName: at.Pod.Name, PodUID: at.Pod.UID, Groups: ans.groups}, netns)
 		if err == nil {
-			a.remember(k, ep)
 			a.log.Info("endpoint added", "pod", at.Pod.String(), "ip", ep.Addr, "eni", ep.ENI, "if", ep.HostIfName, "container", at.ContainerID)
 			return result(ep), nil
 		}
@@ -101,6 +116,46 @@ func (a *Agent) add(ctx context.Context, at *agentapi.Attachment, timeout time.D
 			continue
 		}
 		return nil, datapathError(err, at)
+	}
+}
+
+// ruleTime is what an ADD has at least, once it has its address, to learn the
+// rules of its security groups.
+const ruleTime = 5 * time.Second
+
+// attach makes the endpoint in the kernel, with its policy.
+func (a *Agent) attach(ctx context.Context, k key, deadline time.Time, ep datapath.Endpoint, netns *os.File) (datapath.Endpoint, error) {
+	if least := time.Now().Add(ruleTime); deadline.Before(least) {
+		deadline = least
+	}
+	ctx, cancel := context.WithDeadline(ctx, deadline)
+	defer cancel()
+	ep, err := a.opts.Datapath.Add(ctx, ep, netns)
+	if err == nil {
+		a.remember(k, ep)
+	}
+	if a.gate != nil {
+		a.gate.leave(k) // it is among the endpoints now, or not there
+	}
+	return ep, err
+}
+
+// BeforeReady puts the policy of an endpoint into the kernel before its first
+// packet passes. It is for datapath.Options.
+func (a *Agent) BeforeReady(ctx context.Context, ep datapath.Endpoint) error {
+	if a.gate == nil {
+		return nil
+	}
+	return a.gate.admit(ctx, ep)
+}
+
+// keepGate keeps the endpoints' policy up to date, from when the node's
+// interfaces are known.
+func (a *Agent) keepGate(ctx context.Context) {
+	select {
+	case <-a.ready:
+		a.gate.run(ctx)
+	case <-ctx.Done():
 	}
 }
 
@@ -141,7 +196,7 @@ func (a *Agent) awaitReady(ctx context.Context, d time.Duration) error {
 }
 
 // request waits for an address from the plan.
-func (a *Agent) request(ctx context.Context, at *agentapi.Attachment, deadline time.Time) (answer, error) {
+func (a *Agent) request(ctx context.Context, at *agentapi.Attachment, set vpc.GroupSet, deadline time.Time) (answer, error) {
 	k := key{at.ContainerID, at.IfName}
 	ch := make(chan answer, 1)
 	a.mu.Lock()
@@ -150,7 +205,7 @@ func (a *Agent) request(ctx context.Context, at *agentapi.Attachment, deadline t
 	a.mu.Unlock()
 	if !a.tell(ctx, func(o *owner) {
 		o.waiters[id] = ch
-		o.step(ipam.AddRequested{At: time.Now(), ID: id, Owner: k.String(), Deadline: deadline})
+		o.step(ipam.AddRequested{At: time.Now(), ID: id, Owner: k.String(), Pool: ipam.Pool{Groups: set}, Deadline: deadline})
 	}) {
 		return answer{}, errStopping
 	}
@@ -191,6 +246,10 @@ func addressError(e *ipam.Error) error {
 	switch e.Kind {
 	case ipam.KindNodeFull:
 		code = agentapi.CodeNodeFull
+	case ipam.KindSetsFull:
+		code = agentapi.CodeSetsFull
+	case ipam.KindGroups:
+		code = agentapi.CodeGroups
 	case ipam.KindSubnetFull:
 		code = agentapi.CodeSubnetFull
 	case ipam.KindDenied:
@@ -259,6 +318,9 @@ func (a *Agent) del(ctx context.Context, k key) error {
 		a.incident("del", err.Error())
 	}
 	a.forget(k)
+	if a.gate != nil {
+		a.gate.changed()
+	}
 	a.release(ep.Addr, ep.Released, false)
 	a.log.Info("endpoint deleted", "pod", podName(ep), "ip", ep.Addr, "eni", ep.ENI, "container", k.containerID)
 	return nil

@@ -25,6 +25,7 @@ const (
 	OpVersion Op = "version"
 	OpStatus  Op = "status"
 	OpInspect Op = "inspect"
+	OpFlows   Op = "flows"
 )
 
 // Code is the number of an error: CNI's own up to 99 (CNI specification 1.1,
@@ -51,7 +52,9 @@ const (
 	CodeDenied           Code = 104 // EC2 denies the call: an IAM permission is missing
 	CodeDatapath         Code = 105 // the kernel refused a part of the endpoint
 	CodeCheckFailed      Code = 106 // the endpoint is not as ADD left it
-	CodeConflict         Code = 107 // the same container and interface with another namespace
+	CodeConflict         Code = 107 // the same container and interface with another namespace, or other groups
+	CodeGroups           Code = 108 // the security groups that are asked for are not to be had
+	CodeSetsFull         Code = 109 // other sets of security groups have the node's interfaces
 	CodeInternal         Code = 199
 )
 
@@ -77,8 +80,9 @@ func Errorf(code Code, format string, args ...any) *Error {
 
 // Request is one request.
 type Request struct {
-	Version int `json:"version"`
-	Op      Op  `json:"op"`
+	Version int        `json:"version"`
+	Op      Op         `json:"op"`
+	Flows   *FlowQuery `json:"flows,omitempty"` // flows: what is asked for
 }
 
 // Attachment is one interface of one container, as the runtime names it. As
@@ -90,6 +94,7 @@ type Attachment struct {
 	Netns       string     `json:"netns,omitempty"` // path in the runtime's mounts, for people
 	Pod         Pod        `json:"pod,omitzero"`
 	Addr        netip.Addr `json:"addr,omitzero"` // check: the address that ADD answered
+	Groups      []string   `json:"-"`             // add: IDs or names of the security groups that are asked for; none: the node's own
 }
 
 // Pod names a workload as its orchestrator does; empty fields are unknown.
@@ -116,6 +121,7 @@ type Response struct {
 	Error   *Error      `json:"error,omitempty"`
 	Agent   string      `json:"agent,omitempty"`   // version: the agent's own version
 	Inspect *Inspection `json:"inspect,omitempty"` // inspect
+	Flows   *Flows      `json:"flows,omitempty"`   // flows
 }
 
 // Result is what ADD made.
@@ -131,19 +137,22 @@ type Result struct {
 
 // Inspection is the agent's view of its node at one moment.
 type Inspection struct {
-	Version    string     `json:"version"`
-	Node       Node       `json:"node"`
-	Healthy    bool       `json:"healthy"`
-	Reason     string     `json:"reason,omitempty"` // why it is not healthy, and the next step
-	Since      time.Time  `json:"since"`            // start of this agent process
-	LastErrors []Incident `json:"lastErrors"`
-	ENIs       []ENI      `json:"enis"`
-	Addresses  []Address  `json:"addresses"`
-	Omitted    int        `json:"omitted,omitempty"` // free addresses left out of Addresses to keep the message small
-	Endpoints  []Endpoint `json:"endpoints"`
-	Waiting    int        `json:"waiting"` // ADDs that wait for an address
-	Counters   Counters   `json:"counters"`
-	Limits     Limits     `json:"limits"`
+	Version    string       `json:"version"`
+	Node       Node         `json:"node"`
+	Healthy    bool         `json:"healthy"`
+	Reason     string       `json:"reason,omitempty"` // why it is not healthy, and the next step
+	Since      time.Time    `json:"since"`            // start of this agent process
+	LastErrors []Incident   `json:"lastErrors"`
+	ENIs       []ENI        `json:"enis"`
+	Addresses  []Address    `json:"addresses"`
+	Omitted    int          `json:"omitted,omitempty"` // free addresses left out of Addresses to keep the message small
+	Endpoints  []Endpoint   `json:"endpoints"`
+	Waiting    int          `json:"waiting"` // ADDs that wait for an address
+	Sets       []GroupSet   `json:"groupSets"`
+	Policy     *GroupPolicy `json:"groupPolicy,omitempty"`
+	SetsLeft   int          `json:"groupSetsLeft"` // how many further sets of security groups the node has interfaces for
+	Counters   Counters     `json:"counters"`
+	Limits     Limits       `json:"limits"`
 }
 
 // Node is the instance the agent runs on.
@@ -183,6 +192,32 @@ type ENI struct {
 	Addresses Counts         `json:"addresses"` // of the pool: without the primary
 }
 
+// GroupSet is what pods with one set of security groups have of the node.
+type GroupSet struct {
+	Groups  []string   `json:"groups"`            // IDs, sorted
+	Node    bool       `json:"node,omitempty"`    // the node's own: of pods that ask for none
+	ENIs    int        `json:"enis"`              // interfaces of the set, those on their way included
+	InUse   int        `json:"inUse"`             // addresses that pods have
+	Free    int        `json:"free"`              // addresses that the next pod may have at once
+	Coming  int        `json:"coming"`            // addresses on their way
+	Cooling int        `json:"cooling"`           // addresses that rest
+	Waiting int        `json:"waiting"`           // pods that wait for one
+	Until   *time.Time `json:"until,omitempty"`   // when the first idle interface goes back unless a pod comes
+	Drifted int        `json:"drifted,omitempty"` // interfaces whose groups somebody has changed: they get no further pod
+}
+
+// GroupPolicy is how the node judges by security groups what the VPC does not
+// see: the traffic between its own pods.
+type GroupPolicy struct {
+	Mode         string     `json:"mode"`   // "vpc": what comes over the wire the VPC has judged
+	Judged       int        `json:"judged"` // pods
+	Groups       int        `json:"groups"` // whose rules are read
+	Rules        int        `json:"rules"`
+	Read         *time.Time `json:"read,omitempty"` // when they were read last
+	EverySeconds float64    `json:"everySeconds,omitempty"`
+	Error        string     `json:"error,omitempty"` // of the last read
+}
+
 // Counts is a number of addresses by state.
 type Counts struct {
 	Assigned int `json:"assigned"`
@@ -213,6 +248,7 @@ type Endpoint struct {
 	MAC         string     `json:"mac"`
 	HostIfName  string     `json:"hostIfName"`
 	Pod         Pod        `json:"pod"`
+	Groups      []string   `json:"groups,omitempty"` // of its security groups: what its ENI carried when it got the address
 	Since       time.Time  `json:"since"`
 	State       string     `json:"state"`             // adding, live, tombstone
 	Problem     string     `json:"problem,omitempty"` // e.g. EC2 no longer lists the address
@@ -241,7 +277,7 @@ func decodeRequest(b []byte) (*Request, error) {
 		return &r, Errorf(CodeIncompatibleVersion, "the agent speaks protocol version %d, the request is of version %d; install the underlay that came with this agent", ProtocolVersion, r.Version)
 	}
 	switch r.Op {
-	case OpVersion, OpStatus, OpInspect:
+	case OpVersion, OpStatus, OpInspect, OpFlows:
 	default:
 		return &r, Errorf(CodeDecoding, "unknown operation %q; install the underlay that came with this agent", r.Op)
 	}

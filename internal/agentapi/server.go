@@ -32,6 +32,7 @@ type Handler interface {
 	CNI(ctx context.Context, call *pipe.Call, netns *os.File) (exit byte, stdout []byte)
 	Status(ctx context.Context) error
 	Inspect(ctx context.Context) (*Inspection, error)
+	Flows(ctx context.Context, q FlowQuery) (*Flows, error)
 	Version() string
 }
 
@@ -194,6 +195,12 @@ func dispatch(ctx context.Context, req *Request, h Handler) *Response {
 		err = h.Status(ctx)
 	case OpInspect:
 		resp.Inspect, err = h.Inspect(ctx)
+	case OpFlows:
+		var q FlowQuery
+		if req.Flows != nil {
+			q = *req.Flows
+		}
+		resp.Flows, err = h.Flows(ctx, q)
 	default:
 		err = Errorf(CodeDecoding, "unknown operation %q; install the underlay that came with this agent", req.Op)
 	}

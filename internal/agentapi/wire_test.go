@@ -20,6 +20,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/underlay-cni/underlay/internal/agentapi/pipe"
+	"github.com/underlay-cni/underlay/internal/flowlog"
 )
 
 // handler answers with what it was asked.
@@ -33,6 +34,9 @@ func (h *handler) CNI(ctx context.Context, c *pipe.Call, f *os.File) (byte, []by
 }
 func (h *handler) Status(context.Context) error { return Errorf(CodeNotAvailable, "asleep; wake it") }
 func (h *handler) Version() string              { return "1.2.3" }
+func (h *handler) Flows(_ context.Context, q FlowQuery) (*Flows, error) {
+	return &Flows{Interval: 60, Ended: []flowlog.Object{{End: q.Since, Status: "OK"}}}, nil
+}
 func (h *handler) Inspect(context.Context) (*Inspection, error) {
 	in := &Inspection{Version: "1.2.3"}
 	if h.big.Load() {
@@ -75,6 +79,10 @@ func TestRoundTrip(t *testing.T) {
 	}
 	if v, err := c.Version(ctx); v != "1.2.3" || err != nil {
 		t.Errorf("version: %q, %v", v, err)
+	}
+	since := time.Unix(7, 0).UTC()
+	if f, err := c.Flows(ctx, FlowQuery{Since: since}); err != nil || len(f.Ended) != 1 || !f.Ended[0].End.Equal(since) {
+		t.Errorf("Flows = %+v, %v", f, err)
 	}
 	if in, err := c.Inspect(ctx); err != nil || in.Version != "1.2.3" {
 		t.Errorf("inspect: %+v, %v", in, err)

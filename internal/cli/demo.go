@@ -11,8 +11,10 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 
@@ -20,28 +22,53 @@ import (
 )
 
 func (a *App) demoCommand() *cobra.Command {
-	var keep bool
-	c := &cobra.Command{
-		Use:   "demo",
-		Short: "Make a lab, prove each fact with a command, take it down",
-		Long: `Makes a lab with pods on two nodes and shows what Underlay is for: each fact with
+	c := a.demoOf(demoPlan{
+		name: "demo", short: "Make a lab, prove each fact with a command, take it down",
+		long: `Makes a lab with pods on two nodes and shows what Underlay is for: each fact with
 the command that proves it and that command's real output. Then takes the lab
 down; --keep (or KEEP=1) leaves it up. Ends with an error if a proof fails.`,
-		Example:     "  underlay demo\n  KEEP=1 underlay demo",
+		example: "  underlay demo\n  KEEP=1 underlay demo\n  underlay demo three-tier    # security groups on tiers\n  underlay demo overlay       # what an overlay hides, side by side",
+		intro:   "A VPC in one process, two nodes with an agent each, a VM and a database:",
+		tools:   []string{"ping", "tcpdump", "aws", "bash"},
+		prove:   (*demo).prove,
+	})
+	c.AddCommand(a.demoOf(threeTier), a.demoOf(overlay))
+	return c
+}
+
+// demoPlan is one of the demos.
+type demoPlan struct {
+	name, short, long, example string
+
+	intro string // said before the lab is made
+	tools []string
+	prove func(d *demo, ctx context.Context)
+}
+
+// packages are what the tools of demos come with on Debian.
+var packages = map[string]string{
+	"ping": "iputils-ping", "tcpdump": "tcpdump", "aws": "awscli", "bash": "bash", "ip": "iproute2", "bridge": "iproute2", "nft": "nftables",
+}
+
+func (a *App) demoOf(p demoPlan) *cobra.Command {
+	var keep bool
+	words := strings.Fields(p.name)
+	c := &cobra.Command{
+		Use: words[len(words)-1], Short: p.short, Long: p.long, Example: p.example,
 		Args:        cobra.NoArgs,
 		Annotations: rootBecause("makes network namespaces and loads BPF programs"),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if v := os.Getenv("KEEP"); v != "" && v != "0" && !cmd.Flags().Changed("keep") {
 				keep = true
 			}
-			return a.demo(cmd.Context(), keep)
+			return a.demo(cmd.Context(), p, keep)
 		},
 	}
 	c.Flags().BoolVar(&keep, "keep", false, "leave the lab up")
 	return c
 }
 
-// demo is one run of the demo. Everything it shows is the output of a command
+// demo is one run of a demo. Everything it shows is the output of a command
 // that a person can type again.
 type demo struct {
 	a       *App
@@ -50,6 +77,8 @@ type demo struct {
 	color   bool
 	results []proof
 	out     io.Writer
+	// comment is what to say behind a line of output, if anything.
+	comment func(line string) string
 }
 
 type proof struct {
@@ -60,21 +89,26 @@ type proof struct {
 	Why     string `json:"why,omitempty"` // why it is not ok
 }
 
-func (a *App) demo(ctx context.Context, keep bool) (err error) {
+func (a *App) demo(ctx context.Context, plan demoPlan, keep bool) (err error) {
 	began := a.now()
 	d := &demo{a: a, out: a.Out}
 	if a.json() {
 		d.out = a.Err // stdout is for the JSON
 	}
 	d.color = colored(d.out)
-	for _, tool := range []string{"ping", "tcpdump", "aws", "bash"} {
+	for _, tool := range plan.tools {
 		if _, err := exec.LookPath(tool); err != nil {
-			return fmt.Errorf("the demo shows its facts with %s, which is not installed; on Debian: apt-get install iputils-ping tcpdump awscli bash", tool)
+			var all []string
+			for _, t := range plan.tools {
+				all = append(all, packages[t])
+			}
+			slices.Sort(all)
+			return fmt.Errorf("the demo shows its facts with %s, which is not installed; on Debian: apt-get install %s", tool, strings.Join(slices.Compact(all), " "))
 		}
 	}
-	d.say("A VPC in one process, two nodes with an agent each, a VM and a database:")
+	d.say(plan.intro)
 	d.shell("underlay up" + a.labFlag())
-	if d.lab, err = a.up(ctx, upOptions{nodes: 2, instanceType: "m5.large", listen: defaultListen}); err != nil {
+	if d.lab, err = a.up(ctx, upOptions{nodes: 2, zones: 2, instanceType: "m5.large", listen: defaultListen}); err != nil {
 		return err
 	}
 	made := a.now()
@@ -90,7 +124,7 @@ func (a *App) demo(ctx context.Context, keep bool) (err error) {
 	if err := d.environment(); err != nil {
 		return err
 	}
-	d.prove(ctx)
+	plan.prove(d, ctx)
 	if ctx.Err() != nil {
 		return fmt.Errorf("interrupted: %w", context.Cause(ctx))
 	}
@@ -111,7 +145,7 @@ func (a *App) demo(ctx context.Context, keep bool) (err error) {
 		}
 	}
 	if failed > 0 {
-		return fmt.Errorf("%d of %d proofs failed; look around with: KEEP=1 underlay demo, then underlay status and underlay logs", failed, len(d.results))
+		return fmt.Errorf("%d of %d proofs failed; look around with: KEEP=1 underlay %s%s, then underlay status and underlay logs", failed, len(d.results), plan.name, a.labFlag())
 	}
 	return nil
 }
@@ -126,7 +160,28 @@ func (d *demo) environment() error {
 	return nil
 }
 
-func (d *demo) say(s string) { fmt.Fprintf(d.out, "%s\n", paint(s, strong, d.color)) }
+func (d *demo) say(s string) {
+	for _, line := range wrap(s, 100) {
+		fmt.Fprintf(d.out, "%s\n", paint(line, strong, d.color))
+	}
+}
+
+// wrap breaks a text between words into lines of width characters at most.
+func wrap(s string, width int) []string {
+	var lines []string
+	line := ""
+	for _, w := range strings.Fields(s) {
+		if line != "" && utf8.RuneCountInString(line)+1+utf8.RuneCountInString(w) > width {
+			lines = append(lines, line)
+			line = ""
+		}
+		if line != "" {
+			line += " "
+		}
+		line += w
+	}
+	return append(lines, line)
+}
 
 func (d *demo) shell(cmd string) {
 	for i, line := range strings.Split(cmd, "\n") {
@@ -150,11 +205,25 @@ func (d *demo) sh(ctx context.Context, command string) (string, error) {
 	return strings.TrimRight(out.String(), "\n"), err
 }
 
-// fact runs command, shows it with its output, and holds the output against
-// check, which returns why it proves nothing, or "".
-func (d *demo) fact(ctx context.Context, fact, command string, check func(out string) string) {
+// step does what is no proof but must be done; when it fails, that is a proof
+// that failed, and it returns false.
+func (d *demo) step(ctx context.Context, what string, do func() error) bool {
 	if ctx.Err() != nil {
-		return
+		return false
+	}
+	if err := do(); err != nil {
+		d.results = append(d.results, proof{Fact: what, Why: err.Error()})
+		fmt.Fprintf(d.out, "\n  %s\n", paint("✗ "+what+": "+err.Error(), bad, d.color))
+		return false
+	}
+	return true
+}
+
+// fact runs command, shows it with its output, and holds the output against
+// check, which returns why it proves nothing, or "". It returns the output.
+func (d *demo) fact(ctx context.Context, fact, command string, check func(out string) string) string {
+	if ctx.Err() != nil {
+		return ""
 	}
 	fmt.Fprintf(d.out, "\n")
 	d.say(fact)
@@ -169,7 +238,11 @@ func (d *demo) fact(ctx context.Context, fact, command string, check func(out st
 	}
 	p.OK = p.Why == ""
 	for line := range strings.Lines(out) {
-		fmt.Fprintf(d.out, "    %s\n", strings.TrimRight(line, "\n"))
+		line = strings.TrimRight(line, "\n")
+		if d.comment != nil {
+			line += "  " + paint(d.comment(line), dim, d.color)
+		}
+		fmt.Fprintf(d.out, "    %s\n", line)
 	}
 	if p.OK {
 		fmt.Fprintf(d.out, "  %s\n", paint("✓ shown", good, d.color))
@@ -177,6 +250,7 @@ func (d *demo) fact(ctx context.Context, fact, command string, check func(out st
 		fmt.Fprintf(d.out, "  %s\n", paint("✗ "+p.Why, bad, d.color))
 	}
 	d.results = append(d.results, p)
+	return out
 }
 
 // prove shows the facts.

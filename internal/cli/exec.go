@@ -16,8 +16,8 @@ func (a *App) execCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "exec POD -- COMMAND…",
 		Short: "Run a command inside a pod",
-		Long: `Runs a command in a pod's network namespace, with this machine's files. Input,
-output, signals and the exit code are the command's own; 127 when there is no such
+		Long: `Runs a command in a pod's network namespace, with this machine's files, except
+that /etc/resolv.conf names the VPC's resolver. Input, output, signals and the exit code are the command's own; 127 when there is no such
 command.`,
 		Example: `  underlay exec web-1 -- ip addr
   underlay exec web-1 -- ping -c 3 10.0.16.11
@@ -53,8 +53,8 @@ func (a *App) nodeCommand() *cobra.Command {
 	c.AddCommand(&cobra.Command{
 		Use:   "exec NODE -- COMMAND…",
 		Short: "Run a command inside a node, vm-1 or db-1",
-		Long: `Runs a command in a machine's network namespace, with this machine's files. Input,
-output, signals and the exit code are the command's own. In a lab with Kubernetes the
+		Long: `Runs a command in a machine's network namespace, with this machine's files, except
+that /etc/resolv.conf names the VPC's resolver. Input, output, signals and the exit code are the command's own. In a lab with Kubernetes the
 nodes and control-plane have namespaces of all kinds, and files of their own.`,
 		Example: `  underlay node exec node-1 -- ip rule
   underlay node exec node-1 -- tcpdump -nn -i eth0
@@ -128,7 +128,7 @@ nodes and control-plane have namespaces of all kinds, and files of their own.`,
 // enter becomes argv inside netns. A command that is not there ends with 127,
 // as in a shell.
 func (a *App) enter(netns string, argv []string) error {
-	err := replace(netns, argv)
+	err := replace(netns, a.home().resolvConf(), argv)
 	if errors.Is(err, exec.ErrNotFound) {
 		fmt.Fprintf(a.Err, "underlay: there is no command %q on this machine; inside a pod are the machine's own files\n", argv[0])
 		return exitError{127}

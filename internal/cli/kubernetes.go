@@ -210,6 +210,7 @@ func (k *kubeBuilder) prepare(ctx context.Context) error {
 	k.c = cluster.Config{
 		Lab: k.home.name, Dir: k.home.dir(), Data: k.home.data(), Artifacts: k.artifacts, Programs: k.programs,
 		Proxy: k.o.kube.proxy, CNI: k.o.kube.cni, MaxPods: pods.EKS, LocalPort: k.l.Addr().(*net.TCPAddr).Port,
+		Resolver: vpc.Resolver(vpcCIDR), Domain: vpc.PrivateDomain(region),
 		ControlPlane: cluster.Machine{Name: cp.Name, InstanceID: cp.InstanceID, IP: cp.IP, Region: region},
 	}
 	api := ec2.NewLab(k.f.Lab.Endpoint, region)

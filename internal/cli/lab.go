@@ -99,6 +99,7 @@ func (h home) vpcd(elem ...string) string {
 }
 func (h home) vpcdPID() string             { return filepath.Join(h.dir(), "vpcd.pid") }
 func (h home) vpcdLog() string             { return h.vpcd("vpcd.log") }
+func (h home) resolvConf() string          { return filepath.Join(h.dir(), "resolv.conf") }
 func (h home) iamPolicy() string           { return filepath.Join(h.dir(), "iam-policy.json") }
 func (h home) agentPID(node string) string { return filepath.Join(h.node(node), "agent.pid") }
 func (h home) node(node string) string     { return filepath.Join(h.dir(), "nodes", node) }
@@ -212,14 +213,15 @@ func (f *labFile) machineNetns(name string) (string, error) {
 
 // Pod is what run made, in the form that run prints.
 type Pod struct {
-	Name      string  `json:"name"`
-	Node      string  `json:"node"`
-	IP        string  `json:"ip"`
-	Netns     string  `json:"netns"` // a path
-	ENI       string  `json:"eni"`
-	MAC       string  `json:"mac"`
-	AddMillis float64 `json:"addMillis"` // CNI ADD alone, process start included
-	Error     string  `json:"error"`
+	Name      string   `json:"name"`
+	Node      string   `json:"node"`
+	IP        string   `json:"ip"`
+	Netns     string   `json:"netns"` // a path
+	ENI       string   `json:"eni"`
+	MAC       string   `json:"mac"`
+	AddMillis float64  `json:"addMillis"`                // CNI ADD alone, process start included
+	Groups    []string `json:"securityGroups,omitempty"` // what its ENI carries, if it asked for some
+	Error     string   `json:"error"`
 }
 
 // podFile is what stands in pods/POD.json.
@@ -228,6 +230,7 @@ type podFile struct {
 	ContainerID string    `json:"containerId"`
 	Created     time.Time `json:"created"`
 	Command     []string  `json:"command,omitempty"`
+	Groups      string    `json:"groups,omitempty"` // security groups as asked for, with commas
 	Proc        proc      `json:"proc,omitzero"`
 }
 

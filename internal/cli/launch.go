@@ -80,8 +80,9 @@ func startIn(cmd *exec.Cmd, netns string) error {
 
 // replace turns this process into argv, inside the network namespace at netns.
 // It returns only when that fails. As ip-netns(8) does, it gives the program a
-// mount namespace of its own in which /sys shows that network namespace.
-func replace(netns string, argv []string) error {
+// mount namespace of its own in which /sys shows that network namespace; and
+// /etc/resolv.conf is the file resolv, if there is one.
+func replace(netns, resolv string, argv []string) error {
 	path, err := exec.LookPath(argv[0])
 	if err != nil {
 		return fmt.Errorf("run %s: %w", argv[0], err)
@@ -96,6 +97,11 @@ func replace(netns string, argv []string) error {
 		// Without a /sys of its own the program sees the machine's devices in
 		// it; it can work all the same, so a refusal is no reason to stop.
 		_ = unix.Mount("underlay", "/sys", "sysfs", 0, "")
+		if exists(resolv) && exists("/etc/resolv.conf") {
+			if err := unix.Mount(resolv, "/etc/resolv.conf", "", unix.MS_BIND, ""); err != nil {
+				return fmt.Errorf("show the VPC's resolv.conf: %w", err)
+			}
+		}
 		if err := unix.Exec(path, argv, os.Environ()); err != nil {
 			return fmt.Errorf("run %s: %w", path, err)
 		}

@@ -102,6 +102,7 @@ type podStatus struct {
 	IP      string    `json:"ip"`
 	ENI     string    `json:"eni"`
 	MAC     string    `json:"mac"`
+	Groups  []string  `json:"securityGroups,omitempty"` // unless they are the node's
 	State   string    `json:"state"`
 	Since   time.Time `json:"since"`
 	Problem string    `json:"problem,omitempty"`
@@ -182,7 +183,7 @@ func (a *App) collect(ctx context.Context, h home, f *labFile) *status {
 				name = e.Pod.Namespace + "/" + e.Pod.Name
 			}
 			s.Pods = append(s.Pods, podStatus{
-				Name: name, Node: n.Name, IP: e.IP.String(), ENI: e.ENI, MAC: e.MAC, State: e.State, Since: e.Since, Problem: e.Problem,
+				Name: name, Node: n.Name, IP: e.IP.String(), ENI: e.ENI, MAC: e.MAC, Groups: ownGroups(n.Inspect, e), State: e.State, Since: e.Since, Problem: e.Problem,
 			})
 		}
 	}
@@ -294,6 +295,7 @@ func (s *status) write(w io.Writer, color bool, now time.Time) {
 	}
 	s.interfaceTable(w, color)
 	s.podTable(w, color, now)
+	s.setTable(w, color, now)
 	s.dropTable(w, color)
 	s.errorTable(w, color, now)
 }
@@ -360,15 +362,60 @@ func (s *status) podTable(w io.Writer, color bool, now time.Time) {
 		fmt.Fprintf(w, "no pods; make some: underlay run web --count 3%s\n", flag)
 		return
 	}
-	t := table{head: []string{"POD", "NODE", "ADDRESS", "ENI", "MAC", "AGE", "STATE", ""}}
+	t := table{head: []string{"POD", "NODE", "ADDRESS", "ENI", "MAC", "SECURITY GROUPS", "AGE", "STATE", ""}}
 	for _, p := range s.Pods {
 		state := text(p.State)
 		if p.State != "live" {
 			state.tone = bad
 		}
-		t.row(cell{text: p.Name, tone: strong}, text(p.Node), text(p.IP), text(p.ENI), cell{text: p.MAC, tone: dim}, text(age(now.Sub(p.Since))), state, cell{text: p.Problem, tone: bad})
+		t.row(cell{text: p.Name, tone: strong}, text(p.Node), text(p.IP), text(p.ENI), cell{text: p.MAC, tone: dim}, text(strings.Join(p.Groups, " ")), text(age(now.Sub(p.Since))), state, cell{text: p.Problem, tone: bad})
 	}
 	t.write(w, "", color)
+}
+
+// ownGroups returns the security groups of a pod that has others than its node.
+func ownGroups(in *agentapi.Inspection, e agentapi.Endpoint) []string {
+	for _, set := range in.Sets {
+		if !set.Node && slices.Equal(set.Groups, e.Groups) {
+			return e.Groups
+		}
+	}
+	return nil
+}
+
+// setTable shows the nodes' sets of security groups, if there is one beside the
+// nodes' own.
+func (s *status) setTable(w io.Writer, color bool, now time.Time) {
+	t := table{head: []string{"SECURITY GROUPS", "NODE", "ENIS", "PODS", "FREE", "COOLING", "WAITING", ""}}
+	any := false
+	for _, n := range s.NodeStatus {
+		if n.Inspect == nil {
+			continue
+		}
+		for _, set := range n.Inspect.Sets {
+			what := cell{text: strings.Join(set.Groups, " "), tone: strong}
+			if set.Node {
+				what = text("the node's own")
+			}
+			any = any || !set.Node
+			note, waiting := cell{}, cell{}
+			switch {
+			case set.Drifted > 0:
+				note = cell{text: fmt.Sprintf("somebody changed the groups of %d", set.Drifted), tone: bad}
+			case set.Until != nil && set.InUse == 0:
+				note = textf("idle, goes back in %s", age(max(0, set.Until.Sub(now))))
+			}
+			if set.Waiting > 0 {
+				waiting = cell{text: fmt.Sprint(set.Waiting), tone: bad, right: true}
+			}
+			t.row(what, text(n.Name), number(set.ENIs), number(set.InUse), number(set.Free), number(set.Cooling), waiting, note)
+		}
+		t.row(cell{text: "room for further sets", tone: dim}, text(n.Name), number(n.Inspect.SetsLeft))
+	}
+	if any {
+		fmt.Fprintln(w)
+		t.write(w, "", color)
+	}
 }
 
 func (s *status) dropTable(w io.Writer, color bool) {

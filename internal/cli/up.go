@@ -28,16 +28,17 @@ const (
 	region        = "us-east-1"
 )
 
-// The plan of a lab's VPC: two private subnets in two zones, roomy enough for
-// the largest instance types (737 pods).
+// The plan of a lab's VPC: a private subnet in each zone, roomy enough for the
+// largest instance types (737 pods). The region of a lab has three zones.
 var (
 	vpcCIDR     = netip.MustParsePrefix("10.0.0.0/16")
-	subnetCIDRs = []netip.Prefix{netip.MustParsePrefix("10.0.0.0/20"), netip.MustParsePrefix("10.0.16.0/20")}
-	publicCIDR  = netip.MustParsePrefix("10.0.32.0/24") // with --internet
+	subnetCIDRs = []netip.Prefix{netip.MustParsePrefix("10.0.0.0/20"), netip.MustParsePrefix("10.0.16.0/20"), netip.MustParsePrefix("10.0.32.0/20")}
+	publicCIDR  = netip.MustParsePrefix("10.0.48.0/24") // with --internet
 )
 
 type upOptions struct {
 	nodes          int
+	zones          int
 	instanceType   string
 	prefixes       bool
 	agentArgs      []string
@@ -54,7 +55,7 @@ func (a *App) upCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "up",
 		Short: "Make a lab: a VPC, nodes with an agent each, a VM and a database",
-		Long: `Makes a lab: vpcd with a VPC 10.0.0.0/16 and private subnets in two zones; nodes,
+		Long: `Makes a lab: vpcd with a VPC 10.0.0.0/16 and private subnets in --zones zones; nodes,
 spread over the zones, each with an agent and the CNI plugin; and outside the
 cluster a VM (vm-1) and a managed database (db-1), each with a small TCP server.
 
@@ -95,6 +96,7 @@ A failed or interrupted up takes down again what it has made.`,
 		},
 	}
 	c.Flags().IntVar(&o.nodes, "nodes", 2, "how many nodes")
+	c.Flags().IntVar(&o.zones, "zones", 2, fmt.Sprintf("availability zones with a subnet each, 1 to %d", len(subnetCIDRs)))
 	c.Flags().StringVar(&o.instanceType, "instance-type", "m5.large", "EC2 instance type of the nodes; bounds ENIs and addresses")
 	c.Flags().BoolVar(&o.prefixes, "prefixes", false, "the agents take addresses as /28 prefixes, sixteen at a time (Nitro types)")
 	c.Flags().StringArrayVar(&o.agentArgs, "agent-arg", nil, "a further `flag` for the agents, e.g. --agent-arg=--imds=allow; may be repeated, see underlay-agent --help")
@@ -124,6 +126,9 @@ A failed or interrupted up takes down again what it has made.`,
 func (a *App) up(ctx context.Context, o upOptions) (*labFile, error) {
 	if o.nodes < 1 || o.nodes > 200 {
 		return nil, fmt.Errorf("--nodes %d: give a number from 1 to 200", o.nodes)
+	}
+	if o.zones < 1 || o.zones > len(subnetCIDRs) {
+		return nil, fmt.Errorf("--zones %d: give a number from 1 to %d", o.zones, len(subnetCIDRs))
 	}
 	if _, ok := vpc.LimitsOf(o.instanceType); !ok {
 		return nil, fmt.Errorf("--instance-type %s: EC2 has no such type; m5.large is one", o.instanceType)
@@ -259,6 +264,11 @@ func (b *builder) build(ctx context.Context) error {
 	if err := h.save(&b.f); err != nil {
 		return err
 	}
+	// As DHCP would say, for what is run inside.
+	resolv := fmt.Sprintf("nameserver %s\nsearch %s\n", vpc.Resolver(vpcCIDR), vpc.PrivateDomain(region))
+	if err := writeFile(h.resolvConf(), []byte(resolv), 0o644); err != nil {
+		return err
+	}
 	if b.policy != nil {
 		// A copy: what is changed later does not change a lab that runs.
 		if err := writeFile(h.iamPolicy(), b.policy, 0o644); err != nil {
@@ -321,7 +331,7 @@ func (b *builder) machines(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, 2*time.Minute, errors.New("the instances were not running within two minutes"))
 	defer cancel()
 	api := ec2.NewLab(b.f.Lab.Endpoint, region)
-	net, err := api.Network(ctx, "underlay-"+b.home.name, vpcCIDR, subnetCIDRs)
+	net, err := api.Network(ctx, "underlay-"+b.home.name, vpcCIDR, subnetCIDRs[:b.o.zones])
 	if err != nil {
 		return err
 	}
@@ -384,7 +394,9 @@ func (b *builder) machines(ctx context.Context) error {
 		b.kubernetesNodes(running[len(ids)+1], netns)
 	}
 	vm = running[len(ids)]
-	db, err := newAdmin(b.f.Lab.Endpoint).createManagedService(ctx, "db-1", string(net.Subnets[1].ID), []string{string(net.Database)}, "managed database db-1")
+	db, err := newAdmin(b.f.Lab.Endpoint).createManagedService(ctx, serviceSpec{
+		name: "db-1", kind: kindDatabase, subnet: string(net.Subnets[len(net.Subnets)-1].ID), groups: []string{string(net.Database)},
+	})
 	if err != nil {
 		return err
 	}
@@ -426,27 +438,15 @@ type nodeError struct {
 func (e *nodeError) Error() string { return e.err.Error() }
 func (e *nodeError) Unwrap() error { return e.err }
 
-// servers starts what answers on the outside machines. They are processes of
-// their own: nobody's end but down's ends them.
+// servers starts what answers on the outside machines.
 func (b *builder) servers(ctx context.Context) error {
 	ports := map[string]int{"db-1": ec2.LabDatabasePort, "vm-1": ec2.LabVMPort}
 	for _, o := range b.f.Lab.Outside {
-		port := ports[o.Name]
-		s := server{On: o.Name, Port: port, Log: b.home.outsideLog(o.Name)}
-		cmd := newCommand(b.self, "serve-tcp", "--name", b.home.name, "--server-name", o.Name, "--listen", fmt.Sprintf(":%d", port))
-		cmd.Env = cleanEnv()
-		var exited func() error
-		var err error
-		if s.Proc, exited, err = background(cmd, o.Netns, s.Log); err != nil {
-			return err
+		b.log = b.home.outsideLog(o.Name)
+		s, err := b.home.startServer(ctx, o, serviceSpec{port: ports[o.Name]})
+		if s.Proc.PID > 0 {
+			b.f.Servers = append(b.f.Servers, s)
 		}
-		b.f.Servers = append(b.f.Servers, s)
-		b.log = s.Log
-		err = whileAlive(ctx, "the server on "+o.Name, exited, func(ctx context.Context) error {
-			ctx, cancel := context.WithTimeoutCause(ctx, 10*time.Second, fmt.Errorf("the server on %s did not start within 10 s", o.Name))
-			defer cancel()
-			return poll(ctx, 5*time.Millisecond, func() (bool, error) { lines, err := tail(s.Log, 1); return len(lines) > 0, err })
-		})
 		if err != nil {
 			return err
 		}

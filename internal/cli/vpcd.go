@@ -9,7 +9,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/netip"
 	"os"
 	"strings"
 	"time"
@@ -101,27 +100,6 @@ type adminInstance struct {
 func (a *admin) instances(ctx context.Context) ([]adminInstance, error) {
 	var all []adminInstance
 	return all, a.do(ctx, http.MethodGet, "instances", nil, &all)
-}
-
-type managedService struct {
-	Name               string     `json:"name"`
-	NetworkInterfaceID string     `json:"networkInterfaceId"`
-	PrivateIPAddress   netip.Addr `json:"privateIpAddress"`
-	Netns              string     `json:"netns"`
-}
-
-// createManagedService makes what RDS would make of a database in a subnet: a
-// requester-managed interface that belongs to no instance of ours.
-func (a *admin) createManagedService(ctx context.Context, name, subnet string, groups []string, description string) (managedService, error) {
-	var s managedService
-	in := map[string]any{"name": name, "subnetId": subnet, "securityGroupIds": groups, "description": description}
-	if err := a.do(ctx, http.MethodPost, "managed-services", in, &s); err != nil {
-		return s, fmt.Errorf("make managed service %s: %w", name, err)
-	}
-	if s.Netns == "" || !s.PrivateIPAddress.IsValid() {
-		return s, errors.New("make managed service " + name + ": vpcd names no namespace and address for it")
-	}
-	return s, nil
 }
 
 // startVPCD starts vpcd and waits until it serves.

@@ -151,7 +151,7 @@ func (d *Datapath) make(ctx context.Context, e *Endpoint, pod *nl.Conn, netns *o
 			madeLink = err == nil
 			return err
 		}},
-		{"programs", func() error { return d.hooks.attach(e) }},
+		{"programs", func() error { return d.hooks.attach(e.device()) }},
 		{"pod", func() error { return configurePod(pod, e) }},
 		{"host", func() error { return d.configureHost(e) }},
 		{"carrier", func() error { return settle(ctx, pod, e) }},
@@ -207,7 +207,17 @@ func (d *Datapath) enter(ctx context.Context) error {
 // putIface writes what the programs know of the endpoint.
 func (d *Datapath) putIface(e *Endpoint, flags uint32) error {
 	index := uint32(e.HostIfIndex)
-	v := bpfgen.NodeIface{Addr: addrKey(e.Addr), Mark: Mark(e.ENIIndex), Flags: flags}
+	slot, err := d.slotOf(e.HostIfIndex)
+	if err != nil {
+		return err
+	}
+	if err := d.fillSlot(slot, index); err != nil {
+		return err
+	}
+	v := bpfgen.NodeIface{Addr: addrKey(e.Addr), Mark: Mark(e.ENIIndex), Flags: flags, Eni: uint32(e.ENIIndex), Slot: slot}
+	if e.StackOnly {
+		v.Flags |= uint32(bpfgen.NodeIfaceFlagsIFACE_STACK)
+	}
 	copy(v.PodMac[:], e.MAC)
 	copy(v.HostMac[:], hostMAC)
 	// Its counters first; those that are there go on.

@@ -61,7 +61,7 @@ func (d *Datapath) checkHost(e *Endpoint) error {
 	case v.Flags&uint32(bpfgen.NodeIfaceFlagsIFACE_READY) == 0:
 		errs = append(errs, fmt.Errorf("the gate of %s is shut", e.HostIfName))
 	}
-	errs = append(errs, d.hooks.check(e))
+	errs = append(errs, d.hooks.check(e.device()))
 
 	l, err := d.conn.LinkByName(e.HostIfName)
 	if err != nil {

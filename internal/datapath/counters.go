@@ -21,6 +21,11 @@ var reasonNames = map[bpfgen.NodeDropReason]string{
 	bpfgen.NodeDropReasonDROP_ETHERTYPE:         "ethertype",
 	bpfgen.NodeDropReasonDROP_SOURCE_ADDRESS:    "source_address",
 	bpfgen.NodeDropReasonDROP_IMDS:              "imds",
+	bpfgen.NodeDropReasonDROP_FRAGMENT:          "fragment",
+	bpfgen.NodeDropReasonDROP_CONNTRACK_FULL:    "conntrack_full",
+	bpfgen.NodeDropReasonDROP_TUPLE_COLLISION:   "tuple_collision",
+	bpfgen.NodeDropReasonDROP_POLICY_GROUPS:     "policy_groups",
+	bpfgen.NodeDropReasonDROP_POLICY_NETPOL:     "policy_netpol",
 }
 
 // Counters returns the packets dropped since the node started, by reason, and
@@ -106,4 +111,36 @@ func (d *Datapath) sum(perCPU []bpfgen.NodeIfaceCounters) Traffic {
 		}
 	}
 	return t
+}
+
+// Paths says which way pods' packets took since the node started. A packet
+// between two pods of the node counts once.
+type Paths struct {
+	Direct     uint64 // forwarded by our programs
+	Stack      uint64 // left to the kernel's stack
+	Exceptions uint64 // of direct connections, left to the stack: too long, a TTL of 1, IP options
+	// Connections that began.
+	BegunDirect, BegunStack uint64
+	Midflow                 uint64 // of these, the beginning was not seen
+	Evicted                 uint64 // removed while they were over, to make room
+	NoRoom                  uint64 // found no room in the table: the packet was dropped
+}
+
+// Paths returns the counts of ways.
+func (d *Datapath) Paths() (Paths, error) {
+	var p Paths
+	for slot, to := range map[bpfgen.NodePathCount]*uint64{
+		bpfgen.NodePathCountPATH_DIRECT: &p.Direct, bpfgen.NodePathCountPATH_STACK: &p.Stack, bpfgen.NodePathCountPATH_EXCEPTION: &p.Exceptions,
+		bpfgen.NodePathCountPATH_BEGUN_DIRECT: &p.BegunDirect, bpfgen.NodePathCountPATH_BEGUN_STACK: &p.BegunStack,
+		bpfgen.NodePathCountPATH_MIDFLOW: &p.Midflow, bpfgen.NodePathCountPATH_EVICTED: &p.Evicted, bpfgen.NodePathCountPATH_NO_ROOM: &p.NoRoom,
+	} {
+		var perCPU []uint64
+		if err := d.objs.Paths.Lookup(uint32(slot), &perCPU); err != nil {
+			return Paths{}, fmt.Errorf("read the counts of ways: %w", err)
+		}
+		for _, n := range perCPU {
+			*to += n
+		}
+	}
+	return p, nil
 }

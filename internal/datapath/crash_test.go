@@ -142,7 +142,7 @@ func assertNothingLeft(t *testing.T, w *world, d *Datapath, live int) {
 	pins, err := pinNames(linkDir(w.bpffs))
 	wantPins := 0
 	if d.opts.Hook == TCX {
-		wantPins = len(programs) * live
+		wantPins = len(podPrograms)*live + len(eniPrograms)*len(enis)
 	}
 	if err != nil || len(pins) != wantPins {
 		t.Errorf("pins %v, want %d (%v)", pins, wantPins, err)
@@ -346,7 +346,7 @@ func TestOpenSweeps(t *testing.T) {
 	w := newWorld(t)
 	d := w.open(Options{})
 	a, b, c := w.addPod(d, 1), w.addPod(d, 2), w.addPod(d, 3)
-	if err := d.hooks.detach(&c.Endpoint); err != nil {
+	if err := d.hooks.detach(c.device()); err != nil {
 		t.Fatal(err)
 	}
 	if err := d.Close(); err != nil {

@@ -43,11 +43,28 @@ type Options struct {
 	// the kind that an agent before used; towards Clsact, a pod loses what it is
 	// sent within some 0.2 ms.
 	Hook Hook
+	// SNAT is by which address pods speak to networks outside of the VPC, once
+	// SetVPC has said what that is; "": SNATNone.
+	SNAT SNAT
+	// SNATExclude are ranges that are joined to the VPC although their addresses
+	// are public: pods speak to them under their own.
+	SNATExclude []netip.Prefix
 	// ProcSysNet is where /proc/sys/net can be written; "": /proc/sys/net. The
 	// files are those of the network namespace of who opens them, wherever
 	// they are mounted; in a container without privileges /proc/sys is
 	// read-only.
 	ProcSysNet string
+	// Direct lets flows within the VPC bypass the kernel's stack (D6).
+	Direct bool
+	// StackNetworks are within the VPC's ranges and yet not for direct
+	// forwarding: addresses that somebody on the node translates, as those of
+	// Kubernetes' services, if they are of such a range.
+	StackNetworks []netip.Prefix
+	// Timeouts of idle connections; what is 0 is AWS's default.
+	Timeouts Timeouts
+	// Ended, if set, is called for each connection that is over, with its last
+	// counts; not for several at once.
+	Ended func(Connection)
 	// Logger; nil: slog.Default().
 	Logger *slog.Logger
 
@@ -60,6 +77,7 @@ type Datapath struct {
 	opts  Options
 	log   *slog.Logger
 	clock clock
+	mono  mono
 	lock  *os.File // of the directory, flock
 	netns *os.File // the node's
 	// conn is for what takes microseconds; slow for deleting links, which
@@ -78,19 +96,29 @@ type Datapath struct {
 	// size 1.
 	wake, urgent chan struct{}
 	stopReaper   func() // waits until it has ended; nil: it was not started
+	stopSweeper  func() // the same; see conn.go
 
-	// eniMu is held while the ENIs are set.
-	eniMu sync.Mutex
+	// eniMu is held while the ENIs or the VPC's ranges are set, and guards what
+	// they were set to; present is nil before.
+	eniMu   sync.Mutex
+	present map[int]ENI
+	vpc     []netip.Prefix // sorted
+
+	policies policies
 
 	// mu guards the fields below, which are read from the maps by Open and
 	// follow them.
-	mu      sync.Mutex
-	claimed map[key]chan struct{} // closed when the owner is done
-	byKey   map[key]netip.Addr    // Adding and Live
-	tombs   map[key]netip.Addr    // the latest tombstone
-	indexes map[int]key           // host ifindexes in use
-	next    int                   // the ifindex to try next
-	doomed  []*remains            // until they are removed
+	mu       sync.Mutex
+	claimed  map[key]chan struct{} // closed when the owner is done
+	byKey    map[key]netip.Addr    // Adding and Live
+	tombs    map[key]netip.Addr    // the latest tombstone
+	indexes  map[int]key           // host ifindexes in use
+	next     int                   // the ifindex to try next
+	slots    map[int]uint32        // by ifindex, see slot.go
+	eniLinks map[int]device        // by ENI index: where eniPrograms stand
+	nextSlot uint32
+	fill     connFill   // as the latest sweep saw it
+	doomed   []*remains // until they are removed
 }
 
 // Ifindexes of host veths are ours to choose, so that the maps can be filled
@@ -122,16 +150,22 @@ func Open(opts Options) (*Datapath, error) {
 		opts.ProcSysNet = ProcSysNet
 	}
 	d := &Datapath{
-		opts:    opts,
-		log:     opts.Logger,
-		clock:   newClock(),
-		work:    make(chan struct{}, 2),
-		wake:    make(chan struct{}, 1),
-		urgent:  make(chan struct{}, 1),
-		claimed: map[key]chan struct{}{},
-		byKey:   map[key]netip.Addr{},
-		tombs:   map[key]netip.Addr{},
-		indexes: map[int]key{},
+		opts:     opts,
+		log:      opts.Logger,
+		clock:    newClock(),
+		mono:     newMono(),
+		work:     make(chan struct{}, 2),
+		wake:     make(chan struct{}, 1),
+		urgent:   make(chan struct{}, 1),
+		claimed:  map[key]chan struct{}{},
+		byKey:    map[key]netip.Addr{},
+		tombs:    map[key]netip.Addr{},
+		indexes:  map[int]key{},
+		slots:    map[int]uint32{},
+		eniLinks: map[int]device{},
+	}
+	if err := checkSNAT(opts.SNAT, opts.SNATExclude); err != nil {
+		return nil, err
 	}
 	if err := d.open(); err != nil {
 		return nil, errors.Join(err, d.Close())
@@ -173,6 +207,7 @@ func (d *Datapath) open() (err error) {
 	if err := d.recover(); err != nil {
 		return err
 	}
+	d.startSweeper()
 	if err := d.setSysctl("ipv4/ip_forward", "1"); err != nil {
 		return err
 	}
@@ -196,12 +231,17 @@ func (d *Datapath) load() error {
 	if err != nil {
 		return fmt.Errorf("read the embedded BPF object: %w", err)
 	}
-	var allowed uint32
+	constants := d.opts.Timeouts.constants()
 	if d.opts.AllowIMDS {
-		allowed = 1
+		constants[bpfgen.NodeVarImdsAllowed] = 1
 	}
-	if err := spec.Variables[bpfgen.NodeVarImdsAllowed].Set(allowed); err != nil {
-		return fmt.Errorf("set imds_allowed in the BPF object: %w", err)
+	if d.opts.Direct {
+		constants[bpfgen.NodeVarDirectEnabled] = 1
+	}
+	for name, value := range constants {
+		if err := spec.Variables[name].Set(value); err != nil {
+			return fmt.Errorf("set %s in the BPF object: %w", name, err)
+		}
 	}
 	if err := prepareLayout(d.opts.BPFFS, spec, migrations); err != nil {
 		return err
@@ -222,13 +262,12 @@ func (d *Datapath) load() error {
 // Close gives the directory and all file descriptors back, once what was deleted
 // is gone. All else stays in the kernel and goes on working.
 func (d *Datapath) Close() error {
-	if d.stopReaper != nil {
-		d.stopReaper()
+	for _, stop := range []func(){d.stopReaper, d.stopSweeper} {
+		if stop != nil {
+			stop()
+		}
 	}
-	errs := []error{d.objs.FromPod.Close(), d.objs.ToPod.Close()}
-	for _, m := range []*ebpf.Map{d.objs.Meta, d.objs.Endpoints, d.objs.Ifaces, d.objs.IfaceStats, d.objs.Drops} {
-		errs = append(errs, m.Close())
-	}
+	errs := []error{d.objs.Close()}
 	for _, c := range []*nl.Conn{d.conn, d.slow} {
 		if c != nil {
 			errs = append(errs, c.Close())
@@ -288,6 +327,7 @@ func (d *Datapath) releaseIndex(i int) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	delete(d.indexes, i)
+	d.leaveSlot(i)
 }
 
 // Endpoints returns all endpoints: live ones, tombstones and those that are

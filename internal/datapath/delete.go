@@ -133,6 +133,7 @@ func (d *Datapath) dismantle(e *Endpoint, withLink bool) error {
 	d.mu.Lock()
 	if d.indexes[e.HostIfIndex] == e.key() {
 		delete(d.indexes, e.HostIfIndex)
+		d.leaveSlot(e.HostIfIndex)
 	}
 	d.mu.Unlock()
 	return errors.Join(errs...)
@@ -154,6 +155,9 @@ func (d *Datapath) shut(e *Endpoint) (owns bool, err error) {
 	}
 	if err != nil {
 		err = fmt.Errorf("remove %s from the map of interfaces: %w", e.HostIfName, err)
+	}
+	if owns && err == nil {
+		err = d.dropPolicy(index)
 	}
 	return owns, errors.Join(err, d.reach(context.Background(), "gone from maps"))
 }

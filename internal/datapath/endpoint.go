@@ -49,6 +49,9 @@ type Endpoint struct {
 	PodNamespace, PodName, PodUID string
 	Groups                        vpc.GroupSet
 	MTU                           int // 0: Options.MTU
+	// StackOnly keeps all its packets on the kernel's stack, for whoever has to
+	// see them there: a program or a qdisc of another's on the host veth.
+	StackOnly bool
 
 	// What Add fills in.
 	NetnsCookie uint64

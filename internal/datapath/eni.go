@@ -47,7 +47,8 @@ func (e *LinkMissingError) Unwrap() error { return ErrLinkMissing }
 // It may be repeated at any time, and then changes nothing but what others
 // damaged: routes, rules, the guard table in nftables, and the programs on the
 // pods' devices too; and what others' address translation needs (see setReplies),
-// if it came or went. If an ENI has no device yet, the rest is applied and the
+// if it came or went. What pods send to the internet gets its source address by
+// the ENIs that are present, see SNAT. If an ENI has no device yet, the rest is applied and the
 // error is a *LinkMissingError.
 func (d *Datapath) SetENIs(ctx context.Context, enis []ENI) error {
 	if err := checkENIs(enis); err != nil {
@@ -80,8 +81,12 @@ func (d *Datapath) SetENIs(ctx context.Context, enis []ENI) error {
 			errs = append(errs, fmt.Errorf("set up %s (%s): %w", eni.ID, l.Name, err))
 		}
 	}
+	d.present = present
 	missingGuard, err := repairGuard(d.netns)
-	errs = append(errs, d.setRules(present), d.setPodRule(), err, d.repairPrograms(ctx))
+	errs = append(errs, d.setRules(present), d.setPodRule(), err, d.setSNAT(), d.repairPrograms(ctx))
+	if err := d.attachENIs(ctx, present, links); err != nil {
+		d.log.Warn("pods' packets take the stack where an ENI lacks its programs", "err", err)
+	}
 	if err := d.setReplies(slices.Collect(maps.Values(present))); err != nil {
 		// What nobody translates goes on without.
 		d.log.Warn("pods on secondary ENIs may not answer through ports of the node", "err", err)
@@ -251,11 +256,12 @@ func (d *Datapath) Foreign() ([]netip.Addr, error) {
 func ourTable(table uint32) bool { return table >= PodTable && table <= ENITable+MaxENIIndex }
 
 // Watch calls changed, from two goroutines, whenever in the node's namespace an
-// IPv4 rule, a route of an ENI's table or a filter on a pod's device is deleted,
+// IPv4 rule, a route of an ENI's table or a filter on a pod's or an ENI's device is deleted,
 // an address comes or goes, or a host route does in a table that is not ours,
 // until ctx ends: then SetENIs and Foreign have something to look at; and when
-// somebody begins to translate addresses. Its own changes count too. What else
-// happens to nftables, and to sysctls, is not heard.
+// somebody begins to translate addresses, or deletes our table in nftables. Its
+// own changes count too. What else happens to nftables, and to sysctls, is not
+// heard.
 func (d *Datapath) Watch(ctx context.Context, changed func()) error {
 	w, err := nl.WatchIn(d.netns)
 	if err != nil {
@@ -267,11 +273,11 @@ func (d *Datapath) Watch(ctx context.Context, changed func()) error {
 		}
 		return r.Dst.Bits() == 32
 	}
-	pods := func(index int) bool { return index >= firstIndex && index <= lastIndex }
+	ours := func(index int) bool { return index >= firstIndex && index <= lastIndex || d.isENILink(index) }
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return watchNAT(ctx, d.netns, changed) })
 	g.Go(func() error {
-		if err := w.Run(ctx, route, pods, changed); err != nil {
+		if err := w.Run(ctx, route, ours, changed); err != nil {
 			return fmt.Errorf("watch the node's routing: %w", err)
 		}
 		return nil

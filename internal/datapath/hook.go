@@ -28,19 +28,29 @@ const (
 // Hooks are the kinds, the default first.
 var Hooks = []Hook{Clsact, TCX}
 
-// hooks puts the programs on host veths, in one of the kernel's ways.
+// device is one on whose hooks programs of ours stand.
+type device struct {
+	name     string
+	index    int
+	programs []program
+}
+
+// device is the endpoint's host veth.
+func (e *Endpoint) device() device { return device{e.HostIfName, e.HostIfIndex, podPrograms} }
+
+// hooks puts the programs on devices, in one of the kernel's ways.
 type hooks interface {
 	// probe finds out whether the kernel can do it.
 	probe() error
-	// attach puts both programs on the endpoint's device, or in the place of
-	// an earlier agent's: then no packet misses them.
-	attach(*Endpoint) error
+	// attach puts the programs on the device, or in the place of an earlier
+	// agent's: then no packet misses them.
+	attach(device) error
 	// check returns an error that names what attach would have to do.
-	check(*Endpoint) error
-	// detach takes both off a device that stays; what is not there is no error.
-	detach(*Endpoint) error
+	check(device) error
+	// detach takes them off a device that stays; what is not there is no error.
+	detach(device) error
 	// forget removes what outlives a device that is gone.
-	forget(hostIfName string) error
+	forget(device) error
 }
 
 // newHooks returns the wanted kind, and the others: an agent that ran before
@@ -71,7 +81,7 @@ func (d *Datapath) repairPrograms(ctx context.Context) error {
 	}
 	var errs []error
 	for _, e := range all {
-		if e.State == Live && d.hooks.check(&e) != nil {
+		if e.State == Live && d.hooks.check(e.device()) != nil {
 			errs = append(errs, d.repairProgram(ctx, e.key()))
 		}
 	}
@@ -99,15 +109,15 @@ func (d *Datapath) repairProgram(ctx context.Context, k key) error {
 	if l, err := d.conn.LinkByIndex(e.HostIfIndex); errors.Is(err, unix.ENODEV) || err == nil && l.Name != e.HostIfName {
 		return nil
 	}
-	damage := d.hooks.check(&e)
+	damage := d.hooks.check(e.device())
 	if damage == nil {
 		return nil
 	}
 	d.log.Warn("programs were taken off a pod's device, put back", "link", e.HostIfName, "err", damage)
-	return d.hooks.attach(&e)
+	return d.hooks.attach(e.device())
 }
 
-// program is one that stands on a host veth.
+// program is one that stands on a device's hook.
 type program struct {
 	name      string
 	direction nl.Direction
@@ -115,10 +125,18 @@ type program struct {
 	of        func(*Datapath) *ebpf.Program
 }
 
-var programs = []program{
-	{"from_pod", nl.Ingress, ebpf.AttachTCXIngress, func(d *Datapath) *ebpf.Program { return d.objs.FromPod }},
-	{"to_pod", nl.Egress, ebpf.AttachTCXEgress, func(d *Datapath) *ebpf.Program { return d.objs.ToPod }},
-}
+var (
+	// podPrograms stand on host veths.
+	podPrograms = []program{
+		{"from_pod", nl.Ingress, ebpf.AttachTCXIngress, func(d *Datapath) *ebpf.Program { return d.objs.FromPod }},
+		{"to_pod", nl.Egress, ebpf.AttachTCXEgress, func(d *Datapath) *ebpf.Program { return d.objs.ToPod }},
+	}
+	// eniPrograms stand on the devices of ENIs.
+	eniPrograms = []program{
+		{"from_eni", nl.Ingress, ebpf.AttachTCXIngress, func(d *Datapath) *ebpf.Program { return d.objs.FromEni }},
+		{"to_eni", nl.Egress, ebpf.AttachTCXEgress, func(d *Datapath) *ebpf.Program { return d.objs.ToEni }},
+	}
+)
 
 // clsact puts the programs on the qdisc of that name, before all other filters
 // there. They need no pin: a filter holds its program.
@@ -131,8 +149,8 @@ const (
 	filterHandle   = 0x756c
 )
 
-func (p program) filter(e *Endpoint) nl.Filter {
-	return nl.Filter{Index: e.HostIfIndex, Direction: p.direction, Priority: filterPriority, Handle: filterHandle, Name: "underlay_" + p.name}
+func (p program) filter(dev device) nl.Filter {
+	return nl.Filter{Index: dev.index, Direction: p.direction, Priority: filterPriority, Handle: filterHandle, Name: "underlay_" + p.name}
 }
 
 func (c *clsact) probe() error {
@@ -144,7 +162,7 @@ func (c *clsact) probe() error {
 			return err
 		}
 		defer conn.Close()
-		return d.setFilters(conn, &Endpoint{HostIfIndex: loopback})
+		return d.setFilters(conn, device{"lo", loopback, podPrograms})
 	})
 	if err != nil {
 		return fmt.Errorf("put the programs on a clsact qdisc in a network namespace made for it: %w (Linux needs CONFIG_NET_SCH_INGRESS and CONFIG_NET_CLS_BPF, or --hook tcx)", err)
@@ -152,44 +170,44 @@ func (c *clsact) probe() error {
 	return nil
 }
 
-func (c *clsact) attach(e *Endpoint) error {
+func (c *clsact) attach(dev device) error {
 	d := (*Datapath)(c)
-	if err := d.setFilters(d.conn, e); err != nil {
-		return fmt.Errorf("attach the programs to %s: %w", e.HostIfName, err)
+	if err := d.setFilters(d.conn, dev); err != nil {
+		return fmt.Errorf("attach the programs to %s: %w", dev.name, err)
 	}
 	return nil
 }
 
-func (d *Datapath) setFilters(conn *nl.Conn, e *Endpoint) error {
+func (d *Datapath) setFilters(conn *nl.Conn, dev device) error {
 	var qdisc, filters nl.Batch
-	qdisc.ClsactSet(e.HostIfIndex)
+	qdisc.ClsactSet(dev.index)
 	if err := conn.Exec(&qdisc); errors.Is(err, unix.EINVAL) {
-		return fmt.Errorf("%w: somebody's ingress qdisc is in its place (tc qdisc show dev %s): with that goes --hook tcx alone", err, e.HostIfName)
+		return fmt.Errorf("%w: somebody's ingress qdisc is in its place (tc qdisc show dev %s): with that goes --hook tcx alone", err, dev.name)
 	} else if err != nil {
 		return err
 	}
-	for _, p := range programs {
-		f := p.filter(e)
+	for _, p := range dev.programs {
+		f := p.filter(dev)
 		f.FD = p.of(d).FD()
 		filters.FilterSet(f)
 	}
 	return conn.Exec(&filters)
 }
 
-func (c *clsact) check(e *Endpoint) error {
+func (c *clsact) check(dev device) error {
 	d := (*Datapath)(c)
 	var errs []error
-	for _, p := range programs {
+	for _, p := range dev.programs {
 		id, err := programID(p.of(d))
 		if err != nil {
 			return err
 		}
-		want := p.filter(e)
+		want := p.filter(dev)
 		want.ProgID = id
-		have, err := d.conn.Filters(e.HostIfIndex, p.direction)
+		have, err := d.conn.Filters(dev.index, p.direction)
 		errs = append(errs, err)
 		if !slices.Contains(have, want) {
-			errs = append(errs, fmt.Errorf("%s is not attached to %s", p.name, e.HostIfName))
+			errs = append(errs, fmt.Errorf("%s is not attached to %s", p.name, dev.name))
 		}
 	}
 	return errors.Join(errs...)
@@ -197,17 +215,17 @@ func (c *clsact) check(e *Endpoint) error {
 
 // detach leaves the qdisc: to remove it would cost packets, and it is in the
 // way of an ingress qdisc at most, which is asked for in a pod's first second.
-func (c *clsact) detach(e *Endpoint) error {
+func (c *clsact) detach(dev device) error {
 	d := (*Datapath)(c)
 	var b nl.Batch
-	for _, p := range programs {
-		have, err := d.conn.Filters(e.HostIfIndex, p.direction)
+	for _, p := range dev.programs {
+		have, err := d.conn.Filters(dev.index, p.direction)
 		if err != nil {
 			return err
 		}
 		for _, f := range have {
 			if f.Handle == filterHandle && f.Priority == filterPriority {
-				b.FilterDelete(p.filter(e))
+				b.FilterDelete(p.filter(dev))
 				b.Tolerate(unix.ENOENT)
 			}
 		}
@@ -215,7 +233,7 @@ func (c *clsact) detach(e *Endpoint) error {
 	return d.conn.Exec(&b)
 }
 
-func (c *clsact) forget(string) error { return nil }
+func (c *clsact) forget(device) error { return nil }
 
 func programID(p *ebpf.Program) (uint32, error) {
 	info, err := p.Info()

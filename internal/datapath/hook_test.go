@@ -18,6 +18,7 @@ import (
 // what we drop they never see.
 func TestOthersProgramsRun(t *testing.T) {
 	w := newWorld(t)
+	w.stackOnly = true // what our programs forward ends with them
 	d := w.open(Options{})
 	a := w.addPod(d, 1)
 	w.echo(w.wire, farIP)
@@ -60,13 +61,13 @@ func TestOthersProgramsRun(t *testing.T) {
 	if err != nil || traffic[a.Addr].FromPackets != 2 {
 		t.Errorf("%+v, %v", traffic, err)
 	}
-	if err := d.hooks.detach(&a.Endpoint); err != nil {
+	if err := d.hooks.detach(a.device()); err != nil {
 		t.Fatal(err)
 	}
 	if w.ask(a.ns, a.Addr, farIP, 2) != "" {
 		t.Error("the other program went with ours")
 	}
-	if err := d.hooks.attach(&a.Endpoint); err != nil {
+	if err := d.hooks.attach(a.device()); err != nil {
 		t.Fatal(err)
 	}
 	if err := detach(); err != nil {
@@ -118,7 +119,7 @@ func TestHooksAreExchanged(t *testing.T) {
 			t.Errorf("after the change to %s: %v", hook, err)
 		}
 		for _, old := range d.oldHooks {
-			if old.check(&a.Endpoint) == nil {
+			if old.check(a.device()) == nil {
 				t.Errorf("after the change to %s the other kind is there still", hook)
 			}
 		}

@@ -25,6 +25,8 @@ func TestSharedStructs(t *testing.T) {
 	for name, v := range map[string]any{
 		"addr": bpfgen.NodeAddr{}, "iface": bpfgen.NodeIface{}, "iface_counters": bpfgen.NodeIfaceCounters{},
 		"endpoint": bpfgen.NodeEndpoint{}, "layout_meta": bpfgen.NodeLayoutMeta{},
+		"tuple": bpfgen.NodeTuple{}, "conn_key": bpfgen.NodeConnKey{}, "conn": bpfgen.NodeConn{}, "fragment_key": bpfgen.NodeFragmentKey{}, "fragment": bpfgen.NodeFragment{},
+		"eni": bpfgen.NodeEni{}, "net_key": bpfgen.NodeNetKey{}, "event": bpfgen.NodeEvent{}, "ended": bpfgen.NodeEnded{},
 	} {
 		var c *btf.Struct
 		if err := spec.Types.TypeByName(name, &c); err != nil {

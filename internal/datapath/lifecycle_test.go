@@ -283,7 +283,7 @@ func TestDeleteTolerates(t *testing.T) {
 	a, b := w.addPod(d, 1), w.addPod(d, 2)
 	w.ip(w.node, "link del "+a.HostIfName)
 	w.ip(b.ns, "link del eth0")
-	if err := d.hooks.detach(&b.Endpoint); err != nil {
+	if err := d.hooks.detach(b.device()); err != nil {
 		t.Fatal(err)
 	}
 	for _, p := range []pod{a, b} {
@@ -309,7 +309,7 @@ func TestCheckSays(t *testing.T) {
 		{"in the pod: get link eth0", func(p pod) { w.ip(p.ns, "link set eth0 down"); w.ip(p.ns, "link set eth0 name eth7") }},
 		{"is down", func(p pod) { w.ip(w.node, "link set "+p.HostIfName+" down") }},
 		{"the node lacks route", func(p pod) { w.ip(w.node, "route flush table 30060") }},
-		{"from_pod", func(p pod) { _ = d.hooks.detach(&p.Endpoint) }},
+		{"from_pod", func(p pod) { _ = d.hooks.detach(p.device()) }},
 		{"the gate", func(p pod) { _ = d.putIface(&p.Endpoint, 0) }},
 		{"get link ul", func(p pod) { w.ip(w.node, "link del "+p.HostIfName) }},
 	} {
@@ -389,6 +389,7 @@ func TestManyAtOnce(t *testing.T) {
 // Of the mark, only our bits change; another's program behind ours is asked.
 func TestMarkBits(t *testing.T) {
 	w := newWorld(t)
+	w.stackOnly = true
 	d := w.open(Options{})
 	a := w.addPod(d, 1)
 	type skb struct { // struct __sk_buff of linux/bpf.h up to ifindex

@@ -15,8 +15,8 @@ import (
 
 // What is pinned below Options.BPFFS:
 //
-//	maps/{meta,endpoints,ifaces,iface_stats,drops}
-//	links/<host interface>_from_pod, links/<host interface>_to_pod
+//	maps/{meta,endpoints,ifaces,iface_stats,slots,drops,paths,conns,fragments,enis,nets,policy_tables,policy_endpoints,policy_generation}
+//	links/<host interface>_{from_pod,to_pod}, links/<ENI's device>_{from_eni,to_eni}
 func mapDir(bpffs string) string  { return filepath.Join(bpffs, "maps") }
 func linkDir(bpffs string) string { return filepath.Join(bpffs, "links") }
 
@@ -27,9 +27,8 @@ const layoutVersion = uint32(bpfgen.NodeNodeConstNODE_LAYOUT)
 // be run again after a crash in its middle: the version is raised afterwards.
 type migration func(dir string) error
 
-// migrations are keyed by the layout that they start from. There has been one
-// layout only.
-var migrations = map[uint32]migration{}
+// migrations are keyed by the layout that they start from.
+var migrations = map[uint32]migration{1: widenIfaces}
 
 // lockPins makes the directories and takes the lock that lets one agent at a
 // time own them. It goes with the process.
@@ -119,6 +118,21 @@ func setLayout(meta *ebpf.Map, v uint32) error {
 	var zero uint32
 	if err := meta.Update(&zero, &bpfgen.NodeLayoutMeta{Layout: v}, ebpf.UpdateAny); err != nil {
 		return fmt.Errorf("write the maps' layout: %w", err)
+	}
+	return nil
+}
+
+// replacePin pins the map in the place of another of that name, in one step.
+func replacePin(dir, name string, m *ebpf.Map) error {
+	next := filepath.Join(dir, name+"_next")
+	if err := os.Remove(next); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove what a crash left: %w", err)
+	}
+	if err := m.Pin(next); err != nil {
+		return fmt.Errorf("pin map %s: %w", name, err)
+	}
+	if err := os.Rename(next, filepath.Join(dir, name)); err != nil {
+		return fmt.Errorf("put map %s in its place: %w", name, err)
 	}
 	return nil
 }

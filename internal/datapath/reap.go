@@ -152,7 +152,7 @@ func (d *Datapath) deleteLinks(names []string) error {
 func (d *Datapath) remove(batch []*remains) {
 	err := d.removeLinks(batch)
 	for _, r := range batch {
-		r.err = errors.Join(err, d.reach(context.Background(), "gone from links"), d.hooks.forget(r.name))
+		r.err = errors.Join(err, d.reach(context.Background(), "gone from links"), d.hooks.forget(device{name: r.name, programs: podPrograms}))
 		if r.counters != 0 {
 			r.err = errors.Join(r.err, d.deleteCounters(r.counters))
 		}

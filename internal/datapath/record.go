@@ -64,6 +64,9 @@ func (c clock) encode(e *Endpoint) (*bpfgen.NodeEndpoint, error) {
 		Mtu:         uint32(e.MTU),
 	}
 	copy(r.Mac[:], e.MAC)
+	if e.StackOnly {
+		r.StackOnly = 1
+	}
 	for _, f := range []struct {
 		name string
 		to   []byte
@@ -101,6 +104,7 @@ func (c clock) decode(k bpfgen.NodeAddr, r *bpfgen.NodeEndpoint) (Endpoint, erro
 		Addr:         addr,
 		ENI:          vpc.ENIID(text(r.Eni[:])),
 		ENIIndex:     int(r.EniIndex),
+		StackOnly:    r.StackOnly != 0,
 		MAC:          net.HardwareAddr(bytes.Clone(r.Mac[:])),
 		HostIfName:   text(r.HostIfname[:]),
 		HostIfIndex:  int(r.HostIfindex),

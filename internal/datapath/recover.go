@@ -103,17 +103,23 @@ func (d *Datapath) restore(e *Endpoint, l nl.Link) error {
 	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 		return fmt.Errorf("look up interface %d: %w", index, err)
 	}
+	if err == nil {
+		d.keepSlot(e.HostIfIndex, v.Slot)
+		if err := d.fillSlot(v.Slot, index); err != nil {
+			return err
+		}
+	}
 	if err != nil || v.Flags&uint32(bpfgen.NodeIfaceFlagsIFACE_READY) == 0 || v.Addr != addrKey(e.Addr) {
 		d.log.Warn("interface was not in the map, restored", "ip", e.Addr, "link", e.HostIfName)
 		if err := d.putIface(e, uint32(bpfgen.NodeIfaceFlagsIFACE_READY)); err != nil {
 			return err
 		}
 	}
-	if err := d.hooks.attach(e); err != nil {
+	if err := d.hooks.attach(e.device()); err != nil {
 		return err
 	}
 	for _, h := range d.oldHooks {
-		if err := h.detach(e); err != nil {
+		if err := h.detach(e.device()); err != nil {
 			return err
 		}
 	}
@@ -151,6 +157,8 @@ func (d *Datapath) sweep(keep map[string]*Endpoint, links map[string]nl.Link) er
 		}
 	}
 
+	errs = append(errs, d.recoverPolicies(wanted))
+
 	routes, err := d.conn.Routes(PodTable)
 	errs = append(errs, err)
 	var b nl.Batch
@@ -175,8 +183,8 @@ func (d *Datapath) sweep(keep map[string]*Endpoint, links map[string]nl.Link) er
 	errs = append(errs, err)
 	for _, pin := range pins {
 		name, _, ok := strings.Cut(pin, "_")
-		if ok && keep[name] != nil {
-			continue
+		if ok && keep[name] != nil || strings.HasSuffix(pin, "_eni") {
+			continue // an ENI's: SetENIs knows
 		}
 		if err := os.Remove(filepath.Join(linkDir(d.opts.BPFFS), pin)); err != nil {
 			errs = append(errs, fmt.Errorf("remove pin: %w", err))

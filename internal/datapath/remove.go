@@ -35,6 +35,9 @@ type Removal struct {
 	Routes int
 	Table  bool // inet underlay, in nftables
 	Pins   int  // maps and links in the BPF file system
+	// Filters are those on ENIs' clsact qdiscs; the qdisc stays, for to remove
+	// it costs packets.
+	Filters int
 }
 
 // Any reports whether there was anything.
@@ -109,7 +112,7 @@ func Remove(bpffs string, released func(containerID, ifName string) bool, force 
 	defer netns.Close()
 
 	// Devices before the guard: what is in between passes nothing.
-	errs := []error{r.removeLinks(conn), r.removeRouting(conn), r.removeGuard(netns), r.removePins(bpffs)}
+	errs := []error{r.removeLinks(conn), r.removeFilters(conn), r.removeRouting(conn), r.removeGuard(netns), r.removePins(bpffs)}
 	return r, errors.Join(errs...)
 }
 
@@ -161,6 +164,35 @@ func (r *Removal) removeLinks(conn *nl.Conn) error {
 	}
 	b.LinkDeleteGroup(dyingGroup)
 	b.Tolerate(unix.ENODEV)
+	return conn.Exec(&b)
+}
+
+// removeFilters takes our programs off the devices of ENIs, which stay.
+func (r *Removal) removeFilters(conn *nl.Conn) error {
+	links, err := conn.Links()
+	if err != nil {
+		return err
+	}
+	var b nl.Batch
+	for _, l := range links {
+		for _, p := range eniPrograms {
+			have, err := conn.Filters(l.Index, p.direction)
+			if err != nil {
+				return err
+			}
+			want := p.filter(device{l.Name, l.Index, eniPrograms})
+			for _, f := range have {
+				if f.Handle == want.Handle && f.Priority == want.Priority && f.Name == want.Name {
+					b.FilterDelete(want)
+					b.Tolerate(unix.ENOENT, unix.ENODEV)
+					r.Filters++
+				}
+			}
+		}
+	}
+	if r.Filters == 0 {
+		return nil
+	}
 	return conn.Exec(&b)
 }
 

@@ -19,6 +19,19 @@ func (w *world) footprint() map[string]string {
 		"rules": w.ip(w.node, "rule"), "routes": w.ip(w.node, "route show table all"),
 		"nft": w.run("ip", "netns", "exec", w.node, "nft", "list", "ruleset"),
 	}
+	for _, dev := range []string{"eth0", "eth1"} {
+		for _, hook := range []string{"ingress", "egress"} {
+			out["filters"] += w.run("tc", "-n", w.node, "filter", "show", "dev", dev, hook)
+		}
+	}
+	// The kernel takes its second over a device's IPv6 address.
+	var routes []string
+	for line := range strings.Lines(out["routes"]) {
+		if !strings.Contains(line, "fe80::") {
+			routes = append(routes, line)
+		}
+	}
+	out["routes"] = strings.Join(routes, "")
 	var links []string
 	for line := range strings.Lines(w.ip(w.node, "-o link")) {
 		_, name, _ := strings.Cut(line, ": ")

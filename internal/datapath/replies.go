@@ -19,11 +19,13 @@ import (
 
 // Who asks a port of the node that others translate to a pod (portmap, NodePort)
 // knows the node's address. The pod's answer gets it back after routing only, so
-// that it would leave by the pod's ENI, where the VPC drops it: the answer must
-// go by the ENI that has the address which was asked. Two chains see to that:
+// that it would leave by the pod's ENI, where the VPC drops it; that of a pod of
+// another node, which comes back by an ENI, would leave by the primary one. The
+// answer must go by the ENI that has the address which was asked. Two chains see
+// to that:
 //
-//	replies     prerouting, after conntrack: from a pod, in reply to what was
-//	            translated → translated
+//	replies     prerouting, after conntrack: in reply to what was translated
+//	            → translated
 //	translated  no ENI's mark: by the main table, as the node's own packets; or
 //	            the mark of the secondary ENI whose primary address was asked
 //
@@ -35,7 +37,7 @@ const (
 	translatedChain = "translated"
 
 	// Comments of the rules that do not depend on the ENIs.
-	toReplies = "replies of what others translated"
+	toReplies = "replies to what others translated"
 	byMain    = "by the main table"
 )
 
@@ -70,10 +72,11 @@ func (d *Datapath) setReplies(enis []ENI) error {
 			return err
 		}
 	}
-	have, err := replyRules(d.netns)
+	have, err := ruleComments(d.netns, repliesChain, translatedChain)
 	if err != nil {
 		return err
 	}
+	slices.Sort(have)
 	if needed && slices.Equal(have, want) || !needed && len(have) == 0 {
 		return nil
 	}
@@ -113,9 +116,10 @@ func (d *Datapath) setReplies(enis []ENI) error {
 // asked is the comment of the rule for an ENI: what the rule is made from.
 func asked(e ENI) string { return fmt.Sprintf("%s by ENI %d", e.Primary, e.Index) }
 
-// replyRules returns the comments of the rules in both chains, sorted. It reads
-// them by itself: the library cannot read the direction of a ct expression.
-func replyRules(netns *os.File) ([]string, error) {
+// ruleComments returns the comments of the rules in some chains of our table, in
+// the order of each chain. It reads them by itself: the library cannot read the
+// direction of a ct expression.
+func ruleComments(netns *os.File, chains ...string) ([]string, error) {
 	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: int(netns.Fd())})
 	if err != nil {
 		return nil, fmt.Errorf("open nftables socket: %w", err)
@@ -146,11 +150,10 @@ func replyRules(netns *os.File) ([]string, error) {
 		if err != nil {
 			return nil, fmt.Errorf("read nftables rules: %w", err)
 		}
-		if chain == repliesChain || chain == translatedChain {
+		if slices.Contains(chains, chain) {
 			comments = append(comments, comment)
 		}
 	}
-	slices.Sort(comments)
 	return comments, nil
 }
 
@@ -170,11 +173,9 @@ func eachAttribute(m netlink.Message, fn func(*netlink.AttributeDecoder)) error 
 	return attrs.Err()
 }
 
-// toTranslated sends a pod's packet in reply to a translated one on.
+// toTranslated sends a packet in reply to a translated one on.
 func toTranslated() []expr.Any {
 	return []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyIIFGROUP, Register: 1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.NativeEndian.PutUint32(LinkGroup)},
 		&expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{directionReply}},
 		&expr.Ct{Key: expr.CtKeySTATUS, Register: 1},
@@ -239,8 +240,9 @@ func (d *Datapath) translates(c *nftables.Conn) (bool, error) {
 	return slices.Contains(strings.Fields(string(names)), "nat"), nil
 }
 
-// watchNAT calls changed whenever a chain of type nat appears in nftables, until
-// ctx ends. iptables from before nftables tells nobody.
+// watchNAT calls changed whenever a chain of type nat appears in nftables, or our
+// table is deleted (as `nft flush ruleset` does), until ctx ends. iptables from
+// before nftables tells nobody.
 func watchNAT(ctx context.Context, netns *os.File, changed func()) error {
 	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: int(netns.Fd()), Groups: 1 << (unix.NFNLGRP_NFTABLES - 1)})
 	if err != nil {
@@ -260,7 +262,7 @@ func watchNAT(ctx context.Context, netns *os.File, changed func()) error {
 		case err != nil:
 			return fmt.Errorf("watch nftables: %w", err)
 		}
-		if slices.ContainsFunc(messages, newNAT) {
+		if slices.ContainsFunc(messages, newNAT) || slices.ContainsFunc(messages, tableDeleted) {
 			changed()
 		}
 	}
@@ -277,4 +279,16 @@ func newNAT(m netlink.Message) bool {
 		is = is || a.Type() == unix.NFTA_CHAIN_TYPE && a.String() == string(nftables.ChainTypeNAT)
 	})
 	return is && err == nil
+}
+
+// tableDeleted tells whether a message is of our table's end.
+func tableDeleted(m netlink.Message) bool {
+	if m.Header.Type != unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_DELTABLE {
+		return false
+	}
+	ours := false
+	err := eachAttribute(m, func(a *netlink.AttributeDecoder) {
+		ours = ours || a.Type() == unix.NFTA_TABLE_NAME && a.String() == guardTable.Name
+	})
+	return ours && err == nil && m.Data[0] == unix.NFPROTO_INET
 }

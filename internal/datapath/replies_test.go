@@ -50,7 +50,7 @@ func TestReplies(t *testing.T) {
 	on := set(enis)
 	for _, want := range []string{
 		"type filter hook prerouting priority mangle; policy accept;",
-		`iifgroup 30060 ct direction reply ct status dnat jump translated comment "replies of what others translated"`,
+		`ct direction reply ct status dnat jump translated comment "replies to what others translated"`,
 		`meta mark set meta mark & 0xffffcfb9 comment "by the main table"`,
 		`ct original ip daddr 10.0.1.10 meta mark set meta mark & 0xffffcfbd | 0x00000004 comment "10.0.1.10 by ENI 2"`,
 	} {

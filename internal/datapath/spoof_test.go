@@ -374,7 +374,7 @@ func TestLostProgramsCloseTheNode(t *testing.T) {
 	}
 
 	for _, e := range []Endpoint{a.Endpoint, b.Endpoint} {
-		if err := d.hooks.detach(&e); err != nil {
+		if err := d.hooks.detach(e.device()); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -12,12 +12,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// tcx attaches the programs by TCX links, pinned as
-// links/<host interface>_from_pod and …_to_pod.
+// tcx attaches the programs by TCX links, pinned as links/<device>_<program>.
 type tcx Datapath
 
-func (t *tcx) pin(hostIfName string, p program) string {
-	return filepath.Join(linkDir(t.opts.BPFFS), hostIfName+"_"+p.name)
+func (t *tcx) pin(dev device, p program) string {
+	return filepath.Join(linkDir(t.opts.BPFFS), dev.name+"_"+p.name)
 }
 
 // probe attaches to a device that does not exist.
@@ -40,30 +39,30 @@ func (t *tcx) probe() error {
 
 // attach puts the programs first on their hooks, so that nobody's program
 // sees what ours drop.
-func (t *tcx) attach(e *Endpoint) error {
+func (t *tcx) attach(dev device) error {
 	d := (*Datapath)(t)
-	for _, p := range programs {
-		l, err := t.attached(e, p)
+	for _, p := range dev.programs {
+		l, err := t.attached(dev, p)
 		if err == nil {
 			err = l.Update(p.of(d))
 			_ = l.Close()
 			if err != nil {
-				return fmt.Errorf("replace %s of %s: %w", p.name, e.HostIfName, err)
+				return fmt.Errorf("replace %s of %s: %w", p.name, dev.name, err)
 			}
 			continue
 		}
-		if err := t.unpin(e.HostIfName, p); err != nil {
+		if err := t.unpin(dev, p); err != nil {
 			return err
 		}
 		err = d.in(func() error {
-			l, err := link.AttachTCX(link.TCXOptions{Interface: e.HostIfIndex, Program: p.of(d), Attach: p.tcx, Anchor: link.Head()})
+			l, err := link.AttachTCX(link.TCXOptions{Interface: dev.index, Program: p.of(d), Attach: p.tcx, Anchor: link.Head()})
 			if err != nil {
-				return fmt.Errorf("attach %s to %s: %w", p.name, e.HostIfName, err)
+				return fmt.Errorf("attach %s to %s: %w", p.name, dev.name, err)
 			}
-			err = l.Pin(t.pin(e.HostIfName, p))
+			err = l.Pin(t.pin(dev, p))
 			_ = l.Close() // the pin holds it now, or it is to go
 			if err != nil {
-				return fmt.Errorf("pin %s of %s: %w", p.name, e.HostIfName, err)
+				return fmt.Errorf("pin %s of %s: %w", p.name, dev.name, err)
 			}
 			return nil
 		})
@@ -74,10 +73,10 @@ func (t *tcx) attach(e *Endpoint) error {
 	return nil
 }
 
-func (t *tcx) check(e *Endpoint) error {
+func (t *tcx) check(dev device) error {
 	var errs []error
-	for _, p := range programs {
-		l, err := t.attached(e, p)
+	for _, p := range dev.programs {
+		l, err := t.attached(dev, p)
 		if err != nil {
 			errs = append(errs, err)
 			continue
@@ -87,10 +86,10 @@ func (t *tcx) check(e *Endpoint) error {
 	return errors.Join(errs...)
 }
 
-// attached opens the pinned link of a program if it stands on the endpoint's
-// device; the caller closes it.
-func (t *tcx) attached(e *Endpoint, p program) (link.Link, error) {
-	path := t.pin(e.HostIfName, p)
+// attached opens the pinned link of a program if it stands on the device; the
+// caller closes it.
+func (t *tcx) attached(dev device, p program) (link.Link, error) {
+	path := t.pin(dev, p)
 	l, err := link.LoadPinnedLink(path, nil)
 	if err != nil {
 		return nil, fmt.Errorf("open pinned link %s: %w", path, err)
@@ -101,26 +100,26 @@ func (t *tcx) attached(e *Endpoint, p program) (link.Link, error) {
 		return nil, fmt.Errorf("read pinned link %s: %w", path, err)
 	}
 	x := info.TCX()
-	if x == nil || int(x.Ifindex) != e.HostIfIndex || ebpf.AttachType(x.AttachType) != p.tcx {
+	if x == nil || int(x.Ifindex) != dev.index || ebpf.AttachType(x.AttachType) != p.tcx {
 		l.Close()
-		return nil, fmt.Errorf("pinned link %s is detached from %s", path, e.HostIfName)
+		return nil, fmt.Errorf("pinned link %s is detached from %s", path, dev.name)
 	}
 	return l, nil
 }
 
 // A link without a pin detaches its program.
-func (t *tcx) detach(e *Endpoint) error { return t.forget(e.HostIfName) }
+func (t *tcx) detach(dev device) error { return t.forget(dev) }
 
-func (t *tcx) forget(hostIfName string) error {
+func (t *tcx) forget(dev device) error {
 	var errs []error
-	for _, p := range programs {
-		errs = append(errs, t.unpin(hostIfName, p))
+	for _, p := range dev.programs {
+		errs = append(errs, t.unpin(dev, p))
 	}
 	return errors.Join(errs...)
 }
 
-func (t *tcx) unpin(hostIfName string, p program) error {
-	if err := os.Remove(t.pin(hostIfName, p)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+func (t *tcx) unpin(dev device, p program) error {
+	if err := os.Remove(t.pin(dev, p)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove pin: %w", err)
 	}
 	return nil

@@ -89,6 +89,7 @@ type world struct {
 	node, wire string // names of namespaces
 	bpffs      string
 	quiet      bool                                  // do not log
+	stackOnly  bool                                  // as Options say, not direct by default
 	released   func(containerID, ifName string) bool // see Remove
 }
 
@@ -196,6 +197,9 @@ func (w *world) open(opts Options) *Datapath {
 	if err := d.SetENIs(context.Background(), enis); err != nil {
 		w.t.Fatal(err)
 	}
+	if err := d.SetVPC(context.Background(), []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}); err != nil {
+		w.t.Fatal(err)
+	}
 	return d
 }
 
@@ -203,6 +207,9 @@ func (w *world) tryOpen(opts Options) (d *Datapath, err error) {
 	opts.BPFFS = w.bpffs
 	if opts.Hook == "" {
 		opts.Hook = testHook
+	}
+	if !w.stackOnly {
+		opts.Direct = true
 	}
 	if w.quiet {
 		opts.Logger = slog.New(slog.DiscardHandler)
@@ -364,4 +371,13 @@ func containsAny(s string, any ...string) bool {
 		}
 	}
 	return false
+}
+
+func paths(t testing.TB, d *Datapath) Paths {
+	t.Helper()
+	p, err := d.Paths()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
 }

@@ -68,6 +68,14 @@ func (l *Lab) Network(ctx context.Context, name string, cidr netip.Prefix, subne
 	}
 	n.VPC = vpc.VPCID(aws.ToString(v.Vpc.VpcId))
 
+	// Private names resolve where both DNS attributes are on; this one is off
+	// unless asked for.
+	if _, err := l.c.ModifyVpcAttribute(ctx, &awsec2.ModifyVpcAttributeInput{
+		VpcId: v.Vpc.VpcId, EnableDnsHostnames: &types.AttributeBooleanValue{Value: aws.Bool(true)},
+	}); err != nil {
+		return n, fmt.Errorf("give VPC %s DNS names: %w", n.VPC, err)
+	}
+
 	zones, err := l.c.DescribeAvailabilityZones(ctx, &awsec2.DescribeAvailabilityZonesInput{})
 	if err != nil {
 		return n, fmt.Errorf("list availability zones: %w", err)

@@ -51,7 +51,9 @@ type Identity struct {
 	Instance         vpc.InstanceID
 	Type             string
 	AvailabilityZone string
+	ZoneID           string // the zone's name in all accounts, "use1-az1"
 	Region           string
+	Account          string // that owns the primary interface
 	MAC              string // of the primary interface
 	Addr             netip.Addr
 	VPC              vpc.VPCID
@@ -69,6 +71,7 @@ func (c *Client) Identity(ctx context.Context) (Identity, error) {
 		Instance:         vpc.InstanceID(r.text("instance-id")),
 		Type:             r.text("instance-type"),
 		AvailabilityZone: r.text("placement/availability-zone"),
+		ZoneID:           r.text("placement/availability-zone-id"),
 		Region:           r.text("placement/region"),
 		MAC:              r.text("mac"),
 	}
@@ -83,6 +86,7 @@ func (c *Client) Identity(ctx context.Context) (Identity, error) {
 	id.SubnetCIDR = first(list(&r, m+"subnet-ipv4-cidr-block", netip.ParsePrefix))
 	id.Groups = list(&r, m+"security-group-ids", func(s string) (vpc.SecurityGroupID, error) { return vpc.SecurityGroupID(s), nil })
 	id.ENI = vpc.ENIID(r.text(m + "interface-id"))
+	id.Account = r.text(m + "owner-id")
 	if r.err != nil {
 		return id, r.err
 	}
@@ -93,6 +97,14 @@ func (c *Client) Identity(ctx context.Context) (Identity, error) {
 		return id, fmt.Errorf("read the addresses of %s: none listed", id.MAC)
 	}
 	return id, nil
+}
+
+// VPCCIDRs reads which IPv4 ranges the VPC has, of the interface with that MAC:
+// ranges come and go while the node runs.
+func (c *Client) VPCCIDRs(ctx context.Context, mac string) ([]netip.Prefix, error) {
+	r := reader{c: c, ctx: ctx}
+	cidrs := list(&r, "network/interfaces/macs/"+mac+"/vpc-ipv4-cidr-blocks", netip.ParsePrefix)
+	return cidrs, r.err
 }
 
 // Interface is one interface as IMDS lists it.

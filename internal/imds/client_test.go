@@ -45,11 +45,11 @@ func (m *metadata) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 func node() *metadata {
 	m := &metadata{asked: map[string]int{}, items: map[string]string{
-		"instance-id": "i-0123456789abcdef0", "instance-type": "m5.large", "placement/availability-zone": "us-east-1a", "placement/region": "us-east-1", "mac": "02:00:00:00:00:01",
+		"instance-id": "i-0123456789abcdef0", "instance-type": "m5.large", "placement/availability-zone": "us-east-1a", "placement/availability-zone-id": "use1-az1", "placement/region": "us-east-1", "mac": "02:00:00:00:00:01",
 		"network/interfaces/macs/": "02:00:00:00:00:01/\n02:00:00:00:00:02/\n02:00:00:00:00:03/",
 	}}
 	for k, v := range map[string]string{"local-ipv4s": "10.0.0.4\n10.0.0.9", "vpc-id": "vpc-1", "vpc-ipv4-cidr-blocks": "10.0.0.0/16\n100.64.0.0/16", "subnet-id": "subnet-1",
-		"subnet-ipv4-cidr-block": "10.0.0.0/24", "security-group-ids": "sg-1\nsg-2", "interface-id": "eni-1", "device-number": "0"} {
+		"subnet-ipv4-cidr-block": "10.0.0.0/24", "security-group-ids": "sg-1\nsg-2", "interface-id": "eni-1", "device-number": "0", "owner-id": "123456789012"} {
 		m.items["network/interfaces/macs/02:00:00:00:00:01/"+k] = v
 	}
 	for k, v := range map[string]string{"local-ipv4s": "10.0.0.5", "ipv4-prefix": "10.0.0.32/28\n10.0.0.48/28", "interface-id": "eni-2", "device-number": "1"} {
@@ -68,7 +68,7 @@ func TestIdentity(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := Identity{Instance: "i-0123456789abcdef0", Type: "m5.large", AvailabilityZone: "us-east-1a", Region: "us-east-1", MAC: "02:00:00:00:00:01", Addr: netip.MustParseAddr("10.0.0.4"),
+	want := Identity{Instance: "i-0123456789abcdef0", Type: "m5.large", AvailabilityZone: "us-east-1a", ZoneID: "use1-az1", Region: "us-east-1", Account: "123456789012", MAC: "02:00:00:00:00:01", Addr: netip.MustParseAddr("10.0.0.4"),
 		VPC: "vpc-1", VPCCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/16"), netip.MustParsePrefix("100.64.0.0/16")}, Subnet: "subnet-1", SubnetCIDR: netip.MustParsePrefix("10.0.0.0/24"),
 		Groups: []vpc.SecurityGroupID{"sg-1", "sg-2"}, ENI: "eni-1"}
 	if diff := cmp.Diff(want, got, byValue); diff != "" {
@@ -82,6 +82,26 @@ func TestIdentity(t *testing.T) {
 			t.Errorf("%s = %.20s was believed: %+v", item, v, id)
 		}
 		srv.Close()
+	}
+}
+
+func TestVPCCIDRs(t *testing.T) {
+	m := node()
+	srv := httptest.NewServer(m)
+	defer srv.Close()
+	c := New(srv.URL)
+	for _, more := range []string{"", "\n198.51.100.0/24"} {
+		m.mu.Lock()
+		m.items["network/interfaces/macs/02:00:00:00:00:01/vpc-ipv4-cidr-blocks"] += more
+		m.mu.Unlock()
+		want := []netip.Prefix{netip.MustParsePrefix("10.0.0.0/16"), netip.MustParsePrefix("100.64.0.0/16")}
+		if more != "" {
+			want = append(want, netip.MustParsePrefix("198.51.100.0/24"))
+		}
+		got, err := c.VPCCIDRs(t.Context(), "02:00:00:00:00:01")
+		if diff := cmp.Diff(want, got, byValue); err != nil || diff != "" {
+			t.Errorf("%v; -want +got:\n%s", err, diff)
+		}
 	}
 }
 

@@ -37,6 +37,9 @@ func (p *step) newENI(v *vpc.ENI) *ENI {
 	if v.Subnet != p.s.home {
 		e.Pool.Subnet = v.Subnet
 	}
+	if v.Instance == p.s.Config.Instance && v.DeviceIndex == 0 {
+		e.Pool = Pool{} // whatever tags it has
+	}
 	for _, o := range p.s.ENIs {
 		if o.Primary == v.Primary {
 			o.Primary = netip.Addr{} // it was the primary of one that was deleted

@@ -22,7 +22,7 @@ const memoryWait = time.Second
 func AwaitMemory(fn func() error) error {
 	err := fn()
 	for pause, waited := time.Millisecond, time.Duration(0); errors.Is(err, unix.ENOMEM) && waited < memoryWait; pause *= 2 {
-		time.Sleep(pause)
+		time.Sleep(pause) //nolint:forbidigo // the kernel tells nobody when there is memory
 		waited += pause
 		err = fn()
 	}

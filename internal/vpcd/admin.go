@@ -20,8 +20,9 @@ import (
 // AdminPath is below which the admin endpoints are, beside the EC2 API.
 const AdminPath = "/_vpcd/"
 
-// settleWait is how long an admin call waits for the fabric to catch up.
-const settleWait = 10 * time.Second
+// settleWait is how long a call waits for the fabric to catch up. It is done in
+// milliseconds, unless the machine is busy with something else.
+const settleWait = 30 * time.Second
 
 // maxAdminBody bounds a request to an admin endpoint.
 const maxAdminBody = 1 << 20
@@ -46,14 +47,16 @@ type Health struct {
 // ManagedService is the body of POST /_vpcd/managed-services.
 type ManagedService struct {
 	Name             string   `json:"name"`
+	Kind             string   `json:"kind"` // "database" (also ""), or "load-balancer"
 	SubnetID         string   `json:"subnetId"`
 	SecurityGroupIDs []string `json:"securityGroupIds"`
-	Description      string   `json:"description"`
+	Description      string   `json:"description"` // of the interface; "" is what AWS writes
 }
 
-// ManagedServiceInfo answers it.
+// ManagedServiceInfo answers it, and is one of GET /_vpcd/managed-services.
 type ManagedServiceInfo struct {
 	Name               string `json:"name"`
+	Kind               string `json:"kind"`
 	NetworkInterfaceID string `json:"networkInterfaceId"`
 	PrivateIPAddress   string `json:"privateIpAddress"`
 	Netns              string `json:"netns"` // path; "" without a fabric
@@ -97,6 +100,7 @@ func (a *admin) wrap(next http.Handler) http.Handler {
 	handle("GET instances", a.instances)
 	handle("GET counters", a.counters)
 	handle("GET calls", func(*http.Request) (any, error) { return a.calls.all(), nil })
+	handle("GET managed-services", a.services)
 	handle("POST managed-services", a.createService)
 	handle("DELETE managed-services/{name}", a.deleteService)
 	mux.HandleFunc("GET "+AdminPath+"flows", a.flows)
@@ -214,9 +218,13 @@ func (a *admin) settled(ctx context.Context) error {
 
 // enforce waits for the fabric after a call that is committed already: should
 // the fabric be in trouble, the call has succeeded all the same, and health
-// tells.
+// tells. What is due at once, as nothing lags, is finished before.
 func (a *admin) enforce(ctx context.Context) {
-	if err := a.settled(ctx); err != nil && ctx.Err() == nil {
+	err := a.api.Settle()
+	if err == nil {
+		err = a.settled(ctx)
+	}
+	if err != nil && ctx.Err() == nil {
 		a.options.Logger.Warn("call answered before the fabric does what it says", "err", err)
 	}
 }
@@ -264,7 +272,7 @@ func (a *admin) createService(r *http.Request) (any, error) {
 	if err := decode(r, &m); err != nil {
 		return nil, err
 	}
-	want := api.ManagedService{Name: m.Name, Subnet: vpc.SubnetID(m.SubnetID), Description: m.Description}
+	want := api.ManagedService{Name: m.Name, Kind: api.ServiceKind(m.Kind), Subnet: vpc.SubnetID(m.SubnetID), Description: m.Description}
 	for _, g := range m.SecurityGroupIDs {
 		want.Groups = append(want.Groups, vpc.SecurityGroupID(g))
 	}
@@ -275,10 +283,24 @@ func (a *admin) createService(r *http.Request) (any, error) {
 	if err := a.settled(r.Context()); err != nil {
 		return nil, err
 	}
+	return a.service(e), nil
+}
+
+// service describes the managed service of an interface.
+func (a *admin) service(e *store.ENI) ManagedServiceInfo {
 	return ManagedServiceInfo{
-		Name: m.Name, NetworkInterfaceID: string(e.ID), PrivateIPAddress: e.Primary.String(),
-		Netns: a.netns(names{a.options.Name}.service(m.Name)),
-	}, nil
+		Name: e.Service, Kind: string(api.KindOf(e)), NetworkInterfaceID: string(e.ID), PrivateIPAddress: e.Primary.String(),
+		Netns: a.netns(names{a.options.Name}.service(e.Service)),
+	}
+}
+
+func (a *admin) services(*http.Request) (any, error) {
+	state := a.store.View()
+	out := []ManagedServiceInfo{}
+	for _, s := range state.Services.All() {
+		out = append(out, a.service(state.ENI(s.ENI)))
+	}
+	return out, nil
 }
 
 func (a *admin) deleteService(r *http.Request) (any, error) {

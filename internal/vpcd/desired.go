@@ -50,6 +50,9 @@ func desired(n names, state, mapping *store.State) (fabric.Config, error) {
 		if l := state.ACLOf(s.ID); l != nil {
 			sub.ACL = l.ID
 		}
+		if v.DNSSupport {
+			sub.Resolver = vpc.Resolver(v.CIDRs[0].CIDR)
+		}
 		c.Subnets = append(c.Subnets, sub)
 	}
 	for _, t := range state.RouteTables.All() {

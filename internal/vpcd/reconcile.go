@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/underlay-cni/underlay/internal/vpc"
+	"github.com/underlay-cni/underlay/internal/vpcd/dns"
 	"github.com/underlay-cni/underlay/internal/vpcd/fabric"
 	"github.com/underlay-cni/underlay/internal/vpcd/imds"
 	"github.com/underlay-cni/underlay/internal/vpcd/store"
@@ -29,6 +30,7 @@ type network interface {
 var (
 	imdsAt = netip.AddrPortFrom(fabric.IMDSAddr, 80)
 	ec2At  = netip.AddrPortFrom(fabric.EndpointAddr, 7424)
+	dnsAt  = fabric.ResolverAt
 )
 
 // retryAfter is how long after an error the reconciler tries again, and
@@ -48,6 +50,7 @@ type reconciler struct {
 	log        *slog.Logger
 	ec2        *http.Server // serves the EC2 API on every listener
 	imds       func(vpc.InstanceID) *imds.Server
+	dns        *dns.Server
 	exists     func(netns string) bool // whether a name is there
 	internet   func()                  // there is an internet now; may be nil
 
@@ -67,7 +70,7 @@ type reconciler struct {
 type doors struct {
 	instance vpc.InstanceID
 	imds     *http.Server
-	ec2      net.Listener
+	ec2, dns net.Listener
 	shut     chan struct{} // closed when one of the listeners is
 }
 
@@ -191,7 +194,7 @@ func (r *reconciler) apply(ctx context.Context) (state, mapping *store.State, er
 }
 
 // listen opens and closes listeners so that every interface of an instance has
-// both.
+// all.
 func (r *reconciler) listen(state *store.State, c fabric.Config) error {
 	want := map[vpc.ENIID]vpc.InstanceID{}
 	for _, i := range c.Interfaces {
@@ -231,16 +234,21 @@ func (r *reconciler) openDoors(id vpc.ENIID, instance vpc.InstanceID) (*doors, e
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("listen for EC2 of %s: %w", id, err), forIMDS.Close())
 	}
-	d := &doors{instance: instance, imds: r.imds(instance).HTTP(), ec2: forEC2, shut: make(chan struct{})}
+	forDNS, err := r.net.ListenTCP(id, dnsAt)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("listen for DNS of %s: %w", id, err), forIMDS.Close(), forEC2.Close())
+	}
+	d := &doors{instance: instance, imds: r.imds(instance).HTTP(), ec2: forEC2, dns: forDNS, shut: make(chan struct{})}
 	var once sync.Once
-	serve := func(name string, s *http.Server, l net.Listener) {
-		err := s.Serve(l)
+	serve := func(name string, answer func(net.Listener) error, l net.Listener) {
+		err := answer(l)
 		r.log.Debug("listener closed", "eni", id, "service", name, "err", err)
 		once.Do(func() { close(d.shut) })
 		r.lookAgain()
 	}
-	go serve("imds", d.imds, forIMDS)
-	go serve("ec2", r.ec2, forEC2)
+	go serve("imds", d.imds.Serve, forIMDS)
+	go serve("ec2", r.ec2.Serve, forEC2)
+	go serve("dns", func(l net.Listener) error { return r.dns.ServeTCP(id, l) }, forDNS)
 	return d, nil
 }
 
@@ -254,10 +262,11 @@ func (d *doors) isShut() bool {
 }
 
 // close ends the listeners and IMDS's connections. EC2's end with their
-// requests, or with the interface.
+// requests, DNS's when they are idle, both with the interface.
 func (d *doors) close() {
 	_ = d.imds.Close() // closes the listener; whether it was open does not matter
 	_ = d.ec2.Close()
+	_ = d.dns.Close()
 }
 
 // report publishes the outcome of an application. An error is logged when it is

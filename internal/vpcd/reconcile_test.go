@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/underlay-cni/underlay/internal/vpc"
+	"github.com/underlay-cni/underlay/internal/vpcd/dns"
 	"github.com/underlay-cni/underlay/internal/vpcd/fabric"
 	"github.com/underlay-cni/underlay/internal/vpcd/imds"
 	"github.com/underlay-cni/underlay/internal/vpcd/store"
@@ -102,6 +103,7 @@ func startReconciler(t *testing.T, w *world, lag func() time.Duration) (*reconci
 	r := &reconciler{
 		names: names{"demo"}, store: w.Store, net: f, mappingLag: lag, now: time.Now, log: log, changed: w.Changed(), again: make(chan struct{}, 1), exists: f.exists,
 		ec2: &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "ec2") })},
+		dns: &dns.Server{Region: dns.Region{Name: "us-east-1"}, View: w.View, Logger: log},
 		imds: func(id vpc.InstanceID) *imds.Server {
 			return imds.New(imds.Config{Instance: id, Source: source, Key: make([]byte, imds.KeySize), Logger: log})
 		},

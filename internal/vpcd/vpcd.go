@@ -19,6 +19,7 @@ import (
 	"github.com/underlay-cni/underlay/internal/vpc"
 	"github.com/underlay-cni/underlay/internal/vpcd/api"
 	"github.com/underlay-cni/underlay/internal/vpcd/chaos"
+	"github.com/underlay-cni/underlay/internal/vpcd/dns"
 	"github.com/underlay-cni/underlay/internal/vpcd/fabric"
 	"github.com/underlay-cni/underlay/internal/vpcd/iam"
 	"github.com/underlay-cni/underlay/internal/vpcd/imds"
@@ -45,6 +46,9 @@ type Options struct {
 	Account  string   // "" is 123456789012
 	S3Dir    string   // folder that stands for S3, "" is s3 in Dir: a flow log's bucket is a folder in it
 	Policies []string // files with IAM policies, FILE or ACCESSKEY=FILE: see package iam
+	// Inferred and LinkLocalPPS are the fabric's, see fabric.Options.
+	Inferred     fabric.Inferred
+	LinkLocalPPS int
 	// FlowInterval is how long packets are gathered into one flow record, at
 	// most; 0 is 60 s. The setting flowInterval of chaos goes before it.
 	FlowInterval time.Duration
@@ -101,16 +105,22 @@ func Run(ctx context.Context, o Options) (err error) {
 	servers := []*http.Server{httpServer(adm.wrap(ec2Handler), o.Logger)}
 	jobs := []func(context.Context) error{ec2.Run}
 	if !o.NoFabric {
-		f, openErr := fabric.Open(fabric.Options{Lab: o.Name, BPFFS: o.BPFFS, Logger: o.Logger})
+		f, openErr := fabric.Open(fabric.Options{Lab: o.Name, BPFFS: o.BPFFS, Logger: o.Logger, Inferred: o.Inferred, LinkLocalPPS: o.LinkLocalPPS})
 		if openErr != nil {
 			return fmt.Errorf("open the fabric: %w", openErr)
 		}
 		defer closing(&err, f)
+		datagrams, listenErr := f.ListenResolver()
+		if listenErr != nil {
+			return listenErr
+		}
+		resolver := &dns.Server{Region: dns.Region{Name: o.Region, Internet: fabric.InternetAddrs[0].Addr()}, View: state.View, Logger: o.Logger}
 		inside := httpServer(ec2Handler, o.Logger) // no /_vpcd/ for instances
 		adm.fabric = &reconciler{
 			names: names{o.Name}, store: state, net: f, now: time.Now, log: o.Logger, ec2: inside, changed: state.Changed(), again: make(chan struct{}, 1),
 			exists:     nl.ExistsNamed,
 			mappingLag: func() time.Duration { return control.Get().MappingLag },
+			dns:        resolver,
 			imds: func(id vpc.InstanceID) *imds.Server {
 				return imds.New(imds.Config{Instance: id, Source: source, Key: key, Logger: o.Logger})
 			},
@@ -123,7 +133,12 @@ func Run(ctx context.Context, o Options) (err error) {
 			interval: func() time.Duration { return cmp.Or(control.Get().FlowInterval, o.FlowInterval) },
 		}
 		servers = append(servers, inside)
-		jobs = append(jobs, adm.fabric.Run, adm.flow.Run, out.Run, func(ctx context.Context) error { return expire(ctx, f, o.Logger) })
+		jobs = append(jobs, adm.fabric.Run, adm.flow.Run, out.Run,
+			func(ctx context.Context) error { return expire(ctx, f, o.Logger) },
+			func(context.Context) error {
+				return dns.ServeUDP(resolver, datagrams, func(c fabric.Client) vpc.ENIID { return c.ENI })
+			},
+			func(ctx context.Context) error { <-ctx.Done(); return datagrams.Close() })
 	}
 
 	group, ctx := errgroup.WithContext(ctx)
@@ -145,12 +160,13 @@ func Run(ctx context.Context, o Options) (err error) {
 }
 
 // enforced are the actions that are answered only when the fabric does what
-// they say: those that open or close a way for packets between interfaces that
-// stand.
+// they say, unless a setting has it lag: those that open, close or move a way
+// for packets between interfaces that stand.
 var enforced = []string{
 	"AuthorizeSecurityGroupEgress", "AuthorizeSecurityGroupIngress", "RevokeSecurityGroupEgress", "RevokeSecurityGroupIngress",
-	"ModifySecurityGroupRules", "ModifyManagedPrefixList", "ModifyNetworkInterfaceAttribute",
+	"ModifySecurityGroupRules", "ModifyManagedPrefixList", "ModifyNetworkInterfaceAttribute", "ModifyVpcAttribute",
 	"CreateNetworkAclEntry", "ReplaceNetworkAclEntry", "DeleteNetworkAclEntry", "ReplaceNetworkAclAssociation",
+	"AssignPrivateIpAddresses", "UnassignPrivateIpAddresses", "AttachNetworkInterface", "DetachNetworkInterface",
 	"CreateRoute", "ReplaceRoute", "DeleteRoute", "AssociateRouteTable", "DisassociateRouteTable", "ReplaceRouteTableAssociation",
 	"AttachInternetGateway", "DetachInternetGateway", "AssociateAddress", "DisassociateAddress", "DeleteNatGateway",
 	"AcceptVpcPeeringConnection", "DeleteVpcPeeringConnection",

@@ -1,5 +1,14 @@
 // Package bench measures Underlay against the floor it stands on, each pair
 // interleaved in one run, and prints ratios: an absolute time on a machine that
 // others share proves nothing. docs/bench/latest.json keeps the rows of the last
-// run that was committed.
+// run that was committed, docs/bench/node.md and node.svg what they say of the
+// node's datapath.
+//
+//	BenchmarkNode      the datapath against node to node, the AWS-style path,
+//	                   VXLAN and a bare veth pair, which it sets up itself
+//	BenchmarkUnderlay  pods of a lab, and ADD and DEL
+//	BenchmarkFabric    the VPC's wires
+//	BenchmarkVPCD      the API
+//
+// -turns says how often each pair is measured, -slice for how long.
 package bench

@@ -79,7 +79,7 @@ func BenchmarkFabric(b *testing.B) {
 			func() float64 { crowd(true); return perCPUSecond(b, m.measure, heavy) },
 			func() float64 { crowd(false); return perCPUSecond(b, m.measure, heavy) }))
 	}
-	if err := Write("../../docs/bench/fabric.json", rows); err != nil {
+	if err := Write(kept(b, "fabric.json"), rows); err != nil {
 		b.Fatal(err)
 	}
 }
@@ -348,7 +348,7 @@ func datagramsPerSecond(b testing.TB, p pair) float64 {
 	out, in := messages(batch), messages(batch)
 	send, receive := ipv4.NewPacketConn(client), ipv4.NewPacketConn(server)
 	received, start := 0, time.Now()
-	for time.Since(start) < 300*time.Millisecond {
+	for time.Since(start) < *slice {
 		for sent := 0; sent < batch; {
 			n, err := send.WriteBatch(out[sent:], 0)
 			if err != nil {

@@ -3,6 +3,7 @@ package bench
 import (
 	"bufio"
 	"encoding/xml"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -150,7 +151,7 @@ func texts(b *testing.B, doc []byte, name string) []string {
 	d := xml.NewDecoder(strings.NewReader(string(doc)))
 	for {
 		t, err := d.Token()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return out
 		}
 		if err != nil {

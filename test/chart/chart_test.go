@@ -215,7 +215,7 @@ func TestSettingsReachTheAgent(t *testing.T) {
 		kinds  []string // beside what is always there
 	}{
 		{"/dev/null", "ghcr.io/underlay-cni/underlay:" + appVersion(t),
-			[]string{"--node-name=$(NODE_NAME)", "--cluster=default", "--imds=deny", "--hook=clsact", "--prefixes=false", "--log-level=info", "--metrics-listen=127.0.0.1:9464"},
+			[]string{"--node-name=$(NODE_NAME)", "--cluster=default", "--imds=deny", "--snat=eni", "--hook=clsact", "--prefixes=false", "--log-level=info", "--metrics-listen=127.0.0.1:9464"},
 			nil, policies},
 		{"testdata/eks-irsa.yaml", "ghcr.io/underlay-cni/underlay:" + appVersion(t),
 			[]string{"--cluster=prod", "--prefixes=true"},
@@ -226,7 +226,7 @@ func TestSettingsReachTheAgent(t *testing.T) {
 				"AWS_ACCESS_KEY_ID": "secret underlay-ec2 AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY": "secret underlay-ec2 AWS_SECRET_ACCESS_KEY"},
 			append([]string{"Secret"}, policies...)},
 		{"testdata/monitored.yaml", "registry.example.com:5000/net/underlay@sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
-			[]string{"--imds=allow", "--hook=tcx", "--log-level=debug", "--sweep=1h30m", "--metrics-listen=0.0.0.0:9999"},
+			[]string{"--imds=allow", "--snat=primary", "--snat-exclude=198.51.100.0/24,203.0.113.0/24", "--hook=tcx", "--log-level=debug", "--sweep=1h30m", "--metrics-listen=0.0.0.0:9999"},
 			map[string]string{"WARM_IP_TARGET": "0", "MINIMUM_IP_TARGET": "10", "WARM_ENI_TARGET": "1", "MAX_ENI": "2", "IP_COOLDOWN_PERIOD": "60", "GODEBUG": "gctrace=1"},
 			[]string{"PodMonitor", "Service", "ServiceMonitor"}},
 	} {

@@ -17,6 +17,8 @@ func TestRefused(t *testing.T) {
 	for _, tc := range []struct{ args, want string }{
 		{"--set imds=perhaps", "at '/imds': value must be one of 'allow', 'deny'"},
 		{"--set hook=xdp", "at '/hook': value must be one of 'clsact', 'tcx'"},
+		{"--set snat=always", "at '/snat': value must be one of 'eni', 'primary', 'none'"},
+		{"--set snatExclude={10.0.0.0}", "at '/snatExclude/0': '10.0.0.0' does not match pattern"},
 		{"--set logLevel=verbose", "at '/logLevel': value must be one of"},
 		{"--set prefix=true", "additional properties 'prefix' not allowed"},
 		{"--set prefixes=yes", "at '/prefixes': got string, want boolean"},

@@ -145,3 +145,18 @@ func (c *cloud) makePeering(s vpcmodel.MakePeering) error {
 	}
 	return c.do("AcceptVpcPeeringConnection", "VpcPeeringConnectionId", id(c, s.ID))
 }
+
+// tableAssociation is the identifier of the tie between a subnet and the route
+// table that was chosen for it, "" if none was.
+func (c *cloud) tableAssociation(subnet vpc.SubnetID) (string, error) {
+	a, err := c.call("DescribeRouteTables", "Filter.1.Name", "association.subnet-id", "Filter.1.Value.1", id(c, subnet))
+	if err != nil {
+		return "", err
+	}
+	for _, item := range a.items("routeTableSet", "item", "associationSet") {
+		if item["subnetId"] == id(c, subnet) {
+			return item["routeTableAssociationId"], nil
+		}
+	}
+	return "", nil
+}

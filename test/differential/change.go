@@ -1,6 +1,7 @@
 package differential
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -20,6 +21,9 @@ func (g *generator) change() {
 
 func (g *generator) tryChange() bool {
 	f := g.features
+	if g.moves && g.chance(0.2) {
+		return g.move()
+	}
 	if f.Groups && (g.emphasis == onGroups || g.emphasis == onAll) && g.chance(0.5) {
 		if g.chance(0.3) {
 			return g.openPort(pick(g, g.groups("")))
@@ -187,4 +191,19 @@ func (g *generator) unroute(id vpcmodel.TableID) bool {
 	}
 	r := pick(g, routes)
 	return g.do(vpcmodel.DeleteRoute{Table: id, Route: vpcmodel.Route{CIDR: r.CIDR, List: r.List}})
+}
+
+// move detaches an interface, or attaches one that is detached to another
+// instance of its VPC.
+func (g *generator) move() bool {
+	for _, id := range slices.Sorted(maps.Keys(g.second)) {
+		e := g.world.ENIs[id]
+		if e.Attached || g.chance(0.3) {
+			continue
+		}
+		to := g.world.ENIs[pick(g, g.enis(g.world.Subnets[e.Subnet].VPC))]
+		return g.do(vpcmodel.Attach{ENI: id, To: to.Instance})
+	}
+	id := pick(g, slices.Sorted(maps.Keys(g.second)))
+	return g.world.ENIs[id].Attached && g.do(vpcmodel.Detach{ENI: id})
 }

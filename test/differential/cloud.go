@@ -183,6 +183,11 @@ func (c *cloud) apply(st vpcmodel.Statement) error {
 	if err := st.Apply(c.world); err != nil {
 		return err
 	}
+	return c.make(st)
+}
+
+// make makes what a statement says in vpcd alone.
+func (c *cloud) make(st vpcmodel.Statement) error {
 	switch s := st.(type) {
 	case vpcmodel.MakeVPC:
 		if err := c.create(string(s.ID), []string{"vpc", "vpcId"}, "CreateVpc", "CidrBlock", s.CIDRs[0].String()); err != nil {
@@ -229,6 +234,10 @@ func (c *cloud) apply(st vpcmodel.Statement) error {
 		return c.assign("UnassignPrivateIpAddresses", s.ENI, s.CIDR)
 	case vpcmodel.Detach:
 		return c.detach(s.ENI)
+	case vpcmodel.Attach:
+		device := c.devices[s.To]
+		c.devices[s.To]++
+		return c.attach(vpcmodel.MakeENI{ID: s.ENI, Instance: s.To}, id(c, s.ENI), device)
 	case vpcmodel.SetList:
 		return c.setList(s)
 	case vpcmodel.Wait:
@@ -368,8 +377,11 @@ func (c *cloud) setList(s vpcmodel.SetList) error {
 	for i, cidr := range removed {
 		params = append(params, fmt.Sprintf("RemoveEntry.%d.Cidr", i+1), cidr.String())
 	}
+	if err := c.do("ModifyManagedPrefixList", params...); err != nil {
+		return err
+	}
 	c.listIs[s.ID] = listState{old.version + 1, s.CIDRs}
-	return c.do("ModifyManagedPrefixList", params...)
+	return nil
 }
 
 // difference returns what a has and b lacks.

@@ -101,9 +101,11 @@ func TestReplay(t *testing.T) {
 	}
 }
 
+// all is more than Enforced, for tests of the generator.
+var all = Features{Groups: true, Lists: true, ACLs: true, Tables: true, Peerings: true, Fragments: true, Exempt: true, Clock: true, Internet: true, NAT: true}
+
 // The same seed makes the same script, which the model has a place for.
 func TestGenerate(t *testing.T) {
-	all := Features{true, true, true, true, true, true, true, true}
 	for seed := range uint64(20) {
 		a := Generate(seed, all, 200)
 		if b := Generate(seed, all, 200); a.String() != b.String() {
@@ -117,7 +119,6 @@ func TestGenerate(t *testing.T) {
 
 // Over 20,000 packets each kind of rule is tried often enough.
 func TestGenerateTriesAll(t *testing.T) {
-	all := Features{true, true, true, true, true, true, true, true}
 	counts, n := Counts{}, 0
 	for seed := uint64(1); n < 20000; seed++ {
 		verdicts, _, err := Generate(seed, all, flowsPerWorld).Run(vpcmodel.Defaults())
@@ -137,7 +138,6 @@ func TestGenerateTriesAll(t *testing.T) {
 
 // Shrink finds the statements that matter.
 func TestShrink(t *testing.T) {
-	all := Features{true, true, true, true, true, true, true, true}
 	s := Generate(1, all, 200)
 	// As if the fabric refused whatever e111 sends.
 	differs := func(c vpcmodel.Script) bool {

@@ -14,6 +14,12 @@
 // interfaces of a VPC of their own tells that the batch is through, since all are
 // sent by one thread on one CPU, whose queue keeps their order.
 //
+// TestKilled judges a vpcd that is killed under calls and traffic: worlds that
+// change all the time are probed all the time, and what a packet meets must be what
+// the model says of the rules before or after the change that is open (watched).
+//
+//	go test ./test/differential -run 'TestKilled$' -kills 200    # more of it
+//
 // What the fabric does not enforce yet, Enforced leaves out of worlds; a run says so.
 package differential
 

@@ -17,11 +17,13 @@ type Features struct {
 	Fragments bool // fragments are judged with their datagram
 	Exempt    bool // the VPC's services
 	Clock     bool // the fabric's clock can be moved, so that idle flows can be tested
+	Internet  bool // internet gateways, Elastic IPs, edge tables, MTU
+	NAT       bool // NAT gateways
 }
 
 // Enforced are those that the fabric enforces. Whatever it learns is added here,
 // and nowhere else.
-var Enforced = Features{Groups: true, Lists: true, ACLs: true, Tables: true, Fragments: true}
+var Enforced = Features{Groups: true, Lists: true, ACLs: true, Tables: true, Peerings: true, Fragments: true}
 
 // Missing names what is not enforced, for the summary of a run.
 func (f Features) Missing() string {
@@ -29,6 +31,7 @@ func (f Features) Missing() string {
 	for name, there := range map[string]bool{
 		"security groups": f.Groups, "prefix lists": f.Lists, "network ACLs": f.ACLs, "route tables": f.Tables,
 		"peerings": f.Peerings, "fragments": f.Fragments, "exempt services": f.Exempt, "idle timeouts": f.Clock,
+		"internet gateways": f.Internet, "NAT gateways": f.NAT,
 	} {
 		if !there {
 			names = append(names, name)
@@ -55,6 +58,10 @@ func (f Features) Lacks(s vpcmodel.Script) string {
 			needs, there = "route tables", f.Tables
 		case vpcmodel.MakePeering:
 			needs, there = "peerings", f.Peerings
+		case vpcmodel.MakeGateway, vpcmodel.MakeElastic:
+			needs, there = "internet gateways", f.Internet
+		case vpcmodel.MakeNAT:
+			needs, there = "NAT gateways", f.NAT
 		case vpcmodel.Wait:
 			needs, there = "idle timeouts", f.Clock
 		case vpcmodel.Send:

@@ -20,6 +20,8 @@ type generator struct {
 	world    *vpcmodel.World
 
 	emphasis emphasis
+	moves    bool               // interfaces move between instances
+	second   map[vpc.ENIID]bool // those that may: each is not its instance's first
 	vpcs     []vpc.VPCID
 	next     int               // ID of the next packet
 	queue    []vpcmodel.Packet // to be sent next
@@ -63,7 +65,7 @@ func Generate(seed uint64, features Features, flows int) vpcmodel.Script {
 	g := &generator{
 		Rand: rand.New(rand.NewPCG(seed, 1)), features: features,
 		world: vpcmodel.NewWorld(vpcmodel.Defaults()), open: map[vpc.VPCID]vpc.SecurityGroupID{},
-		counts: Counts{}, wanted: wanted(features),
+		counts: Counts{}, wanted: wanted(features), second: map[vpc.ENIID]bool{},
 	}
 	g.emphasis = emphases[seed%uint64(len(emphases))]
 	g.build()
@@ -173,9 +175,10 @@ func (g *generator) makeENI(v, n, s, e int, subnet vpc.SubnetID) {
 	if g.chance(0.4) {
 		m.Others = append(m.Others, prefix("10.%d.%d.%d/28", n, s, 16*(e+4)))
 	}
-	if s == 2 && e == 2 && g.chance(0.5) {
+	if s == 2 && e == 2 && (g.chance(0.5) || g.moves) {
 		// A second interface of the first subnet's instance.
 		m.Instance = vpc.InstanceID(fmt.Sprintf("i%d11", v))
+		g.second[id] = true
 	}
 	g.do(m)
 }

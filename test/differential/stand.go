@@ -58,22 +58,8 @@ func newStand(t testing.TB) *stand {
 // newStandWith is newStand; before is told the lab's name before vpcd starts.
 func newStandWith(t testing.TB, before func(lab string)) *stand {
 	t.Helper()
-	testenv.Require(t, "root", "bpf")
-	name := fmt.Sprintf("t%dx%d", os.Getpid(), 500+stands.Add(1))
-	root := filepath.Join("/run/underlay", name)
-	o := vpcd.Options{Name: name, Dir: filepath.Join(root, "vpcd"), BPFFS: filepath.Join(root, "bpf", "vpcd"), Listen: "127.0.0.1:0"}
-	if err := os.MkdirAll(filepath.Join(root, "bpf"), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Mount("bpf", filepath.Join(root, "bpf"), "bpf", 0, ""); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := errors.Join(vpcd.Destroy(o), unix.Unmount(filepath.Join(root, "bpf"), unix.MNT_DETACH), os.RemoveAll(root)); err != nil {
-			t.Error(err)
-		}
-	})
-	before(name)
+	o := labOptions(t)
+	before(o.Name)
 	s := &stand{}
 	ctx, cancel := context.WithCancel(context.Background())
 	s.ctx = ctx
@@ -97,11 +83,39 @@ func newStandWith(t testing.TB, before func(lab string)) *stand {
 		done <- nil
 		t.Fatalf("vpcd: %v", err)
 	}
+	s.furnish(t)
+	return s
+}
+
+// labOptions are those of a vpcd with a lab of its own, which is removed when the
+// test ends.
+func labOptions(t testing.TB) vpcd.Options {
+	t.Helper()
+	testenv.Require(t, "root", "bpf")
+	name := fmt.Sprintf("t%dx%d", os.Getpid(), 500+stands.Add(1))
+	root := filepath.Join("/run/underlay", name)
+	o := vpcd.Options{Name: name, Dir: filepath.Join(root, "vpcd"), BPFFS: filepath.Join(root, "bpf", "vpcd"), Listen: "127.0.0.1:0"}
+	if err := os.MkdirAll(filepath.Join(root, "bpf"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("bpf", filepath.Join(root, "bpf"), "bpf", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := errors.Join(vpcd.Destroy(o), unix.Unmount(filepath.Join(root, "bpf"), unix.MNT_DETACH), os.RemoveAll(root)); err != nil {
+			t.Error(err)
+		}
+	})
+	return o
+}
+
+// furnish lifts the quotas that worlds would meet, and makes what markers need.
+func (s *stand) furnish(t testing.TB) {
+	t.Helper()
 	if err := s.admin(http.MethodPut, "chaos", map[string]any{"quotas": map[string]int{"vpcs": 100000, "groups": 100000}}, nil); err != nil {
 		t.Fatal(err)
 	}
 	s.layMarkers(t)
-	return s
 }
 
 func tail(s string, n int) string { return s[max(0, len(s)-n):] }

@@ -86,7 +86,7 @@ func TestPortmapChained(t *testing.T) {
 // which its client knows.
 func TestPortmapOnSecondaryENI(t *testing.T) {
 	testenv.Require(t, "portmap")
-	l := lab.Up(t, "--nodes", "2", "--instance-type", "t3.nano") // two addresses on each of two interfaces
+	l := lab.Up(t, "--nodes", "2", "--instance-type", "t3.nano", "--agent-arg=--snat=none") // two addresses on each of two interfaces
 	n, far := l.Nodes[0], l.Nodes[1]
 	near, remote := l.Run("near", "--node", n.Name), l.Run("remote", "--node", far.Name)
 	l.Underlay("exec", "near", "--", "ping", "-c", "1", "-W", "2", remote.IP.String())

@@ -13,6 +13,7 @@ var (
 	proxy      = flag.String("proxy", cmp.Or(os.Getenv("E2E_PROXY"), "nftables"), "`mode` of kube-proxy: nftables or iptables")
 	procs      = flag.Int("procs", 3, "how many of upstream's specs run side by side")
 	focus      = flag.String("focus", "", "of upstream's specs only those whose name matches this `regexp`")
+	secondary  = flag.Bool("secondary", false, "no spec's pod gets an address of a node's first interface: others hold them all")
 	outDir     = flag.String("out", os.Getenv("E2E_OUT"), "`folder` for logs and reports; a temporary one without it")
 	kubeconfig = flag.String("kubeconfig", "", "for TestUpstream alone: a `file` that leads to a cluster that is there, instead of a lab")
 	labName    = flag.String("lab", "", "`name` of a lab with Kubernetes that is up, instead of one that is made for the run")

@@ -86,7 +86,11 @@ const giveBack = 7 * time.Minute
 func TestScaleUpAndDown(t *testing.T) {
 	testenv.Require(t, "cluster")
 	t.Parallel()
-	c := newCluster(t, lab.Up(t, upArgs()...))
+	args := upArgs()
+	if *replicas > 75 { // what three m5.large hold beside the cluster's own
+		args = upArgs("--instance-type", "m5.4xlarge")
+	}
+	c := newCluster(t, lab.Up(t, args...))
 	c.awaitWhole()
 	ns := c.namespace("scale")
 	c.apply(ns, fmt.Sprintf(`
@@ -104,7 +108,7 @@ spec:
 `, agnhost))
 	scale := func(n int) []pod {
 		c.kubectl("scale", "deployment", "many", "-n", ns, fmt.Sprintf("--replicas=%d", n))
-		return c.awaitPods(ns, n, 5*time.Minute)
+		return c.awaitPods(ns, n, 10*time.Minute)
 	}
 	for _, n := range c.Lab.Nodes {
 		c.AwaitFree(n, 1, time.Minute) // the pool is as it is to be

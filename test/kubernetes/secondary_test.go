@@ -4,10 +4,12 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/underlay-cni/underlay/internal/agentapi"
 	"github.com/underlay-cni/underlay/test/lab"
 )
 
@@ -30,6 +32,46 @@ func (c *cluster) eniOf(n lab.Node) (eni map[netip.Addr]string, secondary map[ne
 		}
 	}
 	return eni, secondary
+}
+
+// firstENIs returns who holds the addresses of the nodes' first interfaces: the
+// pod's container by its address.
+func (c *cluster) firstENIs() map[netip.Addr]string {
+	c.t.Helper()
+	held := map[netip.Addr]string{}
+	for _, n := range c.Lab.Nodes {
+		in := c.Inspect(n)
+		for _, e := range in.Endpoints {
+			if i := slices.IndexFunc(in.ENIs, func(eni agentapi.ENI) bool { return eni.ID == e.ENI }); e.State == "live" && i >= 0 && in.ENIs[i].Device == 0 {
+				held[e.IP] = e.ContainerID
+			}
+		}
+	}
+	return held
+}
+
+// crowd fills the nodes' first interfaces with pods that stay until the test is
+// over, and returns what firstENIs does then: the pods that come after them are
+// on secondary interfaces.
+func (c *cluster) crowd(t *testing.T) map[netip.Addr]string {
+	t.Helper()
+	ns := c.namespace("crowd")
+	limit := 0
+	var manifest strings.Builder
+	for _, n := range c.Lab.Nodes {
+		limit = c.Inspect(n).Limits.IPv4PerENI - 1
+		for i := range limit {
+			manifest.WriteString(idle(fmt.Sprintf("%s-%d", n.Name, i), n.Name, ""))
+		}
+	}
+	c.apply(ns, manifest.String())
+	c.awaitPods(ns, limit*len(c.Lab.Nodes), 3*time.Minute)
+	held := c.firstENIs()
+	if len(held) != limit*len(c.Lab.Nodes) {
+		t.Fatalf("pods hold %d addresses of first interfaces, of %d nodes with %d each: some are left for the specs", len(held), len(c.Lab.Nodes), limit)
+	}
+	t.Logf("all %d addresses of the nodes' first interfaces are held", len(held))
+	return held
 }
 
 // A pod on an interface that is not the node's first is reached and reaches

@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/underlay-cni/underlay/internal/testenv"
 	"github.com/underlay-cni/underlay/test/kubernetes/upstream"
 )
@@ -46,7 +48,18 @@ func TestUpstream(t *testing.T) {
 		t.Fatalf("-focus %s leaves no spec", *focus)
 	}
 	if s.Kubeconfig == "" {
-		s.Kubeconfig = shared(t).Kubeconfig
+		c := shared(t)
+		s.Kubeconfig = c.Kubeconfig
+		if *secondary {
+			held := c.crowd(t)
+			defer func() {
+				if diff := cmp.Diff(held, c.firstENIs()); diff != "" {
+					t.Errorf("addresses of the nodes' first interfaces have changed hands while the specs ran (-before +after):\n%s", diff)
+				}
+			}()
+		}
+	} else if *secondary {
+		t.Fatal("-secondary wants a lab")
 	}
 
 	failed := 0

@@ -328,3 +328,28 @@ func Eventually(t testing.TB, limit time.Duration, what string, check func() err
 		<-time.After(20 * time.Millisecond)
 	}
 }
+
+// Proof is one fact that a demo shows.
+type Proof struct {
+	Fact, Command, Output, Why string
+	OK                         bool
+}
+
+// Demo runs a demo, which brings up a lab of its own and takes it down, and
+// returns what it showed. It must succeed.
+func Demo(t testing.TB, demo ...string) []Proof {
+	t.Helper()
+	testenv.Require(t, "root", "bpf")
+	l := named(t)
+	t.Cleanup(func() { l.Underlay("down") }) // of a demo that was cut off
+	out := l.Underlay(append([]string{"demo", "-o", "json"}, demo...)...)
+	var proofs []Proof
+	if err := json.Unmarshal([]byte(out), &proofs); err != nil {
+		t.Fatalf("demo -o json: %v\n%s", err, out)
+	}
+	left, err := filepath.Glob("/run/netns/ul-" + l.Name + "-*")
+	if err != nil || len(left) > 0 {
+		t.Errorf("the demo left %v (%v)", left, err)
+	}
+	return proofs
+}

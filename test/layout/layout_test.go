@@ -51,6 +51,7 @@ var fences = []struct {
 	{"k8s.io/", []string{"api", "internal/kube", "internal/controller"}, "everything else works without Kubernetes"},
 	{"github.com/google/go-containerregistry", []string{"internal/oci"}, "images have one maker"},
 	{"github.com/parquet-go/", []string{"internal/vpcd"}, "flow logs are vpcd's to write"},
+	{"github.com/miekg/dns", []string{"internal/vpcd/dns"}, "names have one resolver"},
 	{"go.etcd.io/bbolt", []string{"internal/vpcd/store"}, "a node keeps no database; only vpcd does"},
 }
 
@@ -232,6 +233,63 @@ func TestPurePackagesArePure(t *testing.T) {
 				return true
 			})
 		}
+	}
+}
+
+// The reference evaluator of policy and what it judges share the input's types
+// and no code: one misunderstanding cannot make both agree.
+func TestReferenceSharesNoCode(t *testing.T) {
+	const dir = "../../internal/policy"
+	parse := func(name string) *ast.File {
+		t.Helper()
+		file, err := parser.ParseFile(token.NewFileSet(), filepath.Join(dir, name), nil, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return file
+	}
+	declared := func(file *ast.File) map[string]bool {
+		names := map[string]bool{}
+		for _, d := range file.Decls {
+			switch d := d.(type) {
+			case *ast.FuncDecl:
+				names[d.Name.Name] = true
+			case *ast.GenDecl:
+				for _, s := range d.Specs {
+					switch s := s.(type) {
+					case *ast.TypeSpec:
+						names[s.Name.Name] = true
+					case *ast.ValueSpec:
+						for _, n := range s.Names {
+							names[n.Name] = true
+						}
+					}
+				}
+			}
+		}
+		delete(names, "String") // everything may have one
+		return names
+	}
+	uses := func(file *ast.File, names map[string]bool, why string) {
+		own := declared(file)
+		ast.Inspect(file, func(n ast.Node) bool {
+			switch n := n.(type) {
+			case *ast.CallExpr:
+				if f, ok := n.Fun.(*ast.Ident); ok && names[f.Name] && !own[f.Name] {
+					t.Errorf("a call of %s: %s", f.Name, why)
+				}
+				if f, ok := n.Fun.(*ast.SelectorExpr); ok && names[f.Sel.Name] && !own[f.Sel.Name] {
+					t.Errorf("a call of method %s: %s", f.Sel.Name, why)
+				}
+			}
+			return true
+		})
+	}
+	reference := parse("evaluate.go")
+	for _, name := range []string{"compile.go", "index.go", "cells.go", "lookup.go"} {
+		judged := parse(name)
+		uses(reference, declared(judged), "evaluate.go is to judge "+name)
+		uses(judged, declared(reference), name+" is to be judged by evaluate.go")
 	}
 }
 

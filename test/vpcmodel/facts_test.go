@@ -57,7 +57,7 @@ func TestParseSaysWhatIsWrong(t *testing.T) {
 		"allow g1 in tcp x 10.0.0.0/8":                    `"x" is no range of ports`,
 		"send 1 e1 tcp 10.0.0.4:1 > 10.0.0.5:2 SQ":        "none of the flags",
 		"send 1 e1 tcp 10.0.0.4:1 10.0.0.5:2 S":           "want >",
-		"route t1 10.0.0.0/8 igw i1":                      "want eni or peer",
+		"route t1 10.0.0.0/8 cow i1":                      "want eni, peer, igw or nat",
 		"send 1 e1 banana 10.0.0.4 > 10.0.0.5":            "is no protocol",
 		"send one e1 tcp 10.0.0.4:1 > 10.0.0.5:2 S":       "is not a number",
 		"send 1 e1 icmp 10.0.0.4 > 10.0.0.5 x/0 ident 1":  "neither a number nor any",
@@ -92,6 +92,7 @@ func TestApplyRefuses(t *testing.T) {
 		"table t1 v1\nroute t1 169.254.169.0/24 eni e1":                  "refused",
 		"table t1 v1\nroute t1 10.1.0.0/16 eni e9":                       "another VPC",
 		"table t1 v1\nroute t1 10.1.0.0/16 peer x1":                      "no peering",
+		"peer x1 v1 v9\ntable t1 v1\nroute t1 10.1.0.0/16 peer x1":       "has failed",
 		"acl a1 v1\nentry a1 in 1 allow all 0.0.0.0/0\nunentry a1 out 1": "no entry 1",
 		"send 1 e7 udp 10.0.0.4:1 > 10.0.0.5:2":                          "no interface e7",
 	} {

@@ -184,8 +184,7 @@ func (w *World) referenced(e *ENI, d Direction, id vpc.SecurityGroupID, a netip.
 
 // direct reports whether the next hop of a packet from e to a is other itself.
 func (w *World) direct(e *ENI, d Direction, a netip.Addr, other *ENI) bool {
-	to, _, _ := w.route(e, &Packet{From: e.ID, Dst: a})
-	return d == Out && to == other
+	return d == Out && w.route(w.Subnets[e.Subnet], &Packet{From: e.ID, Dst: a}).eni == other
 }
 
 // untracked: "tracked unless a TCP/UDP rule allows 0.0.0.0/0 (or ::/0) AND the
@@ -197,8 +196,8 @@ func (w *World) direct(e *ENI, d Direction, a netip.Addr, other *ENI) bool {
 // flow, and an untracked one could not be "cut at once". A SYN that is known to
 // belong to no flow answers none.
 func (w *World) untracked(e *ENI, d Direction, p *Packet, known bool) bool {
-	if !p.ports() {
-		return false
+	if !p.ports() || d == Out && w.route(w.Subnets[e.Subnet], p).nat != nil {
+		return false // "Always tracked: via … NAT GW"
 	}
 	begins := w.anybody(e, d, p) && w.anyPort(e, !d, p)
 	if p.Proto == packet.ProtoTCP && p.Flags&(SYN|ACK) == SYN && !known {

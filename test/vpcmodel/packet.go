@@ -1,6 +1,7 @@
 package vpcmodel
 
 import (
+	"fmt"
 	"net/netip"
 
 	"github.com/underlay-cni/underlay/internal/packet"
@@ -33,6 +34,8 @@ type Packet struct {
 	Fragments int       // ≥ 2: the datagram is sent as that many fragments, in order
 	Orphan    bool      // only its last fragment is sent
 	Length    int       // of the IP packet in bytes; 0 is "small"
+
+	MayFragment bool // DF is clear
 }
 
 // Quote is the head of a packet that an ICMP error quotes.
@@ -86,6 +89,8 @@ const (
 	AtRoute       Where = "route"
 	AtACLOut      Where = "aclout"
 	AtACLIn       Where = "aclin"
+	AtGateway     Where = "igw"         // the internet gateway
+	AtNAT         Where = "nat"         // the NAT gateway
 	AtDestination Where = "destination" // destination check
 	AtIngress     Where = "ingress"     // the receiver's gate
 )
@@ -111,6 +116,11 @@ type Verdict struct {
 	Sender, Receiver Tracking // at each gate that it passed
 	Rule             string   // the kind of rule that decided: the drop's, or the receiver's
 	Rules            []string // the kinds of all that let it pass
+
+	Seen    *Packet // as the receiver sees it, nil if nothing translated it
+	NAT     NATID   // that translated it
+	Told    int     // MTU that the sender is told by ICMP, 0 if it is not
+	Records []Record
 }
 
 // Delivered reports whether an interface receives the packet.
@@ -118,11 +128,21 @@ func (v Verdict) Delivered() bool { return v.To != "" }
 
 func (v Verdict) String() string {
 	switch {
+	case v.To != "" && v.Seen != nil:
+		text := fields(string(v.To), v.Sender, v.Receiver, "as", v.Seen.Src, ">", v.Seen.Dst)
+		if v.NAT != "" {
+			text += " by " + string(v.NAT)
+		}
+		return text
 	case v.To != "":
-		return string(v.To) + " " + string(v.Sender) + " " + string(v.Receiver)
+		return fields(string(v.To), v.Sender, v.Receiver)
 	case v.Service.IsValid():
 		return "service " + v.Service.String()
 	default:
-		return "drop " + string(v.Where) + " (" + v.Why + ")"
+		text := "drop " + string(v.Where)
+		if v.Told > 0 {
+			text += fmt.Sprintf(" told %d", v.Told)
+		}
+		return text + " (" + v.Why + ")"
 	}
 }

@@ -30,6 +30,16 @@ func (w *World) service(s *Subnet, a netip.Addr) bool {
 
 // Send judges a packet, and remembers the flow that it begins or continues.
 func (w *World) Send(p *Packet) Verdict {
+	w.noted = nil
+	v := w.judge(p)
+	v.Records = w.noted
+	return v
+}
+
+func (w *World) judge(p *Packet) Verdict {
+	if p.From == Internet {
+		return w.arrive(p)
+	}
 	e := w.ENIs[p.From]
 	if e == nil || !e.Attached {
 		return Verdict{Where: AtSender, Rule: "detached", Why: "the interface is not attached"}
@@ -59,6 +69,7 @@ func (w *World) Send(p *Packet) Verdict {
 	sent, kept := Verdict{}, clone(e.flows)
 	var why string
 	if sent.Sender, sent.Rule, why = w.gate(e, Out, p, nil); why != "" {
+		w.note(e, Out, p, false, 0)
 		return Verdict{Where: AtEgress, Rule: "out " + sent.Rule, Why: string(e.ID) + ": " + why}
 	}
 	v := w.carry(e, s, p)
@@ -77,9 +88,17 @@ func (w *World) Peek(p *Packet) Verdict {
 		kept[e] = e.flows
 		e.flows = clone(e.flows)
 	}
+	nats := map[*NAT]NAT{}
+	for _, n := range w.NATs {
+		nats[n] = *n
+		n.flows = n.cloned()
+	}
 	v := w.Send(p)
 	for e, flows := range kept {
 		e.flows = flows
+	}
+	for n, was := range nats {
+		n.flows, n.port = was.flows, was.port
 	}
 	return v
 }
@@ -96,19 +115,65 @@ func clone(flows []*flow) []*flow {
 
 // carry takes a packet from the sender's gate to the receiver.
 func (w *World) carry(e *ENI, s *Subnet, p *Packet) Verdict {
-	to, rule, why := w.route(e, p)
-	if why != "" {
-		return Verdict{Where: AtRoute, Rule: "route " + rule, Why: why}
+	h := w.route(s, p)
+	switch {
+	case h.why != "":
+		if w.Settings.LogUndelivered {
+			w.note(e, Out, p, true, 0)
+		}
+		return Verdict{Where: AtRoute, Rule: "route " + h.rule, Why: h.why}
+	case h.gateway != nil:
+		return w.leave(e, s, p, h.gateway)
+	case h.natAnswer:
+		return w.answered(h.nat, s, p)
+	case h.nat != nil:
+		return w.translate(e, s, p, h.nat)
 	}
-	rules := []string{"route " + rule}
+	path := 1 // "same VPC resource"
+	if strings.HasPrefix(h.rule, "peering") {
+		path = 4 // "intra-region peering"
+	}
+	rules := []string{"route " + h.rule}
 	// ACLs are "Applied only when traffic enters/leaves the SUBNET, not inside it".
-	if to.Subnet != e.Subnet {
-		if rule, why = w.acl(s, Out, p); why != "" {
+	if h.eni.Subnet != e.Subnet {
+		rule, why := w.acl(s, Out, p)
+		if why != "" {
+			w.note(e, Out, p, false, 0)
 			return Verdict{Where: AtACLOut, Rule: "out " + rule, Rules: rules, Why: why}
 		}
 		rules = append(rules, "out "+rule)
-		if rule, why = w.acl(w.Subnets[to.Subnet], In, p); why != "" {
-			return Verdict{Where: AtACLIn, Rule: "in " + rule, Rules: rules, Why: why}
+	}
+	w.note(e, Out, p, true, path)
+	v := w.receive(s, h.eni, p, e)
+	v.Rules = append(rules, v.Rules...)
+	return v
+}
+
+// enter takes a packet that no interface sent, out of a subnet or (nil) from the
+// internet, to an interface.
+func (w *World) enter(from *Subnet, to *ENI, p *Packet, far *ENI) Verdict {
+	var rules []string
+	if from != nil && to.Subnet != from.ID {
+		rule, why := w.acl(from, Out, p)
+		if why != "" {
+			return Verdict{Where: AtACLOut, Rule: "out " + rule, Why: why}
+		}
+		rules = append(rules, "out "+rule)
+	}
+	v := w.receive(from, to, p, far)
+	v.Rules = append(rules, v.Rules...)
+	return v
+}
+
+// receive judges a packet at the receiver's side: the ACL of its subnet, if the
+// packet comes from without, the destination check, the gate.
+func (w *World) receive(from *Subnet, to *ENI, p *Packet, far *ENI) Verdict {
+	var rules []string
+	if from == nil || to.Subnet != from.ID {
+		rule, why := w.acl(w.Subnets[to.Subnet], In, p)
+		if why != "" {
+			w.note(to, In, p, false, 0)
+			return Verdict{Where: AtACLIn, Rule: "in " + rule, Why: why}
 		}
 		rules = append(rules, "in "+rule)
 	}
@@ -116,7 +181,8 @@ func (w *World) carry(e *ENI, s *Subnet, p *Packet) Verdict {
 	if !to.NoCheck && !to.holds(p.Dst, true) {
 		return Verdict{Where: AtDestination, Rule: "destination check", Rules: rules, Why: string(to.ID) + " does not have the address"}
 	}
-	t, rule, why := w.gate(to, In, p, e)
+	t, rule, why := w.gate(to, In, p, far)
+	w.note(to, In, p, why == "", 0)
 	if why != "" {
 		return Verdict{Where: AtIngress, Rule: "in " + rule, Rules: rules, Why: string(to.ID) + ": " + why}
 	}

@@ -40,6 +40,15 @@ type Settings struct {
 	// forward any of it.
 	LinkLocalRouted bool
 
+	// IGWPath is the traffic-path of what leaves by an internet gateway: "2 IGW …,
+	// 8 IGW (Nitro)".
+	IGWPath int
+
+	// LogUndelivered: a packet that its sender's groups and ACL let pass is logged
+	// there as accepted whatever becomes of it later, also when no route leads
+	// anywhere. "REJECT: not allowed by SG or NACL", and by nothing else.
+	LogUndelivered bool
+
 	// Idle timeouts that the facts leave open. OtherTimeout is from "reply
 	// accepted within 600 s". TCPHandshake holds until the answer to a SYN is
 	// acknowledged, TCPClosed after a RST, or a FIN of each side: the segments
@@ -62,6 +71,8 @@ func Defaults() Settings {
 		EgressReferencesByAddress: true,
 		MidStream:                 true,
 		TrackUndelivered:          true,
+		IGWPath:                   8,
+		LogUndelivered:            true,
 		ICMPTimeout:               30 * time.Second,
 		OtherTimeout:              600 * time.Second,
 		TCPHandshake:              60 * time.Second,

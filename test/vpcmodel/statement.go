@@ -186,6 +186,11 @@ func (w *World) free(id vpc.SubnetID, c netip.Prefix) error {
 	if !s.CIDR.Contains(c.Addr()) || c.Bits() < s.CIDR.Bits() {
 		return fmt.Errorf("%s is not in subnet %s", c, id)
 	}
+	for _, n := range w.NATs {
+		if !n.Deleted && w.Subnets[n.Subnet].VPC == s.VPC && c.Contains(n.Private) {
+			return fmt.Errorf("%s is %s's", c, n.ID)
+		}
+	}
 	for _, e := range w.ENIs {
 		if w.vpcOf(e) == s.VPC && (c.Contains(e.Primary) || slices.ContainsFunc(e.Others, c.Overlaps)) {
 			return fmt.Errorf("%s is %s's", c, e.ID)
@@ -372,6 +377,11 @@ func (s Unassign) Apply(w *World) error {
 	if i < 0 {
 		return fmt.Errorf("%s does not have %s", s.ENI, s.CIDR)
 	}
+	for _, x := range w.Elastics {
+		if x.ENI == s.ENI && s.CIDR.Contains(x.Private) {
+			return fmt.Errorf("%s has %s", x.Private, x.ID)
+		}
+	}
 	e.Others = slices.Delete(e.Others, i, i+1)
 	return nil
 }
@@ -442,10 +452,21 @@ func (s AddRoute) Apply(w *World) error {
 		if w.vpcOf(w.ENIs[s.Route.ENI]) != t.VPC {
 			return fmt.Errorf("%s is of another VPC than %s", s.Route.ENI, s.Table)
 		}
+	case s.Gateway != "":
+		if g := w.Gateways[s.Gateway]; g == nil || g.VPC != t.VPC {
+			return fmt.Errorf("no internet gateway %s of %s", s.Gateway, t.VPC)
+		}
+	case s.NAT != "":
+		if n := w.NATs[s.NAT]; n == nil || n.Deleted || w.Subnets[n.Subnet].VPC != t.VPC {
+			return fmt.Errorf("no NAT gateway %s of %s", s.NAT, t.VPC)
+		}
 	default:
 		x := w.Peerings[s.Peering]
 		if x == nil || x.A != t.VPC && x.B != t.VPC {
 			return fmt.Errorf("no peering %s of %s", s.Peering, t.VPC)
+		}
+		if !x.Active {
+			return fmt.Errorf("peering %s has failed or is deleted", s.Peering)
 		}
 	}
 	if slices.ContainsFunc(t.Routes, s.Route.destination) {
@@ -459,8 +480,8 @@ func (s AddRoute) Apply(w *World) error {
 			for _, n := range w.Subnets {
 				whole = whole || n.VPC == t.VPC && n.CIDR == s.CIDR
 			}
-			if !whole || s.Route.ENI == "" {
-				return fmt.Errorf("%s is within the local route and not a subnet's, or its target no interface", s.CIDR)
+			if !whole || s.Route.ENI == "" && s.NAT == "" {
+				return fmt.Errorf("%s is within the local route and not a subnet's, or its target neither interface nor NAT gateway", s.CIDR)
 			}
 		}
 	}
@@ -518,8 +539,10 @@ func (s Send) Apply(w *World) error {
 
 // Judge sends the packet.
 func (s Send) Judge(w *World) (Verdict, error) {
-	if err := need("interface", w.ENIs, s.From); err != nil {
-		return Verdict{}, err
+	if s.From != Internet {
+		if err := need("interface", w.ENIs, s.From); err != nil {
+			return Verdict{}, err
+		}
 	}
 	p := s.Packet
 	return w.Send(&p), nil

@@ -138,8 +138,13 @@ func (s AddEntry) String() string {
 func (s DeleteEntry) String() string { return fields("unentry", s.ACL, s.Dir, s.Number) }
 func (s SetACL) String() string      { return fields("aclof", s.Subnet, s.ACL) }
 func (s AddRoute) String() string {
-	if s.ENI != "" {
+	switch {
+	case s.ENI != "":
 		return fields("route", s.Table, s.dest(), "eni", s.ENI)
+	case s.Gateway != "":
+		return fields("route", s.Table, s.dest(), "igw", s.Gateway)
+	case s.NAT != "":
+		return fields("route", s.Table, s.dest(), "nat", s.NAT)
 	}
 	return fields("route", s.Table, s.dest(), "peer", s.Peering)
 }
@@ -193,6 +198,9 @@ func (p *Packet) String() string {
 	}
 	if p.Length > 0 {
 		out += fmt.Sprintf(" length %d", p.Length)
+	}
+	if p.MayFragment {
+		out += " nodf"
 	}
 	return out
 }
@@ -390,8 +398,12 @@ func (p *parser) route(target bool) Route {
 			r.ENI = vpc.ENIID(p.word())
 		} else if p.peek("peer") {
 			r.Peering = PeeringID(p.word())
+		} else if p.peek("igw") {
+			r.Gateway = GatewayID(p.word())
+		} else if p.peek("nat") {
+			r.NAT = NATID(p.word())
 		} else {
-			p.fail("want eni or peer")
+			p.fail("want eni, peer, igw or nat")
 		}
 	}
 	return r
@@ -455,6 +467,9 @@ func (p *parser) statement(verb string) Statement {
 		return Wait{p.duration()}
 	case "send":
 		return p.send()
+	}
+	if s := p.gatewayStatement(verb); s != nil {
+		return s
 	}
 	p.fail("%q is no statement", verb)
 	return nil
@@ -527,5 +542,6 @@ func (p *parser) send() Statement {
 	if p.peek("length") {
 		q.Length = p.number()
 	}
+	q.MayFragment = p.peek("nodf")
 	return s
 }

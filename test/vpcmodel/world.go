@@ -1,6 +1,7 @@
 package vpcmodel
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -32,6 +33,11 @@ type World struct {
 	ACLs     map[ACLID]*ACL
 	Tables   map[TableID]*Table
 	Peerings map[PeeringID]*Peering
+	Gateways map[GatewayID]*Gateway
+	Elastics map[ElasticID]*Elastic
+	NATs     map[NATID]*NAT
+
+	noted []Record // of the packet that is on its way
 }
 
 // NewWorld returns an empty world.
@@ -41,6 +47,7 @@ func NewWorld(s Settings) *World {
 		VPCs:     map[vpc.VPCID]*VPC{}, Subnets: map[vpc.SubnetID]*Subnet{}, ENIs: map[vpc.ENIID]*ENI{},
 		Groups: map[vpc.SecurityGroupID]*Group{}, Lists: map[ListID][]netip.Prefix{},
 		ACLs: map[ACLID]*ACL{}, Tables: map[TableID]*Table{}, Peerings: map[PeeringID]*Peering{},
+		Gateways: map[GatewayID]*Gateway{}, Elastics: map[ElasticID]*Elastic{}, NATs: map[NATID]*NAT{},
 	}
 }
 
@@ -150,14 +157,16 @@ type Table struct {
 	Routes []Route
 }
 
-// Route of a table. One of CIDR and List is the destination; one of ENI and
-// Peering is the target. A route to a CIDR of the VPC replaces the local route's
+// Route of a table. One of CIDR and List is the destination; one of ENI, Peering,
+// Gateway and NAT is the target. A route to a CIDR of the VPC replaces the local route's
 // target.
 type Route struct {
 	CIDR    netip.Prefix
 	List    ListID
 	ENI     vpc.ENIID
 	Peering PeeringID
+	Gateway GatewayID
+	NAT     NATID
 }
 
 // Peering between two VPCs. One that is deleted stays in routes as their target.
@@ -185,6 +194,52 @@ func (w *World) peered(a, b vpc.VPCID) bool {
 		}
 	}
 	return false
+}
+
+// Clone returns a world that is the same and shares nothing that a statement or a
+// packet changes.
+func (w *World) Clone() *World {
+	c := *w
+	c.VPCs, c.Subnets, c.Peerings = copies(w.VPCs), copies(w.Subnets), copies(w.Peerings)
+	c.ENIs, c.Groups, c.ACLs, c.Tables = copies(w.ENIs), copies(w.Groups), copies(w.ACLs), copies(w.Tables)
+	c.Gateways, c.Elastics, c.NATs, c.noted = copies(w.Gateways), copies(w.Elastics), copies(w.NATs), nil
+	c.Lists = maps.Clone(w.Lists) // their entries are replaced, never changed
+	for _, v := range c.VPCs {
+		v.CIDRs = slices.Clone(v.CIDRs)
+	}
+	for _, e := range c.ENIs {
+		e.Others, e.Groups, e.flows = slices.Clone(e.Others), slices.Clone(e.Groups), clone(e.flows)
+	}
+	for _, g := range c.Groups {
+		g.Rules = lists(g.Rules)
+	}
+	for _, a := range c.ACLs {
+		a.Entries = lists(a.Entries)
+	}
+	for _, t := range c.Tables {
+		t.Routes = slices.Clone(t.Routes)
+	}
+	for _, n := range c.NATs {
+		n.flows = n.cloned()
+	}
+	return &c
+}
+
+func copies[K comparable, V any](m map[K]*V) map[K]*V {
+	out := make(map[K]*V, len(m))
+	for k, v := range m {
+		c := *v
+		out[k] = &c
+	}
+	return out
+}
+
+func lists[K comparable, V any](m map[K][]V) map[K][]V {
+	out := make(map[K][]V, len(m))
+	for k, v := range m {
+		out[k] = slices.Clone(v)
+	}
+	return out
 }
 
 // vpcOf returns the VPC that an ENI is in.

@@ -15,10 +15,19 @@ import (
 	"github.com/underlay-cni/underlay/internal/agentapi"
 )
 
-// config is a network configuration. Of Underlay's own keys there is "socket",
-// which the plugin has read already.
+// config is a network configuration. Of Underlay's own keys there are "socket",
+// which the plugin has read already, and "securityGroups".
 type config struct {
 	types.PluginConf
+	Groups groupList `json:"securityGroups"`
+	Args   struct {
+		CNI struct {
+			Groups groupList `json:"securityGroups"`
+		} `json:"cni"`
+	} `json:"args"`
+	Runtime struct {
+		Groups groupList `json:"securityGroups"`
+	} `json:"runtimeConfig"`
 }
 
 // parseConfig reads the configuration that the runtime wrote to the plugin's

@@ -43,7 +43,7 @@ var aDay = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 
 func aConfig(dir string) *Config {
 	return &Config{
-		Lab: "demo", Dir: filepath.Join(dir, "home"), Data: filepath.Join(dir, "data"), Proxy: "nftables", CNI: CNIUnderlay, MaxPods: 29, LocalPort: 40000,
+		Lab: "demo", Dir: filepath.Join(dir, "home"), Data: filepath.Join(dir, "data"), Proxy: "nftables", CNI: CNIUnderlay, MaxPods: 29, LocalPort: 40000, Resolver: netip.MustParseAddr("10.0.0.2"), Domain: "ec2.internal",
 		Artifacts: &kubebuild.Artifacts{Version: "v1.37.2", Bin: "/cache/bin", Images: []kubebuild.Image{
 			{Name: "pause", Ref: "registry.k8s.io/pause:3.10.2", Tar: "/cache/images/pause.tar"},
 			{Name: "coredns", Ref: "registry.k8s.io/coredns/coredns:v1.14.7", Tar: "/cache/images/coredns.tar"},

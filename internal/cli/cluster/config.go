@@ -52,6 +52,9 @@ type Config struct {
 	MaxPods   int
 	LocalPort int // of the forwarder to the API server
 
+	Resolver netip.Addr // the VPC's name server
+	Domain   string     // what the VPC's names end with
+
 	ControlPlane Machine
 	Nodes        []Machine
 

@@ -196,8 +196,8 @@ func (c *Config) nodeSpec(n Machine) (*Spec, error) {
 			"/etc/hostname":   n.Name + "\n",
 			"/etc/machine-id": machineID(c.Lab, n.Name) + "\n",
 			"/etc/hosts":      fmt.Sprintf("127.0.0.1 localhost\n%s %s\n", n.IP, n.Name),
-			// No name server answers in the VPC: a refusal is quicker than silence.
-			"/etc/resolv.conf": "nameserver 127.0.0.1\n",
+			// As DHCP would say. CoreDNS asks it what it does not know itself.
+			"/etc/resolv.conf": fmt.Sprintf("nameserver %s\nsearch %s\n", c.Resolver, c.Domain),
 		},
 		Programs: []Program{containerd, kubelet, proxy},
 	}

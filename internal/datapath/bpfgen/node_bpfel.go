@@ -18,6 +18,59 @@ type NodeAddr struct {
 	B [16]uint8
 }
 
+type NodeConn struct {
+	_         structs.HostLayout
+	CreatedNs uint64
+	LastNs    uint64
+	Packets   [2]uint64
+	Bytes     [2]uint64
+	Ifindex   [2]uint32
+	Verdict   [2][2]struct {
+		_     structs.HostLayout
+		Rule  uint32
+		Epoch uint32
+	}
+	TimeoutS   uint32
+	EniIfindex uint32
+	TcpFlags   [2]uint8
+	Opener     uint8
+	Provenance uint8
+	State      uint8
+	Judged     [2]uint8
+	Allowed    [2]uint8
+	Audit      [2]uint8
+	Flags      uint8
+	Generation uint32
+}
+
+type NodeConnFlag uint32
+
+const (
+	NodeConnFlagCONN_SEEN      NodeConnFlag = 1
+	NodeConnFlagCONN_SENDER    NodeConnFlag = 4
+	NodeConnFlagCONN_LOCAL     NodeConnFlag = 16
+	NodeConnFlagCONN_MIDFLOW   NodeConnFlag = 32
+	NodeConnFlagCONN_DENIED    NodeConnFlag = 64
+	NodeConnFlagCONN_UNTRACKED NodeConnFlag = 128
+)
+
+type NodeConnKey struct {
+	_        structs.HostLayout
+	Addr     [2]NodeAddr
+	Port     [2]uint16
+	Protocol uint8
+	Asker    uint8
+	Pad      [2]uint8
+}
+
+type NodeConnState uint32
+
+const (
+	NodeConnStateCONN_OPENING     NodeConnState = 1
+	NodeConnStateCONN_ESTABLISHED NodeConnState = 2
+	NodeConnStateCONN_CLOSED      NodeConnState = 3
+)
+
 type NodeDropReason uint32
 
 const (
@@ -33,8 +86,19 @@ const (
 	NodeDropReasonDROP_ETHERTYPE         NodeDropReason = 9
 	NodeDropReasonDROP_SOURCE_ADDRESS    NodeDropReason = 10
 	NodeDropReasonDROP_IMDS              NodeDropReason = 11
-	NodeDropReasonDROP_REASONS           NodeDropReason = 12
+	NodeDropReasonDROP_FRAGMENT          NodeDropReason = 12
+	NodeDropReasonDROP_CONNTRACK_FULL    NodeDropReason = 13
+	NodeDropReasonDROP_TUPLE_COLLISION   NodeDropReason = 14
+	NodeDropReasonDROP_POLICY_GROUPS     NodeDropReason = 15
+	NodeDropReasonDROP_POLICY_NETPOL     NodeDropReason = 16
+	NodeDropReasonDROP_REASONS           NodeDropReason = 17
 )
+
+type NodeEnded struct {
+	_    structs.HostLayout
+	Key  NodeConnKey
+	Conn NodeConn
+}
 
 type NodeEndpoint struct {
 	_            structs.HostLayout
@@ -48,7 +112,8 @@ type NodeEndpoint struct {
 	PeerIfindex  uint32
 	Mtu          uint32
 	Mac          [6]uint8
-	Pad          [2]uint8
+	StackOnly    uint8
+	Pad          uint8
 	ContainerId  [128]uint8
 	Ifname       [16]uint8
 	HostIfname   [16]uint8
@@ -60,6 +125,64 @@ type NodeEndpoint struct {
 	PodUid       [40]uint8
 }
 
+type NodeEni struct {
+	_       structs.HostLayout
+	Ifindex uint32
+	Gateway uint32
+	Subnet  uint32
+	Mask    uint32
+	Flags   uint32
+}
+
+type NodeEniFlag uint32
+
+const (
+	NodeEniFlagENI_DIRECT NodeEniFlag = 1
+)
+
+type NodeEvent struct {
+	_          structs.HostLayout
+	AtNs       uint64
+	Tuple      NodeTuple
+	Kind       uint32
+	Ifindex    uint32
+	Reason     uint32
+	Rule       [2]uint32
+	Bytes      uint32
+	Direction  uint8
+	Audit      uint8
+	Provenance uint8
+	Pad        [5]uint8
+}
+
+type NodeFragment struct {
+	_         structs.HostLayout
+	ExpiresNs uint64
+	Sport     uint16
+	Dport     uint16
+	IcmpType  uint8
+	IcmpCode  uint8
+	Query     uint8
+	Pad       uint8
+}
+
+type NodeFragmentKey struct {
+	_        structs.HostLayout
+	Src      NodeAddr
+	Dst      NodeAddr
+	Id       uint32
+	Ifindex  uint32
+	Protocol uint32
+}
+
+type NodeGate uint32
+
+const (
+	NodeGateGATE_GROUPS NodeGate = 0
+	NodeGateGATE_NETPOL NodeGate = 1
+	NodeGateGATES       NodeGate = 2
+)
+
 type NodeIface struct {
 	_       structs.HostLayout
 	Addr    NodeAddr
@@ -67,6 +190,8 @@ type NodeIface struct {
 	HostMac [6]uint8
 	Mark    uint32
 	Flags   uint32
+	Eni     uint32
+	Slot    uint32
 }
 
 type NodeIfaceCounters struct {
@@ -84,7 +209,9 @@ type NodeIfaceCounters struct {
 type NodeIfaceFlags uint32
 
 const (
-	NodeIfaceFlagsIFACE_READY NodeIfaceFlags = 1
+	NodeIfaceFlagsIFACE_READY  NodeIfaceFlags = 1
+	NodeIfaceFlagsIFACE_STACK  NodeIfaceFlags = 2
+	NodeIfaceFlagsIFACE_GROUPS NodeIfaceFlags = 4
 )
 
 type NodeLayoutMeta struct {
@@ -93,25 +220,133 @@ type NodeLayoutMeta struct {
 	Reserved uint32
 }
 
+type NodeNetFlag uint32
+
+const (
+	NodeNetFlagNET_DIRECT NodeNetFlag = 1
+)
+
+type NodeNetKey struct {
+	_    structs.HostLayout
+	Bits uint32
+	Addr NodeAddr
+}
+
 type NodeNodeConst uint32
 
 const (
-	NodeNodeConstNODE_MARK_MASK NodeNodeConst = 12358
-	NodeNodeConstNODE_LAYOUT    NodeNodeConst = 1
+	NodeNodeConstNODE_MARK_MASK     NodeNodeConst = 12358
+	NodeNodeConstNODE_LAYOUT        NodeNodeConst = 2
+	NodeNodeConstNODE_POLICY_TABLES NodeNodeConst = 16384
 )
+
+type NodePathCount uint32
+
+const (
+	NodePathCountPATH_DIRECT       NodePathCount = 0
+	NodePathCountPATH_STACK        NodePathCount = 1
+	NodePathCountPATH_EXCEPTION    NodePathCount = 2
+	NodePathCountPATH_BEGUN_DIRECT NodePathCount = 3
+	NodePathCountPATH_BEGUN_STACK  NodePathCount = 4
+	NodePathCountPATH_MIDFLOW      NodePathCount = 5
+	NodePathCountPATH_EVICTED      NodePathCount = 6
+	NodePathCountPATH_NO_ROOM      NodePathCount = 7
+	NodePathCountPATH_COUNTS       NodePathCount = 8
+)
+
+type NodePolicyEndpoint struct {
+	_       structs.HostLayout
+	Ifindex uint32
+	Flags   uint32
+	Table   [2]uint32
+	Epoch   [2]uint32
+}
+
+type NodePolicyFlags uint32
+
+const (
+	NodePolicyFlagsPOLICY_STACK NodePolicyFlags = 1
+)
+
+type NodeProvenance uint32
+
+const (
+	NodeProvenancePROVENANCE_STACK  NodeProvenance = 1
+	NodeProvenancePROVENANCE_DIRECT NodeProvenance = 2
+)
+
+type NodeScratch struct {
+	_      structs.HostLayout
+	Packet struct {
+		_        structs.HostLayout
+		Tuple    NodeTuple
+		Key      NodeConnKey
+		Now      uint64
+		Packets  uint32
+		Bytes    uint32
+		Id       uint32
+		End      uint8
+		Flags    uint8
+		TcpFlags uint8
+		Ttl      uint8
+	}
+	Conn NodeConn
+}
+
+type NodeTuple struct {
+	_        structs.HostLayout
+	Src      NodeAddr
+	Dst      NodeAddr
+	Sport    uint16
+	Dport    uint16
+	Protocol uint8
+	IcmpType uint8
+	IcmpCode uint8
+	Query    uint8
+}
 
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	NodeMapDrops       = "drops"
-	NodeMapEndpoints   = "endpoints"
-	NodeMapIfaceStats  = "iface_stats"
-	NodeMapIfaces      = "ifaces"
-	NodeMapMeta        = "meta"
-	NodeProgFromPod    = "from_pod"
-	NodeProgToPod      = "to_pod"
-	NodeVarImdsAllowed = "imds_allowed"
+	NodeMapConns                 = "conns"
+	NodeMapDrops                 = "drops"
+	NodeMapEndpoints             = "endpoints"
+	NodeMapEnds                  = "ends"
+	NodeMapEnis                  = "enis"
+	NodeMapEvents                = "events"
+	NodeMapFragments             = "fragments"
+	NodeMapIfaceStats            = "iface_stats"
+	NodeMapIfaces                = "ifaces"
+	NodeMapMeta                  = "meta"
+	NodeMapNets                  = "nets"
+	NodeMapPaths                 = "paths"
+	NodeMapPolicyEndpoints       = "policy_endpoints"
+	NodeMapPolicyGeneration      = "policy_generation"
+	NodeMapPolicyTables          = "policy_tables"
+	NodeMapScratch               = "scratch"
+	NodeMapSlots                 = "slots"
+	NodeProgFromEni              = "from_eni"
+	NodeProgFromPod              = "from_pod"
+	NodeProgToEni                = "to_eni"
+	NodeProgToPod                = "to_pod"
+	NodeVarClockOffset           = "clock_offset"
+	NodeVarDirectEnabled         = "direct_enabled"
+	NodeVarEndsLost              = "ends_lost"
+	NodeVarEventBudget           = "event_budget"
+	NodeVarEventListeners        = "event_listeners"
+	NodeVarEventsLost            = "events_lost"
+	NodeVarFragmentTimeout       = "fragment_timeout"
+	NodeVarIcmpTimeout           = "icmp_timeout"
+	NodeVarImdsAllowed           = "imds_allowed"
+	NodeVarIpv6Allowed           = "ipv6_allowed"
+	NodeVarOtherTimeout          = "other_timeout"
+	NodeVarRoomMadeNs            = "room_made_ns"
+	NodeVarTcpClosedTimeout      = "tcp_closed_timeout"
+	NodeVarTcpEstablishedTimeout = "tcp_established_timeout"
+	NodeVarTcpOpeningTimeout     = "tcp_opening_timeout"
+	NodeVarUdpStreamTimeout      = "udp_stream_timeout"
+	NodeVarUdpTimeout            = "udp_timeout"
 )
 
 // LoadNode returns the embedded CollectionSpec for Node.
@@ -156,7 +391,9 @@ type NodeSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type NodeProgramSpecs struct {
+	FromEni *ebpf.ProgramSpec `ebpf:"from_eni"`
 	FromPod *ebpf.ProgramSpec `ebpf:"from_pod"`
+	ToEni   *ebpf.ProgramSpec `ebpf:"to_eni"`
 	ToPod   *ebpf.ProgramSpec `ebpf:"to_pod"`
 }
 
@@ -164,18 +401,46 @@ type NodeProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type NodeMapSpecs struct {
-	Drops      *ebpf.MapSpec `ebpf:"drops"`
-	Endpoints  *ebpf.MapSpec `ebpf:"endpoints"`
-	IfaceStats *ebpf.MapSpec `ebpf:"iface_stats"`
-	Ifaces     *ebpf.MapSpec `ebpf:"ifaces"`
-	Meta       *ebpf.MapSpec `ebpf:"meta"`
+	Conns            *ebpf.MapSpec `ebpf:"conns"`
+	Drops            *ebpf.MapSpec `ebpf:"drops"`
+	Endpoints        *ebpf.MapSpec `ebpf:"endpoints"`
+	Ends             *ebpf.MapSpec `ebpf:"ends"`
+	Enis             *ebpf.MapSpec `ebpf:"enis"`
+	Events           *ebpf.MapSpec `ebpf:"events"`
+	Fragments        *ebpf.MapSpec `ebpf:"fragments"`
+	IfaceStats       *ebpf.MapSpec `ebpf:"iface_stats"`
+	Ifaces           *ebpf.MapSpec `ebpf:"ifaces"`
+	Meta             *ebpf.MapSpec `ebpf:"meta"`
+	Nets             *ebpf.MapSpec `ebpf:"nets"`
+	Paths            *ebpf.MapSpec `ebpf:"paths"`
+	PolicyEndpoints  *ebpf.MapSpec `ebpf:"policy_endpoints"`
+	PolicyGeneration *ebpf.MapSpec `ebpf:"policy_generation"`
+	PolicyTables     *ebpf.MapSpec `ebpf:"policy_tables"`
+	Scratch          *ebpf.MapSpec `ebpf:"scratch"`
+	Slots            *ebpf.MapSpec `ebpf:"slots"`
 }
 
 // NodeVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type NodeVariableSpecs struct {
-	ImdsAllowed *ebpf.VariableSpec `ebpf:"imds_allowed"`
+	ClockOffset           *ebpf.VariableSpec `ebpf:"clock_offset"`
+	DirectEnabled         *ebpf.VariableSpec `ebpf:"direct_enabled"`
+	EndsLost              *ebpf.VariableSpec `ebpf:"ends_lost"`
+	EventBudget           *ebpf.VariableSpec `ebpf:"event_budget"`
+	EventListeners        *ebpf.VariableSpec `ebpf:"event_listeners"`
+	EventsLost            *ebpf.VariableSpec `ebpf:"events_lost"`
+	FragmentTimeout       *ebpf.VariableSpec `ebpf:"fragment_timeout"`
+	IcmpTimeout           *ebpf.VariableSpec `ebpf:"icmp_timeout"`
+	ImdsAllowed           *ebpf.VariableSpec `ebpf:"imds_allowed"`
+	Ipv6Allowed           *ebpf.VariableSpec `ebpf:"ipv6_allowed"`
+	OtherTimeout          *ebpf.VariableSpec `ebpf:"other_timeout"`
+	RoomMadeNs            *ebpf.VariableSpec `ebpf:"room_made_ns"`
+	TcpClosedTimeout      *ebpf.VariableSpec `ebpf:"tcp_closed_timeout"`
+	TcpEstablishedTimeout *ebpf.VariableSpec `ebpf:"tcp_established_timeout"`
+	TcpOpeningTimeout     *ebpf.VariableSpec `ebpf:"tcp_opening_timeout"`
+	UdpStreamTimeout      *ebpf.VariableSpec `ebpf:"udp_stream_timeout"`
+	UdpTimeout            *ebpf.VariableSpec `ebpf:"udp_timeout"`
 }
 
 // NodeObjects contains all objects after they have been loaded into the kernel.
@@ -198,20 +463,44 @@ func (o *NodeObjects) Close() error {
 //
 // It can be passed to LoadNodeObjects or ebpf.CollectionSpec.LoadAndAssign.
 type NodeMaps struct {
-	Drops      *ebpf.Map `ebpf:"drops"`
-	Endpoints  *ebpf.Map `ebpf:"endpoints"`
-	IfaceStats *ebpf.Map `ebpf:"iface_stats"`
-	Ifaces     *ebpf.Map `ebpf:"ifaces"`
-	Meta       *ebpf.Map `ebpf:"meta"`
+	Conns            *ebpf.Map `ebpf:"conns"`
+	Drops            *ebpf.Map `ebpf:"drops"`
+	Endpoints        *ebpf.Map `ebpf:"endpoints"`
+	Ends             *ebpf.Map `ebpf:"ends"`
+	Enis             *ebpf.Map `ebpf:"enis"`
+	Events           *ebpf.Map `ebpf:"events"`
+	Fragments        *ebpf.Map `ebpf:"fragments"`
+	IfaceStats       *ebpf.Map `ebpf:"iface_stats"`
+	Ifaces           *ebpf.Map `ebpf:"ifaces"`
+	Meta             *ebpf.Map `ebpf:"meta"`
+	Nets             *ebpf.Map `ebpf:"nets"`
+	Paths            *ebpf.Map `ebpf:"paths"`
+	PolicyEndpoints  *ebpf.Map `ebpf:"policy_endpoints"`
+	PolicyGeneration *ebpf.Map `ebpf:"policy_generation"`
+	PolicyTables     *ebpf.Map `ebpf:"policy_tables"`
+	Scratch          *ebpf.Map `ebpf:"scratch"`
+	Slots            *ebpf.Map `ebpf:"slots"`
 }
 
 func (m *NodeMaps) Close() error {
 	return _NodeClose(
+		m.Conns,
 		m.Drops,
 		m.Endpoints,
+		m.Ends,
+		m.Enis,
+		m.Events,
+		m.Fragments,
 		m.IfaceStats,
 		m.Ifaces,
 		m.Meta,
+		m.Nets,
+		m.Paths,
+		m.PolicyEndpoints,
+		m.PolicyGeneration,
+		m.PolicyTables,
+		m.Scratch,
+		m.Slots,
 	)
 }
 
@@ -219,20 +508,40 @@ func (m *NodeMaps) Close() error {
 //
 // It can be passed to LoadNodeObjects or ebpf.CollectionSpec.LoadAndAssign.
 type NodeVariables struct {
-	ImdsAllowed *ebpf.Variable `ebpf:"imds_allowed"`
+	ClockOffset           *ebpf.Variable `ebpf:"clock_offset"`
+	DirectEnabled         *ebpf.Variable `ebpf:"direct_enabled"`
+	EndsLost              *ebpf.Variable `ebpf:"ends_lost"`
+	EventBudget           *ebpf.Variable `ebpf:"event_budget"`
+	EventListeners        *ebpf.Variable `ebpf:"event_listeners"`
+	EventsLost            *ebpf.Variable `ebpf:"events_lost"`
+	FragmentTimeout       *ebpf.Variable `ebpf:"fragment_timeout"`
+	IcmpTimeout           *ebpf.Variable `ebpf:"icmp_timeout"`
+	ImdsAllowed           *ebpf.Variable `ebpf:"imds_allowed"`
+	Ipv6Allowed           *ebpf.Variable `ebpf:"ipv6_allowed"`
+	OtherTimeout          *ebpf.Variable `ebpf:"other_timeout"`
+	RoomMadeNs            *ebpf.Variable `ebpf:"room_made_ns"`
+	TcpClosedTimeout      *ebpf.Variable `ebpf:"tcp_closed_timeout"`
+	TcpEstablishedTimeout *ebpf.Variable `ebpf:"tcp_established_timeout"`
+	TcpOpeningTimeout     *ebpf.Variable `ebpf:"tcp_opening_timeout"`
+	UdpStreamTimeout      *ebpf.Variable `ebpf:"udp_stream_timeout"`
+	UdpTimeout            *ebpf.Variable `ebpf:"udp_timeout"`
 }
 
 // NodePrograms contains all programs after they have been loaded into the kernel.
 //
 // It can be passed to LoadNodeObjects or ebpf.CollectionSpec.LoadAndAssign.
 type NodePrograms struct {
+	FromEni *ebpf.Program `ebpf:"from_eni"`
 	FromPod *ebpf.Program `ebpf:"from_pod"`
+	ToEni   *ebpf.Program `ebpf:"to_eni"`
 	ToPod   *ebpf.Program `ebpf:"to_pod"`
 }
 
 func (p *NodePrograms) Close() error {
 	return _NodeClose(
+		p.FromEni,
 		p.FromPod,
+		p.ToEni,
 		p.ToPod,
 	)
 }

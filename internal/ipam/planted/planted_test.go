@@ -32,6 +32,9 @@ var caught = map[string]string{
 	"stale_evicts":     `in two hands|with its tombstone|tombstones are left`,
 	"imds_believed":    `handed out, which EC2 does not have|the type holds`,
 	"pool_ignored":     `which carries .* to a pod of`,
+	"linger_forgotten": `of the set .* is deleted .* after its last pod`,
+	"sets_refused":     `is refused for want of an interface`,
+	"drift_ignored":    `which carries .* to a pod of`,
 	"delete_used":      `delete of .*, which pod\d+ uses|delete of .* before its cooldown is over`,
 }
 

@@ -5,7 +5,6 @@ import (
 	"iter"
 	"net/netip"
 	"slices"
-	"strings"
 
 	"github.com/underlay-cni/underlay/internal/vpc"
 	"github.com/underlay-cni/underlay/internal/vpcd/chaos"
@@ -317,11 +316,7 @@ func (v view) publicName(id vpc.VPCID, public netip.Addr) string {
 	if o == nil || !o.DNSHostnames {
 		return ""
 	}
-	domain := v.api.region + ".compute.amazonaws.com"
-	if v.api.region == "us-east-1" {
-		domain = "compute-1.amazonaws.com"
-	}
-	return "ec2-" + strings.ReplaceAll(public.String(), ".", "-") + "." + domain
+	return vpc.PublicName(public, v.api.region)
 }
 
 // association describes the Elastic IP address of a private address, or nothing.

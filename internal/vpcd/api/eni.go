@@ -229,12 +229,7 @@ var eniAttributes = attributes[*store.ENI]{
 	"group-id": func(_ view, e *store.ENI) []string {
 		return collect(e.Groups, func(g vpc.SecurityGroupID) string { return string(g) })
 	},
-	"interface-type": func(_ view, e *store.ENI) []string {
-		if e.NAT != "" {
-			return []string{"nat_gateway"}
-		}
-		return []string{"interface"}
-	},
+	"interface-type":                  func(_ view, e *store.ENI) []string { return []string{interfaceType(e)} },
 	"association.allocation-id":       associations(false, func(x *query.NetworkInterfaceAssociation) *string { return x.AllocationId }),
 	"association.association-id":      associations(false, func(x *query.NetworkInterfaceAssociation) *string { return x.AssociationId }),
 	"association.ip-owner-id":         associations(false, func(x *query.NetworkInterfaceAssociation) *string { return x.IpOwnerId }),
@@ -297,14 +292,19 @@ func (a *API) describeNetworkInterfaces(_ context.Context, req *query.DescribeNe
 
 // dnsName returns the private DNS name of an address.
 func (a *API) dnsName(addr netip.Addr) string {
-	return "ip-" + strings.ReplaceAll(addr.String(), ".", "-") + "." + a.domain()
+	return vpc.PrivateName(addr, a.region)
 }
 
-func (a *API) domain() string {
-	if a.region == "us-east-1" {
-		return "ec2.internal"
+func (a *API) domain() string { return vpc.PrivateDomain(a.region) }
+
+func interfaceType(e *store.ENI) string {
+	switch {
+	case e.NAT != "":
+		return "nat_gateway"
+	case e.Service != "" && KindOf(e) == LoadBalancer:
+		return "network_load_balancer"
 	}
-	return a.region + ".compute.internal"
+	return "interface"
 }
 
 func (v view) eni(e *store.ENI) query.NetworkInterface {
@@ -314,7 +314,7 @@ func (v view) eni(e *store.ENI) query.NetworkInterface {
 		AvailabilityZoneId:    text(v.api.zoneID(e.Zone)),
 		Description:           new(e.Description),
 		GroupSet:              v.groupSet(e.Groups),
-		InterfaceType:         new("interface"),
+		InterfaceType:         new(interfaceType(e)),
 		Ipv6AddressesSet:      []query.NetworkInterfaceIpv6Address{},
 		MacAddress:            text(e.MAC),
 		NetworkInterfaceId:    text(e.ID),
@@ -331,9 +331,6 @@ func (v view) eni(e *store.ENI) query.NetworkInterface {
 		VpcId:                 text(e.VPC),
 		DenyAllIgwTraffic:     new(false),
 		Operator:              &query.Operator{Managed: new(false)},
-	}
-	if e.NAT != "" {
-		out.InterfaceType = new("nat_gateway")
 	}
 	if out.Association = v.association(e, e.Primary); out.Association != nil {
 		out.PublicDnsName = out.Association.PublicDnsName

@@ -15,7 +15,7 @@ import (
 func (a *API) instanceHandlers(h map[string]query.Handler) {
 	h["RunInstances"] = handle("RunInstances",
 		"ImageId InstanceType MinCount MaxCount SubnetId SecurityGroupId PrivateIpAddress KeyName UserData ClientToken TagSpecification"+
-			" IamInstanceProfile Monitoring DisableApiTermination DisableApiStop InstanceInitiatedShutdownBehavior PrivateDnsNameOptions.HostnameType"+
+			" IamInstanceProfile Monitoring DisableApiTermination DisableApiStop InstanceInitiatedShutdownBehavior PrivateDnsNameOptions.HostnameType PrivateDnsNameOptions.EnableResourceNameDnsARecord"+
 			" Placement.AvailabilityZone Placement.AvailabilityZoneId"+
 			" MetadataOptions.HttpTokens MetadataOptions.HttpPutResponseHopLimit MetadataOptions.HttpEndpoint MetadataOptions.InstanceMetadataTags"+
 			" NetworkInterface.DeviceIndex NetworkInterface.NetworkCardIndex NetworkInterface.NetworkInterfaceId NetworkInterface.SubnetId"+
@@ -112,7 +112,7 @@ func (v view) instance(i *store.Instance) query.Instance {
 	}
 	out.VpcId, out.SubnetId = text(i.VPC), text(i.Subnet)
 	out.PrivateDnsNameOptions = &query.PrivateDnsNameOptions{
-		HostnameType: text(cmp.Or(i.HostType, ipName)), EnableResourceNameDnsARecord: new(false), EnableResourceNameDnsAAAARecord: new(false),
+		HostnameType: text(cmp.Or(i.HostType, ipName)), EnableResourceNameDnsARecord: &i.ResourceNameA, EnableResourceNameDnsAAAARecord: new(false),
 	}
 	for e := range v.InterfacesOf(i.ID) {
 		out.NetworkInterfaceSet = append(out.NetworkInterfaceSet, v.instanceNIC(e))

@@ -34,6 +34,8 @@ type launch struct {
 	tags     map[string]map[string]string
 	proto    store.Instance // what all instances of the launch have in common
 	zone     zone           // zero: any
+
+	resourceNameA *bool // nil: as the subnet says
 }
 
 func parseLaunch(a *API, req *query.RunInstancesRequest) (launch, error) {
@@ -78,6 +80,7 @@ func parseLaunch(a *API, req *query.RunInstancesRequest) (launch, error) {
 	}
 	if req.PrivateDnsNameOptions != nil {
 		l.proto.HostType = deref(req.PrivateDnsNameOptions.HostnameType)
+		l.resourceNameA = req.PrivateDnsNameOptions.EnableResourceNameDnsARecord
 	}
 	if p := req.Placement; p != nil && (p.AvailabilityZone != nil || p.AvailabilityZoneId != nil) {
 		if l.zone, err = a.pickZone(p.AvailabilityZone, p.AvailabilityZoneId); err != nil {
@@ -255,6 +258,11 @@ func (a *API) launchOne(tx *store.Tx, l launch, n int) (*store.Instance, error) 
 		}
 		if k == 0 {
 			i.VPC, i.Subnet, i.Zone = e.VPC, e.Subnet, e.Zone
+			if n := tx.Subnet(e.Subnet); l.resourceNameA != nil {
+				i.ResourceNameA = *l.resourceNameA
+			} else {
+				i.ResourceNameA = n.ResourceNameA
+			}
 			if i.HostType == "" {
 				i.HostType = tx.Subnet(e.Subnet).HostType
 			}

@@ -34,7 +34,6 @@ var harmless = map[string]map[string]string{
 		"NetworkInterface.InterfaceType=interface":        "the default",
 		"Placement.Tenancy=default":                       "the default",
 		"PrivateDnsNameOptions.EnableResourceNameDnsAAAARecord=false": "the default",
-		"PrivateDnsNameOptions.EnableResourceNameDnsARecord":          "there is no resolver to publish it",
 		"RamdiskId":               "the kernel is the host's",
 		"EnablePrimaryIpv6=false": "the default",
 	},
@@ -91,7 +90,6 @@ var harmless = map[string]map[string]string{
 		"MapPublicIpOnLaunch.Value=false":                     "the default; the only public addresses are Elastic IPs",
 		"MapCustomerOwnedIpOnLaunch.Value=false":              "the default",
 		"EnableDns64.Value=false":                             "the default",
-		"EnableResourceNameDnsARecordOnLaunch.Value=false":    "the default",
 		"EnableResourceNameDnsAAAARecordOnLaunch.Value=false": "the default",
 	},
 	"CreateNetworkInterface": {

@@ -1,11 +1,13 @@
 package api
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"regexp"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/underlay-cni/underlay/internal/vpc"
@@ -17,10 +19,31 @@ import (
 // requester-managed interface: a database, say.
 type ManagedService struct {
 	Name        string // [a-z][a-z0-9-]{0,19}
+	Kind        ServiceKind
 	Subnet      vpc.SubnetID
 	Groups      []vpc.SecurityGroupID // none: the default group of the VPC
-	Description string
-	RequesterID string // "" is amazon-rds
+	Description string                // "" is what AWS writes
+}
+
+// ServiceKind says what a managed service is; "" is Database.
+type ServiceKind string
+
+// The kinds of managed services, whose interfaces look as RDS's and as those of
+// a Network Load Balancer do.
+const (
+	Database     ServiceKind = "database"
+	LoadBalancer ServiceKind = "load-balancer"
+)
+
+// requesters are who makes the interfaces.
+var requesters = map[ServiceKind]string{Database: "amazon-rds", LoadBalancer: "amazon-elb"}
+
+// KindOf tells what is behind the interface of a managed service.
+func KindOf(e *store.ENI) ServiceKind {
+	if e.RequesterID == requesters[LoadBalancer] {
+		return LoadBalancer
+	}
+	return Database
 }
 
 var serviceName = regexp.MustCompile(`^[a-z][a-z0-9-]{0,19}$`)
@@ -32,11 +55,17 @@ func (a *API) CreateManagedService(_ context.Context, m ManagedService) (*store.
 	if !serviceName.MatchString(m.Name) {
 		return nil, query.Errorf("InvalidParameterValue", "The name %q of a managed service is not of the form %s", m.Name, serviceName)
 	}
-	if m.RequesterID == "" {
-		m.RequesterID = "amazon-rds"
+	m.Kind = cmp.Or(m.Kind, Database)
+	requester, ok := requesters[m.Kind]
+	if !ok {
+		return nil, query.Errorf("InvalidParameterValue", "There is no managed service of kind %q. Give %s or %s.", m.Kind, Database, LoadBalancer)
 	}
 	if m.Description == "" {
 		m.Description = "RDSNetworkInterface"
+		if m.Kind == LoadBalancer {
+			id := strings.TrimPrefix(vpc.NewID("lb"), "lb-")
+			m.Description = "ELB net/" + m.Name + "/" + id[:16]
+		}
 	}
 	s, err := parseSpec(wanted{}, collect(m.Groups, func(g vpc.SecurityGroupID) string { return string(g) }), &m.Description, nil)
 	if err != nil {
@@ -54,12 +83,12 @@ func (a *API) CreateManagedService(_ context.Context, m ManagedService) (*store.
 		if e, err = a.makeENI(tx, n, s); err != nil {
 			return err
 		}
-		e.RequesterManaged, e.RequesterID, e.Service = true, m.RequesterID, m.Name
+		e.RequesterManaged, e.RequesterID, e.Service = true, requester, m.Name
 		e.Attachment = a.attachmentOf("", 0, 1, false)
-		e.Attachment.InstanceOwner, e.Attachment.Status = m.RequesterID, store.Attached
+		e.Attachment.InstanceOwner, e.Attachment.Status = requester, store.Attached
 		e.Attachment.Due = time.Time{}
 		tx.PutENI(e)
-		tx.PutService(&store.Service{Name: m.Name, ENI: e.ID, RequesterID: m.RequesterID, Description: m.Description})
+		tx.PutService(&store.Service{Name: m.Name, ENI: e.ID, RequesterID: requester, Description: m.Description})
 		return nil
 	})
 	return e, err

@@ -22,7 +22,7 @@ func (a *API) subnetHandlers(h map[string]query.Handler) {
 	h["CreateSubnet"] = handle("CreateSubnet", "VpcId CidrBlock AvailabilityZone AvailabilityZoneId TagSpecification", a.createSubnet)
 	h["DeleteSubnet"] = handle("DeleteSubnet", "SubnetId", a.deleteSubnet)
 	h["DescribeSubnets"] = handle("DescribeSubnets", "SubnetId Filter NextToken MaxResults", a.describeSubnets)
-	h["ModifySubnetAttribute"] = handle("ModifySubnetAttribute", "SubnetId PrivateDnsHostnameTypeOnLaunch", a.modifySubnetAttribute)
+	h["ModifySubnetAttribute"] = handle("ModifySubnetAttribute", "SubnetId PrivateDnsHostnameTypeOnLaunch EnableResourceNameDnsARecordOnLaunch", a.modifySubnetAttribute)
 }
 
 // pickZone returns the zone that a request names, by name or id, or the first.
@@ -123,11 +123,13 @@ func (a *API) modifySubnetAttribute(_ context.Context, req *query.ModifySubnetAt
 		if err != nil {
 			return err
 		}
-		if req.PrivateDnsHostnameTypeOnLaunch == nil {
-			return nil // what else is accepted is as it was
+		n := *old // what else is accepted is as it was
+		if t := req.PrivateDnsHostnameTypeOnLaunch; t != nil {
+			n.HostType = *t
 		}
-		n := *old
-		n.HostType = *req.PrivateDnsHostnameTypeOnLaunch
+		if b := req.EnableResourceNameDnsARecordOnLaunch; b != nil && b.Value != nil {
+			n.ResourceNameA = *b.Value
+		}
 		tx.PutSubnet(&n)
 		return nil
 	})
@@ -152,7 +154,7 @@ var subnetAttributes = attributes[*store.Subnet]{
 	"subnet-id":                       func(_ view, n *store.Subnet) []string { return []string{string(n.ID)} },
 	"vpc-id":                          func(_ view, n *store.Subnet) []string { return []string{string(n.VPC)} },
 	"private-dns-name-options-on-launch.hostname-type":                        func(_ view, n *store.Subnet) []string { return []string{n.HostType} },
-	"private-dns-name-options-on-launch.enable-resource-name-dns-a-record":    no,
+	"private-dns-name-options-on-launch.enable-resource-name-dns-a-record":    func(_ view, n *store.Subnet) []string { return []string{strconv.FormatBool(n.ResourceNameA)} },
 	"private-dns-name-options-on-launch.enable-resource-name-dns-aaaa-record": no,
 }
 
@@ -195,7 +197,7 @@ func (v view) subnet(n *store.Subnet) query.Subnet {
 		SubnetArn:                   new(v.api.arn("subnet", string(n.ID))),
 		PrivateDnsNameOptionsOnLaunch: &query.PrivateDnsNameOptions{
 			HostnameType:                    &n.HostType,
-			EnableResourceNameDnsARecord:    new(false),
+			EnableResourceNameDnsARecord:    &n.ResourceNameA,
 			EnableResourceNameDnsAAAARecord: new(false),
 		},
 		BlockPublicAccessStates: &query.BlockPublicAccessStates{InternetGatewayBlockMode: new("off")},

@@ -22,12 +22,17 @@ import (
 // interfaces within a VPC (jumbo frames, VPC user guide).
 const MTU = 9001
 
-// IMDSAddr and EndpointAddr are the services that the fabric's own namespace
-// answers for, to every ENI of every VPC.
+// The services that the fabric's own namespace answers for, to every ENI of
+// every VPC. The resolver has a second address in each VPC, Subnet.Resolver.
 var (
 	IMDSAddr     = netip.AddrFrom4([4]byte{169, 254, 169, 254})
 	EndpointAddr = netip.AddrFrom4([4]byte{169, 254, 171, 24})
+	ResolverAddr = netip.AddrFrom4([4]byte{169, 254, 169, 253})
 )
+
+// resolverAlias stands for Subnet.Resolver in the fabric's namespace (see
+// bpf/fabric_service.h).
+var resolverAlias = netip.AddrFrom4([4]byte{169, 254, 169, 252})
 
 // RouterMAC is the MAC of every subnet's router. It is locally administered; no
 // ENI may have it.
@@ -53,6 +58,9 @@ type Subnet struct {
 	CIDR  netip.Prefix
 	Table vpc.RouteTableID
 	ACL   vpc.NetworkACLID
+	// Resolver is the address that the VPC's DNS resolver has beside
+	// ResolverAddr. Without one nothing answers at either.
+	Resolver netip.Addr
 }
 
 // Guest is a network namespace of which the fabric makes and removes the name:
@@ -280,6 +288,9 @@ func checkSubnet(s Subnet, seen map[vpc.SubnetID]Subnet) error {
 	// AWS: /16 to /28 (VPC user guide, "Subnet sizing").
 	if !s.CIDR.IsValid() || !s.CIDR.Addr().Is4() || s.CIDR.Bits() < 16 || s.CIDR.Bits() > 28 {
 		return fmt.Errorf("CIDR %s is not IPv4 of /16 to /28", s.CIDR)
+	}
+	if s.Resolver.IsValid() && !s.Resolver.Is4() {
+		return fmt.Errorf("resolver %s is no IPv4 address", s.Resolver)
 	}
 	for _, other := range seen {
 		if other.VNI == s.VNI && other.CIDR.Overlaps(s.CIDR) {

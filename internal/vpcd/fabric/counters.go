@@ -40,6 +40,9 @@ const (
 	IGWSource     DropReason = "igw_source"     // to the internet, from an address without a public one
 	IGWPrivate    DropReason = "igw_private"    // between the internet and an address of RFC 1918 or RFC 6598
 	NoPublic      DropReason = "no_public"      // from the internet, to a public address that leads nowhere
+
+	// LinkLocalAllowance has the name of the counter of AWS's network driver.
+	LinkLocalAllowance DropReason = "linklocal_allowance_exceeded" // more to link-local services than an ENI may send
 )
 
 // dropReasons are the numbers that the programs count by.
@@ -69,6 +72,8 @@ var dropReasons = [bpfgen.FabricDropReasonDROP_REASONS]DropReason{
 	bpfgen.FabricDropReasonDROP_IGW_SOURCE:     IGWSource,
 	bpfgen.FabricDropReasonDROP_IGW_PRIVATE:    IGWPrivate,
 	bpfgen.FabricDropReasonDROP_NO_PUBLIC:      NoPublic,
+
+	bpfgen.FabricDropReasonDROP_LINKLOCAL_ALLOWANCE: LinkLocalAllowance,
 }
 
 // Counters are an ENI's, from its guest's point of view, since it was attached.

@@ -36,6 +36,10 @@ type Options struct {
 	Logger *slog.Logger
 	// Inferred holds from each Open on, for the flows that are there too.
 	Inferred Inferred
+	// LinkLocalPPS is how many packets per second an ENI may send to
+	// link-local services (DNS, IMDS and NTP together): 0 is AWS's 1,024,
+	// below 0 there is no bound.
+	LinkLocalPPS int
 	// Records is how many flow records an interval has room for, 0: 262,144.
 	Records int
 }
@@ -136,6 +140,9 @@ func (f *Fabric) open(o Options) error {
 	if err := o.Inferred.apply(spec); err != nil {
 		return err
 	}
+	if err := o.setLinkLocal(spec); err != nil {
+		return err
+	}
 	opts := &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: f.pins}}
 	if err := spec.LoadAndAssign(&f.objs, opts); err != nil {
 		return fmt.Errorf("load programs: %w", err)
@@ -227,7 +234,7 @@ func (f *Fabric) openNamespace() error {
 			return err
 		}
 		f.route = route
-		for _, a := range []netip.Addr{IMDSAddr, EndpointAddr} {
+		for _, a := range []netip.Addr{IMDSAddr, EndpointAddr, ResolverAddr, resolverAlias} {
 			// lo is device 1 of every namespace.
 			if err := route.addAddress(1, netip.PrefixFrom(a, 32), unix.RT_SCOPE_HOST); err != nil {
 				return fmt.Errorf("set up namespace %s: %w", name, err)

@@ -2,6 +2,7 @@ package fabric
 
 import (
 	"fmt"
+	"math"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -22,8 +23,24 @@ type Inferred struct {
 	ReceiverGroups bool
 }
 
+// DefaultInferred are the defaults, as the programs have them.
+var DefaultInferred = Inferred{TCPHandshake: time.Minute, TCPClosed: 10 * time.Second, ICMP: 30 * time.Second, Fragments: 30 * time.Second}
+
+// Check tells whether Open will take the settings.
+func (i Inferred) Check() error {
+	for _, d := range []time.Duration{i.TCPHandshake, i.TCPClosed, i.ICMP, i.Fragments} {
+		if d < 0 || d%time.Second != 0 || d/time.Second > math.MaxUint32 {
+			return fmt.Errorf("the timeout %v is not a number of whole seconds above 0", d)
+		}
+	}
+	return nil
+}
+
 // apply writes the settings into programs that are not loaded yet.
 func (i Inferred) apply(spec *ebpf.CollectionSpec) error {
+	if err := i.Check(); err != nil {
+		return err
+	}
 	for _, s := range []struct {
 		variable string
 		value    time.Duration
@@ -35,9 +52,6 @@ func (i Inferred) apply(spec *ebpf.CollectionSpec) error {
 	} {
 		if s.value == 0 {
 			continue
-		}
-		if s.value < time.Second || s.value%time.Second != 0 {
-			return fmt.Errorf("set %s: %v is not a number of whole seconds", s.variable, s.value)
 		}
 		if err := spec.Variables[s.variable].Set(uint32(s.value / time.Second)); err != nil {
 			return fmt.Errorf("set %s: %w", s.variable, err)

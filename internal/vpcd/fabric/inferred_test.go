@@ -3,7 +3,26 @@ package fabric
 import (
 	"testing"
 	"time"
+
+	"github.com/underlay-cni/underlay/internal/vpcd/fabric/bpfgen"
 )
+
+// What people are told of the defaults is what the programs do.
+func TestDefaultInferred(t *testing.T) {
+	spec, err := bpfgen.LoadFabric()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]time.Duration{
+		bpfgen.FabricVarTcpHandshakeTimeout: DefaultInferred.TCPHandshake, bpfgen.FabricVarTcpClosedTimeout: DefaultInferred.TCPClosed,
+		bpfgen.FabricVarIcmpTimeout: DefaultInferred.ICMP, bpfgen.FabricVarFragmentTimeout: DefaultInferred.Fragments,
+	} {
+		var got uint32
+		if err := spec.Variables[name].Get(&got); err != nil || time.Duration(got)*time.Second != want {
+			t.Errorf("%s is %d s (%v), DefaultInferred says %v", name, got, err, want)
+		}
+	}
+}
 
 // TestInferred opens a lab with other settings than the default ones.
 func TestInferred(t *testing.T) {

@@ -16,8 +16,12 @@ import (
 	"github.com/underlay-cni/underlay/internal/vpc"
 )
 
+// ResolverAt is where ListenTCP and ListenResolver take what a guest sends to its
+// VPC's resolver, by either of its addresses.
+var ResolverAt = netip.AddrPortFrom(netip.IPv4Unspecified(), 53)
+
 // ListenTCP returns a listener in the fabric's namespace for what the guest of
-// one ENI sends to a service address (IMDSAddr, EndpointAddr). It is bound to
+// one ENI sends to a service (at IMDSAddr or EndpointAddr, or ResolverAt). It is bound to
 // the ENI's device, so every ENI has its own, at the same address and port, and
 // clients with the same address in two VPCs are two clients. RemoteAddr of a
 // connection is the address that the client has behind the ENI, a secondary
@@ -27,8 +31,8 @@ import (
 // interface; listen again if it is attached again. The TTL of answers is the
 // connection's (IP_TTL).
 func (f *Fabric) ListenTCP(eni vpc.ENIID, at netip.AddrPort) (net.Listener, error) {
-	if at.Addr() != IMDSAddr && at.Addr() != EndpointAddr {
-		return nil, fmt.Errorf("listen at %s for %s: the fabric has the service addresses %s and %s only", at, eni, IMDSAddr, EndpointAddr)
+	if at.Addr() != IMDSAddr && at.Addr() != EndpointAddr && at != ResolverAt {
+		return nil, fmt.Errorf("listen at %s for %s: the fabric has the services %s, %s and %s only", at, eni, IMDSAddr, EndpointAddr, ResolverAt)
 	}
 	name, err := device(eni)
 	if err != nil {

@@ -160,6 +160,9 @@ func (p *port) record(guest uint64) bpfgen.FabricEni {
 		Table:       p.table,
 		Guest:       guest,
 	}
+	if p.subnet.Resolver.IsValid() {
+		r.Resolver = be32(p.subnet.Resolver)
+	}
 	if p.Configure {
 		r.Configured = be32(p.Primary)
 	}
@@ -175,6 +178,7 @@ func sameIdentity(a, b bpfgen.FabricEni) bool {
 	const changes = flagCheck | ungated
 	a.Flags = a.Flags&^changes | b.Flags&changes
 	a.Table = b.Table
+	a.Resolver = b.Resolver
 	return a == b
 }
 

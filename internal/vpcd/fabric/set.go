@@ -273,12 +273,10 @@ func (f *Fabric) removePorts(kept map[vpc.ENIID]int, doomed []int) error {
 		if live[i] {
 			continue
 		}
-		err := f.objs.Enis.Delete(i)
-		if err == nil || errors.Is(err, ebpf.ErrKeyNotExist) {
-			err = f.objs.Counts.Delete(i)
-		}
-		if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			return fmt.Errorf("delete record of %s: %w", eniID(r), err)
+		for _, m := range []*ebpf.Map{f.objs.Enis, f.objs.Counts, f.objs.Buckets} {
+			if err := m.Delete(i); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+				return fmt.Errorf("delete record of %s: %w", eniID(r), err)
+			}
 		}
 		delete(f.seen.enis, i)
 		f.listening.close(eniID(r))
@@ -397,7 +395,7 @@ func (f *Fabric) unmakePort(id vpc.ENIID, index int) error {
 		delete(f.taps, id)
 		errs = append(errs, t.unpin())
 	}
-	for _, m := range []*ebpf.Map{f.objs.Enis, f.objs.Counts} {
+	for _, m := range []*ebpf.Map{f.objs.Enis, f.objs.Counts, f.objs.Buckets} {
 		if err := m.Delete(uint32(index)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			errs = append(errs, err)
 		}

@@ -76,21 +76,12 @@ func (i *Instance) primary() *Interface {
 	return nil
 }
 
-// domain is what private names of a region end with (VPC user guide, "DNS
-// attributes for your VPC").
-func domain(region string) string {
-	if region == "us-east-1" {
-		return "ec2.internal"
-	}
-	return region + ".compute.internal"
-}
-
 // hostname is the private name of an address: ip-10-0-0-5.ec2.internal.
 func (i *Instance) hostname(a netip.Addr) string {
 	if i.ByResource {
-		return string(i.ID) + "." + domain(i.Region)
+		return string(i.ID) + "." + vpc.PrivateDomain(i.Region)
 	}
-	return "ip-" + strings.ReplaceAll(a.String(), ".", "-") + "." + domain(i.Region)
+	return vpc.PrivateName(a, i.Region)
 }
 
 // role is the name of the role of the instance profile; by convention of the

@@ -35,7 +35,9 @@ type Subnet struct {
 	CIDR     netip.Prefix
 	Zone     string // us-east-1a
 	HostType string // ip-name or resource-name: how instances launched here are named
-	Created  time.Time
+	// ResourceNameA says that the names of instances launched here resolve.
+	ResourceNameA bool `json:",omitempty"`
+	Created       time.Time
 }
 
 // Reservation sets addresses of a subnet aside: none of them is given to an
@@ -98,6 +100,7 @@ type Instance struct {
 	StopLocked         bool // DisableApiStop
 	ShutdownTerminates bool // InstanceInitiatedShutdownBehavior is "terminate"
 	HostType           string
+	ResourceNameA      bool `json:",omitempty"` // the name i-… resolves: EnableResourceNameDnsARecord
 }
 
 // MetadataOptions says how the instance may use IMDS.

@@ -64,7 +64,7 @@ Each line is one statement on AWS's dataplane, in words of our own, with the tes
 `
 
 var titles = map[string]string{
-	"3.1": "Security groups", "3.2": "Network ACLs", "3.3": "Routing", "3.4": "Addresses, DHCP, DNS", "3.5": "Instance limits",
+	"3.1": "Security groups", "3.2": "Network ACLs", "3.3": "Routing", "3.4": "Addresses, DHCP, DNS", "3.5": "Instance limits", "4": "Flow records",
 }
 
 // States of a fact.

@@ -38,6 +38,17 @@ type FabricAddress struct {
 	Addr [16]uint8
 }
 
+type FabricBucket struct {
+	_    structs.HostLayout
+	Lock struct {
+		_   structs.HostLayout
+		Val uint32
+	}
+	Pad    uint32
+	Filled uint64
+	Credit uint64
+}
+
 type FabricCounters struct {
 	_                structs.HostLayout
 	TxPackets        uint64
@@ -52,7 +63,7 @@ type FabricCounters struct {
 	SkippedTxBytes   uint64
 	SkippedRxPackets uint64
 	SkippedRxBytes   uint64
-	Drops            [25]uint64
+	Drops            [26]uint64
 }
 
 type FabricDirection uint32
@@ -65,32 +76,33 @@ const (
 type FabricDropReason uint32
 
 const (
-	FabricDropReasonDROP_NO_INTERFACE   FabricDropReason = 0
-	FabricDropReasonDROP_MALFORMED      FabricDropReason = 1
-	FabricDropReasonDROP_SOURCE_MAC     FabricDropReason = 2
-	FabricDropReasonDROP_SOURCE_ADDRESS FabricDropReason = 3
-	FabricDropReasonDROP_DEST_ADDRESS   FabricDropReason = 4
-	FabricDropReasonDROP_NO_ROUTE       FabricDropReason = 5
-	FabricDropReasonDROP_NO_TARGET      FabricDropReason = 6
-	FabricDropReasonDROP_UNKNOWN_MAC    FabricDropReason = 7
-	FabricDropReasonDROP_MULTICAST      FabricDropReason = 8
-	FabricDropReasonDROP_IPV6           FabricDropReason = 9
-	FabricDropReasonDROP_ETHERTYPE      FabricDropReason = 10
-	FabricDropReasonDROP_OVERSIZE       FabricDropReason = 11
-	FabricDropReasonDROP_ARP_SPOOFED    FabricDropReason = 12
-	FabricDropReasonDROP_ARP_UNANSWERED FabricDropReason = 13
-	FabricDropReasonDROP_NOT_SERVICE    FabricDropReason = 14
-	FabricDropReasonDROP_SG_EGRESS      FabricDropReason = 15
-	FabricDropReasonDROP_SG_INGRESS     FabricDropReason = 16
-	FabricDropReasonDROP_FRAGMENT       FabricDropReason = 17
-	FabricDropReasonDROP_FLOWS_FULL     FabricDropReason = 18
-	FabricDropReasonDROP_ACL_EGRESS     FabricDropReason = 19
-	FabricDropReasonDROP_ACL_INGRESS    FabricDropReason = 20
-	FabricDropReasonDROP_BLACKHOLE      FabricDropReason = 21
-	FabricDropReasonDROP_IGW_SOURCE     FabricDropReason = 22
-	FabricDropReasonDROP_IGW_PRIVATE    FabricDropReason = 23
-	FabricDropReasonDROP_NO_PUBLIC      FabricDropReason = 24
-	FabricDropReasonDROP_REASONS        FabricDropReason = 25
+	FabricDropReasonDROP_NO_INTERFACE        FabricDropReason = 0
+	FabricDropReasonDROP_MALFORMED           FabricDropReason = 1
+	FabricDropReasonDROP_SOURCE_MAC          FabricDropReason = 2
+	FabricDropReasonDROP_SOURCE_ADDRESS      FabricDropReason = 3
+	FabricDropReasonDROP_DEST_ADDRESS        FabricDropReason = 4
+	FabricDropReasonDROP_NO_ROUTE            FabricDropReason = 5
+	FabricDropReasonDROP_NO_TARGET           FabricDropReason = 6
+	FabricDropReasonDROP_UNKNOWN_MAC         FabricDropReason = 7
+	FabricDropReasonDROP_MULTICAST           FabricDropReason = 8
+	FabricDropReasonDROP_IPV6                FabricDropReason = 9
+	FabricDropReasonDROP_ETHERTYPE           FabricDropReason = 10
+	FabricDropReasonDROP_OVERSIZE            FabricDropReason = 11
+	FabricDropReasonDROP_ARP_SPOOFED         FabricDropReason = 12
+	FabricDropReasonDROP_ARP_UNANSWERED      FabricDropReason = 13
+	FabricDropReasonDROP_NOT_SERVICE         FabricDropReason = 14
+	FabricDropReasonDROP_SG_EGRESS           FabricDropReason = 15
+	FabricDropReasonDROP_SG_INGRESS          FabricDropReason = 16
+	FabricDropReasonDROP_FRAGMENT            FabricDropReason = 17
+	FabricDropReasonDROP_FLOWS_FULL          FabricDropReason = 18
+	FabricDropReasonDROP_ACL_EGRESS          FabricDropReason = 19
+	FabricDropReasonDROP_ACL_INGRESS         FabricDropReason = 20
+	FabricDropReasonDROP_BLACKHOLE           FabricDropReason = 21
+	FabricDropReasonDROP_IGW_SOURCE          FabricDropReason = 22
+	FabricDropReasonDROP_IGW_PRIVATE         FabricDropReason = 23
+	FabricDropReasonDROP_NO_PUBLIC           FabricDropReason = 24
+	FabricDropReasonDROP_LINKLOCAL_ALLOWANCE FabricDropReason = 25
+	FabricDropReasonDROP_REASONS             FabricDropReason = 26
 )
 
 type FabricEni struct {
@@ -102,7 +114,7 @@ type FabricEni struct {
 	Configured  uint32
 	Mac         [6]uint8
 	DeviceIndex uint16
-	Pad         uint32
+	Resolver    uint32
 	Table       uint64
 	Guest       uint64
 	Id          [32]int8
@@ -335,6 +347,7 @@ const (
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	FabricMapAcls                  = "acls"
+	FabricMapBuckets               = "buckets"
 	FabricMapCounts                = "counts"
 	FabricMapElastics              = "elastics"
 	FabricMapEnis                  = "enis"
@@ -364,6 +377,7 @@ const (
 	FabricVarGatewayPrograms       = "gateway_programs"
 	FabricVarIcmpTimeout           = "icmp_timeout"
 	FabricVarInternetMtu           = "internet_mtu"
+	FabricVarLinklocalPps          = "linklocal_pps"
 	FabricVarOpenFlags             = "open_flags"
 	FabricVarOtherTimeout          = "other_timeout"
 	FabricVarRouterMac             = "router_mac"
@@ -431,6 +445,7 @@ type FabricProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type FabricMapSpecs struct {
 	Acls       *ebpf.MapSpec `ebpf:"acls"`
+	Buckets    *ebpf.MapSpec `ebpf:"buckets"`
 	Counts     *ebpf.MapSpec `ebpf:"counts"`
 	Elastics   *ebpf.MapSpec `ebpf:"elastics"`
 	Enis       *ebpf.MapSpec `ebpf:"enis"`
@@ -461,6 +476,7 @@ type FabricVariableSpecs struct {
 	GatewayPrograms       *ebpf.VariableSpec `ebpf:"gateway_programs"`
 	IcmpTimeout           *ebpf.VariableSpec `ebpf:"icmp_timeout"`
 	InternetMtu           *ebpf.VariableSpec `ebpf:"internet_mtu"`
+	LinklocalPps          *ebpf.VariableSpec `ebpf:"linklocal_pps"`
 	OpenFlags             *ebpf.VariableSpec `ebpf:"open_flags"`
 	OtherTimeout          *ebpf.VariableSpec `ebpf:"other_timeout"`
 	RouterMac             *ebpf.VariableSpec `ebpf:"router_mac"`
@@ -495,6 +511,7 @@ func (o *FabricObjects) Close() error {
 // It can be passed to LoadFabricObjects or ebpf.CollectionSpec.LoadAndAssign.
 type FabricMaps struct {
 	Acls       *ebpf.Map `ebpf:"acls"`
+	Buckets    *ebpf.Map `ebpf:"buckets"`
 	Counts     *ebpf.Map `ebpf:"counts"`
 	Elastics   *ebpf.Map `ebpf:"elastics"`
 	Enis       *ebpf.Map `ebpf:"enis"`
@@ -516,6 +533,7 @@ type FabricMaps struct {
 func (m *FabricMaps) Close() error {
 	return _FabricClose(
 		m.Acls,
+		m.Buckets,
 		m.Counts,
 		m.Elastics,
 		m.Enis,
@@ -547,6 +565,7 @@ type FabricVariables struct {
 	GatewayPrograms       *ebpf.Variable `ebpf:"gateway_programs"`
 	IcmpTimeout           *ebpf.Variable `ebpf:"icmp_timeout"`
 	InternetMtu           *ebpf.Variable `ebpf:"internet_mtu"`
+	LinklocalPps          *ebpf.Variable `ebpf:"linklocal_pps"`
 	OpenFlags             *ebpf.Variable `ebpf:"open_flags"`
 	OtherTimeout          *ebpf.Variable `ebpf:"other_timeout"`
 	RouterMac             *ebpf.Variable `ebpf:"router_mac"`

@@ -1,0 +1,660 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * Connection tracking of the node: one entry for each flow of a pod, as a hook
+ * sees its addresses. A connection that netfilter translates is two flows, one
+ * on either side of the translation.
+ *
+ * The key has no direction: both ends are in it, in an order of their own, so
+ * that one look-up finds the flow whoever sends. Of all that the entry keeps by
+ * end, index 0 is the key's end 0.
+ *
+ * Whoever includes this defines struct addr, the reasons to drop and NSEC_PER_SEC
+ * beforehand.
+ */
+
+#define MAX_CONNS	262144
+#define MAX_FRAGMENTS	16384
+
+struct conn_key {
+	struct addr addr[2];	/* by end */
+	__u16 port[2];		/* host order; ICMP query: identifier, request's type; other ICMP: type, code */
+	__u8 protocol;
+	__u8 asker;		/* ICMP query: the end that asks, plus 1 */
+	__u8 pad[2];
+};
+
+/* Who forwards a flow, for life (D6). */
+enum provenance {
+	PROVENANCE_STACK = 1,	/* the kernel's stack, with all that netfilter does */
+	PROVENANCE_DIRECT,	/* our programs, from its first packet on */
+};
+
+enum conn_state {
+	CONN_OPENING = 1,	/* not answered yet, or not acknowledged */
+	CONN_ESTABLISHED,	/* UDP: more than one request and response */
+	CONN_CLOSED,		/* RST, or a FIN from both ends */
+};
+
+enum conn_flag {
+	/* Shifted left by the end: */
+	CONN_SEEN = 1,		/* something that this end sent */
+	CONN_SENDER = 4,	/* the end is a pod here, and from_pod counts what it sends */
+	/* Not shifted: */
+	CONN_LOCAL = 16,	/* direct, and both ends are pods here of one subnet */
+	CONN_MIDFLOW = 32,	/* its beginning was not seen */
+	CONN_DENIED = 64,	/* a gate refuses it: the entry counts, and admits nothing */
+	CONN_UNTRACKED = 128,	/* AWS does not track it: it ends with its groups' rules */
+};
+
+struct conn_verdict {
+	__u32 rule;		/* that decided; 0: the default, or not judged */
+	__u32 epoch;		/* of the table that it is in */
+};
+
+/* A flow. Times are CLOCK_MONOTONIC, precise to a tick of the kernel. Packets
+ * are those on the wire (a segmentation offload's apart), bytes IP lengths. */
+struct conn {
+	__u64 created_ns;
+	__u64 last_ns;
+	__u64 packets[2];	/* by end that sent them */
+	__u64 bytes[2];
+	__u32 ifindex[2];	/* host veth of the pod that is this end; 0: none here */
+	struct conn_verdict verdict[2][GATES]; /* by end whose pod was judged */
+	__u32 timeout_s;	/* idle time after which it is over */
+	__u32 eni_ifindex;	/* by which it leaves the node; 0: not known */
+	__u8 tcp_flags[2];	/* all seen, by end that sent them */
+	__u8 opener;		/* end */
+	__u8 provenance;	/* enum provenance */
+	__u8 state;		/* enum conn_state */
+	__u8 judged[2];		/* by end whose pod was judged: bit g: by gate g */
+	__u8 allowed[2];	/* bit g: gate g lets it pass */
+	__u8 audit[2];		/* bit g: only because gate g enforces nothing */
+	__u8 flags;		/* enum conn_flag */
+	__u32 generation;	/* policy_now() when the verdicts were last compared */
+};
+
+/* Grown by need: 256 bytes of kernel memory an entry. When it is full no flow
+ * begins; those that are there go on. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_CONNS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct conn_key);
+	__type(value, struct conn);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} conns SEC(".maps");
+
+/* What only the first fragment of a datagram tells. A hook sees addresses of
+ * its own side of a translation, so each device has its own. */
+struct fragment_key {
+	struct addr src;
+	struct addr dst;
+	__u32 id;
+	__u32 ifindex;
+	__u32 protocol;
+};
+
+struct fragment {
+	__u64 expires_ns;
+	__u16 sport;
+	__u16 dport;
+	__u8 icmp_type;
+	__u8 icmp_code;
+	__u8 query;
+	__u8 pad;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MAX_FRAGMENTS);
+	__type(key, struct fragment_key);
+	__type(value, struct fragment);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} fragments SEC(".maps");
+
+/* What the datapath counts of itself, by packet. */
+enum path_count {
+	PATH_DIRECT = 0,	/* forwarded by our programs */
+	PATH_STACK,		/* of pods, left to the stack */
+	PATH_EXCEPTION,		/* of direct flows, left to the stack: too long, TTL, IP options */
+	PATH_BEGUN_DIRECT,	/* flows */
+	PATH_BEGUN_STACK,	/* flows */
+	PATH_MIDFLOW,		/* flows whose beginning was not seen */
+	PATH_EVICTED,		/* flows that were over, removed to make room */
+	PATH_NO_ROOM,		/* flows that found none */
+	PATH_COUNTS,		/* how many there are */
+};
+
+/* Room in the table, so that a new count does not change the layout. */
+#define PATH_SLOTS	16
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, PATH_SLOTS);
+	__type(key, __u32);
+	__type(value, __u64);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} paths SEC(".maps");
+
+/* Idle times in seconds. The first three are EC2's ConnectionTrackingSpecification
+ * (EC2 user guide, idle connection tracking timeout); AWS publishes the last, and
+ * not those between. */
+const volatile __u32 tcp_established_timeout = 432000;
+const volatile __u32 udp_timeout = 30;
+const volatile __u32 udp_stream_timeout = 180;
+const volatile __u32 tcp_opening_timeout = 60;
+const volatile __u32 tcp_closed_timeout = 10;
+const volatile __u32 icmp_timeout = 30;
+const volatile __u32 other_timeout = 600;
+/* Linux' own (net.ipv4.ipfrag_time). */
+const volatile __u32 fragment_timeout = 30;
+/* Tests move the clock on by this, in ns. */
+const volatile __u64 clock_offset = 0;
+
+#define TCP_FIN	0x01
+#define TCP_SYN	0x02
+#define TCP_RST	0x04
+#define TCP_ACK	0x10
+
+#define IP_MORE_FRAGMENTS	0x2000
+#define IP_OFFSET		0x1fff
+
+#define EINVAL	22
+#define EEXIST	17
+
+enum packet_flag {
+	PACKET_FRAGMENT = 1,	/* part of a datagram, the first included */
+	PACKET_ERROR = 2,	/* ICMP error: the tuple is the flow's that it is about */
+	PACKET_OPENS = 4,	/* what a flow begins with */
+	PACKET_OPTIONS = 8,	/* IP options, or extension headers */
+	PACKET_SHORT = 16,	/* shorter than its IP header says */
+	PACKET_IPV6 = 32,
+};
+
+/* A packet as conntrack sees it. Of an ICMP error the tuple is that of the flow
+ * which it is about, in the direction in which the error goes. */
+struct packet {
+	struct tuple tuple;
+	struct conn_key key;
+	__u64 now;
+	__u32 packets;		/* as on the wire */
+	__u32 bytes;
+	__u32 id;		/* of the datagram that a fragment is of */
+	__u8 end;		/* that sent it: index into the key */
+	__u8 flags;		/* enum packet_flag */
+	__u8 tcp_flags;
+	__u8 ttl;
+};
+
+static __always_inline __u64 now_ns(void)
+{
+	return bpf_ktime_get_coarse_ns() + clock_offset;
+}
+
+static __always_inline void count(__u32 what)
+{
+	__u64 *n = bpf_map_lookup_elem(&paths, &what);
+
+	if (n)
+		(*n)++;
+}
+
+static __always_inline void map_v4(struct addr *to, __be32 from)
+{
+	__builtin_memset(to->b, 0, 10);
+	to->b[10] = 0xff;
+	to->b[11] = 0xff;
+	__builtin_memcpy(&to->b[12], &from, 4);
+}
+
+/* Reads an ICMP or ICMPv6 header that asks or answers. */
+static __always_inline void set_query(struct tuple *t, const __u8 *icmp)
+{
+	__u8 type = icmp[0], query = QUERY_NONE;
+
+	if (t->protocol == IPPROTO_ICMPV6) {
+		if (type == 128 || type == 129) /* RFC 4443, 4 */
+			query = type == 128 ? QUERY_REQUEST : QUERY_REPLY;
+		type = 128;
+	} else if (type == 0 || type == 8) { /* echo, RFC 792 */
+		query = type ? QUERY_REQUEST : QUERY_REPLY;
+		type = 8;
+	} else if (type >= 13 && type <= 18) { /* timestamp, information, mask (RFC 950) */
+		query = type & 1 ? QUERY_REQUEST : QUERY_REPLY;
+		type = (type - 1) | 1;
+	}
+	if (!query)
+		return;
+	t->query = query;
+	t->sport = (__u16)icmp[4] << 8 | icmp[5];
+	t->dport = type;
+}
+
+static __always_inline bool icmp_error(__u8 protocol, __u8 type)
+{
+	if (protocol == IPPROTO_ICMPV6)
+		return type >= 1 && type <= 4; /* RFC 4443, 3 */
+	return type == 3 || type == 4 || type == 5 || type == 11 || type == 12;
+}
+
+/* Extension headers that are gone through before the packet is given up
+ * (RFC 8200, 4.1 names seven). */
+#define EXTENSIONS 8
+
+/* Finds the upper-layer header behind IPv6's: its offset, or 0 if there is none
+ * within reach. *frag gets the offset field of a fragment header, if there is
+ * one, *id its identification. */
+static __noinline __u32 skip_extensions(struct __sk_buff *skb, __u32 offset, __u8 *next, __u32 *frag,
+					__u32 *id)
+{
+	__u8 h[8];
+
+	for (int i = 0; i < EXTENSIONS; i++) {
+		switch (*next) {
+		case 0:   /* hop-by-hop */
+		case 43:  /* routing */
+		case 60:  /* destination options */
+		case 135: /* mobility */
+			if (bpf_skb_load_bytes(skb, offset, h, 8))
+				return 0;
+			*next = h[0];
+			offset += ((__u32)h[1] + 1) * 8;
+			break;
+		case 51: /* authentication: counted in units of 4 (RFC 4302, 2.2) */
+			if (bpf_skb_load_bytes(skb, offset, h, 8))
+				return 0;
+			*next = h[0];
+			offset += ((__u32)h[1] + 2) * 4;
+			break;
+		case 44: /* fragment */
+			if (bpf_skb_load_bytes(skb, offset, h, 8))
+				return 0;
+			*next = h[0];
+			*frag = (__u32)h[2] << 8 | h[3];
+			*id = (__u32)h[4] << 24 | (__u32)h[5] << 16 | (__u32)h[6] << 8 | h[7];
+			offset += 8;
+			if (*frag & 0xfff8) /* not the first: what follows is payload */
+				return offset;
+			break;
+		default:
+			return offset;
+		}
+	}
+	return 0;
+}
+
+/* What an IP header says, of either version. */
+struct network {
+	struct addr src;
+	struct addr dst;
+	__u32 offset;		/* of the upper layer's header */
+	__u32 header;		/* length of all before it */
+	__u32 length;		/* IP length as the header says */
+	__u32 id;
+	__u8 protocol;
+	__u8 ttl;
+	__u8 options;
+	__u8 fragment;		/* 1 the first, 2 another */
+};
+
+static __noinline int read_ipv4(struct __sk_buff *skb, __u32 offset, struct network *n)
+{
+	struct iphdr ip;
+
+	if (bpf_skb_load_bytes(skb, offset, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5)
+		return DROP_MALFORMED;
+	map_v4(&n->src, ip.saddr);
+	map_v4(&n->dst, ip.daddr);
+	n->header = ip.ihl * 4;
+	n->offset = offset + n->header;
+	n->length = bpf_ntohs(ip.tot_len);
+	n->id = bpf_ntohs(ip.id);
+	n->protocol = ip.protocol;
+	n->ttl = ip.ttl;
+	n->options = ip.ihl > 5;
+	n->fragment = 0;
+	if (ip.frag_off & bpf_htons(IP_OFFSET))
+		n->fragment = 2;
+	else if (ip.frag_off & bpf_htons(IP_MORE_FRAGMENTS))
+		n->fragment = 1;
+	return 0;
+}
+
+static __noinline int read_ipv6(struct __sk_buff *skb, __u32 offset, struct network *n)
+{
+	struct ipv6hdr ip;
+	__u32 frag = 0, id = 0;
+	__u8 next;
+
+	if (bpf_skb_load_bytes(skb, offset, &ip, sizeof(ip)) || ip.version != 6)
+		return DROP_MALFORMED;
+	__builtin_memcpy(&n->src, &ip.saddr, 16);
+	__builtin_memcpy(&n->dst, &ip.daddr, 16);
+	next = ip.nexthdr;
+	n->offset = skip_extensions(skb, offset + sizeof(ip), &next, &frag, &id);
+	if (!n->offset)
+		return DROP_MALFORMED;
+	n->header = n->offset - offset;
+	n->length = sizeof(ip) + bpf_ntohs(ip.payload_len);
+	n->id = id;
+	n->protocol = next;
+	n->ttl = ip.hop_limit;
+	n->options = next != ip.nexthdr;
+	n->fragment = frag & 0xfff8 ? 2 : frag & 1 ? 1 : 0;
+	return 0;
+}
+
+/* Makes the key of a tuple; p->end is the end that sends. */
+static __always_inline void set_key(struct packet *p)
+{
+	const struct tuple *t = &p->tuple;
+	struct conn_key *k = &p->key;
+	const __u64 *src = (const void *)&t->src, *dst = (const void *)&t->dst;
+	__u32 end;
+
+	/* Any order will do that is the same for both directions. */
+	if (src[1] != dst[1])
+		end = src[1] > dst[1];
+	else if (src[0] != dst[0])
+		end = src[0] > dst[0];
+	else
+		end = t->sport > t->dport;
+	p->end = end;
+	if (end) {
+		k->addr[0] = t->dst;
+		k->addr[1] = t->src;
+		k->port[0] = t->dport;
+		k->port[1] = t->sport;
+	} else {
+		k->addr[0] = t->src;
+		k->addr[1] = t->dst;
+		k->port[0] = t->sport;
+		k->port[1] = t->dport;
+	}
+	k->protocol = t->protocol;
+	k->asker = 0;
+	k->pad[0] = 0;
+	k->pad[1] = 0;
+	if ((t->protocol == IPPROTO_ICMP || t->protocol == IPPROTO_ICMPV6) && !t->query) {
+		k->port[0] = t->icmp_type;
+		k->port[1] = t->icmp_code;
+	}
+	if (t->query) {
+		/* The same for question and answer, and another for a question
+		 * that goes the other way. */
+		k->port[0] = t->sport;
+		k->port[1] = t->dport;
+		k->asker = (t->query == QUERY_REQUEST ? end : 1 - end) + 1;
+	}
+}
+
+/* Turns the tuple into that of the flow which an ICMP error at offset is about,
+ * if it is to be known. */
+static __noinline int read_error(struct __sk_buff *skb, __u32 offset, struct packet *p)
+{
+	struct network n = {};
+	struct tuple *t = &p->tuple;
+	__u8 l4[8];
+	int bad;
+
+	bad = t->protocol == IPPROTO_ICMPV6 ? read_ipv6(skb, offset, &n) : read_ipv4(skb, offset, &n);
+	/* An error goes to whoever sent the packet, or it is forged. */
+	if (bad || n.fragment == 2 || !same_addr(&n.src, &t->dst) ||
+	    bpf_skb_load_bytes(skb, n.offset, l4, sizeof(l4)))
+		return 0;
+	/* The flow's tuple as who sends the error would send it. */
+	t->src = n.dst;
+	t->protocol = n.protocol;
+	t->query = QUERY_NONE;
+	if (n.protocol == IPPROTO_TCP || n.protocol == IPPROTO_UDP || n.protocol == IPPROTO_SCTP) {
+		t->dport = (__u16)l4[0] << 8 | l4[1];
+		t->sport = (__u16)l4[2] << 8 | l4[3];
+	} else if (n.protocol == IPPROTO_ICMP || n.protocol == IPPROTO_ICMPV6) {
+		set_query(t, l4);
+		if (t->query == QUERY_REQUEST)
+			t->query = QUERY_REPLY;
+		else if (t->query == QUERY_REPLY)
+			t->query = QUERY_REQUEST;
+	}
+	p->flags |= PACKET_ERROR;
+	return 0;
+}
+
+/*
+ * Reads what conntrack and policy need of a packet whose Ethernet frame carries
+ * IPv4, or IPv6 if v6. It returns 0, or the reason to drop it. With errors, the
+ * tuple of an ICMP error becomes that of the flow.
+ */
+__noinline int read_packet(struct __sk_buff *skb, struct packet *p, int v6, int errors)
+{
+	struct network n = {};
+	__u32 header, segments, have;
+	__u8 l4[14] = {};
+	struct tuple *t;
+	int bad;
+
+	if (!p)
+		return DROP_MALFORMED;
+	t = &p->tuple;
+	bad = v6 && ipv6_allowed ? read_ipv6(skb, ETH_HLEN, &n) : read_ipv4(skb, ETH_HLEN, &n);
+	if (bad)
+		return bad;
+	t->src = n.src;
+	t->dst = n.dst;
+	t->sport = 0;
+	t->dport = 0;
+	t->protocol = n.protocol;
+	t->icmp_type = 0;
+	t->icmp_code = 0;
+	t->query = QUERY_NONE;
+	p->now = now_ns();
+	p->id = n.id;
+	p->ttl = n.ttl;
+	p->tcp_flags = 0;
+	p->flags = (n.options ? PACKET_OPTIONS : 0) | (v6 ? PACKET_IPV6 : 0);
+	p->packets = 1;
+	have = skb->len - ETH_HLEN;
+	p->bytes = have;
+	if (!skb->gso_size && n.length > have)
+		p->flags |= PACKET_SHORT;
+
+	if (n.fragment == 2) {
+		struct fragment_key fk = {
+			.src = n.src, .dst = n.dst, .id = n.id,
+			.ifindex = skb->ifindex, .protocol = n.protocol,
+		};
+		struct fragment *first = bpf_map_lookup_elem(&fragments, &fk);
+
+		p->flags |= PACKET_FRAGMENT;
+		if (!first || first->expires_ns <= p->now)
+			return DROP_FRAGMENT;
+		t->sport = first->sport;
+		t->dport = first->dport;
+		t->icmp_type = first->icmp_type;
+		t->icmp_code = first->icmp_code;
+		t->query = first->query;
+		set_key(p);
+		return 0;
+	}
+
+	header = 0;
+	switch (n.protocol) {
+	case IPPROTO_TCP: /* up to the flags */
+		if (bpf_skb_load_bytes(skb, n.offset, l4, 14))
+			return DROP_MALFORMED;
+		p->tcp_flags = l4[13];
+		header = (l4[12] >> 4) * 4;
+		if (header < 20)
+			return DROP_MALFORMED;
+		if ((l4[13] & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) == TCP_SYN)
+			p->flags |= PACKET_OPENS;
+		break;
+	case IPPROTO_UDP:
+		header = 8;
+		p->flags |= PACKET_OPENS;
+		if (bpf_skb_load_bytes(skb, n.offset, l4, 8))
+			return DROP_MALFORMED;
+		break;
+	case IPPROTO_SCTP:
+		p->flags |= PACKET_OPENS;
+		if (bpf_skb_load_bytes(skb, n.offset, l4, 8))
+			return DROP_MALFORMED;
+		break;
+	case IPPROTO_ICMP:
+	case IPPROTO_ICMPV6:
+		if (bpf_skb_load_bytes(skb, n.offset, l4, 8))
+			return DROP_MALFORMED;
+		t->icmp_type = l4[0];
+		t->icmp_code = l4[1];
+		set_query(t, l4);
+		if (t->query == QUERY_REQUEST)
+			p->flags |= PACKET_OPENS;
+		break;
+	default:
+		p->flags |= PACKET_OPENS;
+	}
+	if (n.protocol == IPPROTO_TCP || n.protocol == IPPROTO_UDP || n.protocol == IPPROTO_SCTP) {
+		t->sport = (__u16)l4[0] << 8 | l4[1];
+		t->dport = (__u16)l4[2] << 8 | l4[3];
+	} else if (errors && icmp_error(n.protocol, l4[0]) &&
+		   (n.protocol == IPPROTO_ICMP || n.protocol == IPPROTO_ICMPV6)) {
+		read_error(skb, n.offset + 8, p);
+	}
+	segments = skb->gso_segs;
+	if (segments > 1 && skb->gso_size) {
+		p->packets = segments;
+		p->bytes += (segments - 1) * (n.header + header);
+	}
+	if (n.fragment == 1) {
+		struct fragment_key fk = {
+			.src = n.src, .dst = n.dst, .id = n.id,
+			.ifindex = skb->ifindex, .protocol = n.protocol,
+		};
+		struct fragment first = {
+			.expires_ns = p->now + fragment_timeout * NSEC_PER_SEC,
+			.sport = t->sport, .dport = t->dport,
+			.icmp_type = t->icmp_type, .icmp_code = t->icmp_code, .query = t->query,
+		};
+
+		p->flags |= PACKET_FRAGMENT;
+		bpf_map_update_elem(&fragments, &fk, &first, BPF_ANY);
+	}
+	set_key(p);
+	return 0;
+}
+
+/* Whether the flow is over: the entry waits to be swept up. */
+static __always_inline bool conn_over(const struct conn *c, __u64 now)
+{
+	return c->last_ns + c->timeout_s * NSEC_PER_SEC < now;
+}
+
+/* Whether the packet begins the flow anew: a connection that was closed is
+ * opened again by a SYN. */
+static __always_inline bool conn_again(const struct conn *c, const struct packet *p)
+{
+	return c->state == CONN_CLOSED && p->tuple.protocol == IPPROTO_TCP && (p->flags & PACKET_OPENS);
+}
+
+static __always_inline __u32 opening_timeout(__u8 protocol)
+{
+	switch (protocol) {
+	case IPPROTO_TCP:
+		return tcp_opening_timeout;
+	case IPPROTO_UDP:
+		return udp_timeout;
+	case IPPROTO_ICMP:
+	case IPPROTO_ICMPV6:
+		return icmp_timeout;
+	}
+	return other_timeout;
+}
+
+/* Follows the flow's state with a packet, and counts it if counts. */
+static __always_inline void conn_see(struct conn *c, const struct packet *p, bool counts)
+{
+	__u32 end = p->end & 1;
+	__u8 flags;
+
+	if (counts) {
+		__sync_fetch_and_add(&c->packets[end], p->packets);
+		__sync_fetch_and_add(&c->bytes[end], p->bytes);
+	}
+	/* What is said about a flow does not keep it alive. */
+	if (p->flags & PACKET_ERROR)
+		return;
+	c->last_ns = p->now;
+	if (!(c->flags & (CONN_SEEN << end)))
+		c->flags |= CONN_SEEN << end;
+
+	if (p->tuple.protocol == IPPROTO_TCP) {
+		if (!(p->tcp_flags & ~c->tcp_flags[end]) && c->state != CONN_OPENING)
+			return;
+		flags = c->tcp_flags[end] | p->tcp_flags;
+		c->tcp_flags[end] = flags;
+		if ((flags & TCP_RST) || (c->tcp_flags[0] & c->tcp_flags[1] & TCP_FIN)) {
+			c->state = CONN_CLOSED;
+			c->timeout_s = tcp_closed_timeout;
+		} else if (c->state == CONN_OPENING && end == c->opener && (flags & TCP_ACK) &&
+			   c->tcp_flags[1 - end]) {
+			/* Answered, and the answer acknowledged. */
+			c->state = CONN_ESTABLISHED;
+			c->timeout_s = tcp_established_timeout;
+		} else if (c->state == CONN_OPENING && (c->flags & CONN_MIDFLOW) && c->tcp_flags[0] &&
+			   c->tcp_flags[1]) {
+			c->state = CONN_ESTABLISHED;
+			c->timeout_s = tcp_established_timeout;
+		}
+		return;
+	}
+	if (p->tuple.protocol == IPPROTO_UDP && c->state == CONN_OPENING && c->packets[0] > 1 &&
+	    c->packets[1] > 1) {
+		/* More than one request and response (EC2 user guide). */
+		c->state = CONN_ESTABLISHED;
+		c->timeout_s = udp_stream_timeout;
+	}
+}
+
+/* Where a packet is read, and an entry prepared: not on the stack, which is short.
+ * Programs do not interrupt each other on a CPU. */
+struct scratch {
+	struct packet packet;
+	struct conn conn;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct scratch);
+} scratch SEC(".maps");
+
+static __always_inline struct packet *packet_new(void)
+{
+	__u32 zero = 0;
+	struct scratch *s = bpf_map_lookup_elem(&scratch, &zero);
+
+	return s ? &s->packet : 0;
+}
+
+/* An entry, not yet in the table, for a packet that begins a flow. */
+static __always_inline struct conn *conn_new(const struct packet *p, __u8 provenance)
+{
+	__u32 zero = 0;
+	struct scratch *s = bpf_map_lookup_elem(&scratch, &zero);
+	struct conn *c;
+
+	if (!s)
+		return 0;
+	c = &s->conn;
+	__builtin_memset(c, 0, sizeof(*c));
+	c->created_ns = p->now;
+	c->last_ns = p->now;
+	c->opener = p->end & 1;
+	c->provenance = provenance;
+	c->state = CONN_OPENING;
+	c->timeout_s = opening_timeout(p->tuple.protocol);
+	if (!(p->flags & PACKET_OPENS))
+		c->flags = CONN_MIDFLOW;
+	return c;
+}

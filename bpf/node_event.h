@@ -1,0 +1,85 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * What the programs tell the agent: verdicts, for who watches, and the last
+ * count of flows whose entry another took over.
+ */
+
+enum event_kind {
+	EVENT_VERDICT = 1,	/* a flow was judged or a packet dropped: struct event */
+};
+
+/* A verdict. Sent while somebody listens, and not more often than allowed. */
+struct event {
+	__u64 at_ns;		/* CLOCK_MONOTONIC */
+	struct tuple tuple;	/* all zero: the packet has no addresses that were read */
+	__u32 kind;		/* enum event_kind */
+	__u32 ifindex;		/* of the device at whose hook it was */
+	__u32 reason;		/* enum drop_reason; 0: allowed */
+	__u32 rule[2];		/* by gate, that decided */
+	__u32 bytes;		/* of the packet, IP length */
+	__u8 direction;		/* enum policy_direction, of the pod */
+	__u8 audit;		/* bit g: only because gate g enforces nothing */
+	__u8 provenance;	/* of the flow; 0: it has none */
+	__u8 pad[5];
+};
+
+/* A flow whose entry was taken over by the next flow with its tuple, or which
+ * was removed to make room. */
+struct ended {
+	struct conn_key key;
+	struct conn conn;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 256 * 1024);
+} events SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1024 * 1024);
+} ends SEC(".maps");
+
+/* Whether somebody listens, and how many events may be sent until the agent
+ * raises it again. */
+__u32 event_listeners = 0;
+__s64 event_budget = 0;
+/* Events and ends that were not sent, because there was no budget or no room. */
+__u64 events_lost = 0;
+__u64 ends_lost = 0;
+
+__noinline int send_event(struct __sk_buff *skb, const struct tuple *t, struct event *e)
+{
+	if (!e || !event_listeners)
+		return 0;
+	if (event_budget <= 0 || __sync_fetch_and_add(&event_budget, -1) <= 0) {
+		__sync_fetch_and_add(&events_lost, 1);
+		return 0;
+	}
+	e->at_ns = bpf_ktime_get_ns();
+	e->kind = EVENT_VERDICT;
+	e->ifindex = skb->ifindex;
+	e->bytes = skb->len > ETH_HLEN ? skb->len - ETH_HLEN : 0;
+	if (t)
+		e->tuple = *t;
+	if (bpf_ringbuf_output(&events, e, sizeof(*e), 0))
+		__sync_fetch_and_add(&events_lost, 1);
+	return 0;
+}
+
+static __noinline int send_ended(const struct conn_key *key, const struct conn *c)
+{
+	struct ended *e;
+
+	if (!key || !c)
+		return 0;
+	e = bpf_ringbuf_reserve(&ends, sizeof(*e), 0);
+	if (!e) {
+		__sync_fetch_and_add(&ends_lost, 1);
+		return 0;
+	}
+	e->key = *key;
+	e->conn = *c;
+	bpf_ringbuf_submit(e, 0);
+	return 0;
+}

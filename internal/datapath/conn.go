@@ -1,0 +1,351 @@
+package datapath
+
+import (
+	"errors"
+	"fmt"
+	"iter"
+	"net/netip"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/underlay-cni/underlay/internal/datapath/bpfgen"
+)
+
+// Timeouts are after how long without a packet a connection is over. The first
+// three are those of EC2's ConnectionTrackingSpecification; 0: AWS's default.
+type Timeouts struct {
+	TCPEstablished time.Duration // 432000 s, on Nitro v6 types 350 s
+	UDP            time.Duration // 30 s
+	UDPStream      time.Duration // 180 s: more than one request and response
+	TCPOpening     time.Duration // 60 s: not answered, or the answer not acknowledged
+	TCPClosed      time.Duration // 10 s: a RST, or a FIN from both ends
+	ICMP           time.Duration // 30 s: queries
+	Other          time.Duration // 600 s: other protocols
+}
+
+// constants are those of the programs that differ from their defaults.
+func (t Timeouts) constants() map[string]uint32 {
+	out := map[string]uint32{}
+	for name, d := range map[string]time.Duration{
+		bpfgen.NodeVarTcpEstablishedTimeout: t.TCPEstablished, bpfgen.NodeVarUdpTimeout: t.UDP, bpfgen.NodeVarUdpStreamTimeout: t.UDPStream,
+		bpfgen.NodeVarTcpOpeningTimeout: t.TCPOpening, bpfgen.NodeVarTcpClosedTimeout: t.TCPClosed,
+		bpfgen.NodeVarIcmpTimeout: t.ICMP, bpfgen.NodeVarOtherTimeout: t.Other,
+	} {
+		if d != 0 {
+			out[name] = uint32(max(d/time.Second, 1))
+		}
+	}
+	return out
+}
+
+// Provenance says who forwards a connection, for life.
+type Provenance uint8
+
+const (
+	Stack  = Provenance(bpfgen.NodeProvenancePROVENANCE_STACK)
+	Direct = Provenance(bpfgen.NodeProvenancePROVENANCE_DIRECT)
+)
+
+func (p Provenance) String() string {
+	switch p {
+	case Stack:
+		return "stack"
+	case Direct:
+		return "direct"
+	}
+	return fmt.Sprintf("provenance %d", uint8(p))
+}
+
+// ConnState is where a connection is in its life.
+type ConnState uint8
+
+const (
+	ConnOpening     = ConnState(bpfgen.NodeConnStateCONN_OPENING)
+	ConnEstablished = ConnState(bpfgen.NodeConnStateCONN_ESTABLISHED)
+	ConnClosed      = ConnState(bpfgen.NodeConnStateCONN_CLOSED)
+)
+
+func (s ConnState) String() string {
+	switch s {
+	case ConnOpening:
+		return "opening"
+	case ConnEstablished:
+		return "established"
+	case ConnClosed:
+		return "closed"
+	}
+	return fmt.Sprintf("state %d", uint8(s))
+}
+
+// The gates of a pod: indexes of ConnEnd.Gates.
+const (
+	GateGroups = int(bpfgen.NodeGateGATE_GROUPS)
+	GateNetpol = int(bpfgen.NodeGateGATE_NETPOL)
+)
+
+// GateVerdict is what one gate of one pod said of a connection.
+type GateVerdict struct {
+	Judged  bool   // false: it was not asked, and all else is zero
+	Allowed bool   // let through, for whatever reason
+	Audit   bool   // only because the gate enforces nothing
+	Rule    uint32 // that decided; 0: the default
+	Epoch   uint32 // of the table that the rule was in
+}
+
+// ConnEnd is one end of a connection.
+type ConnEnd struct {
+	Addr netip.Addr
+	Port uint16 // 0: the protocol has none
+	// HostIfIndex is that of the end's pod on this node; 0: it is none. A pod's
+	// connection that netfilter translates is two, and on either the pod's.
+	HostIfIndex int
+	// What the end sent: packets on the wire, bytes of IP. A connection that is
+	// only the other side of a translation has none.
+	Packets, Bytes uint64
+	TCPFlags       uint8          // all that it sent
+	Gates          [2]GateVerdict // of the end's pod
+}
+
+// Connection is an entry of conntrack: a flow as it looks on one side of
+// netfilter's translation, if it is translated.
+type Connection struct {
+	Protocol uint8 // IPPROTO_…
+	// Opener sent the first packet that was seen.
+	Opener, Responder ConnEnd
+	ICMPID            uint16 // of a query
+	ICMPType          uint8  // of the query, or of what is none
+	ICMPCode          uint8  // of what is no query
+	Provenance        Provenance
+	State             ConnState
+	Local             bool   // direct, and both ends are pods here in one subnet
+	Midflow           bool   // the beginning was not seen
+	Denied            bool   // a gate refused it: Packets are those that were dropped
+	ID                uint64 // of two of the same tuple: the later has the higher
+	Created, Last     time.Time
+	Timeout           time.Duration // of idleness, after which it is over
+	ENIIfIndex        int           // by which it leaves the node; 0: by none, or not known
+}
+
+// Connections iterates over the conntrack, in no order. What comes or goes
+// meanwhile may be missed or seen twice.
+func (d *Datapath) Connections() iter.Seq2[Connection, error] {
+	return func(yield func(Connection, error) bool) {
+		for batch, err := range d.connBatches() {
+			if err != nil {
+				yield(Connection{}, err)
+				return
+			}
+			for i := range batch.keys {
+				if !yield(d.mono.connection(&batch.keys[i], &batch.values[i]), nil) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// ConntrackID names the table of connections: another table, as after a boot or
+// an uninstallation, has another.
+func (d *Datapath) ConntrackID() (string, error) {
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "", err
+	}
+	info, err := d.objs.Conns.Info()
+	if err != nil {
+		return "", fmt.Errorf("look at the map of connections: %w", err)
+	}
+	id, ok := info.ID()
+	if !ok {
+		return "", errors.New("the kernel gives maps no IDs: Linux 4.13 is too old")
+	}
+	return fmt.Sprintf("%s/%d", strings.TrimSpace(string(boot)), id), nil
+}
+
+// connBatch is a part of the table; it is valid until the next one.
+type connBatch struct {
+	keys   []bpfgen.NodeConnKey
+	values []bpfgen.NodeConn
+}
+
+// sweepBatch bounds how many entries are read, and removed, in one go.
+const sweepBatch = 4096
+
+func (d *Datapath) connBatches() iter.Seq2[connBatch, error] {
+	return func(yield func(connBatch, error) bool) {
+		size := sweepBatch
+		keys, values := make([]bpfgen.NodeConnKey, size), make([]bpfgen.NodeConn, size)
+		var cursor ebpf.MapBatchCursor
+		for {
+			n, err := d.objs.Conns.BatchLookup(&cursor, keys, values, nil)
+			if errors.Is(err, unix.ENOSPC) {
+				// One bucket holds more than fits.
+				size *= 2
+				keys, values = make([]bpfgen.NodeConnKey, size), make([]bpfgen.NodeConn, size)
+				continue
+			}
+			if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+				yield(connBatch{}, fmt.Errorf("read the map of connections: %w", err))
+				return
+			}
+			if n > 0 && !yield(connBatch{keys[:n], values[:n]}, nil) || err != nil {
+				return
+			}
+		}
+	}
+}
+
+// mono converts CLOCK_MONOTONIC, in which the programs count, to time.Time.
+type mono struct{ zero time.Time }
+
+func newMono() mono { return mono{time.Now().Add(-time.Duration(monoNow())).Round(0)} }
+
+func monoNow() uint64 {
+	var ts unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts) // has no failure
+	return uint64(ts.Nano())
+}
+
+func (m mono) at(ns uint64) time.Time { return m.zero.Add(time.Duration(ns)) }
+
+func (m mono) connection(k *bpfgen.NodeConnKey, v *bpfgen.NodeConn) Connection {
+	const icmp, icmp6 = unix.IPPROTO_ICMP, unix.IPPROTO_ICMPV6
+	flag := func(f bpfgen.NodeConnFlag) bool { return v.Flags&uint8(f) != 0 }
+	c := Connection{
+		Protocol:   k.Protocol,
+		Provenance: Provenance(v.Provenance),
+		State:      ConnState(v.State),
+		Local:      flag(bpfgen.NodeConnFlagCONN_LOCAL),
+		Midflow:    flag(bpfgen.NodeConnFlagCONN_MIDFLOW),
+		Denied:     flag(bpfgen.NodeConnFlagCONN_DENIED),
+		ID:         v.CreatedNs,
+		Created:    m.at(v.CreatedNs), Last: m.at(v.LastNs),
+		Timeout:    time.Duration(v.TimeoutS) * time.Second,
+		ENIIfIndex: int(v.EniIfindex),
+	}
+	end := func(i uint8) ConnEnd {
+		e := ConnEnd{
+			Addr: netip.AddrFrom16(k.Addr[i].B).Unmap(), Port: k.Port[i], HostIfIndex: int(v.Ifindex[i]),
+			Packets: v.Packets[i], Bytes: v.Bytes[i], TCPFlags: v.TcpFlags[i],
+		}
+		for g := range e.Gates {
+			if v.Judged[i]>>g&1 != 0 {
+				e.Gates[g] = GateVerdict{
+					Judged: true, Allowed: v.Allowed[i]>>g&1 != 0 || v.Audit[i]>>g&1 != 0, Audit: v.Audit[i]>>g&1 != 0,
+					Rule: v.Verdict[i][g].Rule, Epoch: v.Verdict[i][g].Epoch,
+				}
+			}
+		}
+		return e
+	}
+	opener := v.Opener & 1
+	c.Opener, c.Responder = end(opener), end(1-opener)
+	if k.Protocol == icmp || k.Protocol == icmp6 {
+		c.Opener.Port, c.Responder.Port = 0, 0
+		if k.Asker != 0 {
+			c.ICMPID, c.ICMPType = k.Port[0], uint8(k.Port[1])
+		} else {
+			c.ICMPType, c.ICMPCode = uint8(k.Port[0]), uint8(k.Port[1])
+		}
+	}
+	return c
+}
+
+// The sweeper goes through the table every sweepEvery and removes what is over.
+const sweepEvery = 5 * time.Second
+
+func (d *Datapath) startSweeper() {
+	stop, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		tick := time.NewTicker(sweepEvery)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+				if _, err := d.sweepConns(monoNow()); err != nil {
+					d.log.Warn("connections that are over are left until the next sweep", "err", err)
+				}
+			case <-stop:
+				return
+			}
+		}
+	}()
+	d.stopSweeper = sync.OnceFunc(func() { close(stop); <-ended })
+}
+
+// connFill is what the latest sweep saw.
+type connFill struct {
+	entries, direct int
+}
+
+// sweepConns removes the connections that are over at a time of
+// CLOCK_MONOTONIC, and tells how many were.
+func (d *Datapath) sweepConns(now uint64) (removed int, err error) {
+	var fill connFill
+	var over []bpfgen.NodeConnKey
+	// First read, then removed: the kernel's iteration starts anew where an entry
+	// vanishes under it.
+	for batch, err := range d.connBatches() {
+		if err != nil {
+			return 0, err
+		}
+		for i := range batch.keys {
+			v := &batch.values[i]
+			if connOver(v, now) {
+				over = append(over, batch.keys[i])
+				continue
+			}
+			fill.entries++
+			if Provenance(v.Provenance) == Direct {
+				fill.direct++
+			}
+		}
+	}
+	for i := range over {
+		gone, err := d.removeConn(&over[i], now)
+		if err != nil {
+			return removed, err
+		}
+		if gone {
+			removed++
+		}
+	}
+	d.mu.Lock()
+	d.fill = fill
+	d.mu.Unlock()
+	return removed, nil
+}
+
+func connOver(v *bpfgen.NodeConn, now uint64) bool {
+	return v.LastNs+uint64(v.TimeoutS)*uint64(time.Second) < now
+}
+
+// removeConn removes a connection that is still over, and tells of it. A packet
+// that came between the look and the removal has the entry put back.
+func (d *Datapath) removeConn(k *bpfgen.NodeConnKey, now uint64) (bool, error) {
+	var v bpfgen.NodeConn
+	err := d.objs.Conns.LookupAndDelete(k, &v)
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("remove a connection that is over: %w", err)
+	}
+	if !connOver(&v, now) {
+		err := d.objs.Conns.Update(k, &v, ebpf.UpdateNoExist)
+		if err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
+			return false, fmt.Errorf("put a connection back: %w", err)
+		}
+		return false, nil
+	}
+	if d.opts.Ended != nil {
+		d.opts.Ended(d.mono.connection(k, &v))
+	}
+	return true, nil
+}

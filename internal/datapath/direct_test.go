@@ -1,0 +1,135 @@
+package datapath
+
+import (
+	"io"
+	"net"
+	"net/netip"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/underlay-cni/underlay/internal/nl"
+)
+
+// connections returns the entries between two addresses.
+func connections(t testing.TB, d *Datapath, a, b netip.Addr) (out []Connection) {
+	t.Helper()
+	for c, err := range d.Connections() {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c.Opener.Addr == a && c.Responder.Addr == b || c.Opener.Addr == b && c.Responder.Addr == a {
+			out = append(out, c)
+		}
+	}
+	return out
+}
+
+// serve accepts TCP connections in a namespace and sends back what comes.
+func (w *world) serve(netns string, at netip.AddrPort) {
+	w.t.Helper()
+	var l net.Listener
+	err := nl.Do(nl.Path(netns), func() (err error) {
+		l, err = net.Listen("tcp4", at.String())
+		return err
+	})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() { _ = l.Close() })
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				_, _ = io.Copy(c, c)
+			}()
+		}
+	}()
+}
+
+// dial connects from an address of a namespace.
+func (w *world) dial(netns string, from netip.Addr, to netip.AddrPort) (*net.TCPConn, error) {
+	w.t.Helper()
+	var c net.Conn
+	err := nl.Do(nl.Path(netns), func() (err error) {
+		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: from.AsSlice()}, Timeout: 5 * time.Second}
+		c, err = d.Dial("tcp4", to.String())
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	w.t.Cleanup(func() { _ = c.Close() })
+	return c.(*net.TCPConn), nil
+}
+
+// exchange sends n bytes and reads them back.
+func exchange(c net.Conn, n int) error {
+	sent := make(chan error, 1)
+	go func() {
+		_, err := c.Write(make([]byte, n))
+		sent <- err
+	}()
+	_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
+	if _, err := io.CopyN(io.Discard, c, int64(n)); err != nil {
+		return err
+	}
+	return <-sent
+}
+
+// What the VPC's addresses say to each other bypasses the stack from the first
+// packet to the last, in both directions.
+func TestDirect(t *testing.T) {
+	w := newWorld(t)
+	d := w.open(Options{})
+	a, b := w.addPod(d, 1), w.addPod(d, 2)
+	w.serve(w.wire, netip.AddrPortFrom(farIP, 80))
+	w.serve(b.ns, netip.AddrPortFrom(b.Addr, 80))
+	for name, way := range map[string]struct {
+		ns       string
+		from, to netip.Addr
+		local    bool
+	}{
+		"pod to wire": {a.ns, a.Addr, farIP, false},
+		"pod to pod":  {a.ns, a.Addr, b.Addr, true},
+		"wire to pod": {w.wire, farIP, b.Addr, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			before := paths(t, d)
+			c, err := w.dial(way.ns, way.from, netip.AddrPortFrom(way.to, 80))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := exchange(c, 1<<20); err != nil {
+				t.Fatal(err)
+			}
+			after := paths(t, d)
+			if after.Direct == before.Direct || after.Stack != before.Stack || after.Exceptions != before.Exceptions {
+				t.Errorf("paths: %+v, then %+v", before, after)
+			}
+			var tcp Connection
+			for _, c := range connections(t, d, way.from, way.to) {
+				if c.Protocol == unix.IPPROTO_TCP {
+					tcp = c
+				}
+			}
+			if tcp.Opener.Addr != way.from || tcp.Provenance != Direct || tcp.State != ConnEstablished || tcp.Local != way.local {
+				t.Errorf("%+v", tcp)
+			}
+			if tcp.Opener.Bytes < 1<<20 || tcp.Responder.Bytes < 1<<20 || tcp.Opener.Packets < (1<<20)/9001 {
+				t.Errorf("counted %+v, %+v", tcp.Opener, tcp.Responder)
+			}
+			c.Close()
+		})
+	}
+	for reason, n := range counters(t, d) {
+		if n != 0 {
+			t.Errorf("%d packets dropped: %s", n, reason)
+		}
+	}
+}

@@ -1,0 +1,297 @@
+package bench
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"runtime"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/underlay-cni/underlay/internal/nl"
+	"github.com/underlay-cni/underlay/internal/testenv"
+	"github.com/underlay-cni/underlay/test/lab"
+)
+
+// measure is one figure of traffic between two namespaces; higher is better.
+type measure struct {
+	name, unit string
+	of         func(testing.TB, pair) float64
+	perCPU     bool // per second of this process's CPU time, see perCPUSecond
+}
+
+var (
+	measureTCP1 = measure{"tcp1", "bytes/s", tcp1, true}
+	measureTCP2 = measure{"tcp2", "bytes/s", tcp2, false}
+	measureRR1  = measure{"rr1", "round trips/s", rr1, true}
+	measureCRR  = measure{"crr", "connections/s", crr, false}
+	measureCRR1 = measure{"crr1", "connections/s", crr1, true}
+	measureUDP  = measure{"udp64", "datagrams/s", datagramsPerSecond, true}
+)
+
+func (m measure) take(b testing.TB, p pair) float64 {
+	if m.perCPU {
+		return perCPUSecond(b, m.of, p)
+	}
+	return m.of(b, p)
+}
+
+// contender is one way for packets that is measured beside others.
+type contender struct {
+	name string
+	pair pair
+	what string // as base of a row
+}
+
+// compare measures the contenders in turns and returns the rows of the first to
+// each of the others.
+func compare(b *testing.B, m measure, first contender, others ...contender) []Row {
+	b.Helper()
+	all := append([]contender{first}, others...)
+	subjects := make([]Subject, len(all))
+	for i, c := range all {
+		subjects[i] = Subject{c.name + "/" + m.name, func() float64 { return m.take(b, c.pair) }}
+	}
+	samples := Interleave(b, subjects)
+	var rows []Row
+	for i, c := range others {
+		r := RowOf(first.name+"-"+c.name+"/"+m.name, c.what+"; higher is better", samples[0], samples[i+1])
+		r.Subject, r.Floor, r.Unit = Median(samples[0]), Median(samples[i+1]), m.unit
+		rows = append(rows, r)
+	}
+	return rows
+}
+
+// BenchmarkNode measures the node's datapath against what pods could have
+// instead, all with public tools and over equal wires: veth pairs between two
+// network namespaces, no physical NIC. tcp1, rr1, crr1 and udp64 are on one CPU
+// and by its time, which does not depend on who else is on the machine; tcp2, rr
+// and crr between two CPUs and by the clock.
+func BenchmarkNode(b *testing.B) {
+	testenv.Require(b, "root", "bpf", "portmap") // for iptables
+	allowedCPUs(b)
+	ours := newUnderlay(b, "ours")
+	podA, podB, podC := ours.pod(0), ours.pod(1), ours.pod(0)
+	bare := newSite(b, "bare")
+	aws, awsPods := newAWS(b, "aws")
+	vxlan, vxlanPods := newVXLAN(b, "vxlan")
+	withService := newUnderlay(b, "svc")
+	serviceFrom, serviceTo := withService.pod(0), withService.pod(1)
+	awsService, awsServicePods := newAWS(b, "awssvc")
+
+	pod := contender{"pod", pairTo(podA.ns, podB.ns, podB.addr), ""}
+	node := contender{"node", bare.between(), "node to node over an equal wire, no netfilter"}
+	asAWS := contender{"aws", pairTo(awsPods[0].ns, awsPods[1].ns, awsPods[1].addr), "pod to pod in the manner of the AWS VPC CNI: veth, ip rules, iptables SNAT and connmark"}
+	asVXLAN := contender{"vxlan", pairTo(vxlanPods[0].ns, vxlanPods[1].ns, vxlanPods[1].addr), "pod to pod in the manner of flannel's VXLAN"}
+	samenode := contender{"samenode", pairTo(podA.ns, podC.ns, podC.addr), ""}
+	veth := contender{"veth", newBare(b, "veth"), "two namespaces joined by one veth pair"}
+	clusterIP := contender{"clusterip", withService.service(serviceFrom, serviceTo), ""}
+	awsClusterIP := contender{"aws", awsService.service(awsServicePods[0], awsServicePods[1]), "the same ClusterIP in the manner of the AWS VPC CNI"}
+	_, _ = aws, vxlan
+
+	oneCPU(b)
+	var rows []Row
+	rows = append(rows, compare(b, measureTCP1, pod, node, asAWS, asVXLAN)...)
+	rows = append(rows, compare(b, measureTCP2, pod, node)...)
+	rows = append(rows, roundTrips(b, pod, node)...)
+	rows = append(rows, compare(b, measureRR1, pod, node, asAWS)...)
+	rows = append(rows, compare(b, measureCRR, pod, node, asAWS)...)
+	rows = append(rows, compare(b, measureCRR1, pod, node, asAWS)...)
+	rows = append(rows, compare(b, measureUDP, pod, node, asAWS, asVXLAN)...)
+	for _, m := range []measure{measureTCP1, measureRR1, measureCRR1, measureUDP} {
+		rows = append(rows, compare(b, m, samenode, veth)...)
+	}
+	for _, m := range []measure{measureTCP1, measureRR1, measureCRR1} {
+		rows = append(rows, compare(b, m, clusterIP, awsClusterIP)...)
+	}
+	for _, g := range growths {
+		small, large := g.make(b)
+		for _, m := range []measure{measureRR1, measureCRR1, measureUDP} {
+			rows = append(rows, compare(b, m, contender{g.name, large, ""}, contender{"one", small, g.base})...)
+		}
+	}
+	rows = append(rows, memory(b))
+	if err := Merge(kept(b, latest), rows); err != nil {
+		b.Fatal(err)
+	}
+	if err := report(rows, kept(b, "node.md"), kept(b, "node.svg")); err != nil {
+		b.Fatal(err)
+	}
+}
+
+// roundTrips is compare for request and response, with a row for the time that
+// 99 % of them take.
+func roundTrips(b *testing.B, first, base contender) []Row {
+	b.Helper()
+	var slow [2][]float64
+	var subjects []Subject
+	for i, c := range []contender{first, base} {
+		subjects = append(subjects, Subject{c.name + "/rr", func() float64 {
+			client, server := twoCPUs(b)
+			rate, p99 := pingPong(b, c.pair, client, server)
+			slow[i] = append(slow[i], p99)
+			return rate
+		}})
+	}
+	samples := Interleave(b, subjects)
+	r := RowOf(first.name+"-"+base.name+"/rr", base.what+"; higher is better", samples[0], samples[1])
+	r.Subject, r.Floor, r.Unit = Median(samples[0]), Median(samples[1]), measureRR1.unit
+	tail := RowOf(first.name+"-"+base.name+"/rr-p99", base.what+"; lower is better", slow[0][1:], slow[1][1:]) // without the round that warms up
+	tail.Subject, tail.Floor, tail.Unit = Median(slow[0][1:]), Median(slow[1][1:]), "s"
+	return []Row{r, tail}
+}
+
+// growth is something of which a node can have little or much. Its rows are of
+// the same traffic on two equal sites, of which one has much.
+type growth struct {
+	name string
+	base string
+	make func(testing.TB) (small, large pair)
+}
+
+// grown makes the two sites, and one larger.
+func grown(b testing.TB, name string, enlarge func(u *underlay, from, to benchPod)) (small, large pair) {
+	b.Helper()
+	var out [2]pair
+	for i, size := range []string{"small", "large"} {
+		u := newUnderlay(b, name+size)
+		from, to := u.pod(0), u.pod(1)
+		out[i] = pairTo(from.ns, to.ns, to.addr)
+		if i == 1 {
+			enlarge(u, from, to)
+		}
+	}
+	return out[0], out[1]
+}
+
+const (
+	manyPods        = 250
+	manyConnections = 100_000
+)
+
+var growths = []growth{
+	{"pods250", "the same with one pod on the node", func(b testing.TB) (small, large pair) {
+		return grown(b, "pods", func(u *underlay, _, _ benchPod) {
+			for range manyPods - 1 {
+				u.pod(0)
+			}
+		})
+	}},
+	{"conns100000", "the same with no other connection", func(b testing.TB) (small, large pair) {
+		return grown(b, "conns", func(u *underlay, from, to benchPod) { connections(b, from, to, manyConnections) })
+	}},
+}
+
+// connections has a pod send one datagram in each of n flows to another, so that
+// whoever tracks connections tracks so many more. They count as idle from then
+// on and stay for as long as an unanswered datagram's.
+func connections(b testing.TB, from, to benchPod, n int) {
+	b.Helper()
+	// The far side takes them, or would answer each by ICMP.
+	const ports = 400
+	per := n / ports
+	for i := range ports {
+		port := uint16(20000 + i)
+		sink := lab.In(b, nl.Path(to.ns), func() (*net.UDPConn, error) {
+			return net.ListenUDP("udp4", net.UDPAddrFromAddrPort(netip.AddrPortFrom(to.addr, port)))
+		})
+		b.Cleanup(func() { _ = sink.Close() })
+	}
+	_ = lab.In(b, nl.Path(from.ns), func() (int, error) {
+		for s := range per {
+			c, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(netip.AddrPortFrom(from.addr, uint16(30000+s))))
+			if err != nil {
+				return 0, err
+			}
+			for i := range ports {
+				if _, err := c.WriteToUDPAddrPort([]byte("x"), netip.AddrPortFrom(to.addr, uint16(20000+i))); err != nil {
+					return 0, err
+				}
+			}
+			if err := c.Close(); err != nil {
+				return 0, err
+			}
+		}
+		return 0, nil
+	})
+}
+
+// memoryPods is how many pods memory is measured with.
+const memoryPods = 200
+
+// memory returns the row of what a pod costs, in the kernel and in this process,
+// with its network namespace, which the runtime makes. The kernel's share is what
+// it keeps for itself by /proc/meminfo.
+func memory(b *testing.B) Row {
+	b.Helper()
+	const allowed = 400 << 10 // bytes
+	var perPod []float64
+	for range min(*turns, 3) {
+		u := newUnderlay(b, fmt.Sprintf("mem%d", sites))
+		without := kernelMemory(b)
+		for i := range memoryPods {
+			u.netns(fmt.Sprintf("empty%d", i))
+		}
+		before, heapBefore := kernelMemory(b), heap()
+		empty := before - without
+		for range memoryPods {
+			u.pod(0)
+		}
+		all := kernelMemory(b) - before + heap() - heapBefore
+		perPod = append(perPod, max(all, 1)/memoryPods)
+		b.Logf("a pod takes %.0f KiB, of which its empty namespace %.0f KiB", all/memoryPods/1024, empty/memoryPods/1024)
+	}
+	limit := make([]float64, len(perPod))
+	for i := range limit {
+		limit[i] = allowed
+	}
+	r := RowOf("memory/pod", "400 KiB, kernel and agent, the network namespace included; lower is better", perPod, limit)
+	r.Subject, r.Floor, r.Unit = Median(perPod), allowed, "bytes"
+	return r
+}
+
+// kernelMemory is what the kernel uses itself, in bytes, when it has settled.
+func kernelMemory(b testing.TB) float64 {
+	b.Helper()
+	quiet()
+	raw, err := os.ReadFile("/proc/meminfo")
+	if err != nil {
+		b.Fatal(err)
+	}
+	sum := 0.0
+	for line := range strings.Lines(string(raw)) {
+		f := strings.Fields(line)
+		switch f[0] {
+		case "SUnreclaim:", "KernelStack:", "PageTables:", "VmallocUsed:", "Percpu:":
+			kib, err := strconv.ParseFloat(f[1], 64)
+			if err != nil {
+				b.Fatal(err)
+			}
+			sum += kib * 1024
+		}
+	}
+	return sum
+}
+
+func heap() float64 {
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return float64(m.HeapInuse + m.StackInuse)
+}
+
+// kernelRelease is as uname -r prints it.
+func kernelRelease() string {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return "unknown"
+	}
+	return unix.ByteSliceToString(u.Release[:])
+}
+
+var began = time.Now()
