@@ -118,6 +118,7 @@ helps to find out why.`,
 	fl.StringVar(&o.address, "address", "", "only from or to an address or a CIDR block")
 	fl.StringVar(&o.pod, "pod", "", "only from or to a pod")
 	fl.StringVar(&o.since, "since", "", "only since a time (2026-01-02T03:04:05Z) or a while ago (5m)")
+	fl.IntVarP(&o.lines, "lines", "n", 0, "only the latest so many; 0 is all that is still known")
 	fl.StringVar(&o.format, "format", "", "with -o aws: the fields, as CreateFlowLogs takes them (default the default format)")
 	_ = c.RegisterFlagCompletionFunc("by", cobra.FixedCompletions([]string{"vpc", "nodes"}, noFiles))
 	_ = c.RegisterFlagCompletionFunc("action", cobra.FixedCompletions([]string{"ACCEPT", "REJECT"}, noFiles))
@@ -132,6 +133,7 @@ helps to find out why.`,
 type flowOptions struct {
 	follow                                       bool
 	by, eni, action, address, pod, since, format string
+	lines                                        int
 }
 
 // query reads the flags that choose records.
@@ -260,7 +262,10 @@ func (a *App) showFlows(ctx context.Context, sources []flowSource, q flowQuery, 
 	}
 	wg.Wait()
 	for _, err := range errs {
-		if err != nil && !(q.follow && errors.Is(err, context.Canceled)) { // Ctrl-C is how one leaves
+		if q.follow && errors.Is(err, context.Canceled) {
+			continue // Ctrl-C is how one leaves
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -279,6 +284,7 @@ type flowPrinter struct {
 	table  table           // its head, and how wide columns have become
 	widths []int
 	headed bool
+	lines  int // of what there is, only the latest so many; 0 is all
 }
 
 func (a *App) flowPrinter(h home, f *labFile, o flowOptions) (*flowPrinter, flowQuery, error) {
@@ -287,7 +293,13 @@ func (a *App) flowPrinter(h home, f *labFile, o flowOptions) (*flowPrinter, flow
 	if err != nil {
 		return nil, q, err
 	}
-	p := &flowPrinter{app: a, names: names}
+	p := &flowPrinter{app: a, names: names, lines: o.lines}
+	switch {
+	case o.lines < 0:
+		return nil, q, fmt.Errorf("--lines %d: give how many records, or 0 for all", o.lines)
+	case o.lines > 0 && o.follow:
+		return nil, q, errors.New("--lines is not for --follow; choose by --since")
+	}
 	if o.format != "" && a.output != "aws" {
 		return nil, q, errors.New("--format is for -o aws")
 	}
@@ -342,6 +354,9 @@ func (p *flowPrinter) print(r flowRecord) error {
 
 // printAll prints all records that there are.
 func (p *flowPrinter) printAll(all []flowRecord) error {
+	if p.lines > 0 && len(all) > p.lines {
+		all = all[len(all)-p.lines:]
+	}
 	if p.app.output == "json" || p.app.output == "aws" {
 		for _, r := range all {
 			if err := p.print(r); err != nil {

@@ -71,12 +71,18 @@ func TestFlows(t *testing.T) {
 	if err := json.NewDecoder(strings.NewReader(out)).Decode(&one); err != nil || one["destination-name"] != "web-10" || strings.Count(out, "\n") != 4 {
 		t.Errorf("%v %s", err, out)
 	}
+	out, _, _ = run("-o", "aws", "--lines", "1")
+	if !strings.HasSuffix(out, "SKIPDATA\n") || strings.Count(out, "\n") != 1 {
+		t.Errorf("the latest:\n%s", out)
+	}
 	// A stream that ends is vpcd's end.
 	out, errOut, code := run("--follow")
 	if code == 0 || !strings.Contains(errOut, "vpcd ended") || strings.Count(out, "\n") != 5 || asked != "follow=true" {
 		t.Errorf("follow: %d %s\n%s", code, errOut, out)
 	}
 	for args, want := range map[string]string{
+		"--lines 3 --follow":        "choose by --since",
+		"--lines -1":                "or 0 for all",
 		"--action maybe":            "give ACCEPT or REJECT",
 		"--eni web":                 "underlay status lists them",
 		"--address web":             "give an address or a CIDR block",

@@ -3,6 +3,7 @@ package vpcd
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/netip"
 	"slices"
@@ -179,12 +180,14 @@ func (a *admin) flows(w http.ResponseWriter, r *http.Request) {
 	_ = write(a.flow.records(running))
 }
 
+var flowFieldNames = slices.Sorted(maps.Keys(vpc.FlowFields()))
+
 // flowLine is a record by AWS's names, without fields that do not apply, with
 // what AWS does not tell: refused-by, machine (what people call it) and running
 // (its interval has not ended, so there may come more).
 func flowLine(r *shownRecord) map[string]any {
 	out := map[string]any{}
-	for name := range vpc.FlowFields() {
+	for _, name := range flowFieldNames {
 		if v := r.Value(name); v != nil {
 			out[name] = v
 		}

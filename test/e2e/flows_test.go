@@ -49,7 +49,7 @@ func TestFlowLogKnowsThePod(t *testing.T) {
 		web.IP.String() + " " + web.IP.String() + " " + vm.String() + " 22 REJECT ingress 2",
 	}
 	var got string
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(10 * time.Second); ; <-time.After(50 * time.Millisecond) {
 		got = flowLog(t, filepath.Join(l.Dir(), "vpcd/s3/logs/lab/AWSLogs"))
 		missing := ""
 		for _, w := range want {

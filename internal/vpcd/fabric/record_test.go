@@ -206,7 +206,7 @@ func (l *lab) addsUp() {
 		return
 	}
 	var wrong string
-	for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(patience); ; <-time.After(10 * time.Millisecond) {
 		if wrong = l.difference(); wrong == "" {
 			return
 		}
@@ -453,7 +453,7 @@ func TestRecordsSurviveKills(t *testing.T) {
 	for range 6 {
 		p := l.spawn(endingIntervals)
 		p.set(t, l.cfg)
-		time.Sleep(time.Duration(random.IntN(40)) * time.Millisecond) // a random moment to be killed at
+		<-time.After(time.Duration(random.IntN(40)) * time.Millisecond) // a random moment to be killed at
 		p.kill()
 	}
 	close(stop)
@@ -461,7 +461,7 @@ func TestRecordsSurviveKills(t *testing.T) {
 	l.open()
 	l.discards = true
 	l.set()
-	for deadline := time.Now().Add(patience); a.counters().TxPackets != sent; time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(patience); a.counters().TxPackets != sent; <-time.After(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("%d of %d datagrams have left", a.counters().TxPackets, sent)
 		}
