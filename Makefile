@@ -45,7 +45,7 @@ test: packages-test ## all tests; root lets those run that need namespaces and B
 BENCH ?= .
 
 bench: packages-test ## ratios, each measured interleaved in one run
-	@$(GO) test -count=1 -timeout 30m -run '^$$' -bench '$(BENCH)' -benchtime 1x ./test/bench $(BENCHFLAGS)
+	@$(GO) test -count=1 -timeout 60m -run '^$$' -bench '$(BENCH)' -benchtime 1x ./test/bench $(BENCHFLAGS)
 	@$(GO) test -count=1 -timeout 10m -run '^$$' -bench Policy -benchtime 1x ./internal/datapath
 
 # What E2E_RUN names, in a lab with kube-proxy in the mode E2E_PROXY; logs and

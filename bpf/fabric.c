@@ -3,7 +3,8 @@
  * The VPC's wires. Each ENI is a veth pair: one end in its guest's network
  * namespace, the other in the fabric's. from_guest runs on what the guest
  * sends (TCX ingress of the fabric end), to_guest on what the fabric's own
- * stack answers (TCX egress of the fabric end): the service addresses.
+ * stack answers (TCX egress of the fabric end): the service addresses. One more
+ * pair leads to the internet's namespace; from_internet and cut_for_internet run on it.
  *
  * Every frame that is not delivered is dropped under a reason and counted. The
  * fabric's routing tables and neighbours have no part in delivery.
@@ -46,18 +47,24 @@ enum drop_reason {
 	DROP_ACL_EGRESS, /* the network ACL of the sender's subnet */
 	DROP_ACL_INGRESS, /* the network ACL of the receiver's subnet */
 	DROP_BLACKHOLE, /* a route whose target is gone, or is not of these wires */
+	DROP_IGW_SOURCE, /* to the internet, from an address without a public one */
+	DROP_IGW_PRIVATE, /* between the internet and an address of RFC 1918 or RFC 6598 */
+	DROP_NO_PUBLIC, /* from the internet, to a public address that leads nowhere */
 	DROP_REASONS, /* how many there are */
 };
 
 enum eni_flag {
 	ENI_SOURCE_DEST_CHECK = 1,
 	ENI_READY = 2, /* made whole: what Set looks for, nothing to the programs */
+	ENI_UNGATED = 4, /* a NAT gateway's: no security group judges what it sends and receives */
 };
 
 enum route_kind {
 	ROUTE_LOCAL = 1, /* to whatever ENI holds the address */
 	ROUTE_ENI, /* to target, whose address that of the packet is not */
 	ROUTE_BLACKHOLE, /* to what is not there */
+	ROUTE_IGW, /* to the VPC's internet gateway */
+	ROUTE_PEER, /* to whatever ENI of VPC vni holds the address */
 };
 
 struct address {
@@ -71,7 +78,7 @@ struct target {
 	enum eni_flag flags;
 	__be32 subnet; /* network address of its subnet; with the VNI, the subnet's name */
 	__u8 mac[6];
-	__u8 pad[2];
+	__u16 mtu; /* IP length of what it takes */
 };
 
 /* An ENI as a source: what a fabric end belongs to. */
@@ -107,6 +114,14 @@ struct route_key {
 struct route {
 	enum route_kind kind;
 	struct target target; /* ROUTE_ENI */
+	__u32 vni; /* ROUTE_PEER */
+};
+
+/* What a public address leads to, through an internet gateway that is attached. */
+struct public {
+	__u64 table; /* number of the gateway's route table, 0: it has none */
+	__u32 vni;
+	__be32 private;
 };
 
 /*
@@ -124,7 +139,7 @@ struct counters {
 
 /* The router of every subnet; locally administered, never an ENI's. */
 volatile const __u8 router_mac[6] = {0x02, 0x00, 0x5e, 0x00, 0x00, 0x01};
-volatile const __u32 mtu = 9001; /* IP length */
+volatile const __u32 internet_mtu = 1500; /* IP length, through an internet gateway */
 volatile const enum drop_reason drop_reasons = DROP_REASONS; /* shows the type to bpf2go */
 
 struct {
@@ -163,7 +178,39 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } routes SEC(".maps");
 
-/* Key 0 counts what came from a device that is no ENI's. */
+/* By public address, in network byte order. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, __be32);
+	__type(value, struct public);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} publics SEC(".maps");
+
+/* The public address of a private one, the other way round. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, struct address);
+	__type(value, __be32);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} elastics SEC(".maps");
+
+/* The one end towards the internet; ifindex 0: there is no internet yet. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct target);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} internet SEC(".maps");
+
+/*
+ * Key 0 counts what came from a device that is no ENI's, and what came from the
+ * internet and reached no ENI.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -308,30 +355,50 @@ static __always_inline void measure(struct __sk_buff *skb, const struct iphdr *i
 	}
 }
 
-/*
- * deliver hands the frame to the guest behind t. The headers in front of data
- * are the caller's; addresses on the Ethernet header are rewritten, the TTL is
- * not: the VPC does not lower it.
- */
-static __always_inline int deliver(struct __sk_buff *skb, struct ethhdr *eth,
-				   const struct target *t, const __u8 *source, const struct size *s)
+static __always_inline void count_received(__u32 ifindex, __u64 packets, __u64 bytes)
 {
-	__u32 ifindex = t->ifindex;
-	struct counters *c;
+	struct counters *c = bpf_map_lookup_elem(&counts, &ifindex);
 
-	__builtin_memcpy(eth->h_dest, t->mac, 6);
-	__builtin_memcpy(eth->h_source, source, 6);
-	c = bpf_map_lookup_elem(&counts, &ifindex);
 	if (c) {
-		c->rx_packets += s->packets;
-		c->rx_bytes += s->bytes;
+		c->rx_packets += packets;
+		c->rx_bytes += bytes;
 	}
-	/*
-	 * The type was set on arrival, by the MAC of the fabric end. The peer
-	 * does not look again, and IP drops what is for another host.
-	 */
+}
+
+/* address_frame writes a frame's Ethernet addresses. */
+static __always_inline int address_frame(struct __sk_buff *skb, const __u8 *to, const __u8 *source)
+{
+	struct ethhdr *eth = (void *)(long)skb->data;
+
+	if ((void *)(eth + 1) > (void *)(long)skb->data_end)
+		return -1;
+	__builtin_memcpy(eth->h_dest, to, 6);
+	__builtin_memcpy(eth->h_source, source, 6);
+	return 0;
+}
+
+/*
+ * hand_over redirects a frame, addressed to the guest, into its namespace. The
+ * packet's type was set on arrival, by the MAC of the fabric end. The peer does
+ * not look again, and IP drops what is for another host.
+ */
+static __always_inline int hand_over(struct __sk_buff *skb, __u32 ifindex)
+{
 	bpf_skb_change_type(skb, PACKET_HOST);
 	return bpf_redirect_peer(ifindex, 0);
+}
+
+/*
+ * deliver hands the frame to the guest behind t. Its Ethernet addresses are
+ * rewritten, the TTL is not: the VPC does not lower it.
+ */
+static __always_inline int deliver(struct __sk_buff *skb, const struct target *t,
+				   const __u8 *source, const struct size *s)
+{
+	if (address_frame(skb, t->mac, source))
+		return drop(skb->ifindex, DROP_MALFORMED);
+	count_received(t->ifindex, s->packets, s->bytes);
+	return hand_over(skb, t->ifindex);
 }
 
 /*
@@ -396,36 +463,162 @@ static __always_inline int from_guest_arp(struct __sk_buff *skb, const struct en
 	return bpf_redirect_peer(ifindex, 0);
 }
 
-static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct eni *self)
+/* ipv4_header returns a frame's IPv4 header, or 0 if it is none or contradicts the frame. */
+static __always_inline struct iphdr *ipv4_header(struct __sk_buff *skb)
 {
-	__u32 ifindex = skb->ifindex;
-	struct station station = {};
-	struct target *t, *owner, *holder, *named;
-	struct packet packet = {};
-	enum drop_reason reason;
-	struct counters *c;
-	__u8 router[6], source[6];
-	struct ethhdr *eth;
 	struct iphdr *iph;
-	struct size size;
-	struct route *r;
-	__u32 receiver;
-	int crosses;
 
 	if ((void *)(long)skb->data + ETH_HLEN + sizeof(*iph) > (void *)(long)skb->data_end &&
 	    bpf_skb_pull_data(skb, ETH_HLEN + sizeof(*iph)))
-		return drop(ifindex, DROP_MALFORMED);
-	eth = (void *)(long)skb->data;
-	iph = (void *)(eth + 1);
+		return 0;
+	iph = (void *)(long)skb->data + ETH_HLEN;
 	if ((void *)(iph + 1) > (void *)(long)skb->data_end)
-		return drop(ifindex, DROP_MALFORMED);
+		return 0;
 	if (iph->version != 4 || iph->ihl < 5 || skb->len < (__u32)ETH_HLEN + iph->ihl * 4)
-		return drop(ifindex, DROP_MALFORMED);
+		return 0;
 	/* The total length of a GSO frame of 64 KiB and more is 0. */
 	if (!skb->gso_size && (bpf_ntohs(iph->tot_len) < iph->ihl * 4 ||
 			       bpf_ntohs(iph->tot_len) > skb->len - ETH_HLEN))
-		return drop(ifindex, DROP_MALFORMED);
+		return 0;
+	return iph;
+}
 
+/* Where a packet goes. */
+struct way {
+	enum route_kind kind; /* of its route; to an ENI's MAC and within a subnet ROUTE_LOCAL */
+	struct target *to; /* who receives it, 0: the internet gateway */
+	__u32 vni; /* of who receives it */
+	__u32 named; /* fabric end of the ENI that has its destination, 0: none has */
+	__u8 held; /* that ENI receives it */
+	__u8 source[6]; /* Ethernet source that the receiver sees */
+};
+
+/* resolve finds out where a packet of an ENI's guest goes: 0, or why nowhere. */
+static __always_inline enum drop_reason resolve(const struct eni *self, const struct ethhdr *eth,
+						const struct iphdr *iph, struct way *w)
+{
+	struct station station = {};
+	struct target *holder;
+	struct route *r;
+	__u8 router[6];
+
+	w->vni = self->vni;
+	holder = mapping(self->vni, iph->daddr);
+	w->named = holder ? holder->ifindex : 0;
+	load_router_mac(router);
+	if (same_mac(eth->h_dest, router)) {
+		__builtin_memcpy(w->source, router, 6);
+		/* No route is followed to link-local addresses (VPC user guide). */
+		if (link_local(iph->daddr))
+			return DROP_NO_ROUTE;
+		r = route_to(self->table, iph->daddr);
+		if (!r)
+			return DROP_NO_ROUTE;
+		w->kind = r->kind;
+		/* Within a subnet the route is always local (VPC user guide). */
+		if ((iph->daddr & self->netmask) == self->subnet)
+			w->kind = ROUTE_LOCAL;
+		if (w->kind == ROUTE_LOCAL) {
+			if (!holder)
+				return DROP_NO_TARGET;
+			w->to = holder;
+		} else if (w->kind == ROUTE_ENI) {
+			w->to = &r->target;
+		} else if (w->kind == ROUTE_PEER) {
+			/* The peer's ENIs alone: no gateway, no third VPC behind it. */
+			w->vni = r->vni;
+			w->to = mapping(r->vni, iph->daddr);
+			if (!w->to)
+				return DROP_NO_TARGET;
+			w->named = w->to->ifindex;
+		} else if (w->kind == ROUTE_IGW) {
+			return 0;
+		} else {
+			return DROP_BLACKHOLE;
+		}
+	} else {
+		station.vni = self->vni;
+		station.subnet = self->subnet;
+		__builtin_memcpy(station.mac, eth->h_dest, 6);
+		w->kind = ROUTE_LOCAL;
+		w->to = bpf_map_lookup_elem(&stations, &station);
+		if (!w->to)
+			return DROP_UNKNOWN_MAC;
+		__builtin_memcpy(w->source, self->mac, 6);
+	}
+	w->held = w->named == w->to->ifindex;
+	return 0;
+}
+
+/*
+ * may_leave says whether a packet may leave its sender: 0, or why not.
+ * crosses: it leaves the subnet, too.
+ */
+static __always_inline enum drop_reason may_leave(struct packet *p, __u32 ifindex,
+						  const struct eni *self, const struct way *w,
+						  int crosses)
+{
+	__u32 named = egress_groups_by_address || w->held ? w->named : 0;
+	enum drop_reason reason;
+
+	if (!(self->flags & ENI_UNGATED)) {
+		reason = gate(p, ifindex, EGRESS, named);
+		if (reason)
+			return reason;
+	}
+	if (crosses && !acl_allows(p, self->vni, self->subnet, EGRESS))
+		return DROP_ACL_EGRESS;
+	return 0;
+}
+
+/*
+ * may_enter says whether a packet may reach its receiver: 0, or why not. sender
+ * is the ENI that sends it from an address of its own, 0 if none is known to;
+ * crosses: it enters the subnet, too.
+ */
+static __always_inline enum drop_reason may_enter(struct packet *p, __u32 sender,
+						  const struct way *w, int crosses)
+{
+	if (!w->held && (w->to->flags & ENI_SOURCE_DEST_CHECK))
+		return DROP_DEST_ADDRESS;
+	if (crosses && !acl_allows(p, w->vni, w->to->subnet, INGRESS))
+		return DROP_ACL_INGRESS;
+	if (w->to->flags & ENI_UNGATED)
+		return 0;
+	return gate(p, w->to->ifindex, INGRESS, sender);
+}
+
+static __always_inline void count_sent(__u32 ifindex, const struct size *s)
+{
+	struct counters *c = bpf_map_lookup_elem(&counts, &ifindex);
+
+	if (c) {
+		c->tx_packets += s->packets;
+		c->tx_bytes += s->bytes;
+	}
+}
+
+#include "fabric_mtu.h"
+#include "fabric_nat.h"
+
+static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct eni *self)
+{
+	__u32 ifindex = skb->ifindex;
+	struct packet packet = {};
+	enum drop_reason reason;
+	struct target *owner;
+	struct ethhdr *eth;
+	struct iphdr *iph;
+	struct way way = {};
+	struct size size;
+	__u32 limit = 0;
+	__u8 router[6];
+	int crosses;
+
+	iph = ipv4_header(skb);
+	if (!iph)
+		return drop(ifindex, DROP_MALFORMED);
+	eth = (void *)(long)skb->data;
 	if ((eth->h_dest[0] & 1) || (iph->daddr & bpf_htonl(0xf0000000)) == bpf_htonl(0xe0000000) ||
 	    iph->daddr == bpf_htonl(0xffffffff))
 		return drop(ifindex, DROP_MULTICAST);
@@ -437,82 +630,50 @@ static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct e
 		return drop(ifindex, DROP_SOURCE_ADDRESS);
 
 	measure(skb, iph, &size);
-	if (size.longest > mtu)
-		return drop(ifindex, DROP_OVERSIZE);
-
 	load_router_mac(router);
-	if (same_mac(eth->h_dest, router)) {
-		if (is_service(iph->daddr)) {
-			c = bpf_map_lookup_elem(&counts, &ifindex);
-			if (c) {
-				c->tx_packets += size.packets;
-				c->tx_bytes += size.bytes;
-			}
-			bpf_skb_change_type(skb, PACKET_HOST);
-			return TCX_PASS;
-		}
-		/* No route is followed to link-local addresses (VPC user guide). */
-		if (link_local(iph->daddr))
-			return drop(ifindex, DROP_NO_ROUTE);
-		named = holder = mapping(self->vni, iph->daddr);
-		r = route_to(self->table, iph->daddr);
-		if (!r)
-			return drop(ifindex, DROP_NO_ROUTE);
-		/* Within a subnet the route is always local (VPC user guide). */
-		if (r->kind == ROUTE_LOCAL || (iph->daddr & self->netmask) == self->subnet) {
-			t = holder;
-			if (!t)
-				return drop(ifindex, DROP_NO_TARGET);
-		} else if (r->kind == ROUTE_ENI) {
-			t = &r->target;
-			if (holder && holder->ifindex != t->ifindex)
-				holder = 0;
-		} else {
-			return drop(ifindex, DROP_BLACKHOLE);
-		}
-		__builtin_memcpy(source, router, 6);
-	} else {
-		station.vni = self->vni;
-		station.subnet = self->subnet;
-		__builtin_memcpy(station.mac, eth->h_dest, 6);
-		t = bpf_map_lookup_elem(&stations, &station);
-		if (!t)
-			return drop(ifindex, DROP_UNKNOWN_MAC);
-		named = holder = mapping(self->vni, iph->daddr);
-		if (holder && holder->ifindex != t->ifindex)
-			holder = 0;
-		__builtin_memcpy(source, self->mac, 6);
+	if (is_service(iph->daddr) && same_mac(eth->h_dest, router)) {
+		count_sent(ifindex, &size);
+		bpf_skb_change_type(skb, PACKET_HOST);
+		return TCX_PASS;
 	}
-
+	reason = resolve(self, eth, iph, &way);
+	if (reason)
+		return drop(ifindex, reason);
 	reason = parse(skb, iph, &packet);
 	if (reason)
 		return drop(ifindex, reason);
 	packet.packets = size.packets;
 	packet.bytes = size.bytes;
-	receiver = t->ifindex;
-	if (!egress_groups_by_address)
-		named = holder;
-	reason = gate(&packet, ifindex, EGRESS, named ? named->ifindex : 0);
+
+	if (!way.to) { /* ROUTE_IGW, in a form that the verifier follows */
+		crosses = 1;
+	} else {
+		crosses = way.to->subnet != self->subnet || way.vni != self->vni;
+		packet.always_tracked = !!((self->flags | way.to->flags) & ENI_UNGATED);
+	}
+	reason = may_leave(&packet, ifindex, self, &way, crosses);
 	if (reason)
 		return drop(ifindex, reason);
-	crosses = t->subnet != self->subnet;
-	if (crosses && !acl_allows(&packet, self->vni, self->subnet, EGRESS))
-		return drop(ifindex, DROP_ACL_EGRESS);
-	c = bpf_map_lookup_elem(&counts, &ifindex);
-	if (c) {
-		c->tx_packets += size.packets;
-		c->tx_bytes += size.bytes;
+	count_sent(ifindex, &size);
+	if (!way.to) {
+		if (packet.first_fragment)
+			remember_fragment(ifindex, &packet);
+		bpf_tail_call(skb, &gateways, TO_INTERNET);
+		return drop(ifindex, DROP_BLACKHOLE);
 	}
-	if (!holder && (t->flags & ENI_SOURCE_DEST_CHECK))
-		return drop(receiver, DROP_DEST_ADDRESS);
-	if (crosses && !acl_allows(&packet, self->vni, t->subnet, INGRESS))
-		return drop(receiver, DROP_ACL_INGRESS);
-	reason = gate(&packet, receiver, INGRESS, owner ? ifindex : 0);
+	if (size.longest > way.to->mtu) {
+		limit = way.to->mtu;
+		if (must_tell(skb))
+			return refuse_length(skb, limit);
+	}
+	reason = may_enter(&packet, owner ? ifindex : 0, &way, crosses);
 	if (reason)
-		return drop(receiver, reason);
+		return drop(way.to->ifindex, reason);
 	if (packet.first_fragment)
 		remember_fragment(ifindex, &packet);
-	return deliver(skb, eth, t, source, &size);
+	if (limit)
+		return deliver_cut(skb, way.to, way.source, limit);
+	return deliver(skb, way.to, way.source, &size);
 }
 
 SEC("tcx/ingress")
@@ -566,6 +727,8 @@ int to_guest(struct __sk_buff *skb)
 	struct size size;
 	struct eni *self;
 
+	if (skb->mark & CUT)
+		return cut(skb);
 	self = bpf_map_lookup_elem(&enis, &ifindex);
 	if (!self)
 		return drop(0, DROP_NO_INTERFACE);
@@ -589,4 +752,16 @@ int to_guest(struct __sk_buff *skb)
 		c->rx_bytes += size.bytes;
 	}
 	return TCX_PASS;
+}
+
+/*
+ * Fragments alone leave for the internet by the stack; all else is redirected to
+ * the other end.
+ */
+SEC("tcx/egress")
+int cut_for_internet(struct __sk_buff *skb)
+{
+	if (skb->mark & CUT)
+		return cut(skb);
+	return drop(0, DROP_NOT_SERVICE);
 }

@@ -200,6 +200,7 @@ struct packet {
 	__u8 icmp_type;
 	__u8 icmp_code;
 	__u8 first_fragment; /* others follow */
+	__u8 always_tracked; /* whatever the rules: through a NAT gateway (EC2 user guide) */
 	__u16 id; /* of a first fragment's datagram */
 	__u64 packets; /* as on the wire */
 	__u64 bytes;
@@ -235,7 +236,7 @@ static __always_inline void set_query(struct tuple *t, const __u8 *icmp)
 }
 
 /* set_about reads the packet that an ICMP error at offset is about. */
-static __always_inline void set_about(struct __sk_buff *skb, __u32 offset, struct packet *p)
+static __noinline void set_about(struct __sk_buff *skb, __u32 offset, struct packet *p)
 {
 	struct iphdr inner;
 	__u8 l4[8];
@@ -327,7 +328,7 @@ static __always_inline enum drop_reason parse(struct __sk_buff *skb, const struc
 }
 
 /* remember_fragment lets the other fragments of a datagram follow this one. */
-static __always_inline void remember_fragment(__u32 ifindex, const struct packet *p)
+static __noinline void remember_fragment(__u32 ifindex, const struct packet *p)
 {
 	struct fragment_key key = {
 		.ifindex = ifindex,
@@ -617,7 +618,7 @@ __noinline int gate(struct packet *p, __u32 ifindex, __u32 which, __u32 peer)
 		begun.flags[INGRESS] = p->tcp_flags;
 		begun.opener = INGRESS;
 	}
-	if (untracked(policy, direction, &p->tuple, is_syn(p)))
+	if (!p->always_tracked && untracked(policy, direction, &p->tuple, is_syn(p)))
 		begun.version = policy->version;
 	begun.expires = now + idle_timeout(&begun, p->tuple.protocol) * NSEC_PER_SEC;
 	/* An untracked flow is only spared the rules here: it needs no entry. */

@@ -73,7 +73,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	defer socket.Close()
-	dp, err := datapath.Open(datapath.Options{BPFFS: o.bpffs, AllowIMDS: o.imds == "allow", Hook: o.hook, SNAT: o.snat, SNATExclude: o.snatExclude, ProcSysNet: o.procSysNet, Logger: log})
+	dp, err := datapath.Open(datapath.Options{BPFFS: o.bpffs, AllowIMDS: o.imds == "allow", Hook: o.hook, SNAT: o.snat, SNATExclude: o.snatExclude, Direct: o.direct, StackNetworks: o.directExcept, ProcSysNet: o.procSysNet, Logger: log})
 	if err != nil {
 		return fmt.Errorf("open the datapath: %w; docs/datapath.md says what it needs of the kernel", err)
 	}

@@ -28,7 +28,8 @@ type options struct {
 	cniConf, cniBin, plugin               string
 	hook                                  datapath.Hook
 	snat                                  datapath.SNAT
-	snatExclude                           []netip.Prefix
+	snatExclude, directExcept             []netip.Prefix
+	direct                                bool
 	level                                 slog.Level
 	prefixes                              bool
 	sweep                                 time.Duration
@@ -54,6 +55,12 @@ func parseFlags(args []string, stderr io.Writer) (options, error) {
 	f.Func("snat-exclude", "`ranges` of public addresses that pods speak to under their own, such as a peered VPC's: CIDR,CIDR; may be repeated. The VPC's ranges, as they change, RFC 1918, RFC 6598 and link-local always are", func(s string) error {
 		more, err := parseRanges(s)
 		o.snatExclude = append(o.snatExclude, more...)
+		return err
+	})
+	f.BoolVar(&o.direct, "direct", true, "let connections within the VPC's ranges bypass the kernel's stack where it would only route them; false: every packet takes the stack")
+	f.Func("direct-except", "`ranges` within the VPC's for which every packet takes the stack: addresses that somebody on the node translates, as those of Kubernetes' Services, if they are of the VPC's ranges: CIDR,CIDR; may be repeated", func(s string) error {
+		more, err := parseRanges(s)
+		o.directExcept = append(o.directExcept, more...)
 		return err
 	})
 	f.StringVar(&o.cluster, "cluster", "default", "`name` of the cluster, in the tags of the interfaces that the agent makes")

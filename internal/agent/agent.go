@@ -23,6 +23,7 @@ import (
 type Datapath interface {
 	SetENIs(context.Context, []datapath.ENI) error
 	SetVPC(context.Context, []netip.Prefix) error
+	Status() (datapath.Status, error)
 	Obstacle() (string, error)
 	Foreign() ([]netip.Addr, error)
 	Watch(ctx context.Context, changed func()) error

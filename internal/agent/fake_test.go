@@ -298,6 +298,10 @@ func newDatapath(c *fakeCloud) *fakeDatapath {
 	return &fakeDatapath{c: c, records: map[netip.Addr]datapath.Endpoint{}, broken: map[string]error{}, damage: make(chan struct{})}
 }
 
+func (d *fakeDatapath) Status() (datapath.Status, error) {
+	return datapath.Status{Hook: datapath.Clsact}, nil
+}
+
 func (d *fakeDatapath) SetVPC(_ context.Context, cidrs []netip.Prefix) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()

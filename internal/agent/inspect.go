@@ -67,6 +67,14 @@ func (a *Agent) Inspect(ctx context.Context) (*agentapi.Inspection, error) {
 		return nil, agentapi.Errorf(agentapi.CodeDatapath, "read the counters: %v; see the agent's log", err)
 	}
 	in.Counters.Drops = maps.Clone(drops)
+	st, err := a.opts.Datapath.Status()
+	if err != nil {
+		return nil, agentapi.Errorf(agentapi.CodeDatapath, "read the datapath's state: %v; see the agent's log", err)
+	}
+	in.Datapath = agentapi.Datapath{
+		Hook: string(st.Hook), Direct: st.Direct, Connections: st.Connections, DirectConnections: st.DirectConnections, MaxConnections: st.MaxConnections,
+		DirectPackets: st.Paths.Direct, StackPackets: st.Paths.Stack + st.Paths.Exceptions, SlowShare: st.Paths.SlowShare(),
+	}
 	return in, nil
 }
 

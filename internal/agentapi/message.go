@@ -144,6 +144,20 @@ type Inspection struct {
 	Waiting    int        `json:"waiting"` // ADDs that wait for an address
 	Counters   Counters   `json:"counters"`
 	Limits     Limits     `json:"limits"`
+	Datapath   Datapath   `json:"datapath"` // which way pods' packets take
+}
+
+// Datapath is which way pods' packets take through the node.
+type Datapath struct {
+	Hook   string `json:"hook"`   // where the programs stand: clsact or tcx
+	Direct bool   `json:"direct"` // connections within the VPC may bypass the kernel's stack
+	// Entries of conntrack, and those that bypass the stack, a few seconds ago.
+	Connections       int     `json:"connections"`
+	DirectConnections int     `json:"directConnections"`
+	MaxConnections    int     `json:"maxConnections"`
+	DirectPackets     uint64  `json:"directPackets"` // of pods, since the node started
+	StackPackets      uint64  `json:"stackPackets"`
+	SlowShare         float64 `json:"slowShare"` // part of pods' packets that took the stack, 0 to 1
 }
 
 // Node is the instance the agent runs on.

@@ -294,6 +294,7 @@ func (s *status) write(w io.Writer, color bool, now time.Time) {
 	}
 	s.interfaceTable(w, color)
 	s.podTable(w, color, now)
+	s.pathTable(w, color)
 	s.dropTable(w, color)
 	s.errorTable(w, color, now)
 }
@@ -369,6 +370,27 @@ func (s *status) podTable(w io.Writer, color bool, now time.Time) {
 		t.row(cell{text: p.Name, tone: strong}, text(p.Node), text(p.IP), text(p.ENI), cell{text: p.MAC, tone: dim}, text(age(now.Sub(p.Since))), state, cell{text: p.Problem, tone: bad})
 	}
 	t.write(w, "", color)
+}
+
+// pathTable shows which way pods' packets take.
+func (s *status) pathTable(w io.Writer, color bool) {
+	t := table{head: []string{"DATAPATH OF", "HOOK", "DIRECT", "CONNECTIONS", "OF AT MOST", "PACKETS", "BY THE STACK"}}
+	for _, n := range s.NodeStatus {
+		if n.Inspect == nil || n.Inspect.Datapath.Hook == "" {
+			continue // an agent of before
+		}
+		d := n.Inspect.Datapath
+		direct := text("off")
+		if d.Direct {
+			direct = text("on")
+		}
+		t.row(text(n.Name), text(d.Hook), direct, number(d.Connections), number(d.MaxConnections),
+			cell{text: fmt.Sprint(d.DirectPackets + d.StackPackets), right: true}, cell{text: fmt.Sprintf("%.1f %%", 100*d.SlowShare), right: true})
+	}
+	if len(t.rows) > 0 {
+		fmt.Fprintln(w)
+		t.write(w, "", color)
+	}
 }
 
 func (s *status) dropTable(w io.Writer, color bool) {

@@ -33,6 +33,7 @@ const (
 var (
 	vpcCIDR     = netip.MustParsePrefix("10.0.0.0/16")
 	subnetCIDRs = []netip.Prefix{netip.MustParsePrefix("10.0.0.0/20"), netip.MustParsePrefix("10.0.16.0/20")}
+	publicCIDR  = netip.MustParsePrefix("10.0.32.0/24") // with --internet
 )
 
 type upOptions struct {
@@ -42,6 +43,7 @@ type upOptions struct {
 	agentArgs      []string
 	agentEnv       []string
 	iamPolicy      string
+	internet       bool
 	listen         string
 	listenExplicit bool
 	kube           kubernetesOptions
@@ -56,6 +58,11 @@ func (a *App) upCommand() *cobra.Command {
 spread over the zones, each with an agent and the CNI plugin; and outside the
 cluster a VM (vm-1) and a managed database (db-1), each with a small TCP server.
 
+With --internet there are an internet gateway and, in a public subnet, a NAT
+gateway, to which the private subnets have a default route. The internet is the
+network namespace ul-NAME-internet; 203.0.113.10 and .20 there answer HTTP with
+the address that they see, and echo on port 7.
+
 With --kubernetes the nodes are those of a Kubernetes: containerd, kubelet and
 kube-proxy on each, in namespaces of their own, a control plane on an instance
 beside them, and Underlay installed by its Helm chart.
@@ -65,6 +72,7 @@ A failed or interrupted up takes down again what it has made.`,
   underlay up --nodes 3 --instance-type m5.4xlarge
   underlay up --prefixes        # an m5.large then holds 432 pod addresses
   underlay up --iam-policy docs/reference/iam-policy.json   # agents may do this much
+  underlay up --internet        # a NAT gateway; then: underlay exec POD -- curl 203.0.113.10
   underlay up --name other -o json
   underlay up --kubernetes      # then: eval "$(underlay env)"; kubectl get nodes`,
 		Args:        cobra.NoArgs,
@@ -92,6 +100,7 @@ A failed or interrupted up takes down again what it has made.`,
 	c.Flags().StringArrayVar(&o.agentArgs, "agent-arg", nil, "a further `flag` for the agents, e.g. --agent-arg=--imds=allow; may be repeated, see underlay-agent --help")
 	c.Flags().StringArrayVar(&o.agentEnv, "agent-env", nil, "a `NAME=VALUE` for the agents, e.g. WARM_IP_TARGET=5; may be repeated")
 	c.Flags().StringVar(&o.iamPolicy, "iam-policy", "", "a `file` with the IAM policy of the nodes: what it does not allow the agents, EC2 refuses them; without one they may do everything")
+	c.Flags().BoolVar(&o.internet, "internet", false, "a way to the internet (a network namespace that answers) for nodes and pods")
 	c.Flags().StringVar(&o.listen, "listen", defaultListen, "where vpcd listens; another port when this one is taken, unless the flag is given")
 	c.Flags().BoolVar(&o.kube.on, "kubernetes", false, "a Kubernetes on the nodes, with Underlay as its CNI; the first time builds it")
 	c.Flags().StringVar(&o.kube.proxy, "kube-proxy", cluster.ProxyModes[0], "with --kubernetes: the mode of kube-proxy, nftables or iptables")
@@ -317,6 +326,11 @@ func (b *builder) machines(ctx context.Context) error {
 		return err
 	}
 	b.f.Lab.VPCID = string(net.VPC)
+	if b.o.internet {
+		if _, err := api.Internet(ctx, "underlay-"+b.home.name, net, publicCIDR); err != nil {
+			return err
+		}
+	}
 
 	var ids []vpc.InstanceID
 	for i := range b.o.nodes {

@@ -18,10 +18,11 @@ import (
 	"github.com/underlay-cni/underlay/internal/vpc"
 )
 
-// attachENIs puts the programs on the devices of ENIs, and takes them off those
-// that are ENIs no more. The programs on pods' devices send packets straight to
-// an ENI only while it has its own. An ENI that can have none, as when another's
-// ingress qdisc is in the way, goes on by the stack alone.
+// attachENIs puts the programs on the devices of ENIs: before a rule leads there,
+// since what a pod sends by the stack is judged where it leaves. The programs on
+// pods' devices send packets straight to an ENI only while it has its own. An ENI
+// that can have none, as when another's ingress qdisc is in the way, goes on by
+// the stack alone.
 func (d *Datapath) attachENIs(ctx context.Context, present map[int]ENI, links []nl.Link) error {
 	var errs []error
 	for i := 1; i <= MaxENIIndex; i++ {
@@ -29,10 +30,6 @@ func (d *Datapath) attachENIs(ctx context.Context, present map[int]ENI, links []
 		old, had := d.eniLinks[i]
 		if !ok {
 			errs = append(errs, d.putENI(i, bpfgen.NodeEni{}))
-			if had {
-				errs = append(errs, d.releaseENI(old, links))
-				d.forgetENI(i)
-			}
 			continue
 		}
 		l, _ := linkOf(links, eni.MAC)
@@ -45,8 +42,21 @@ func (d *Datapath) attachENIs(ctx context.Context, present map[int]ENI, links []
 		}
 		errs = append(errs, d.attachENI(i, eni, dev))
 	}
-	errs = append(errs, d.sweepENIPins())
 	return errors.Join(errs...)
+}
+
+// releaseENIs takes the programs off devices that are ENIs no more: when no rule
+// leads there any longer.
+func (d *Datapath) releaseENIs(present map[int]ENI, links []nl.Link) error {
+	var errs []error
+	for i := 1; i <= MaxENIIndex; i++ {
+		_, ok := present[i]
+		if old, had := d.eniLinks[i]; had && !ok {
+			errs = append(errs, d.releaseENI(old, links))
+			d.forgetENI(i)
+		}
+	}
+	return errors.Join(append(errs, d.sweepENIPins())...)
 }
 
 // attachENI makes one ENI's device whole, and known to the programs.

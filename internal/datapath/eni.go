@@ -82,9 +82,10 @@ func (d *Datapath) SetENIs(ctx context.Context, enis []ENI) error {
 		}
 	}
 	d.present = present
+	attached := d.attachENIs(ctx, present, links)
 	missingGuard, err := repairGuard(d.netns)
 	errs = append(errs, d.setRules(present), d.setPodRule(), err, d.setSNAT(), d.repairPrograms(ctx))
-	if err := d.attachENIs(ctx, present, links); err != nil {
+	if err := errors.Join(attached, d.releaseENIs(present, links)); err != nil {
 		d.log.Warn("pods' packets take the stack where an ENI lacks its programs", "err", err)
 	}
 	if err := d.setReplies(slices.Collect(maps.Values(present))); err != nil {

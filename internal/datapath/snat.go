@@ -94,10 +94,10 @@ func (d *Datapath) SetVPC(ctx context.Context, cidrs []netip.Prefix) error {
 	if slices.Equal(sorted, d.vpc) {
 		return nil
 	}
-	d.vpc = sorted
 	if err := d.setNets(sorted, d.opts.StackNetworks); err != nil {
 		return err
 	}
+	d.vpc = sorted
 	if d.present == nil {
 		return nil // SetENIs comes to it
 	}

@@ -75,7 +75,7 @@ func TestSNATChains(t *testing.T) {
 	var log bytes.Buffer
 	open := func(mode SNAT) *Datapath {
 		t.Helper()
-		d := w.open(Options{SNAT: mode, Logger: slog.New(slog.NewTextHandler(&log, nil))})
+		d := w.openWith(Options{SNAT: mode, Logger: slog.New(slog.NewTextHandler(&log, nil))}, enis)
 		return d
 	}
 	in := func(command string) string {

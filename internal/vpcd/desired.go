@@ -58,6 +58,8 @@ func desired(n names, state, mapping *store.State) (fabric.Config, error) {
 	for _, l := range state.ACLs.All() {
 		c.ACLs = append(c.ACLs, acl(l))
 	}
+	c.Internet = state.Gateways.Len() > 0
+	c.Publics = publics(state)
 	for _, i := range state.Instances.All() {
 		if lives(i) {
 			c.Guests = append(c.Guests, fabric.Guest{Netns: n.instance(i.ID)})
@@ -65,6 +67,11 @@ func desired(n names, state, mapping *store.State) (fabric.Config, error) {
 	}
 	for _, s := range state.Services.All() {
 		c.Guests = append(c.Guests, fabric.Guest{Netns: n.service(s.Name)})
+	}
+	for _, g := range state.NATs.All() {
+		if v := state.VPC(g.VPC); translates(g) && v != nil {
+			c.Guests = append(c.Guests, fabric.Guest{Netns: n.service(string(g.ID)), NAT: nat(v, g)})
+		}
 	}
 	for _, g := range state.Groups.All() {
 		c.Groups = append(c.Groups, group(state, g))
@@ -98,6 +105,11 @@ func iface(n names, state, mapping *store.State, primaries map[addrOf]vpc.ENIID,
 	switch {
 	case e.Service != "":
 		i.Guest, i.Configure = n.service(e.Service), true
+	case e.NAT != "":
+		if g := state.NAT(e.NAT); g == nil || !translates(g) {
+			return nil, nil
+		}
+		i.Guest, i.Configure, i.Ungated, i.MTU = n.service(string(e.NAT)), true, true, fabric.NATMTU
 	case !plugged(e.Attachment):
 		return nil, nil
 	default:
@@ -147,8 +159,45 @@ func timeouts(c store.Conntrack) fabric.IdleTimeouts {
 	}
 }
 
-// table is a route table as the fabric should have it. What leads to a gateway
-// leads nowhere yet.
+// publics are the public addresses in use.
+func publics(state *store.State) (out []fabric.Public) {
+	for _, a := range state.Addresses.All() {
+		e := state.ENI(a.ENI)
+		if e == nil {
+			continue
+		}
+		v, g := state.VPC(e.VPC), state.GatewayOf(e.VPC)
+		if v == nil || g == nil {
+			continue
+		}
+		p := fabric.Public{Addr: a.Public, VNI: v.VNI, Private: a.Private}
+		if t := state.ExplicitTable(string(g.ID)); t != nil {
+			p.Table = t.ID
+		}
+		out = append(out, p)
+	}
+	return out
+}
+
+// translates reports whether a NAT gateway has a guest.
+func translates(g *store.NATGateway) bool { return g.State == store.NATAvailable }
+
+// nat is a NAT gateway as the fabric should have it. An address that is to be
+// taken from it begins no connection any more.
+func nat(v *store.VPC, g *store.NATGateway) *fabric.NAT {
+	out := &fabric.NAT{}
+	for _, a := range g.Addresses {
+		if a.Drains.IsZero() {
+			out.Addresses = append(out.Addresses, a.Private)
+		}
+	}
+	for _, c := range v.CIDRs {
+		out.CIDRs = append(out.CIDRs, c.CIDR)
+	}
+	return out
+}
+
+// table is a route table as the fabric should have it.
 func table(state *store.State, t *store.RouteTable) fabric.RouteTable {
 	out := fabric.RouteTable{ID: t.ID}
 	seen := map[netip.Prefix]bool{}
@@ -159,7 +208,7 @@ func table(state *store.State, t *store.RouteTable) fabric.RouteTable {
 		seen[to] = true
 		f := fabric.Route{CIDR: to, Local: r.Target.Local}
 		if state.RouteState(t, r) == store.RouteActive {
-			f.ENI = r.Target.ENI
+			target(state, t, r.Target, &f)
 		}
 		out.Routes = append(out.Routes, f)
 	}
@@ -178,6 +227,22 @@ func table(state *store.State, t *store.RouteTable) fabric.RouteTable {
 		}
 	}
 	return out
+}
+
+// target gives a route that is active its target.
+func target(state *store.State, t *store.RouteTable, to store.Target, f *fabric.Route) {
+	switch {
+	case to.ENI != "":
+		f.ENI = to.ENI
+	case to.Gateway != "":
+		f.Internet = true
+	case to.NAT != "":
+		f.ENI = state.NAT(to.NAT).ENI // attached once it is available
+	case to.Peering != "":
+		if v := state.VPC(state.Peering(to.Peering).Other(t.VPC)); v != nil {
+			f.Peer = v.VNI
+		}
+	}
 }
 
 // blocks returns what is in a prefix list, nothing if it is not there.

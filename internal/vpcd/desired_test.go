@@ -136,7 +136,7 @@ func TestDesired(t *testing.T) {
 			{CIDR: prefix("10.0.0.0/16"), Local: true}, {CIDR: prefix("100.64.0.0/16"), Local: true},
 			{CIDR: prefix("10.9.0.0/24"), ENI: "eni-00000000000000001"},
 			{CIDR: prefix("10.9.1.0/24")}, // an interface that is not attached
-			{CIDR: prefix("0.0.0.0/0")},   // a gateway
+			{CIDR: prefix("0.0.0.0/0")},   // a gateway that is not there
 			{CIDR: prefix("10.9.2.0/24"), ENI: "eni-00000000000000001"},
 		}}},
 		ACLs: []fabric.ACL{{
@@ -305,5 +305,83 @@ func TestIMDSKeyIsKept(t *testing.T) {
 	}
 	if len(first) != imds.KeySize || string(first) != string(again) {
 		t.Errorf("first %x, then %x", first, again)
+	}
+}
+
+// Gateways and peerings as the fabric gets them.
+func TestDesiredGateways(t *testing.T) {
+	w := newWorld(t)
+	const igw, nat, pcx, peer = vpc.GatewayID("igw-00000000000000001"), vpc.NATGatewayID("nat-00000000000000001"), vpc.PeeringID("pcx-00000000000000001"), vpc.VPCID("vpc-00000000000000002")
+	managed := testENI(5, "10.0.1.50", &store.Attachment{ID: "eni-attach-5", DeviceIndex: 1, Status: store.Attached})
+	managed.NAT, managed.Groups, managed.SourceDestCheck = nat, nil, false
+	gateway := &store.NATGateway{ID: nat, VPC: testVPC, Subnet: testSubnet, ENI: managed.ID, State: store.NATPending, Addresses: []store.NATAddress{
+		{Private: managed.Primary, Primary: true}, {Private: addr("10.0.1.51"), Drains: time.Unix(2_000_000, 0)},
+	}}
+	peering := &store.Peering{ID: pcx, Status: store.PeeringPending, Requester: store.PeeringSide{VPC: testVPC}, Accepter: store.PeeringSide{VPC: peer}}
+	w.change(func(tx *store.Tx) {
+		tx.PutVPC(&store.VPC{ID: peer, VNI: 8, CIDRs: []store.CIDRAssociation{{CIDR: prefix("10.8.0.0/16")}}})
+		tx.PutGateway(&store.InternetGateway{ID: igw})
+		tx.PutENI(managed)
+		tx.PutNAT(gateway)
+		tx.PutPeering(peering)
+		tx.PutAddress(&store.Address{ID: "eipalloc-1", Public: addr("198.51.100.1"), Association: "eipassoc-1", ENI: "eni-00000000000000001", Private: addr("10.0.1.10")})
+		tx.PutAddress(&store.Address{ID: "eipalloc-2", Public: addr("198.51.100.2")})
+		main := *tx.MainTable(testVPC)
+		main.Routes = []store.Route{
+			{CIDR: prefix("0.0.0.0/0"), Target: store.Target{Gateway: igw}},
+			{CIDR: prefix("203.0.113.0/24"), Target: store.Target{NAT: nat}},
+			{CIDR: prefix("10.8.0.0/16"), Target: store.Target{Peering: pcx}},
+		}
+		tx.PutRouteTable(&main)
+	})
+	routes := func(c fabric.Config) []fabric.Route {
+		for _, t := range c.Tables {
+			if t.ID == w.View().MainTable(testVPC).ID {
+				return t.Routes[2:] // behind the local ones
+			}
+		}
+		return nil
+	}
+	get := func() fabric.Config {
+		t.Helper()
+		c, err := desired(names{"demo"}, w.View(), w.View())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	// Detached, pending, not accepted: nothing of it, but the gateway's address
+	// is where the fabric has no interface yet.
+	c := get()
+	if diff := cmp.Diff([]fabric.Route{{CIDR: prefix("0.0.0.0/0")}, {CIDR: prefix("203.0.113.0/24"), ENI: managed.ID}, {CIDR: prefix("10.8.0.0/16")}}, routes(c), cmpopts.EquateComparable(netip.Prefix{})); diff != "" {
+		t.Error(diff)
+	}
+	if len(c.Publics) != 0 || len(c.Interfaces) != 1 || len(c.Guests) != 1 || !c.Internet {
+		t.Errorf("public addresses %v, interfaces %v, guests %v, internet %v", c.Publics, c.Interfaces, c.Guests, c.Internet)
+	}
+
+	w.change(func(tx *store.Tx) {
+		tx.PutGateway(&store.InternetGateway{ID: igw, VPC: testVPC})
+		available, active := *gateway, *peering
+		available.State, active.Status = store.NATAvailable, store.PeeringActive
+		tx.PutNAT(&available)
+		tx.PutPeering(&active)
+	})
+	c = get()
+	if diff := cmp.Diff([]fabric.Route{{CIDR: prefix("0.0.0.0/0"), Internet: true}, {CIDR: prefix("203.0.113.0/24"), ENI: managed.ID}, {CIDR: prefix("10.8.0.0/16"), Peer: 8}}, routes(c), cmpopts.EquateComparable(netip.Prefix{})); diff != "" {
+		t.Error(diff)
+	}
+	if diff := cmp.Diff([]fabric.Public{{Addr: addr("198.51.100.1"), VNI: 7, Private: addr("10.0.1.10")}}, c.Publics, cmpopts.EquateComparable(netip.Addr{})); diff != "" {
+		t.Error(diff)
+	}
+	want := fabric.Guest{Netns: "ul-demo-svc-" + string(nat), NAT: &fabric.NAT{
+		Addresses: []netip.Addr{addr("10.0.1.50")}, CIDRs: []netip.Prefix{prefix("10.0.0.0/16"), prefix("100.64.0.0/16")},
+	}}
+	if diff := cmp.Diff(want, c.Guests[1], cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{})); diff != "" {
+		t.Error(diff)
+	}
+	i := c.Interfaces[1]
+	if i.ID != managed.ID || !i.Ungated || i.MTU != fabric.NATMTU || i.SourceDestCheck || i.Guest != want.Netns || !i.Configure {
+		t.Errorf("the NAT gateway's interface: %+v", i)
 	}
 }

@@ -49,6 +49,7 @@ type reconciler struct {
 	ec2        *http.Server // serves the EC2 API on every listener
 	imds       func(vpc.InstanceID) *imds.Server
 	exists     func(netns string) bool // whether a name is there
+	internet   func()                  // there is an internet now; may be nil
 
 	changed <-chan struct{} // of the store
 	again   chan struct{}   // something else asks for another look; size 1
@@ -181,6 +182,9 @@ func (r *reconciler) apply(ctx context.Context) (state, mapping *store.State, er
 	errs := []error{err}
 	if err := r.net.Set(ctx, config); err != nil {
 		errs = append(errs, fmt.Errorf("set the fabric: %w", err))
+	}
+	if config.Internet && r.internet != nil {
+		r.internet()
 	}
 	errs = append(errs, r.listen(state, config))
 	return state, mapping, errors.Join(errs...)

@@ -108,9 +108,11 @@ func Run(ctx context.Context, o Options) (err error) {
 				return imds.New(imds.Config{Instance: id, Source: source, Key: key, Logger: o.Logger})
 			},
 		}
+		out := &internet{run: f.Internet, there: make(chan struct{}, 1), log: o.Logger}
+		adm.fabric.internet = out.isThere
 		source.mapped = adm.fabric.mapped
 		servers = append(servers, inside)
-		jobs = append(jobs, adm.fabric.Run, func(ctx context.Context) error { return expire(ctx, f, o.Logger) })
+		jobs = append(jobs, adm.fabric.Run, out.Run, func(ctx context.Context) error { return expire(ctx, f, o.Logger) })
 	}
 
 	group, ctx := errgroup.WithContext(ctx)
@@ -139,6 +141,8 @@ var enforced = []string{
 	"ModifySecurityGroupRules", "ModifyManagedPrefixList", "ModifyNetworkInterfaceAttribute",
 	"CreateNetworkAclEntry", "ReplaceNetworkAclEntry", "DeleteNetworkAclEntry", "ReplaceNetworkAclAssociation",
 	"CreateRoute", "ReplaceRoute", "DeleteRoute", "AssociateRouteTable", "DisassociateRouteTable", "ReplaceRouteTableAssociation",
+	"AttachInternetGateway", "DetachInternetGateway", "AssociateAddress", "DisassociateAddress", "DeleteNatGateway",
+	"AcceptVpcPeeringConnection", "DeleteVpcPeeringConnection",
 }
 
 // zoneIDs asks the API for its zones' ids, by name.

@@ -28,8 +28,9 @@ type measure struct {
 var (
 	measureTCP1 = measure{"tcp1", "bytes/s", tcp1, true}
 	measureTCP2 = measure{"tcp2", "bytes/s", tcp2, false}
-	measureRR   = measure{"rr", "round trips/s", rr, true}
-	measureCRR  = measure{"crr", "connections/s", crr, true}
+	measureRR1  = measure{"rr1", "round trips/s", rr1, true}
+	measureCRR  = measure{"crr", "connections/s", crr, false}
+	measureCRR1 = measure{"crr1", "connections/s", crr1, true}
 	measureUDP  = measure{"udp64", "datagrams/s", datagramsPerSecond, true}
 )
 
@@ -68,7 +69,9 @@ func compare(b *testing.B, m measure, first contender, others ...contender) []Ro
 
 // BenchmarkNode measures the node's datapath against what pods could have
 // instead, all with public tools and over equal wires: veth pairs between two
-// network namespaces, no physical NIC. On one CPU by its time, but for tcp2.
+// network namespaces, no physical NIC. tcp1, rr1, crr1 and udp64 are on one CPU
+// and by its time, which does not depend on who else is on the machine; tcp2, rr
+// and crr between two CPUs and by the clock.
 func BenchmarkNode(b *testing.B) {
 	testenv.Require(b, "root", "bpf", "portmap") // for iptables
 	allowedCPUs(b)
@@ -96,21 +99,23 @@ func BenchmarkNode(b *testing.B) {
 	rows = append(rows, compare(b, measureTCP1, pod, node, asAWS, asVXLAN)...)
 	rows = append(rows, compare(b, measureTCP2, pod, node)...)
 	rows = append(rows, roundTrips(b, pod, node)...)
+	rows = append(rows, compare(b, measureRR1, pod, node, asAWS)...)
 	rows = append(rows, compare(b, measureCRR, pod, node, asAWS)...)
+	rows = append(rows, compare(b, measureCRR1, pod, node, asAWS)...)
 	rows = append(rows, compare(b, measureUDP, pod, node, asAWS, asVXLAN)...)
-	for _, m := range []measure{measureTCP1, measureRR, measureCRR, measureUDP} {
+	for _, m := range []measure{measureTCP1, measureRR1, measureCRR1, measureUDP} {
 		rows = append(rows, compare(b, m, samenode, veth)...)
 	}
-	for _, m := range []measure{measureTCP1, measureRR, measureCRR} {
+	for _, m := range []measure{measureTCP1, measureRR1, measureCRR1} {
 		rows = append(rows, compare(b, m, clusterIP, awsClusterIP)...)
 	}
 	for _, g := range growths {
 		small, large := g.make(b)
-		for _, m := range []measure{measureRR, measureCRR, measureUDP} {
+		for _, m := range []measure{measureRR1, measureCRR1, measureUDP} {
 			rows = append(rows, compare(b, m, contender{g.name, large, ""}, contender{"one", small, g.base})...)
 		}
 	}
-	rows = append(rows, memory(b))
+	rows = append(rows, replaced(b), memory(b))
 	if err := Merge(kept(b, latest), rows); err != nil {
 		b.Fatal(err)
 	}
@@ -127,15 +132,15 @@ func roundTrips(b *testing.B, first, base contender) []Row {
 	var subjects []Subject
 	for i, c := range []contender{first, base} {
 		subjects = append(subjects, Subject{c.name + "/rr", func() float64 {
-			var p99 float64
-			rate := perCPUSecond(b, func(b testing.TB, p pair) (rate float64) { rate, p99 = pingPong(b, p); return rate }, c.pair)
+			client, server := twoCPUs(b)
+			rate, p99 := pingPong(b, c.pair, client, server)
 			slow[i] = append(slow[i], p99)
 			return rate
 		}})
 	}
 	samples := Interleave(b, subjects)
 	r := RowOf(first.name+"-"+base.name+"/rr", base.what+"; higher is better", samples[0], samples[1])
-	r.Subject, r.Floor, r.Unit = Median(samples[0]), Median(samples[1]), measureRR.unit
+	r.Subject, r.Floor, r.Unit = Median(samples[0]), Median(samples[1]), measureRR1.unit
 	tail := RowOf(first.name+"-"+base.name+"/rr-p99", base.what+"; lower is better", slow[0][1:], slow[1][1:]) // without the round that warms up
 	tail.Subject, tail.Floor, tail.Unit = Median(slow[0][1:]), Median(slow[1][1:]), "s"
 	return []Row{r, tail}
@@ -149,16 +154,16 @@ type growth struct {
 	make func(testing.TB) (small, large pair)
 }
 
-// grown makes the two sites, and one larger.
-func grown(b testing.TB, name string, enlarge func(u *underlay, from, to benchPod)) (small, large pair) {
+// grown makes the two sites, one with little and one with much.
+func grown(b testing.TB, name string, little, much func(u *underlay, from, to benchPod)) (small, large pair) {
 	b.Helper()
 	var out [2]pair
 	for i, size := range []string{"small", "large"} {
 		u := newUnderlay(b, name+size)
 		from, to := u.pod(0), u.pod(1)
 		out[i] = pairTo(from.ns, to.ns, to.addr)
-		if i == 1 {
-			enlarge(u, from, to)
+		if make := []func(*underlay, benchPod, benchPod){little, much}[i]; make != nil {
+			make(u, from, to)
 		}
 	}
 	return out[0], out[1]
@@ -166,19 +171,40 @@ func grown(b testing.TB, name string, enlarge func(u *underlay, from, to benchPo
 
 const (
 	manyPods        = 250
+	manyRules       = 300
+	manyPeers       = 10_000
 	manyConnections = 100_000
 )
 
+// judged has both pods judged by a policy.
+func judged(b testing.TB, rules, peers int) func(*underlay, benchPod, benchPod) {
+	return func(u *underlay, from, to benchPod) {
+		b.Helper()
+		t := law(b, rules, peers, 0)
+		for i, p := range []benchPod{from, to} {
+			if err := u.d[i].SetPolicy(p.endpoint, t); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+}
+
 var growths = []growth{
 	{"pods250", "the same with one pod on the node", func(b testing.TB) (small, large pair) {
-		return grown(b, "pods", func(u *underlay, _, _ benchPod) {
+		return grown(b, "pods", nil, func(u *underlay, _, _ benchPod) {
 			for range manyPods - 1 {
 				u.pod(0)
 			}
 		})
 	}},
+	{"rules300", "the same with one rule in each gate and direction", func(b testing.TB) (small, large pair) {
+		return grown(b, "rules", judged(b, 1, usualPeers), judged(b, manyRules, usualPeers))
+	}},
+	{"peers10000", "the same with ten peers", func(b testing.TB) (small, large pair) {
+		return grown(b, "peers", judged(b, usualRules, 10), judged(b, usualRules, manyPeers))
+	}},
 	{"conns100000", "the same with no other connection", func(b testing.TB) (small, large pair) {
-		return grown(b, "conns", func(u *underlay, from, to benchPod) { connections(b, from, to, manyConnections) })
+		return grown(b, "conns", nil, func(u *underlay, from, to benchPod) { connections(b, from, to, manyConnections) })
 	}},
 }
 
@@ -214,6 +240,31 @@ func connections(b testing.TB, from, to benchPod, n int) {
 		}
 		return 0, nil
 	})
+}
+
+// replaced returns the row of the time from new members of a group to packets
+// that are judged by them: compiled, and put in the place of the old.
+func replaced(b *testing.B) Row {
+	b.Helper()
+	const allowed = 0.1 // seconds
+	u := newUnderlay(b, "replace")
+	p := u.pod(0)
+	turn := 0
+	measured := Interleave(b, []Subject{{"replace", func() float64 {
+		turn++
+		start := time.Now()
+		if err := u.d[0].SetPolicy(p.endpoint, law(b, usualRules, manyPeers, turn%2)); err != nil {
+			b.Fatal(err)
+		}
+		return time.Since(start).Seconds()
+	}}})[0]
+	limit := make([]float64, len(measured))
+	for i := range limit {
+		limit[i] = allowed
+	}
+	r := RowOf("group10000/replace", "100 ms; lower is better", measured, limit)
+	r.Subject, r.Floor, r.Unit = Median(measured), allowed, "s"
+	return r
 }
 
 // memoryPods is how many pods memory is measured with.

@@ -42,18 +42,25 @@ var targets = []target{
 	{row: "pod-vxlan/tcp1", what: "against flannel-style VXLAN: TCP", bound: 1.8},
 	{row: "pod-vxlan/udp64", what: "UDP, 64 bytes", bound: 2.5},
 	{row: "samenode-veth/tcp1", what: "same node against a bare veth pair: TCP", bound: 0.92},
-	{row: "samenode-veth/rr", what: "request and response", bound: 0.92},
-	{row: "samenode-veth/crr", what: "connect, request and response", bound: 0.92},
+	{row: "samenode-veth/rr1", what: "request and response", bound: 0.92},
+	{row: "samenode-veth/crr1", what: "connect, request and response", bound: 0.92},
 	{row: "samenode-veth/udp64", what: "UDP, 64 bytes", bound: 0.92},
 	{row: "clusterip-aws/tcp1", what: "through a ClusterIP against the AWS-style path: TCP", bound: 1},
-	{row: "clusterip-aws/rr", what: "request and response", bound: 1},
-	{row: "clusterip-aws/crr", what: "connect, request and response", bound: 1},
-	{row: "pods250-one/rr", what: "1 → 250 pods: request and response", bound: 1, isLevel: true},
-	{row: "pods250-one/crr", what: "connect, request and response", bound: 1, isLevel: true},
+	{row: "clusterip-aws/rr1", what: "request and response", bound: 1},
+	{row: "clusterip-aws/crr1", what: "connect, request and response", bound: 1},
+	{row: "pods250-one/rr1", what: "1 → 250 pods: request and response", bound: 1, isLevel: true},
+	{row: "pods250-one/crr1", what: "connect, request and response", bound: 1, isLevel: true},
 	{row: "pods250-one/udp64", what: "UDP, 64 bytes", bound: 1, isLevel: true},
-	{row: "conns100000-one/rr", what: "1 → 100,000 connections: request and response", bound: 1, isLevel: true},
-	{row: "conns100000-one/crr", what: "connect, request and response", bound: 1, isLevel: true},
+	{row: "conns100000-one/rr1", what: "1 → 100,000 connections: request and response", bound: 1, isLevel: true},
+	{row: "conns100000-one/crr1", what: "connect, request and response", bound: 1, isLevel: true},
 	{row: "conns100000-one/udp64", what: "UDP, 64 bytes", bound: 1, isLevel: true},
+	{row: "rules300-one/rr1", what: "1 → 300 rules in each gate: request and response", bound: 1, isLevel: true},
+	{row: "rules300-one/crr1", what: "connect, request and response", bound: 1, isLevel: true},
+	{row: "rules300-one/udp64", what: "UDP, 64 bytes", bound: 1, isLevel: true},
+	{row: "peers10000-one/rr1", what: "10 → 10,000 peers: request and response", bound: 1, isLevel: true},
+	{row: "peers10000-one/crr1", what: "connect, request and response", bound: 1, isLevel: true},
+	{row: "peers10000-one/udp64", what: "UDP, 64 bytes", bound: 1, isLevel: true},
+	{row: "group10000/replace", what: "a group of 10,000 members replaced, of 100 ms", bound: 1, atMost: true},
 	{row: "memory/pod", what: "memory of a pod, kernel and agent, of 400 KiB", bound: 1, atMost: true},
 }
 
@@ -89,7 +96,7 @@ func report(rows []Row, table, picture string) error {
 
 Made by `+"`make bench`"+` (test/bench, BenchmarkNode); [latest.json](latest.json) has the rows. Everything is a veth pair between network namespaces of one machine: **no physical NIC**, so that what a card would do (offloads, interrupts, its own limits) is not in it, and what the kernel does weighs more than it would.
 
-Linux %s, %s/%s, %d CPUs; commit %s; %s. %d turns of %s each, all that a row compares in one run and in turns; median of the rounds' ratios, with the median's 95 %% interval. TCP with cubic. On one CPU, by the CPU time of all that is at work there; "two cores" by the clock, sender and receiver on a CPU each.
+Linux %s, %s/%s, %d CPUs; commit %s; %s. %d turns of %s each, all that a row compares in one run and in turns; median of the rounds' ratios, with the median's 95 %% interval. TCP with cubic. tcp1, rr1, crr1 and udp64 are on one CPU, and seconds are CPU time of all that is at work there; tcp2, rr and crr go by the clock, client and server on a CPU each.
 
 ![ratios](node.svg)
 
@@ -137,10 +144,10 @@ func figure(v float64, unit string) string {
 	const gigabit = 1e9 / 8 // bytes
 	switch unit {
 	case measureTCP1.unit:
-		return fmt.Sprintf("%.3f CPU s/Gbit", gigabit/v)
+		return fmt.Sprintf("%.3f s/Gbit", gigabit/v)
 	case measureUDP.unit:
 		return fmt.Sprintf("%.0f ns/packet", 1e9/v)
-	case measureRR.unit:
+	case measureRR1.unit:
 		return fmt.Sprintf("%.1f µs/round trip", 1e6/v)
 	case measureCRR.unit:
 		return fmt.Sprintf("%.1f µs/connection", 1e6/v)

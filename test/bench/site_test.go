@@ -16,6 +16,7 @@ import (
 
 	"github.com/underlay-cni/underlay/internal/datapath"
 	"github.com/underlay-cni/underlay/internal/nl"
+	"github.com/underlay-cni/underlay/internal/policy"
 	"github.com/underlay-cni/underlay/internal/vpc"
 )
 
@@ -115,23 +116,26 @@ func pairTo(from, to string, addr netip.Addr) pair {
 // between is node to node, with nothing but the wire.
 func (s *site) between() pair { return pairTo(s.a, s.z, s.nodeAddr(1)) }
 
-// underlay is our datapath on both nodes of a site.
+// underlay is our datapath on both nodes of a site, with direct forwarding,
+// connection tracking, counters, and a policy on each pod.
 type underlay struct {
 	*site
 	d    [2]*datapath.Datapath
 	pods int
+	law  policy.Tables // of the pods that are added
 }
 
 // benchPod is an endpoint in a namespace of its own.
 type benchPod struct {
-	ns   string
-	addr netip.Addr
+	ns       string
+	addr     netip.Addr
+	endpoint datapath.Endpoint // of ours
 }
 
 // newUnderlay opens the datapath as an agent does.
 func newUnderlay(b testing.TB, name string) *underlay {
 	b.Helper()
-	u := &underlay{site: newSite(b, name)}
+	u := &underlay{site: newSite(b, name), law: law(b, usualRules, usualPeers, 0)}
 	for i, node := range u.nodes {
 		dir := filepath.Join("/run", fmt.Sprintf("ul-bench%d-%s-%d", os.Getpid(), name, i))
 		if err := os.Mkdir(dir, 0o700); err != nil {
@@ -141,7 +145,7 @@ func newUnderlay(b testing.TB, name string) *underlay {
 			b.Fatal(err)
 		}
 		b.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH); _ = os.Remove(dir) })
-		opts := datapath.Options{BPFFS: filepath.Join(dir, "agent"), MTU: wireMTU, Logger: slog.New(slog.DiscardHandler)}
+		opts := datapath.Options{Direct: true, BPFFS: filepath.Join(dir, "agent"), MTU: wireMTU, Logger: slog.New(slog.DiscardHandler)}
 		err := nl.Do(nl.Path(node), func() (err error) { u.d[i], err = datapath.Open(opts); return err })
 		if err != nil {
 			b.Fatal(err)
@@ -151,7 +155,7 @@ func newUnderlay(b testing.TB, name string) *underlay {
 		if err := u.d[i].SetVPC(ctx, []netip.Prefix{netip.MustParsePrefix(vpcRange)}); err != nil {
 			b.Fatal(err)
 		}
-		eni := datapath.ENI{ID: vpc.ENIID(fmt.Sprintf("eni-%017x", u.n*2+i)), Index: 1, MAC: u.mac(i), Primary: u.nodeAddr(i), Subnet: netip.PrefixFrom(u.addr(0), 24)}
+		eni := datapath.ENI{ID: vpc.ENIID(fmt.Sprintf("eni-%017x", u.n*2+i)), Index: 1, MAC: u.mac(i), Primary: u.nodeAddr(i), Subnet: netip.PrefixFrom(u.addr(0), 16)}
 		if err := u.d[i].SetENIs(ctx, []datapath.ENI{eni}); err != nil {
 			b.Fatal(err)
 		}
@@ -163,21 +167,61 @@ func newUnderlay(b testing.TB, name string) *underlay {
 func (u *underlay) pod(i int) benchPod {
 	u.b.Helper()
 	u.pods++
-	// Beyond the nodes' own addresses, in the site's second /24.
-	p := benchPod{u.netns(fmt.Sprintf("pod%d", u.pods)), netip.AddrFrom4([4]byte{10, byte(u.n), 1, byte(u.pods)})}
+	// Beyond the nodes' own addresses, and of the same subnet to the datapath.
+	p := benchPod{ns: u.netns(fmt.Sprintf("pod%d", u.pods)), addr: netip.AddrFrom4([4]byte{10, byte(u.n), 1, byte(u.pods)})}
 	netns, err := os.Open(nl.Path(p.ns))
 	if err != nil {
 		u.b.Fatal(err)
 	}
 	defer netns.Close()
-	_, err = u.d[i].Add(context.Background(), datapath.Endpoint{
+	e, err := u.d[i].Add(context.Background(), datapath.Endpoint{
 		ContainerID: p.ns, IfName: "eth0", Netns: nl.Path(p.ns), Addr: p.addr, ENI: vpc.ENIID(fmt.Sprintf("eni-%017x", u.n*2+i)), ENIIndex: 1,
 		PodNamespace: "default", PodName: p.ns, MTU: wireMTU,
 	}, netns)
+	if err == nil {
+		err = u.d[i].SetPolicy(e, u.law)
+	}
 	if err != nil {
 		u.b.Fatal(err)
 	}
+	p.endpoint = e
 	return p
+}
+
+// What a pod's policy is where nothing else is said.
+const usualRules, usualPeers = 10, 10
+
+// law is a policy by both gates, each way, of so many rules and with so many
+// peers, of which the last rule's last peer is everybody in the benchmark. The
+// others of one variant are other ones than those of another.
+func law(b testing.TB, rules, peers, variant int) policy.Tables {
+	b.Helper()
+	const group, members = vpc.SecurityGroupID("sg-00000000000000001"), vpc.SecurityGroupID("sg-00000000000000002")
+	all := netip.MustParsePrefix(vpcRange)
+	in := &policy.Input{Members: map[vpc.SecurityGroupID][]netip.Prefix{members: {all}}}
+	last := policy.PolicyRule{Peers: []policy.Peer{{Block: &policy.Block{CIDR: all}}}}
+	for n := range peers - 1 {
+		// Every second address, so that no two become a range.
+		other := netip.PrefixFrom(netip.AddrFrom4([4]byte{198, byte(18 + variant), byte(n >> 7), byte(n << 1)}), 32)
+		in.Members[members] = append(in.Members[members], other)
+		last.Peers = append(last.Peers, policy.Peer{Block: &policy.Block{CIDR: other}})
+	}
+	var groupRules []policy.GroupRule
+	var policyRules []policy.PolicyRule
+	for n := range rules - 1 {
+		strangers := netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(n)}), 32)
+		groupRules = append(groupRules, policy.GroupRule{ID: fmt.Sprintf("sgr-%017x", n), Protocol: int(policy.TCP), FromPort: n + 1, ToPort: n + 1, CIDR: strangers})
+		policyRules = append(policyRules, policy.PolicyRule{Peers: []policy.Peer{{Block: &policy.Block{CIDR: strangers}}}, Ports: []policy.Port{{Protocol: policy.TCP, Port: uint16(n + 1)}}})
+	}
+	groupRules = append(groupRules, policy.GroupRule{ID: "sgr-0ffffffffffffffff", Protocol: policy.AnyProtocol, FromPort: policy.AnyPort, Group: members})
+	policyRules = append(policyRules, last)
+	in.Groups = map[vpc.SecurityGroupID]policy.SecurityGroup{group: {Ingress: groupRules, Egress: groupRules}}
+	in.Policies = []policy.NetworkPolicy{{Namespace: "default", Name: "bench", Types: []policy.Direction{policy.Egress, policy.Ingress}, Ingress: policyRules, Egress: policyRules}}
+	t, err := policy.NewCompiler(in).Compile(&policy.Endpoint{Pod: policy.Pod{Namespace: "default", Name: "pod"}, Groups: vpc.GroupSet(group)})
+	if err != nil {
+		b.Fatal(err)
+	}
+	return t
 }
 
 // barePod joins a new namespace to a node by a veth pair, as CNI plugins do.

@@ -67,18 +67,23 @@ func apart[T any](cpu int, fn func() (T, error)) chan result[T] {
 	done := make(chan result[T], 1)
 	go func() {
 		runtime.LockOSThread() // without an Unlock, the thread ends with the goroutine
-		var r result[T]
-		if cpu >= 0 {
-			var set unix.CPUSet
-			set.Set(cpu)
-			r.err = unix.SchedSetaffinity(0, &set)
-		}
+		r := result[T]{err: pin(cpu)}
 		if r.err == nil {
 			r.v, r.err = fn()
 		}
 		done <- r
 	}()
 	return done
+}
+
+// pin keeps the calling thread on a CPU, unless that is negative.
+func pin(cpu int) error {
+	if cpu < 0 {
+		return nil
+	}
+	var set unix.CPUSet
+	set.Set(cpu)
+	return unix.SchedSetaffinity(0, &set)
 }
 
 type result[T any] struct {
@@ -133,18 +138,15 @@ func stream(b testing.TB, p pair, sender, receiver int) float64 {
 		}
 	})
 	fd := lab.In(b, p.from, func() (int, error) { return p.tcpConnect(port) })
-	start := time.Now()
-	sent := apart(sender, func() (int, error) {
+	sent := apart(sender, func() (start time.Time, err error) {
 		defer unix.Close(fd)
 		buf := make([]byte, chunk)
-		for time.Since(start) < *slice {
-			if err := full(fd, buf, unix.Write); err != nil {
-				return 0, err
-			}
+		for start = time.Now(); err == nil && time.Since(start) < *slice; {
+			err = full(fd, buf, unix.Write)
 		}
-		return 0, nil
+		return start, err
 	})
-	(<-sent).must(b)
+	start := (<-sent).must(b)
 	n := (<-received).must(b)
 	return float64(n) / time.Since(start).Seconds()
 }
@@ -153,16 +155,23 @@ func stream(b testing.TB, p pair, sender, receiver int) float64 {
 func tcp1(b testing.TB, p pair) float64 { return stream(b, p, -1, -1) }
 
 func tcp2(b testing.TB, p pair) float64 {
-	cpus := allowedCPUs(b)
-	return stream(b, p, cpus[0], cpus[len(cpus)-1])
+	client, server := twoCPUs(b)
+	return stream(b, p, client, server)
 }
 
-// pingPong sends a byte and waits for it, again and again, and returns round
-// trips per second and the 99th percentile of their time, in seconds.
-func pingPong(b testing.TB, p pair) (perSecond, p99 float64) {
+// twoCPUs are those of client and server, the same if there is but one.
+func twoCPUs(b testing.TB) (client, server int) {
+	cpus := allowedCPUs(b)
+	return cpus[0], cpus[len(cpus)-1]
+}
+
+// pingPong sends a byte and waits for it, again and again, client and server on
+// these CPUs (negative: wherever), and returns round trips per second and the
+// 99th percentile of their time, in seconds.
+func pingPong(b testing.TB, p pair, client, server int) (perSecond, p99 float64) {
 	l, port := p.tcpListen(b)
 	defer unix.Close(l)
-	served := apart(-1, func() (int, error) {
+	served := apart(server, func() (int, error) {
 		fd, _, err := unix.Accept(l)
 		if err != nil {
 			return 0, err
@@ -176,7 +185,7 @@ func pingPong(b testing.TB, p pair) (perSecond, p99 float64) {
 		}
 	})
 	fd := lab.In(b, p.from, func() (int, error) { return p.tcpConnect(port) })
-	times := (<-apart(-1, func() ([]time.Duration, error) {
+	times := (<-apart(client, func() ([]time.Duration, error) {
 		defer unix.Close(fd)
 		one := make([]byte, 1)
 		times := make([]time.Duration, 0, 1<<16)
@@ -200,16 +209,25 @@ func pingPong(b testing.TB, p pair) (perSecond, p99 float64) {
 	return float64(len(times)) / sum.Seconds(), times[int(math.Ceil(0.99*float64(len(times))))-1].Seconds()
 }
 
-func rr(b testing.TB, p pair) float64 {
-	rate, _ := pingPong(b, p)
+// rr1 is pingPong on one CPU.
+func rr1(b testing.TB, p pair) float64 {
+	rate, _ := pingPong(b, p, -1, -1)
 	return rate
 }
 
-// crr connects, sends a byte, waits for it and closes, again and again, and
-// returns connections per second.
+// crr is connect between two CPUs, crr1 on one.
 func crr(b testing.TB, p pair) float64 {
+	client, server := twoCPUs(b)
+	return connect(b, p, client, server)
+}
+
+func crr1(b testing.TB, p pair) float64 { return connect(b, p, -1, -1) }
+
+// connect connects, sends a byte, waits for it and closes, again and again, and
+// returns connections per second.
+func connect(b testing.TB, p pair, client, server int) float64 {
 	l, port := p.tcpListen(b)
-	served := apart(-1, func() (int, error) {
+	served := apart(server, func() (int, error) {
 		one := make([]byte, 1)
 		for {
 			fd, _, err := unix.Accept(l)
@@ -226,6 +244,9 @@ func crr(b testing.TB, p pair) float64 {
 	var took time.Duration
 	// The namespace is entered once per round: its cost is not the network's.
 	_ = lab.In(b, p.from, func() (int, error) {
+		if err := pin(client); err != nil {
+			return 0, err
+		}
 		one := make([]byte, 1)
 		start := time.Now()
 		for time.Since(start) < *slice {

@@ -226,7 +226,7 @@ func TestSettingsReachTheAgent(t *testing.T) {
 				"AWS_ACCESS_KEY_ID": "secret underlay-ec2 AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY": "secret underlay-ec2 AWS_SECRET_ACCESS_KEY"},
 			append([]string{"Secret"}, policies...)},
 		{"testdata/monitored.yaml", "registry.example.com:5000/net/underlay@sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
-			[]string{"--imds=allow", "--snat=primary", "--snat-exclude=198.51.100.0/24,203.0.113.0/24", "--hook=tcx", "--log-level=debug", "--sweep=1h30m", "--metrics-listen=0.0.0.0:9999"},
+			[]string{"--imds=allow", "--snat=primary", "--snat-exclude=198.51.100.0/24,203.0.113.0/24", "--direct=false", "--direct-except=10.0.96.0/20", "--hook=tcx", "--log-level=debug", "--sweep=1h30m", "--metrics-listen=0.0.0.0:9999"},
 			map[string]string{"WARM_IP_TARGET": "0", "MINIMUM_IP_TARGET": "10", "WARM_ENI_TARGET": "1", "MAX_ENI": "2", "IP_COOLDOWN_PERIOD": "60", "GODEBUG": "gctrace=1"},
 			[]string{"PodMonitor", "Service", "ServiceMonitor"}},
 	} {

@@ -47,7 +47,7 @@ var fences = []struct {
 	{"github.com/aws/", []string{"internal/ec2", "internal/imds"}, "the cloud contract has one door, and its SDK takes minutes to compile"},
 	{"github.com/cilium/ebpf", []string{"internal/datapath", "internal/nl", "internal/vpcd/fabric"}, "kernel objects have an owner"},
 	{"github.com/vishvananda/", []string{"internal/datapath", "internal/nl", "internal/vpcd/fabric"}, "kernel objects have an owner"},
-	{"github.com/google/nftables", []string{"internal/datapath"}, "one nftables table, one owner"},
+	{"github.com/google/nftables", []string{"internal/datapath", "internal/vpcd/fabric"}, "each table has one owner: the node's, and those of NAT gateways"},
 	{"k8s.io/", []string{"api", "internal/kube", "internal/controller"}, "everything else works without Kubernetes"},
 	{"github.com/google/go-containerregistry", []string{"internal/oci"}, "images have one maker"},
 	{"go.etcd.io/bbolt", []string{"internal/vpcd/store"}, "a node keeps no database; only vpcd does"},

@@ -2,6 +2,7 @@ package fabric
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/base32"
 	"encoding/binary"
 	"encoding/hex"
@@ -35,6 +36,8 @@ var RouterMAC = net.HardwareAddr{0x02, 0x00, 0x5e, 0x00, 0x00, 0x01}
 // Config is the desired state of the fabric, whole.
 type Config struct {
 	Subnets    []Subnet
+	Internet   bool // whether there is an internet; once made, it stays
+	Publics    []Public
 	Guests     []Guest
 	Groups     []Group
 	ACLs       []ACL
@@ -56,6 +59,7 @@ type Subnet struct {
 // "ul-LAB-i-…" (an instance) or "ul-LAB-svc-…" (a managed service).
 type Guest struct {
 	Netns string // name under /run/netns
+	NAT   *NAT   // it is a NAT gateway
 }
 
 // Interface is an attached ENI.
@@ -71,6 +75,8 @@ type Interface struct {
 	SourceDestCheck bool
 	Groups          []vpc.SecurityGroupID // without any, nothing passes but the fabric's services
 	Timeouts        IdleTimeouts
+	Ungated         bool // no security group judges it: a NAT gateway's
+	MTU             int  // IP length that it takes; 0 is MTU
 	// Configure gives the guest's end Primary, the default route and the MTU, as
 	// DHCP would, when the interface is made and never again. Without it
 	// the link appears down.
@@ -93,6 +99,11 @@ type desired struct {
 	order  []*port            // as in the Config, so that Set works in a stable order
 	routes map[uint64][]Route // by number of the table
 	acls   map[bpfgen.FabricSubnetKey]*bpfgen.FabricAcl
+
+	internet bool
+	publics  map[uint32]bpfgen.FabricPublic  // by public address
+	elastics map[bpfgen.FabricAddress]uint32 // the other way round
+	nats     map[string]NAT                  // by guest
 }
 
 // namespaces knows the names of a lab's network namespaces.
@@ -114,7 +125,8 @@ func checkLab(lab string) error {
 	return nil
 }
 
-func (n namespaces) fabric() string { return "ul-" + n.lab + "-fabric" }
+func (n namespaces) fabric() string   { return "ul-" + n.lab + "-fabric" }
+func (n namespaces) internet() string { return "ul-" + n.lab + "-internet" }
 
 var (
 	instanceSuffix = regexp.MustCompile(`^i-([0-9a-f]{8}|[0-9a-f]{17})$`)
@@ -156,9 +168,15 @@ func device(id vpc.ENIID) (string, error) {
 
 // check turns a Config into what can be applied; the error joins what it left out.
 func check(n namespaces, c Config) (desired, error) {
-	d := desired{guests: map[string]bool{}, ports: map[vpc.ENIID]*port{}, acls: map[bpfgen.FabricSubnetKey]*bpfgen.FabricAcl{}}
+	d := desired{
+		guests: map[string]bool{}, ports: map[vpc.ENIID]*port{}, acls: map[bpfgen.FabricSubnetKey]*bpfgen.FabricAcl{},
+		internet: c.Internet, nats: map[string]NAT{},
+	}
 	tables, routes, errs := checkTables(c.Tables)
 	d.routes = routes
+	var bad []error
+	d.publics, d.elastics, bad = checkPublics(c.Publics, tables)
+	errs = append(errs, bad...)
 	acls, bad := checkACLs(c.ACLs)
 	errs = append(errs, bad...)
 
@@ -185,6 +203,14 @@ func check(n namespaces, c Config) (desired, error) {
 			continue
 		}
 		d.guests[g.Netns] = true
+		if g.NAT != nil {
+			if err := g.NAT.check(); err != nil {
+				errs = append(errs, fmt.Errorf("guest %q: %w; it forwards nothing", g.Netns, err))
+				d.nats[g.Netns] = NAT{}
+			} else {
+				d.nats[g.Netns] = *g.NAT
+			}
+		}
 	}
 
 	type held struct {
@@ -290,6 +316,11 @@ func checkInterface(i Interface, subnets map[vpc.SubnetID]Subnet, d desired) (*p
 	if !s.CIDR.Contains(i.Primary) {
 		return nil, fmt.Errorf("primary address %s is not in its subnet's %s", i.Primary, s.CIDR)
 	}
+	// The least that IPv4 allows (RFC 791), and the most that the wires carry.
+	if i.MTU != 0 && (i.MTU < 68 || i.MTU > MTU) {
+		return nil, fmt.Errorf("MTU %d is not within 68 and %d", i.MTU, MTU)
+	}
+	i.MTU = cmp.Or(i.MTU, MTU)
 	hasPrimary := false
 	for _, a := range i.Addresses {
 		if !a.IsValid() || !a.Addr().Is4() || a.Bits() != 32 && a.Bits() != vpc.PrefixBits || a != a.Masked() {

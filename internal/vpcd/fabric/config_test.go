@@ -18,7 +18,7 @@ func valid() Config {
 		Subnets: []Subnet{{ID: subnetA, VNI: 1, CIDR: p("10.0.0.0/24"), Table: tableMain, ACL: aclOpen}},
 		Tables:  []RouteTable{{ID: tableMain, Routes: []Route{{CIDR: p("10.0.0.0/16"), Local: true}, {CIDR: p("0.0.0.0/0")}, {CIDR: p("::/0")}}}},
 		ACLs:    []ACL{{ID: aclOpen, Ingress: []ACLEntry{{Protocol: AllProtocols, CIDR: p("0.0.0.0/0"), Allow: true}}}},
-		Guests:  []Guest{{"ul-demo-i-00000000000000001"}, {"ul-demo-svc-db-1"}},
+		Guests:  []Guest{{Netns: "ul-demo-i-00000000000000001"}, {Netns: "ul-demo-svc-db-1"}},
 		Interfaces: []Interface{
 			{ID: "eni-00000000000000001", VNI: 1, Subnet: subnetA, MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}, Guest: "ul-demo-i-00000000000000001",
 				Primary: netip.MustParseAddr("10.0.0.4"), Addresses: []netip.Prefix{p("10.0.0.4/32"), p("10.0.0.16/28")}},
@@ -53,7 +53,7 @@ func TestCheck(t *testing.T) {
 		"route table 0":            {func(c *Config) { c.Tables = append(c.Tables, RouteTable{ID: "rtb-00000000000000000"}) }, "means none", 2},
 		"route twice":              {func(c *Config) { c.Tables[0].Routes[1].CIDR = p("10.0.0.9/16") }, "where another is", 2},
 		"route to nowhere":         {func(c *Config) { c.Tables[0].Routes[1].CIDR = netip.Prefix{} }, "to nowhere", 2},
-		"route with two targets":   {func(c *Config) { c.Tables[0].Routes[0].ENI = "eni-00000000000000001" }, "is local and leads", 2},
+		"route with two targets":   {func(c *Config) { c.Tables[0].Routes[0].ENI = "eni-00000000000000001" }, "more than one target", 2},
 		"ACL twice":                {func(c *Config) { c.ACLs = append(c.ACLs, c.ACLs[0]) }, "occurs twice", 2},
 		"ACL without ID":           {func(c *Config) { c.ACLs = append(c.ACLs, ACL{}) }, "not of the form", 2},
 		"ACL entry for no address": {func(c *Config) { c.ACLs[0].Ingress[0].CIDR = netip.Prefix{} }, "CIDR block that is none", 2},

@@ -37,6 +37,9 @@ const (
 	ACLEgress     DropReason = "acl_egress"     // the network ACL of the sender's subnet
 	ACLIngress    DropReason = "acl_ingress"    // the network ACL of the receiver's subnet
 	Blackhole     DropReason = "blackhole"      // a route whose target is not there
+	IGWSource     DropReason = "igw_source"     // to the internet, from an address without a public one
+	IGWPrivate    DropReason = "igw_private"    // between the internet and an address of RFC 1918 or RFC 6598
+	NoPublic      DropReason = "no_public"      // from the internet, to a public address that leads nowhere
 )
 
 // dropReasons are the numbers that the programs count by.
@@ -63,6 +66,9 @@ var dropReasons = [bpfgen.FabricDropReasonDROP_REASONS]DropReason{
 	bpfgen.FabricDropReasonDROP_ACL_EGRESS:     ACLEgress,
 	bpfgen.FabricDropReasonDROP_ACL_INGRESS:    ACLIngress,
 	bpfgen.FabricDropReasonDROP_BLACKHOLE:      Blackhole,
+	bpfgen.FabricDropReasonDROP_IGW_SOURCE:     IGWSource,
+	bpfgen.FabricDropReasonDROP_IGW_PRIVATE:    IGWPrivate,
+	bpfgen.FabricDropReasonDROP_NO_PUBLIC:      NoPublic,
 }
 
 // Counters are an ENI's, from its guest's point of view, since it was attached.

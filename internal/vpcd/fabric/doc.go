@@ -9,11 +9,13 @@
 //	                        check, ingress gate, MACs
 //	 eth0 ──veth── e5k2… ── from_guest ─▶ stack ─▶ socket bound to e5k2…
 //	      ◀─────────────── to_guest ◀── (169.254.169.254, 169.254.171.24)
+//	 eth0 ──veth── e5k2… ── from_guest ─▶ to_internet: one address for another ─▶ ul-LAB-internet
+//	      ◀─redirect_peer── from_internet ◀──veth── internet ◀──
 //
 // It owns everything of a lab in the kernel that is not inside a node: the
-// fabric's namespace, the guests' namespaces, the pairs, and what is pinned
-// below Options.BPFFS (maps in v3/, one TCX link per pair and direction in
-// v3/links/). It shares no judgement with the node: what a VPC delivers is
+// fabric's namespace, the guests' namespaces, the internet's, the pairs, and what is pinned
+// below Options.BPFFS (maps in v4/, one TCX link per pair and direction in
+// v4/links/). It shares no judgement with the node: what a VPC delivers is
 // decided here alone.
 //
 // # Invariants

@@ -27,7 +27,7 @@ import (
 // the numbers of drop reasons, of the names of links. Another version's pins
 // are not adopted: Open removes them and Set makes every interface anew, at the
 // price of a short interruption.
-const layout = "v3"
+const layout = "v4"
 
 // Options say which lab's fabric it is, and where its state is pinned.
 type Options struct {
@@ -56,8 +56,12 @@ type Fabric struct {
 	seen     *contents
 	policies ruleMaps[uint32]                 // by ifindex
 	acls     ruleMaps[bpfgen.FabricSubnetKey] // by subnet
-	// taps are the pinned links, by ENI.
+	// taps are the pinned links, by ENI; those towards the internet are
+	// internetName's.
 	taps map[vpc.ENIID]*tap
+	// translating are the NAT gateways' guests whose translation is in place as
+	// this process wants it.
+	translating map[string]string
 	// nextIndex is the next fabric end's ifindex.
 	nextIndex int
 
@@ -82,6 +86,8 @@ func Open(o Options) (*Fabric, error) {
 		pins:  filepath.Join(o.BPFFS, layout),
 		log:   o.Logger,
 		taps:  map[vpc.ENIID]*tap{},
+
+		translating: map[string]string{},
 	}
 	if f.log == nil {
 		f.log = slog.New(slog.DiscardHandler)
@@ -146,6 +152,14 @@ func (f *Fabric) open(o Options) error {
 			err := m.Lookup(uint32(0), &a)
 			return a.Version, err
 		},
+	}
+	for i, p := range map[bpfgen.FabricGatewayProgram]*ebpf.Program{
+		bpfgen.FabricGatewayProgramTO_INTERNET:   f.objs.ToInternet,
+		bpfgen.FabricGatewayProgramFROM_INTERNET: f.objs.FromInternet,
+	} {
+		if err := f.objs.Gateways.Put(uint32(i), p); err != nil {
+			return fmt.Errorf("put the gateway's programs in place: %w", err)
+		}
 	}
 	// Key 0 counts what comes from no ENI.
 	if err := addCounter(f.objs.Counts, 0); err != nil {
@@ -270,7 +284,7 @@ func (f *Fabric) adoptTaps() error {
 		if i := strings.LastIndexByte(id, '-'); i >= 0 {
 			id, direction = id[:i], id[i+1:]
 		}
-		if (direction != "in" && direction != "out") || vpc.CheckID("eni", id) != nil {
+		if (direction != "in" && direction != "out") || id != internetName && vpc.CheckID("eni", id) != nil {
 			if err := os.Remove(path); err != nil {
 				return fmt.Errorf("remove stray pin: %w", err)
 			}
@@ -281,7 +295,12 @@ func (f *Fabric) adoptTaps() error {
 			return fmt.Errorf("open pinned link %s: %w", path, err)
 		}
 		program := f.objs.FromGuest
-		if direction == "out" {
+		switch {
+		case id == internetName && direction == "in":
+			program = f.objs.FromInternet
+		case id == internetName:
+			program = f.objs.CutForInternet
+		case direction == "out":
 			program = f.objs.ToGuest
 		}
 		// ENOLINK: the device is gone, and with it what the link hung on.
@@ -405,10 +424,9 @@ func Destroy(o Options) error {
 	}
 	guests, err := n.existing()
 	errs = append(errs, err)
-	for _, g := range guests {
+	for _, g := range append(guests, n.internet(), n.fabric()) {
 		errs = append(errs, nl.DeleteNamed(g))
 	}
-	errs = append(errs, nl.DeleteNamed(n.fabric()))
 	entries, err := os.ReadDir(o.BPFFS)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		errs = append(errs, fmt.Errorf("read pins: %w", err))

@@ -76,8 +76,13 @@ type veth struct {
 	index    int    // of the fabric end
 	peerName string
 	peerMAC  net.HardwareAddr
+	peerMTU  int
 	peerNS   *os.File
 }
+
+// wireMTU is the MTU of fabric ends: no limit, so that programs see what is too
+// long and can answer it.
+const wireMTU = 65535
 
 // add makes the pair, each end in its place and down: a peer that is created
 // up has no carrier yet and fails with ENOTCONN. The fabric end has the
@@ -91,13 +96,13 @@ func (r *rtnetlink) add(v veth) error {
 	peer.AddChild(infomsg(0, 0, 0))
 	peer.AddRtAttr(unix.IFLA_IFNAME, text(v.peerName))
 	peer.AddRtAttr(unix.IFLA_ADDRESS, v.peerMAC)
-	peer.AddRtAttr(unix.IFLA_MTU, word(MTU))
+	peer.AddRtAttr(unix.IFLA_MTU, word(uint32(v.peerMTU)))
 	peer.AddRtAttr(unix.IFLA_NET_NS_FD, word(uint32(v.peerNS.Fd())))
 	err := r.do(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL,
 		infomsg(v.index, unix.IFF_NOARP, unix.IFF_NOARP),
 		rtnl.NewRtAttr(unix.IFLA_IFNAME, text(v.name)),
 		rtnl.NewRtAttr(unix.IFLA_ADDRESS, RouterMAC),
-		rtnl.NewRtAttr(unix.IFLA_MTU, word(MTU)),
+		rtnl.NewRtAttr(unix.IFLA_MTU, word(wireMTU)),
 		info)
 	if err != nil {
 		return fmt.Errorf("make veth %s with %s in %s: %w", v.name, v.peerName, v.peerNS.Name(), err)
@@ -109,7 +114,7 @@ func (r *rtnetlink) add(v veth) error {
 func (r *rtnetlink) enable(index int, alias string) error {
 	const flags = unix.IFF_UP | unix.IFF_NOARP
 	err := r.do(unix.RTM_SETLINK, 0, infomsg(index, flags, flags),
-		rtnl.NewRtAttr(unix.IFLA_MTU, word(MTU)),
+		rtnl.NewRtAttr(unix.IFLA_MTU, word(wireMTU)),
 		rtnl.NewRtAttr(unix.IFLA_IFALIAS, []byte(alias)))
 	if err != nil {
 		return fmt.Errorf("set device of %s up: %w", alias, err)
@@ -240,23 +245,27 @@ func (r *rtnetlink) addAddress(index int, a netip.Prefix, scope uint8) error {
 }
 
 // addDefault adds the default route that a DHCP client would; one that is
-// there already is no error.
+// there already is no error. Without a gateway (the zero Addr) everything is on
+// the link.
 func (r *rtnetlink) addDefault(index int, gateway, source netip.Addr) error {
 	m := rtnl.NewRtMsg()
 	m.Family, m.Protocol = unix.AF_INET, unix.RTPROT_DHCP
-	err := r.do(unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_EXCL, m,
-		rtnl.NewRtAttr(unix.RTA_GATEWAY, ip4(gateway)),
-		rtnl.NewRtAttr(unix.RTA_PREFSRC, ip4(source)),
-		rtnl.NewRtAttr(unix.RTA_OIF, word(uint32(index))))
+	data := []rtnl.NetlinkRequestData{m, rtnl.NewRtAttr(unix.RTA_PREFSRC, ip4(source)), rtnl.NewRtAttr(unix.RTA_OIF, word(uint32(index)))}
+	if gateway.IsValid() {
+		data = append(data, rtnl.NewRtAttr(unix.RTA_GATEWAY, ip4(gateway)))
+	} else {
+		m.Scope = unix.RT_SCOPE_LINK
+	}
+	err := r.do(unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_EXCL, data...)
 	if err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("add default route via %s: %w", gateway, err)
 	}
 	return nil
 }
 
-// up sets a device up.
-func (r *rtnetlink) up(index int) error {
-	if err := r.do(unix.RTM_SETLINK, 0, infomsg(index, unix.IFF_UP, unix.IFF_UP)); err != nil {
+// up sets a device up, and those of flags that are not 0 (IFF_NOARP).
+func (r *rtnetlink) up(index int, flags uint32) error {
+	if err := r.do(unix.RTM_SETLINK, 0, infomsg(index, unix.IFF_UP|flags, unix.IFF_UP|flags)); err != nil {
 		return fmt.Errorf("set device %d up: %w", index, err)
 	}
 	return nil

@@ -15,8 +15,11 @@ import (
 const (
 	flagCheck  = bpfgen.FabricEniFlagENI_SOURCE_DEST_CHECK
 	flagReady  = bpfgen.FabricEniFlagENI_READY
+	ungated    = bpfgen.FabricEniFlagENI_UNGATED
 	routeLocal = bpfgen.FabricRouteKindROUTE_LOCAL
 	routeENI   = bpfgen.FabricRouteKindROUTE_ENI
+	routeIGW   = bpfgen.FabricRouteKindROUTE_IGW
+	routePeer  = bpfgen.FabricRouteKindROUTE_PEER
 	blackhole  = bpfgen.FabricRouteKindROUTE_BLACKHOLE
 )
 
@@ -26,6 +29,9 @@ type contents struct {
 	mappings map[bpfgen.FabricAddress]bpfgen.FabricTarget
 	stations map[bpfgen.FabricStation]bpfgen.FabricTarget
 	routes   map[bpfgen.FabricRouteKey]bpfgen.FabricRoute
+	publics  map[uint32]bpfgen.FabricPublic
+	elastics map[bpfgen.FabricAddress]uint32
+	internet bpfgen.FabricTarget
 }
 
 // read returns what the maps hold.
@@ -36,6 +42,9 @@ func (f *Fabric) read() (*contents, error) {
 		readMap(f.objs.Mappings, &c.mappings),
 		readMap(f.objs.Stations, &c.stations),
 		readMap(f.objs.Routes, &c.routes),
+		readMap(f.objs.Publics, &c.publics),
+		readMap(f.objs.Elastics, &c.elastics),
+		f.objs.Internet.Lookup(uint32(0), &c.internet),
 		f.policies.read(),
 		f.acls.read(),
 	)
@@ -95,11 +104,13 @@ func forwarding(d desired, index map[vpc.ENIID]int) *contents {
 		mappings: map[bpfgen.FabricAddress]bpfgen.FabricTarget{},
 		stations: map[bpfgen.FabricStation]bpfgen.FabricTarget{},
 		routes:   map[bpfgen.FabricRouteKey]bpfgen.FabricRoute{},
+		publics:  d.publics,
+		elastics: d.elastics,
 	}
 	targets := map[vpc.ENIID]bpfgen.FabricTarget{}
 	for id, ifindex := range index {
 		p := d.ports[id]
-		t := bpfgen.FabricTarget{Ifindex: uint32(ifindex), Flags: p.flags(), Subnet: be32(p.subnet.CIDR.Addr()), Mac: [6]byte(p.MAC)}
+		t := bpfgen.FabricTarget{Ifindex: uint32(ifindex), Flags: p.flags(), Subnet: be32(p.subnet.CIDR.Addr()), Mac: [6]byte(p.MAC), Mtu: uint16(p.MTU)}
 		targets[id] = t
 		for a := range each(p.Addresses) {
 			c.mappings[bpfgen.FabricAddress{Vni: p.VNI, Addr: a.As16()}] = t
@@ -109,10 +120,15 @@ func forwarding(d desired, index map[vpc.ENIID]int) *contents {
 	for table, routes := range d.routes {
 		for _, r := range routes {
 			to := bpfgen.FabricRoute{Kind: blackhole}
-			if r.Local {
+			switch t, attached := targets[r.ENI]; {
+			case r.Local:
 				to.Kind = routeLocal
-			} else if t, ok := targets[r.ENI]; ok {
-				to = bpfgen.FabricRoute{Kind: routeENI, Target: t}
+			case r.Internet:
+				to.Kind = routeIGW
+			case r.Peer != 0:
+				to.Kind, to.Vni = routePeer, r.Peer
+			case attached:
+				to.Kind, to.Target = routeENI, t
 			}
 			c.routes[routeKey(table, r.CIDR)] = to
 		}
@@ -121,11 +137,14 @@ func forwarding(d desired, index map[vpc.ENIID]int) *contents {
 }
 
 // flags are those that a Config decides.
-func (p *port) flags() bpfgen.FabricEniFlag {
+func (p *port) flags() (f bpfgen.FabricEniFlag) {
 	if p.SourceDestCheck {
-		return flagCheck
+		f |= flagCheck
 	}
-	return 0
+	if p.Ungated {
+		f |= ungated
+	}
+	return f
 }
 
 // record is the port's entry in map enis, once it is ready. guest is the inode
@@ -153,7 +172,8 @@ func (p *port) record(guest uint64) bpfgen.FabricEni {
 // sameIdentity tells whether two records differ in nothing but what can be
 // changed in place.
 func sameIdentity(a, b bpfgen.FabricEni) bool {
-	a.Flags = a.Flags&^flagCheck | b.Flags&flagCheck
+	const changes = flagCheck | ungated
+	a.Flags = a.Flags&^changes | b.Flags&changes
 	a.Table = b.Table
 	return a == b
 }

@@ -115,6 +115,7 @@ func TestVerdicts(t *testing.T) {
 		pass    bool
 		drop    DropReason
 		counted *host // where the drop is counted, if not at from
+		told    bool  // dropped, and the sender told so by ICMP
 		packets uint64
 	}{
 		{name: "to another ENI by its MAC", from: a1, frame: ethernet(a2.mac, a1.mac, ip, packet), to: a2, source: a1.mac},
@@ -149,7 +150,7 @@ func TestVerdicts(t *testing.T) {
 		{name: "to multicast by the router", from: a1, frame: ethernet(RouterMAC, a1.mac, ip, udp4(a1.addr, addr("239.0.0.5"), 10)), drop: Multicast},
 		{name: "to broadcast", from: a1, frame: ethernet(broadcast, a1.mac, ip, udp4(addr("0.0.0.0"), addr("255.255.255.255"), 10)), drop: Multicast},
 		{name: "segments of the MTU", from: a1, frame: ethernet(RouterMAC, a1.mac, ip, tcp), gso: 8949, to: a2, source: RouterMAC},
-		{name: "segments above the MTU", from: a1, frame: ethernet(RouterMAC, a1.mac, ip, tcp), gso: 8950, drop: Oversize},
+		{name: "segments above the MTU", from: a1, frame: ethernet(RouterMAC, a1.mac, ip, tcp), gso: 8950, drop: Oversize, told: true},
 		{name: "IPv6", from: a1, frame: ethernet(RouterMAC, a1.mac, ip6, make([]byte, 40)), drop: IPv6},
 		{name: "another EtherType", from: a1, frame: ethernet(a2.mac, a1.mac, 0x88b5, make([]byte, 40)), drop: EtherType},
 		{name: "another EtherType to all", from: a1, frame: ethernet(broadcast, a1.mac, 0x88b5, make([]byte, 40)), drop: Multicast},
@@ -205,7 +206,12 @@ func TestVerdicts(t *testing.T) {
 				if at == nil {
 					at = c.from
 				}
-				if verdict != dropped || !bytes.Equal(out, c.frame) {
+				if c.told {
+					// Destination unreachable, fragmentation needed.
+					if verdict != redirected || len(out) < 36 || out[34] != 3 || out[35] != 4 {
+						t.Errorf("verdict %d, frame % x, want %d and an ICMP error", verdict, out[:min(36, len(out))], redirected)
+					}
+				} else if verdict != dropped || !bytes.Equal(out, c.frame) {
 					t.Errorf("verdict %d, want %d and the frame untouched", verdict, dropped)
 				}
 				for _, h := range []*host{a1, a2, b, free, other} {
@@ -314,7 +320,8 @@ func TestSharedWithC(t *testing.T) {
 		"eni":       {binary.Size(bpfgen.FabricEni{}), 80},
 		"station":   {binary.Size(bpfgen.FabricStation{}), 16},
 		"route_key": {binary.Size(bpfgen.FabricRouteKey{}), 28},
-		"route":     {binary.Size(bpfgen.FabricRoute{}), 24},
+		"route":     {binary.Size(bpfgen.FabricRoute{}), 28},
+		"public":    {binary.Size(bpfgen.FabricPublic{}), 16},
 		"counters":  {binary.Size(bpfgen.FabricCounters{}), 32 + 8*len(dropReasons)},
 		"rule":      {binary.Size(bpfgen.FabricRule{}), 24},
 		"policy":    {binary.Size(bpfgen.FabricPolicy{}), 168 + 2*1000*24},
@@ -337,13 +344,13 @@ func TestSharedWithC(t *testing.T) {
 		t.Fatal(err)
 	}
 	var mtu, reasons uint32
-	if err := spec.Variables[bpfgen.FabricVarMtu].Get(&mtu); err != nil {
+	if err := spec.Variables[bpfgen.FabricVarInternetMtu].Get(&mtu); err != nil {
 		t.Fatal(err)
 	}
 	if err := spec.Variables[bpfgen.FabricVarDropReasons].Get(&reasons); err != nil {
 		t.Fatal(err)
 	}
-	if !bytes.Equal(mac, RouterMAC) || mtu != MTU || int(reasons) != len(dropReasons) {
-		t.Errorf("C has router %v, MTU %d, %d reasons; Go %v, %d, %d", net.HardwareAddr(mac), mtu, reasons, RouterMAC, MTU, len(dropReasons))
+	if !bytes.Equal(mac, RouterMAC) || mtu != InternetMTU || int(reasons) != len(dropReasons) {
+		t.Errorf("C has router %v, the internet's MTU %d, %d reasons; Go %v, %d, %d", net.HardwareAddr(mac), mtu, reasons, RouterMAC, InternetMTU, len(dropReasons))
 	}
 }

@@ -20,11 +20,25 @@ type RouteTable struct {
 // Route is one route. What is within the sender's own subnet follows none.
 type Route struct {
 	CIDR netip.Prefix
-	// Local delivers to whatever interface holds the address; else the packet
-	// goes to the interface ENI, whose address it need not be. A route with
-	// neither, or to an interface that is not attached, drops what follows it.
-	Local bool
-	ENI   vpc.ENIID
+	// One of these, or none. Local delivers to whatever interface holds the
+	// address, Peer does in the VPC of that number. Internet leads to the VPC's
+	// internet gateway. ENI leads to an interface, whose address that of the
+	// packet need not be. A route with none of them, or to an interface that is
+	// not attached, drops what follows it.
+	Local    bool
+	Internet bool
+	Peer     uint32
+	ENI      vpc.ENIID
+}
+
+// targets is how many targets the route has.
+func (r Route) targets() (n int) {
+	for _, is := range []bool{r.Local, r.Internet, r.Peer != 0, r.ENI != ""} {
+		if is {
+			n++
+		}
+	}
+	return n
 }
 
 // tableNumber is by which the programs know a route table: the last 16
@@ -64,8 +78,8 @@ func checkTables(tables []RouteTable) (numbers map[vpc.RouteTableID]uint64, rout
 				err = errors.New("is to nowhere")
 			case seen[r.CIDR.Masked()]:
 				err = errors.New("is to where another is")
-			case r.Local && r.ENI != "":
-				err = errors.New("is local and leads to an interface")
+			case r.targets() > 1:
+				err = errors.New("has more than one target")
 			default:
 				seen[r.CIDR.Masked()] = true
 				if r.CIDR.Addr().Is4() {

@@ -80,6 +80,10 @@ func (f *Fabric) set(ctx context.Context, want desired) error {
 	f.repair(devices, kept, &errs)
 	index := maps.Clone(kept)
 	f.makePorts(ctx, want, guests, index, &errs)
+	if err := f.makeInternet(want, devices); err != nil {
+		errs = append(errs, err)
+	}
+	f.translate(want, guests, &errs)
 	if err := f.putRules(want, index); err != nil {
 		return errors.Join(append(errs, err)...)
 	}
@@ -137,6 +141,9 @@ func (f *Fabric) sort(want desired, guests map[string]uint64, devices []deviceIn
 		ports[p.device] = p
 	}
 	for _, d := range devices {
+		if d.name == internetName {
+			continue
+		}
 		p := ports[d.name]
 		if p != nil && guests[p.Guest] != 0 &&
 			sameIdentity(f.seen.enis[uint32(d.index)], p.record(guests[p.Guest])) &&
@@ -155,6 +162,8 @@ func (f *Fabric) deleteStale(stay *contents) error {
 	return errors.Join(
 		deleteStale(f.objs.Mappings, f.seen.mappings, stay.mappings),
 		deleteStale(f.objs.Stations, f.seen.stations, stay.stations),
+		deleteStale(f.objs.Publics, f.seen.publics, stay.publics),
+		deleteStale(f.objs.Elastics, f.seen.elastics, stay.elastics),
 	)
 }
 
@@ -195,6 +204,8 @@ func (f *Fabric) putWanted(want desired, guests map[string]uint64, index map[vpc
 		putWanted(f.objs.Enis, f.seen.enis, enis),
 		putWanted(f.objs.Stations, f.seen.stations, come.stations),
 		putWanted(f.objs.Mappings, f.seen.mappings, come.mappings),
+		putWanted(f.objs.Elastics, f.seen.elastics, come.elastics),
+		putWanted(f.objs.Publics, f.seen.publics, come.publics),
 		f.deleteRoutes(come), // when no interface uses them
 	)
 }
@@ -240,7 +251,7 @@ func (f *Fabric) removePorts(kept map[vpc.ENIID]int, doomed []int) error {
 		return err
 	}
 	for id, t := range f.taps {
-		if _, ok := kept[id]; ok {
+		if _, ok := kept[id]; ok || id == internetName {
 			continue
 		}
 		delete(f.taps, id)
@@ -280,7 +291,7 @@ func (f *Fabric) repair(devices []deviceInfo, kept map[vpc.ENIID]int, errs *[]er
 	for _, d := range devices {
 		id, ok := byIndex[d.index]
 		const flags = unix.IFF_UP | unix.IFF_NOARP
-		if !ok || d.flags&flags == flags && d.mtu == MTU && d.alias == string(id) {
+		if !ok || d.flags&flags == flags && d.mtu == wireMTU && d.alias == string(id) {
 			continue
 		}
 		if err := f.route.enable(d.index, string(id)); err != nil {
@@ -334,7 +345,7 @@ func (f *Fabric) makePort(p *port, guest uint64) (_ int, err error) {
 	defer ns.Close()
 	index := f.nextIndex
 	f.nextIndex++
-	v := veth{name: p.device, index: index, peerName: fmt.Sprintf("eth%d", p.DeviceIndex), peerMAC: p.MAC, peerNS: ns}
+	v := veth{name: p.device, index: index, peerName: fmt.Sprintf("eth%d", p.DeviceIndex), peerMAC: p.MAC, peerMTU: p.MTU, peerNS: ns}
 	if err := f.route.add(v); err != nil {
 		return 0, err
 	}
@@ -353,7 +364,7 @@ func (f *Fabric) makePort(p *port, guest uint64) (_ int, err error) {
 		return 0, fmt.Errorf("write record: %w", err)
 	}
 	f.seen.enis[uint32(index)] = half
-	if err := f.attach(p.ID, index); err != nil {
+	if err := f.attach(p.ID, index, f.objs.FromGuest, f.objs.ToGuest); err != nil {
 		return 0, err
 	}
 	if err := f.route.enable(index, string(p.ID)); err != nil {
@@ -386,8 +397,8 @@ func (f *Fabric) unmakePort(id vpc.ENIID, index int) error {
 	return errors.Join(errs...)
 }
 
-// attach puts both programs onto a device and pins their links.
-func (f *Fabric) attach(id vpc.ENIID, index int) error {
+// attach puts two programs onto a device and pins their links.
+func (f *Fabric) attach(id vpc.ENIID, index int, in, out *ebpf.Program) error {
 	t := &tap{}
 	f.taps[id] = t
 	for _, a := range []struct {
@@ -396,8 +407,8 @@ func (f *Fabric) attach(id vpc.ENIID, index int) error {
 		point     ebpf.AttachType
 		direction string
 	}{
-		{&t.in, f.objs.FromGuest, ebpf.AttachTCXIngress, "in"},
-		{&t.out, f.objs.ToGuest, ebpf.AttachTCXEgress, "out"},
+		{&t.in, in, ebpf.AttachTCXIngress, "in"},
+		{&t.out, out, ebpf.AttachTCXEgress, "out"},
 	} {
 		l, err := link.AttachTCX(link.TCXOptions{Interface: index, Program: a.program, Attach: a.point})
 		if err != nil {
@@ -432,7 +443,7 @@ func configure(p *port) error {
 		}
 		index := devices[i].index
 		for _, err := range []error{
-			route.up(index),
+			route.up(index, 0),
 			route.addAddress(index, netip.PrefixFrom(p.Primary, p.subnet.CIDR.Bits()), unix.RT_SCOPE_UNIVERSE),
 			route.addDefault(index, vpc.Router(p.subnet.CIDR), p.Primary),
 		} {

@@ -3,4 +3,4 @@
 // libbpf-dev, edit the C, go generate.
 package bpfgen
 
-//go:generate go tool bpf2go -cc clang-14 -target bpfel -type eni_flag -type route_kind -type address -type target -type eni -type station -type route_key -type route -type counters -type rule -type policy -type flow_key -type flow -type fragment_key -type fragment -type acl_entry -type acl -type subnet_key Fabric ../../../../bpf/fabric.c -- -O2 -g -Wall -Werror -I/usr/include/x86_64-linux-gnu
+//go:generate go tool bpf2go -cc clang-14 -target bpfel -type eni_flag -type route_kind -type address -type target -type eni -type station -type route_key -type route -type public -type counters -type rule -type policy -type flow_key -type flow -type fragment_key -type fragment -type acl_entry -type acl -type subnet_key Fabric ../../../../bpf/fabric.c -- -O2 -g -Wall -Werror -I/usr/include/x86_64-linux-gnu

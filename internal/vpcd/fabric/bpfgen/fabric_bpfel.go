@@ -44,7 +44,7 @@ type FabricCounters struct {
 	TxBytes   uint64
 	RxPackets uint64
 	RxBytes   uint64
-	Drops     [22]uint64
+	Drops     [25]uint64
 }
 
 type FabricDirection uint32
@@ -79,7 +79,10 @@ const (
 	FabricDropReasonDROP_ACL_EGRESS     FabricDropReason = 19
 	FabricDropReasonDROP_ACL_INGRESS    FabricDropReason = 20
 	FabricDropReasonDROP_BLACKHOLE      FabricDropReason = 21
-	FabricDropReasonDROP_REASONS        FabricDropReason = 22
+	FabricDropReasonDROP_IGW_SOURCE     FabricDropReason = 22
+	FabricDropReasonDROP_IGW_PRIVATE    FabricDropReason = 23
+	FabricDropReasonDROP_NO_PUBLIC      FabricDropReason = 24
+	FabricDropReasonDROP_REASONS        FabricDropReason = 25
 )
 
 type FabricEni struct {
@@ -102,6 +105,7 @@ type FabricEniFlag uint32
 const (
 	FabricEniFlagENI_SOURCE_DEST_CHECK FabricEniFlag = 1
 	FabricEniFlagENI_READY             FabricEniFlag = 2
+	FabricEniFlagENI_UNGATED           FabricEniFlag = 4
 )
 
 type FabricFlow struct {
@@ -150,12 +154,25 @@ type FabricFragmentKey struct {
 	Pad      uint8
 }
 
+type FabricGatewayProgram uint32
+
+const (
+	FabricGatewayProgramTO_INTERNET      FabricGatewayProgram = 0
+	FabricGatewayProgramFROM_INTERNET    FabricGatewayProgram = 1
+	FabricGatewayProgramGATEWAY_PROGRAMS FabricGatewayProgram = 2
+)
+
 type FabricOpenFlag uint32
 
 const (
 	FabricOpenFlagOPEN_TCP FabricOpenFlag = 1
 	FabricOpenFlagOPEN_UDP FabricOpenFlag = 2
 )
+
+type FabricPiece struct {
+	_     structs.HostLayout
+	Bytes [512]uint8
+}
 
 type FabricPolicy struct {
 	_             structs.HostLayout
@@ -170,10 +187,18 @@ type FabricPolicy struct {
 	Rules         [2][1000]FabricRule
 }
 
+type FabricPublic struct {
+	_       structs.HostLayout
+	Table   uint64
+	Vni     uint32
+	Private uint32
+}
+
 type FabricRoute struct {
 	_      structs.HostLayout
 	Kind   FabricRouteKind
 	Target FabricTarget
+	Vni    uint32
 }
 
 type FabricRouteKey struct {
@@ -189,6 +214,8 @@ const (
 	FabricRouteKindROUTE_LOCAL     FabricRouteKind = 1
 	FabricRouteKindROUTE_ENI       FabricRouteKind = 2
 	FabricRouteKindROUTE_BLACKHOLE FabricRouteKind = 3
+	FabricRouteKindROUTE_IGW       FabricRouteKind = 4
+	FabricRouteKindROUTE_PEER      FabricRouteKind = 5
 )
 
 type FabricRule struct {
@@ -223,7 +250,7 @@ type FabricTarget struct {
 	Flags   FabricEniFlag
 	Subnet  uint32
 	Mac     [6]uint8
-	Pad     [2]uint8
+	Mtu     uint16
 }
 
 // Names of all BPF objects in the ELF.
@@ -232,22 +259,31 @@ type FabricTarget struct {
 const (
 	FabricMapAcls                  = "acls"
 	FabricMapCounts                = "counts"
+	FabricMapElastics              = "elastics"
 	FabricMapEnis                  = "enis"
 	FabricMapFlows                 = "flows"
 	FabricMapFragments             = "fragments"
+	FabricMapGateways              = "gateways"
+	FabricMapInternet              = "internet"
 	FabricMapMappings              = "mappings"
+	FabricMapPieces                = "pieces"
 	FabricMapPolicies              = "policies"
+	FabricMapPublics               = "publics"
 	FabricMapRoutes                = "routes"
 	FabricMapStations              = "stations"
+	FabricProgCutForInternet       = "cut_for_internet"
 	FabricProgFromGuest            = "from_guest"
+	FabricProgFromInternet         = "from_internet"
 	FabricProgToGuest              = "to_guest"
+	FabricProgToInternet           = "to_internet"
 	FabricVarClockOffset           = "clock_offset"
 	FabricVarDirections            = "directions"
 	FabricVarDropReasons           = "drop_reasons"
 	FabricVarEgressGroupsByAddress = "egress_groups_by_address"
 	FabricVarFragmentTimeout       = "fragment_timeout"
+	FabricVarGatewayPrograms       = "gateway_programs"
 	FabricVarIcmpTimeout           = "icmp_timeout"
-	FabricVarMtu                   = "mtu"
+	FabricVarInternetMtu           = "internet_mtu"
 	FabricVarOpenFlags             = "open_flags"
 	FabricVarOtherTimeout          = "other_timeout"
 	FabricVarRouterMac             = "router_mac"
@@ -299,8 +335,11 @@ type FabricSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type FabricProgramSpecs struct {
-	FromGuest *ebpf.ProgramSpec `ebpf:"from_guest"`
-	ToGuest   *ebpf.ProgramSpec `ebpf:"to_guest"`
+	CutForInternet *ebpf.ProgramSpec `ebpf:"cut_for_internet"`
+	FromGuest      *ebpf.ProgramSpec `ebpf:"from_guest"`
+	FromInternet   *ebpf.ProgramSpec `ebpf:"from_internet"`
+	ToGuest        *ebpf.ProgramSpec `ebpf:"to_guest"`
+	ToInternet     *ebpf.ProgramSpec `ebpf:"to_internet"`
 }
 
 // FabricMapSpecs contains maps before they are loaded into the kernel.
@@ -309,11 +348,16 @@ type FabricProgramSpecs struct {
 type FabricMapSpecs struct {
 	Acls      *ebpf.MapSpec `ebpf:"acls"`
 	Counts    *ebpf.MapSpec `ebpf:"counts"`
+	Elastics  *ebpf.MapSpec `ebpf:"elastics"`
 	Enis      *ebpf.MapSpec `ebpf:"enis"`
 	Flows     *ebpf.MapSpec `ebpf:"flows"`
 	Fragments *ebpf.MapSpec `ebpf:"fragments"`
+	Gateways  *ebpf.MapSpec `ebpf:"gateways"`
+	Internet  *ebpf.MapSpec `ebpf:"internet"`
 	Mappings  *ebpf.MapSpec `ebpf:"mappings"`
+	Pieces    *ebpf.MapSpec `ebpf:"pieces"`
 	Policies  *ebpf.MapSpec `ebpf:"policies"`
+	Publics   *ebpf.MapSpec `ebpf:"publics"`
 	Routes    *ebpf.MapSpec `ebpf:"routes"`
 	Stations  *ebpf.MapSpec `ebpf:"stations"`
 }
@@ -327,8 +371,9 @@ type FabricVariableSpecs struct {
 	DropReasons           *ebpf.VariableSpec `ebpf:"drop_reasons"`
 	EgressGroupsByAddress *ebpf.VariableSpec `ebpf:"egress_groups_by_address"`
 	FragmentTimeout       *ebpf.VariableSpec `ebpf:"fragment_timeout"`
+	GatewayPrograms       *ebpf.VariableSpec `ebpf:"gateway_programs"`
 	IcmpTimeout           *ebpf.VariableSpec `ebpf:"icmp_timeout"`
-	Mtu                   *ebpf.VariableSpec `ebpf:"mtu"`
+	InternetMtu           *ebpf.VariableSpec `ebpf:"internet_mtu"`
 	OpenFlags             *ebpf.VariableSpec `ebpf:"open_flags"`
 	OtherTimeout          *ebpf.VariableSpec `ebpf:"other_timeout"`
 	RouterMac             *ebpf.VariableSpec `ebpf:"router_mac"`
@@ -360,11 +405,16 @@ func (o *FabricObjects) Close() error {
 type FabricMaps struct {
 	Acls      *ebpf.Map `ebpf:"acls"`
 	Counts    *ebpf.Map `ebpf:"counts"`
+	Elastics  *ebpf.Map `ebpf:"elastics"`
 	Enis      *ebpf.Map `ebpf:"enis"`
 	Flows     *ebpf.Map `ebpf:"flows"`
 	Fragments *ebpf.Map `ebpf:"fragments"`
+	Gateways  *ebpf.Map `ebpf:"gateways"`
+	Internet  *ebpf.Map `ebpf:"internet"`
 	Mappings  *ebpf.Map `ebpf:"mappings"`
+	Pieces    *ebpf.Map `ebpf:"pieces"`
 	Policies  *ebpf.Map `ebpf:"policies"`
+	Publics   *ebpf.Map `ebpf:"publics"`
 	Routes    *ebpf.Map `ebpf:"routes"`
 	Stations  *ebpf.Map `ebpf:"stations"`
 }
@@ -373,11 +423,16 @@ func (m *FabricMaps) Close() error {
 	return _FabricClose(
 		m.Acls,
 		m.Counts,
+		m.Elastics,
 		m.Enis,
 		m.Flows,
 		m.Fragments,
+		m.Gateways,
+		m.Internet,
 		m.Mappings,
+		m.Pieces,
 		m.Policies,
+		m.Publics,
 		m.Routes,
 		m.Stations,
 	)
@@ -392,8 +447,9 @@ type FabricVariables struct {
 	DropReasons           *ebpf.Variable `ebpf:"drop_reasons"`
 	EgressGroupsByAddress *ebpf.Variable `ebpf:"egress_groups_by_address"`
 	FragmentTimeout       *ebpf.Variable `ebpf:"fragment_timeout"`
+	GatewayPrograms       *ebpf.Variable `ebpf:"gateway_programs"`
 	IcmpTimeout           *ebpf.Variable `ebpf:"icmp_timeout"`
-	Mtu                   *ebpf.Variable `ebpf:"mtu"`
+	InternetMtu           *ebpf.Variable `ebpf:"internet_mtu"`
 	OpenFlags             *ebpf.Variable `ebpf:"open_flags"`
 	OtherTimeout          *ebpf.Variable `ebpf:"other_timeout"`
 	RouterMac             *ebpf.Variable `ebpf:"router_mac"`
@@ -407,14 +463,20 @@ type FabricVariables struct {
 //
 // It can be passed to LoadFabricObjects or ebpf.CollectionSpec.LoadAndAssign.
 type FabricPrograms struct {
-	FromGuest *ebpf.Program `ebpf:"from_guest"`
-	ToGuest   *ebpf.Program `ebpf:"to_guest"`
+	CutForInternet *ebpf.Program `ebpf:"cut_for_internet"`
+	FromGuest      *ebpf.Program `ebpf:"from_guest"`
+	FromInternet   *ebpf.Program `ebpf:"from_internet"`
+	ToGuest        *ebpf.Program `ebpf:"to_guest"`
+	ToInternet     *ebpf.Program `ebpf:"to_internet"`
 }
 
 func (p *FabricPrograms) Close() error {
 	return _FabricClose(
+		p.CutForInternet,
 		p.FromGuest,
+		p.FromInternet,
 		p.ToGuest,
+		p.ToInternet,
 	)
 }
 
