@@ -195,6 +195,9 @@ func (d *Datapath) open() (err error) {
 	if err := d.load(); err != nil {
 		return err
 	}
+	if err := d.readGeneration(); err != nil {
+		return err
+	}
 	if d.hooks, d.oldHooks, err = d.newHooks(); err != nil {
 		return err
 	}
