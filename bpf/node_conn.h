@@ -101,7 +101,7 @@ struct fragment {
 	__u8 icmp_type;
 	__u8 icmp_code;
 	__u8 query;
-	__u8 pad;
+	__u8 opens;		/* the datagram is what a flow begins with */
 };
 
 struct {
@@ -474,6 +474,8 @@ __noinline int read_packet(struct __sk_buff *skb, struct packet *p, int v6, int 
 		t->icmp_type = first->icmp_type;
 		t->icmp_code = first->icmp_code;
 		t->query = first->query;
+		if (first->opens)
+			p->flags |= PACKET_OPENS;
 		set_key(p);
 		return 0;
 	}
@@ -535,6 +537,7 @@ __noinline int read_packet(struct __sk_buff *skb, struct packet *p, int v6, int 
 			.expires_ns = p->now + fragment_timeout * NSEC_PER_SEC,
 			.sport = t->sport, .dport = t->dport,
 			.icmp_type = t->icmp_type, .icmp_code = t->icmp_code, .query = t->query,
+			.opens = !!(p->flags & PACKET_OPENS),
 		};
 
 		p->flags |= PACKET_FRAGMENT;

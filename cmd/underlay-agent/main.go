@@ -23,6 +23,7 @@ import (
 	"github.com/underlay-cni/underlay/internal/datapath"
 	"github.com/underlay-cni/underlay/internal/ec2"
 	"github.com/underlay-cni/underlay/internal/imds"
+	"github.com/underlay-cni/underlay/internal/ipam"
 )
 
 func main() {
@@ -60,6 +61,8 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
+	aws := tune
+	tune = func(c *ipam.Config) { aws(c); c.SetLinger = o.linger }
 	if err := preflight(o); err != nil {
 		return err
 	}
@@ -73,7 +76,9 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	defer socket.Close()
-	dp, err := datapath.Open(datapath.Options{BPFFS: o.bpffs, AllowIMDS: o.imds == "allow", Hook: o.hook, SNAT: o.snat, SNATExclude: o.snatExclude, Direct: o.direct, StackNetworks: o.directExcept, ProcSysNet: o.procSysNet, Logger: log})
+	var a *agent.Agent // there before the first ADD is served
+	dp, err := datapath.Open(datapath.Options{BeforeReady: func(ctx context.Context, ep datapath.Endpoint) error { return a.BeforeReady(ctx, ep) },
+		BPFFS: o.bpffs, AllowIMDS: o.imds == "allow", Hook: o.hook, SNAT: o.snat, SNATExclude: o.snatExclude, Direct: o.direct, StackNetworks: o.directExcept, ProcSysNet: o.procSysNet, Logger: log})
 	if err != nil {
 		return fmt.Errorf("open the datapath: %w; docs/datapath.md says what it needs of the kernel", err)
 	}
@@ -82,10 +87,10 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	a := agent.New(agent.Options{
+	a = agent.New(agent.Options{
 		Version: version(), Cluster: o.cluster, Socket: o.socket, Datapath: dp, Metadata: imds.New(""), Logger: log, Tune: tune, Sweep: o.sweep, Rival: agent.AWSNode,
-		ConnectEC2:   func(ctx context.Context, region string) (agent.EC2, error) { return ec2.New(ctx, region) },
-		Orchestrator: n.orchestrator(), Serving: n.install,
+		ConnectEC2: func(ctx context.Context, region string) (agent.EC2, error) { return ec2.New(ctx, region) },
+		SetPolicy:  dp.SetPolicy, GroupsMode: o.groupsMode, Orchestrator: n.orchestrator(), Serving: n.install,
 	})
 	log.Info("serving", "socket", o.socket, "version", version(), "hook", o.hook)
 

@@ -15,8 +15,10 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/underlay-cni/underlay/internal/agentapi"
 	"github.com/underlay-cni/underlay/internal/agentapi/install"
 	"github.com/underlay-cni/underlay/internal/datapath"
+	"github.com/underlay-cni/underlay/internal/ipam"
 )
 
 // maxSocketPath is what fits into sockaddr_un.sun_path with its zero, unix(7).
@@ -32,7 +34,8 @@ type options struct {
 	direct                                bool
 	level                                 slog.Level
 	prefixes                              bool
-	sweep                                 time.Duration
+	sweep, linger                         time.Duration
+	groupsMode                            string
 
 	uninstall, force, stay bool
 }
@@ -66,6 +69,8 @@ func parseFlags(args []string, stderr io.Writer) (options, error) {
 	f.StringVar(&o.cluster, "cluster", "default", "`name` of the cluster, in the tags of the interfaces that the agent makes")
 	f.BoolVar(&o.prefixes, "prefixes", false, "take addresses as /28 prefixes, sixteen at a time, where instance type and subnet allow it")
 	f.DurationVar(&o.sweep, "sweep", 0, "`time` between deletions of the interfaces that dead nodes of the cluster left, e.g. 10m; set it on one agent of a cluster; 0: never")
+	f.StringVar(&o.groupsMode, "security-groups-mode", agentapi.GroupsVPC, "who judges by pods' security groups, unless a pod says: vpc, by an interface with exactly these groups, and the node what the VPC does not see; or host, the node alone: to the VPC such pods have the node's groups")
+	f.DurationVar(&o.linger, "security-groups-linger", ipam.Default().SetLinger, "`time` that the interface of a set of security groups is kept after its last pod: to make and attach one takes seconds, and while it is kept no other set can have its place")
 	f.StringVar(&o.metrics, "metrics-listen", "", "`address` for /metrics (Prometheus), /livez and /readyz, e.g. 127.0.0.1:9464; empty: none")
 	f.StringVar(&o.nodeName, "node-name", "", "`name` of the node in Kubernetes: the agent then takes the taint underlay.dev/agent-not-ready off, publishes how many pods the node has addresses for, and posts events on pods; empty: there is no Kubernetes")
 	f.StringVar(&o.kubeconfig, "kubeconfig", "", "`file` by which the API server is found; empty: as a pod of the cluster finds it")
@@ -132,6 +137,10 @@ Flags:
 		err = fmt.Errorf("--socket is %q, want an absolute path of at most %d bytes", o.socket, maxSocketPath)
 	case o.sweep < 0 || o.sweep > 0 && o.sweep < time.Second:
 		err = fmt.Errorf("--sweep is %s, want 0 or at least 1s", o.sweep)
+	case o.groupsMode != agentapi.GroupsVPC && o.groupsMode != agentapi.GroupsHost:
+		err = fmt.Errorf("--security-groups-mode is %q, want vpc or host", o.groupsMode)
+	case o.linger < 0:
+		err = fmt.Errorf("--security-groups-linger is %s, want 0 or more", o.linger)
 	case !filepath.IsAbs(o.bpffs):
 		err = fmt.Errorf("--bpffs is %q, want an absolute path", o.bpffs)
 	case !filepath.IsAbs(o.procSysNet):

@@ -16,6 +16,7 @@ import (
 	"github.com/underlay-cni/underlay/internal/ec2"
 	"github.com/underlay-cni/underlay/internal/imds"
 	"github.com/underlay-cni/underlay/internal/ipam"
+	"github.com/underlay-cni/underlay/internal/policy"
 	"github.com/underlay-cni/underlay/internal/vpc"
 )
 
@@ -38,8 +39,10 @@ type Datapath interface {
 // EC2 is what the agent needs of EC2; see package ec2. Errors are classified
 // by ec2.Outcome.
 type EC2 interface {
+	RuleReader
 	Interfaces(ctx context.Context, instance vpc.InstanceID, tag string) ([]vpc.ENI, error)
 	Subnet(context.Context, vpc.SubnetID) (vpc.Subnet, error)
+	SecurityGroups(ctx context.Context, in vpc.VPCID, ids []vpc.SecurityGroupID, names []string) ([]vpc.SecurityGroup, error)
 	Limits(ctx context.Context, instanceType string) (vpc.InstanceLimits, error)
 	AssignAddresses(ctx context.Context, id vpc.ENIID, n int) ([]netip.Addr, error)
 	AssignPrefixes(ctx context.Context, id vpc.ENIID, n int) ([]netip.Prefix, error)
@@ -81,6 +84,14 @@ type Options struct {
 	Sweep      time.Duration                // between deletions of what the cluster's dead nodes left; 0: never
 	Rival      func(context.Context) string // where another agent hands out the node's addresses, see AWSNode; may be nil
 
+	// SetPolicy puts an endpoint's tables into the kernel, before BeforeReady of
+	// the datapath returns or later. nil: the datapath judges nothing.
+	SetPolicy func(datapath.Endpoint, policy.Tables) error
+
+	// GroupsMode is who judges by pods' security groups unless they say so:
+	// agentapi.GroupsVPC or GroupsHost; "": GroupsVPC.
+	GroupsMode string
+
 	Orchestrator Orchestrator // nil: there is none
 	// Serving, if set, is called once, when the first ADD can be served, and
 	// may take its time; ctx ends with the agent.
@@ -94,6 +105,8 @@ type Agent struct {
 	log     *slog.Logger
 	started time.Time
 	metrics *metrics
+	groups  *groupBook
+	gate    *gatekeeper // nil: the datapath judges nothing
 	locks   keyLocks
 	spoolMu sync.Mutex // one drain of the spool at a time
 
@@ -105,6 +118,7 @@ type Agent struct {
 	waitsFor  string // what the start waits for, and the next step; "" when ready
 	refuses   bool   // what it waits for does not pass by itself: nobody need wait with us
 	identity  imds.Identity
+	client    EC2                 // nil before the node is identified
 	config    ipam.Config         // the zero value before the node is identified
 	incidents []agentapi.Incident // the latest first
 	endpoints map[key]datapath.Endpoint
@@ -123,12 +137,18 @@ func New(opts Options) *Agent {
 	if opts.AddTimeout == 0 {
 		opts.AddTimeout = DefaultAddTimeout
 	}
+	if opts.GroupsMode == "" {
+		opts.GroupsMode = agentapi.GroupsVPC
+	}
 	a := &Agent{
 		opts: opts, log: opts.Logger, started: time.Now(),
-		post: make(chan func(*owner)), ready: make(chan struct{}), done: make(chan struct{}),
+		groups: newGroupBook(), post: make(chan func(*owner)), ready: make(chan struct{}), done: make(chan struct{}),
 		waitsFor: "the agent is starting; ask again in a second", endpoints: map[key]datapath.Endpoint{}, subnets: map[vpc.SubnetID]netip.Prefix{},
 	}
 	a.metrics = newMetrics(a)
+	if opts.SetPolicy != nil {
+		a.gate = newGatekeeper(a, opts.SetPolicy)
+	}
 	return a
 }
 
@@ -155,6 +175,10 @@ func (a *Agent) Run(ctx context.Context) error {
 		}
 		client := o.ec2 // before the owner has it
 		a.tell(ctx, func(o *owner) { o.start(cfg) })
+		if a.gate != nil {
+			o.spawn(func() { a.gate.book.run(ctx, client) })
+			o.spawn(func() { a.keepGate(ctx) })
+		}
 		if a.opts.Sweep > 0 {
 			o.spawn(func() { a.sweep(ctx, client, cfg.Instance) })
 		}
@@ -242,7 +266,7 @@ func (a *Agent) identify(ctx context.Context, o *owner) (ipam.Config, error) {
 		a.opts.Tune(&cfg)
 	}
 	a.mu.Lock()
-	a.identity, a.config = id, cfg
+	a.identity, a.config, a.client = id, cfg, o.ec2
 	a.subnets[id.Subnet] = id.SubnetCIDR
 	a.waitsFor = "waiting for EC2 to list the node's interfaces; ask again in a second"
 	a.mu.Unlock()

@@ -36,6 +36,7 @@ type rig struct {
 	rival  string // where another agent is; guarded by cloud.mu
 
 	orchestrator Orchestrator
+	judges       bool // the kernel judges by security groups
 }
 
 // run runs fn in a bubble of virtual time, with a cloud and a kernel.
@@ -57,8 +58,13 @@ func run(t *testing.T, typ string, fn func(*rig)) {
 // start starts an agent; one that runs is stopped first.
 func (r *rig) start() {
 	r.stop()
-	r.a = New(Options{Version: "test", Cluster: "test", Socket: r.socket, Datapath: r.kernel, Metadata: fakeIMDS{r.cloud},
-		ConnectEC2: func(context.Context, string) (EC2, error) { return r.cloud, nil }, Logger: slog.New(slog.DiscardHandler), Sweep: r.sweep, Tune: r.tune, Rival: r.theRival, Orchestrator: r.orchestrator})
+	opts := Options{Version: "test", Cluster: "test", Socket: r.socket, Datapath: r.kernel, Metadata: fakeIMDS{r.cloud},
+		ConnectEC2: func(context.Context, string) (EC2, error) { return r.cloud, nil }, Logger: slog.New(slog.DiscardHandler), Sweep: r.sweep, Tune: r.tune, Rival: r.theRival, Orchestrator: r.orchestrator}
+	if r.judges {
+		opts.SetPolicy = r.kernel.SetPolicy
+	}
+	r.a = New(opts)
+	r.kernel.before = r.a.BeforeReady
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error)
 	go func() { ended <- r.a.Run(ctx) }()

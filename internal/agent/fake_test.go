@@ -15,6 +15,7 @@ import (
 	"github.com/underlay-cni/underlay/internal/ec2"
 	"github.com/underlay-cni/underlay/internal/imds"
 	"github.com/underlay-cni/underlay/internal/ipam"
+	"github.com/underlay-cni/underlay/internal/policy"
 	"github.com/underlay-cni/underlay/internal/vpc"
 )
 
@@ -28,17 +29,23 @@ var testCIDR = netip.MustParsePrefix("10.0.0.0/20")
 // fakeCloud is EC2 and IMDS: it holds state, takes its time, and fails when
 // told to.
 type fakeCloud struct {
-	mu     sync.Mutex
-	typ    string
-	enis   map[vpc.ENIID]*vpc.ENI
-	tokens map[string]vpc.ENIID
-	used   map[netip.Addr]time.Time
-	since  map[vpc.ENIID]time.Time // of the attachment
-	seq    int
-	writes []string
-	fail   func(call string) error // nil: go on
-	noIMDS error
-	cidrs  []netip.Prefix // of the VPC
+	mu                   sync.Mutex
+	typ                  string
+	enis                 map[vpc.ENIID]*vpc.ENI
+	tokens               map[string]vpc.ENIID
+	used                 map[netip.Addr]time.Time
+	since                map[vpc.ENIID]time.Time // of the attachment
+	seq                  int
+	writes               []string
+	asked                int                     // for groups
+	fail                 func(call string) error // nil: go on
+	noIMDS               error
+	groups               []vpc.SecurityGroup
+	rules                []vpc.SecurityGroupRule
+	lists                map[vpc.PrefixListID][]netip.Prefix
+	members              map[vpc.SecurityGroupID][]netip.Prefix // outside of the node
+	ruleReads, listReads int
+	cidrs                []netip.Prefix // of the VPC
 
 	latency, attach, lag time.Duration
 }
@@ -125,6 +132,65 @@ func (c *fakeCloud) Interfaces(ctx context.Context, instance vpc.InstanceID, tag
 
 func (c *fakeCloud) Subnet(ctx context.Context, id vpc.SubnetID) (vpc.Subnet, error) {
 	return vpc.Subnet{ID: id, CIDR: testCIDR}, nil
+}
+
+func (c *fakeCloud) SecurityGroups(ctx context.Context, in vpc.VPCID, ids []vpc.SecurityGroupID, names []string) (out []vpc.SecurityGroup, err error) {
+	err = c.call(ctx, "describe-groups", false, func() error {
+		c.asked++
+		for _, g := range c.groups {
+			if slices.Contains(ids, g.ID) || g.VPC == in && slices.Contains(names, g.Name) {
+				out = append(out, g)
+			}
+		}
+		return nil
+	})
+	return out, err
+}
+
+func (c *fakeCloud) SecurityGroupRules(ctx context.Context, ids []vpc.SecurityGroupID) (out []vpc.SecurityGroupRule, err error) {
+	err = c.call(ctx, "describe-rules", false, func() error {
+		c.ruleReads++
+		for _, r := range c.rules {
+			if slices.Contains(ids, r.Group) {
+				out = append(out, r)
+			}
+		}
+		return nil
+	})
+	return out, err
+}
+
+func (c *fakeCloud) PrefixListVersions(ctx context.Context, ids []vpc.PrefixListID) (map[vpc.PrefixListID]int64, error) {
+	out := map[vpc.PrefixListID]int64{}
+	err := c.call(ctx, "prefix-lists", false, func() error {
+		for _, id := range ids {
+			if l, ok := c.lists[id]; ok {
+				out[id] = int64(len(l))
+			}
+		}
+		return nil
+	})
+	return out, err
+}
+
+func (c *fakeCloud) PrefixListEntries(ctx context.Context, id vpc.PrefixListID) (out []netip.Prefix, err error) {
+	err = c.call(ctx, "prefix-list-entries", false, func() error {
+		c.listReads++
+		out = slices.Clone(c.lists[id])
+		return nil
+	})
+	return out, err
+}
+
+func (c *fakeCloud) Members(ctx context.Context, ids []vpc.SecurityGroupID) (map[vpc.SecurityGroupID][]netip.Prefix, error) {
+	out := map[vpc.SecurityGroupID][]netip.Prefix{}
+	err := c.call(ctx, "describe-members", false, func() error {
+		for _, id := range ids {
+			out[id] = slices.Clone(c.members[id])
+		}
+		return nil
+	})
+	return out, err
 }
 
 func (c *fakeCloud) Limits(ctx context.Context, t string) (vpc.InstanceLimits, error) {
@@ -285,17 +351,21 @@ type fakeDatapath struct {
 	records map[netip.Addr]datapath.Endpoint
 	enis    []datapath.ENI
 	addErr  error
-	broken  map[string]error // by container: what Check says
-	damage  chan struct{}    // told of, it is what Watch hears
-	sets    int              // calls of SetENIs
-	foreign []netip.Addr     // what others have configured
+	broken  map[string]error                               // by container: what Check says
+	damage  chan struct{}                                  // told of, it is what Watch hears
+	before  func(context.Context, datapath.Endpoint) error // nil: nobody
+	index   int                                            // of the host's interface that was made last
+	tables  map[int]policy.Tables                          // by that index
+	puts    int                                            // calls of SetPolicy
+	sets    int                                            // calls of SetENIs
+	foreign []netip.Addr                                   // what others have configured
 	vpc     []netip.Prefix
 
 	obstacle string
 }
 
 func newDatapath(c *fakeCloud) *fakeDatapath {
-	return &fakeDatapath{c: c, records: map[netip.Addr]datapath.Endpoint{}, broken: map[string]error{}, damage: make(chan struct{})}
+	return &fakeDatapath{c: c, records: map[netip.Addr]datapath.Endpoint{}, broken: map[string]error{}, damage: make(chan struct{}), tables: map[int]policy.Tables{}}
 }
 
 func (d *fakeDatapath) Status() (datapath.Status, error) {
@@ -354,7 +424,25 @@ func (d *fakeDatapath) SetENIs(_ context.Context, enis []datapath.ENI) error {
 	return nil
 }
 
+func (d *fakeDatapath) SetPolicy(e datapath.Endpoint, t policy.Tables) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.puts++
+	d.tables[e.HostIfIndex] = t
+	return nil
+}
+
 func (d *fakeDatapath) Add(ctx context.Context, e datapath.Endpoint, f *os.File) (datapath.Endpoint, error) {
+	d.mu.Lock()
+	d.index++
+	e.HostIfIndex = d.index
+	before := d.before
+	d.mu.Unlock()
+	if before != nil {
+		if err := before(ctx, e); err != nil {
+			return e, err
+		}
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.addErr != nil {

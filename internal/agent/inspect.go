@@ -23,6 +23,7 @@ func (a *Agent) Inspect(ctx context.Context) (*agentapi.Inspection, error) {
 	lost := map[netip.Addr]bool{}
 	if err := a.ask(ctx, func(o *owner) {
 		in.Waiting = len(o.state.Waiting)
+		in.Sets, in.SetsLeft = sets(&o.state), o.state.SlotsLeft()
 		if t := o.state.Trouble[ipam.Pool{}]; t != nil {
 			trouble = t.Error()
 		}
@@ -47,6 +48,9 @@ func (a *Agent) Inspect(ctx context.Context) (*agentapi.Inspection, error) {
 		in.Reason = "EC2 no longer lists addresses that pods use; recreate the pods with a problem"
 	}
 	in.Healthy = in.Reason == ""
+	if a.gate != nil {
+		in.Policy = a.gate.status()
+	}
 
 	eps, err := a.opts.Datapath.Endpoints()
 	if err != nil {
@@ -54,7 +58,10 @@ func (a *Agent) Inspect(ctx context.Context) (*agentapi.Inspection, error) {
 	}
 	for _, ep := range eps {
 		e := agentapi.Endpoint{ContainerID: ep.ContainerID, IfName: ep.IfName, Netns: ep.Netns, IP: ep.Addr, ENI: string(ep.ENI), MAC: ep.MAC.String(),
-			HostIfName: ep.HostIfName, Pod: agentapi.Pod{Namespace: ep.PodNamespace, Name: ep.PodName, UID: ep.PodUID}, Since: ep.Created, State: strings.ToLower(ep.State.String())}
+			HostIfName: ep.HostIfName, Pod: agentapi.Pod{Namespace: ep.PodNamespace, Name: ep.PodName, UID: ep.PodUID}, Since: ep.Created, State: strings.ToLower(ep.State.String()), Groups: groupIDs(ep.Groups)}
+		if ep.GroupsHere {
+			e.GroupsMode = agentapi.GroupsHost
+		}
 		if lost[ep.Addr] {
 			e.Problem = "EC2 no longer lists this address; recreate the pod"
 		}
@@ -124,9 +131,7 @@ func snapshot(s *ipam.State, in *agentapi.Inspection, lost map[netip.Addr]bool) 
 		out := agentapi.ENI{ID: string(e.ID), Device: e.Device, MAC: e.MAC, Primary: e.Primary, Subnet: string(e.Subnet), Groups: []string{},
 			Prefixes: e.Prefixes, Managed: e.Managed, State: state(e), Addresses: counts(e)}
 		out.Prefixes = slices.Clone(e.Prefixes)
-		for _, g := range e.Groups.Groups() {
-			out.Groups = append(out.Groups, string(g))
-		}
+		out.Groups = groupIDs(e.Groups)
 		if e.Managed {
 			out.Addresses.Limit = max(0, s.Config.Limits.IPv4PerENI-1)
 		}

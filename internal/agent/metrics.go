@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/http"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -16,8 +17,8 @@ import (
 )
 
 // metrics are the agent's numbers. Labels are bounded: states, names of calls,
-// outcomes, error codes, drop reasons, the node's subnets; never a pod or an
-// address.
+// outcomes, error codes, drop reasons, the node's subnets and, as many as it has
+// interfaces, its sets of security groups; never a pod or an address.
 type metrics struct {
 	registry *prometheus.Registry
 	adds     *prometheus.HistogramVec
@@ -79,6 +80,9 @@ var (
 	descReady     = prometheus.NewDesc("underlay_ready", "1 when ADDs can be served.", nil, nil)
 	descENIs      = prometheus.NewDesc("underlay_enis", "Network interfaces of the node, by state.", []string{"state"}, nil)
 	descAddresses = prometheus.NewDesc("underlay_addresses", "Addresses of the pool, by state; primaries are not of it.", []string{"state"}, nil)
+	descSets      = prometheus.NewDesc("underlay_group_set_addresses", "Addresses of each set of security groups that has interfaces on the node, by state; groups are sorted IDs, joined by commas.", []string{"groups", "state"}, nil)
+	descSetENIs   = prometheus.NewDesc("underlay_group_set_enis", "Network interfaces of each set of security groups.", []string{"groups"}, nil)
+	descSetsLeft  = prometheus.NewDesc("underlay_group_sets_allocatable", "How many further sets of security groups the node has interfaces for.", nil, nil)
 	descWaiting   = prometheus.NewDesc("underlay_adds_waiting", "ADDs that wait for an address.", nil, nil)
 	descExhausted = prometheus.NewDesc("underlay_subnet_exhausted", "1 for a subnet of the node where EC2 found no free address, or no free prefix, when last asked.", []string{"subnet", "lacks"}, nil)
 	descNotices   = prometheus.NewDesc("underlay_notices_dropped_total", "What pods' users were not told, in Kubernetes' events, for want of room.", nil, nil)
@@ -87,7 +91,7 @@ var (
 
 // Describe implements prometheus.Collector.
 func (v *view) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descReady, descENIs, descAddresses, descWaiting, descExhausted, descNotices, descDrops} {
+	for _, d := range []*prometheus.Desc{descReady, descENIs, descAddresses, descSets, descSetENIs, descSetsLeft, descWaiting, descExhausted, descNotices, descDrops} {
 		ch <- d
 	}
 }
@@ -108,8 +112,11 @@ func (v *view) Collect(ch chan<- prometheus.Metric) {
 	enis := map[string]int{}
 	waiting := 0
 	exhausted := map[vpc.SubnetID][2]int{} // of addresses, of prefixes
+	var groups []agentapi.GroupSet
+	setsLeft := 0
 	if v.a.ask(ctx, func(o *owner) {
 		n, waiting = countAll(&o.state), len(o.state.Waiting)
+		groups, setsLeft = sets(&o.state), o.state.SlotsLeft()
 		for _, e := range o.state.ENIs {
 			enis[state(e)]++
 			if e.Managed {
@@ -131,6 +138,21 @@ func (v *view) Collect(ch chan<- prometheus.Metric) {
 		gauge(descAddresses, n.Cooling, "cooling")
 		gauge(descAddresses, n.Foreign, "foreign")
 		gauge(descWaiting, waiting)
+		gauge(descSetsLeft, setsLeft)
+		for _, g := range groups {
+			if g.ENIs == 0 {
+				continue // its pods wait, and it may never have one
+			}
+			name := strings.Join(g.Groups, ",")
+			if g.Node {
+				name = "node" // whatever they are: a pod can ask for the same
+			}
+			gauge(descSetENIs, g.ENIs, name)
+			gauge(descSets, g.InUse, name, "bound")
+			gauge(descSets, g.Free, name, "free")
+			gauge(descSets, g.Cooling, name, "cooling")
+			gauge(descSets, g.Coming, name, "assigned")
+		}
 		for s, c := range enis {
 			gauge(descENIs, c, s)
 		}

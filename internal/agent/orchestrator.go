@@ -114,12 +114,15 @@ const (
 	reasonRefused    = "NetworkSetupRefused"
 	reasonNodeFull   = "NodeFull"
 	reasonSubnetFull = "SubnetFull"
+	reasonGroups     = "SecurityGroupsRefused"
+	reasonSetsFull   = "NoInterfaceForSecurityGroups"
 )
 
 // reasons are those of the plan's errors.
 var reasons = map[ipam.Kind]string{
 	ipam.KindSlow: reasonNoAddress, ipam.KindNodeFull: reasonNodeFull, ipam.KindSubnetFull: reasonSubnetFull, ipam.KindThrottled: "EC2Throttled",
 	ipam.KindDenied: "EC2Denied", ipam.KindQuota: "ENIQuotaReached", ipam.KindUnavailable: "EC2Unavailable", ipam.KindRefused: "EC2Refused",
+	ipam.KindSetsFull: reasonSetsFull, ipam.KindGroups: reasonGroups,
 }
 
 // reasonError is an error as the plugin hears it, with its notice's reason.

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"net/netip"
@@ -68,9 +69,28 @@ func (a *Agent) add(ctx context.Context, at *agentapi.Attachment, timeout time.D
 		return nil, err
 	}
 	defer unlock()
+	set, err := a.groupSet(ctx, at.Groups, deadline)
+	if err != nil {
+		return nil, err
+	}
+	here := set != "" && cmp.Or(at.GroupsMode, a.opts.GroupsMode) == agentapi.GroupsHost
+	pool := ipam.Pool{Groups: set}
+	if here { // to the VPC it has the node's
+		pool = ipam.Pool{}
+		if a.gate == nil {
+			return nil, groupsError("the node judges nothing by security groups; ask for mode vpc")
+		}
+	}
 	if ep, ok := a.endpoint(k); ok {
 		err := a.opts.Datapath.Check(ctx, ep, netns)
 		if err == nil {
+			has, same, err := a.inGroups(ctx, ep, set, here)
+			if err != nil {
+				return nil, err
+			}
+			if !same { // a pod keeps its groups until it is made anew
+				return nil, agentapi.Errorf(agentapi.CodeConflict, "container %s has %s with %s, and ADD asks for %s; send DEL first", at.ContainerID, ep.Addr, describeSet(has), describeSet(set))
+			}
 			return result(ep), nil
 		}
 		// The runtime made the container's namespace anew without a DEL.
@@ -80,15 +100,21 @@ func (a *Agent) add(ctx context.Context, at *agentapi.Attachment, timeout time.D
 		}
 	}
 	for try := 1; ; try++ {
-		ans, err := a.request(ctx, at, deadline)
+		ans, err := a.request(ctx, at, pool, deadline)
 		if err != nil {
 			return nil, err
 		}
-		ep, err := a.opts.Datapath.Add(ctx, datapath.Endpoint{
+		if pool.Groups != "" && ans.groups != set { // changed by somebody a moment ago, or the address is of an earlier request
+			a.release(ans.addr.reply.Addr, time.Now(), true)
+			return nil, agentapi.Errorf(agentapi.CodeTryAgain, "%s, where the pod was to have its address, carries security groups %s and no longer %s; try again", ans.addr.reply.ENI, ans.groups, set)
+		}
+		if here {
+			ans.groups = set
+		}
+		ep, err := a.attach(ctx, k, deadline, datapath.Endpoint{
 			ContainerID: at.ContainerID, IfName: at.IfName, Netns: at.Netns, Addr: ans.addr.reply.Addr, ENI: ans.addr.reply.ENI, ENIIndex: ans.addr.index,
-			PodNamespace: at.Pod.Namespace, PodName: at.Pod.Name, PodUID: at.Pod.UID, Groups: ans.groups}, netns)
+			PodNamespace: at.Pod.Namespace, PodName: at.Pod.Name, PodUID: at.Pod.UID, Groups: ans.groups, GroupsHere: here}, netns)
 		if err == nil {
-			a.remember(k, ep)
 			a.log.Info("endpoint added", "pod", at.Pod.String(), "ip", ep.Addr, "eni", ep.ENI, "if", ep.HostIfName, "container", at.ContainerID)
 			return result(ep), nil
 		}
@@ -104,7 +130,55 @@ func (a *Agent) add(ctx context.Context, at *agentapi.Attachment, timeout time.D
 	}
 }
 
+// ruleTime is what an ADD has at least, once it has its address, to learn the
+// rules of its security groups.
+const ruleTime = 5 * time.Second
+
+// attach makes the endpoint in the kernel, with its policy.
+func (a *Agent) attach(ctx context.Context, k key, deadline time.Time, ep datapath.Endpoint, netns *os.File) (datapath.Endpoint, error) {
+	if least := time.Now().Add(ruleTime); deadline.Before(least) {
+		deadline = least
+	}
+	ctx, cancel := context.WithDeadline(ctx, deadline)
+	defer cancel()
+	ep, err := a.opts.Datapath.Add(ctx, ep, netns)
+	if err == nil {
+		a.remember(k, ep)
+	}
+	if a.gate != nil {
+		a.gate.leave(k) // it is among the endpoints now, or not there
+	}
+	return ep, err
+}
+
+// BeforeReady puts the policy of an endpoint into the kernel before its first
+// packet passes. It is for datapath.Options.
+func (a *Agent) BeforeReady(ctx context.Context, ep datapath.Endpoint) error {
+	if a.gate == nil {
+		return nil
+	}
+	return a.gate.admit(ctx, ep)
+}
+
+// keepGate keeps the endpoints' policy up to date, from when the node's
+// interfaces are known.
+func (a *Agent) keepGate(ctx context.Context) {
+	select {
+	case <-a.ready:
+		a.gate.run(ctx)
+	case <-ctx.Done():
+	}
+}
+
 func datapathError(err error, at *agentapi.Attachment) error {
+	var rules *rulesError
+	if errors.As(err, &rules) {
+		_, class := outcome(rules.cause)
+		if class == ipam.ClassDenied {
+			return &reasonError{agentapi.Errorf(agentapi.CodeDenied, "EC2 denies the node to read the rules of the pod's security groups (%s); attach the documented IAM policy to the node's role", cause(rules.cause)), reasons[ipam.KindDenied]}
+		}
+		return &reasonError{agentapi.Errorf(agentapi.CodeTryAgain, "EC2 did not say in time what the rules of the pod's security groups are (%s); the next try may succeed", cause(rules.cause)), lateReason(class)}
+	}
 	switch {
 	case errors.Is(err, datapath.ErrInterfaceTaken):
 		e := agentapi.Errorf(agentapi.CodeInvalidEnvironment, "the container's namespace has an interface %s that is not ours; delete it, or choose another CNI_IFNAME", at.IfName)
@@ -141,7 +215,7 @@ func (a *Agent) awaitReady(ctx context.Context, d time.Duration) error {
 }
 
 // request waits for an address from the plan.
-func (a *Agent) request(ctx context.Context, at *agentapi.Attachment, deadline time.Time) (answer, error) {
+func (a *Agent) request(ctx context.Context, at *agentapi.Attachment, pool ipam.Pool, deadline time.Time) (answer, error) {
 	k := key{at.ContainerID, at.IfName}
 	ch := make(chan answer, 1)
 	a.mu.Lock()
@@ -150,7 +224,7 @@ func (a *Agent) request(ctx context.Context, at *agentapi.Attachment, deadline t
 	a.mu.Unlock()
 	if !a.tell(ctx, func(o *owner) {
 		o.waiters[id] = ch
-		o.step(ipam.AddRequested{At: time.Now(), ID: id, Owner: k.String(), Deadline: deadline})
+		o.step(ipam.AddRequested{At: time.Now(), ID: id, Owner: k.String(), Pool: pool, Deadline: deadline})
 	}) {
 		return answer{}, errStopping
 	}
@@ -191,6 +265,10 @@ func addressError(e *ipam.Error) error {
 	switch e.Kind {
 	case ipam.KindNodeFull:
 		code = agentapi.CodeNodeFull
+	case ipam.KindSetsFull:
+		code = agentapi.CodeSetsFull
+	case ipam.KindGroups:
+		code = agentapi.CodeGroups
 	case ipam.KindSubnetFull:
 		code = agentapi.CodeSubnetFull
 	case ipam.KindDenied:
@@ -259,6 +337,9 @@ func (a *Agent) del(ctx context.Context, k key) error {
 		a.incident("del", err.Error())
 	}
 	a.forget(k)
+	if a.gate != nil {
+		a.gate.changed()
+	}
 	a.release(ep.Addr, ep.Released, false)
 	a.log.Info("endpoint deleted", "pod", podName(ep), "ip", ep.Addr, "eni", ep.ENI, "container", k.containerID)
 	return nil

@@ -51,7 +51,9 @@ const (
 	CodeDenied           Code = 104 // EC2 denies the call: an IAM permission is missing
 	CodeDatapath         Code = 105 // the kernel refused a part of the endpoint
 	CodeCheckFailed      Code = 106 // the endpoint is not as ADD left it
-	CodeConflict         Code = 107 // the same container and interface with another namespace
+	CodeConflict         Code = 107 // the same container and interface with another namespace, or other groups
+	CodeGroups           Code = 108 // the security groups that are asked for are not to be had
+	CodeSetsFull         Code = 109 // other sets of security groups have the node's interfaces
 	CodeInternal         Code = 199
 )
 
@@ -90,7 +92,18 @@ type Attachment struct {
 	Netns       string     `json:"netns,omitempty"` // path in the runtime's mounts, for people
 	Pod         Pod        `json:"pod,omitzero"`
 	Addr        netip.Addr `json:"addr,omitzero"` // check: the address that ADD answered
+	Groups      []string   `json:"-"`             // add: IDs or names of the security groups that are asked for; none: the node's own
+	GroupsMode  string     `json:"-"`             // add: who judges by them, GroupsVPC or GroupsHost; "": as the agent is set up
 }
+
+// Who judges by a pod's security groups.
+const (
+	// GroupsVPC: the VPC, by the pod's interface, and the node what the VPC does
+	// not see.
+	GroupsVPC = "vpc"
+	// GroupsHost: the node alone. To the VPC the pod has the node's groups.
+	GroupsHost = "host"
+)
 
 // Pod names a workload as its orchestrator does; empty fields are unknown.
 type Pod struct {
@@ -131,20 +144,23 @@ type Result struct {
 
 // Inspection is the agent's view of its node at one moment.
 type Inspection struct {
-	Version    string     `json:"version"`
-	Node       Node       `json:"node"`
-	Healthy    bool       `json:"healthy"`
-	Reason     string     `json:"reason,omitempty"` // why it is not healthy, and the next step
-	Since      time.Time  `json:"since"`            // start of this agent process
-	LastErrors []Incident `json:"lastErrors"`
-	ENIs       []ENI      `json:"enis"`
-	Addresses  []Address  `json:"addresses"`
-	Omitted    int        `json:"omitted,omitempty"` // free addresses left out of Addresses to keep the message small
-	Endpoints  []Endpoint `json:"endpoints"`
-	Waiting    int        `json:"waiting"` // ADDs that wait for an address
-	Counters   Counters   `json:"counters"`
-	Limits     Limits     `json:"limits"`
-	Datapath   Datapath   `json:"datapath"` // which way pods' packets take
+	Version    string       `json:"version"`
+	Node       Node         `json:"node"`
+	Healthy    bool         `json:"healthy"`
+	Reason     string       `json:"reason,omitempty"` // why it is not healthy, and the next step
+	Since      time.Time    `json:"since"`            // start of this agent process
+	LastErrors []Incident   `json:"lastErrors"`
+	ENIs       []ENI        `json:"enis"`
+	Addresses  []Address    `json:"addresses"`
+	Omitted    int          `json:"omitted,omitempty"` // free addresses left out of Addresses to keep the message small
+	Endpoints  []Endpoint   `json:"endpoints"`
+	Waiting    int          `json:"waiting"` // ADDs that wait for an address
+	Sets       []GroupSet   `json:"groupSets"`
+	Policy     *GroupPolicy `json:"groupPolicy,omitempty"`
+	SetsLeft   int          `json:"groupSetsLeft"` // how many further sets of security groups the node has interfaces for
+	Counters   Counters     `json:"counters"`
+	Limits     Limits       `json:"limits"`
+	Datapath   Datapath     `json:"datapath"` // which way pods' packets take
 }
 
 // Datapath is which way pods' packets take through the node.
@@ -197,6 +213,34 @@ type ENI struct {
 	Addresses Counts         `json:"addresses"` // of the pool: without the primary
 }
 
+// GroupSet is what pods with one set of security groups have of the node.
+type GroupSet struct {
+	Groups  []string   `json:"groups"`            // IDs, sorted
+	Node    bool       `json:"node,omitempty"`    // the node's own: of pods that ask for none
+	ENIs    int        `json:"enis"`              // interfaces of the set, those on their way included
+	InUse   int        `json:"inUse"`             // addresses that pods have
+	Free    int        `json:"free"`              // addresses that the next pod may have at once
+	Coming  int        `json:"coming"`            // addresses on their way
+	Cooling int        `json:"cooling"`           // addresses that rest
+	Waiting int        `json:"waiting"`           // pods that wait for one
+	Until   *time.Time `json:"until,omitempty"`   // when the first idle interface goes back unless a pod comes
+	Drifted int        `json:"drifted,omitempty"` // interfaces whose groups somebody has changed: they get no further pod
+}
+
+// GroupPolicy is how the node judges by security groups what the VPC does not
+// see: the traffic between its own pods.
+type GroupPolicy struct {
+	Mode         string     `json:"mode"`    // "vpc": what comes over the wire the VPC has judged
+	Judged       int        `json:"judged"`  // pods
+	Host         int        `json:"host"`    // of these, pods by whose groups the node judges alone: to the VPC they have the node's
+	Members      int        `json:"members"` // addresses with a group that rules name, outside of the node; for pods of mode host
+	Groups       int        `json:"groups"`  // whose rules are read
+	Rules        int        `json:"rules"`
+	Read         *time.Time `json:"read,omitempty"` // when they were read last
+	EverySeconds float64    `json:"everySeconds,omitempty"`
+	Error        string     `json:"error,omitempty"` // of the last read
+}
+
 // Counts is a number of addresses by state.
 type Counts struct {
 	Assigned int `json:"assigned"`
@@ -227,6 +271,8 @@ type Endpoint struct {
 	MAC         string     `json:"mac"`
 	HostIfName  string     `json:"hostIfName"`
 	Pod         Pod        `json:"pod"`
+	Groups      []string   `json:"groups,omitempty"`     // its security groups: what its ENI carried when it got the address
+	GroupsMode  string     `json:"groupsMode,omitempty"` // "host": the node judges by Groups, and the VPC sees the node's
 	Since       time.Time  `json:"since"`
 	State       string     `json:"state"`             // adding, live, tombstone
 	Problem     string     `json:"problem,omitempty"` // e.g. EC2 no longer lists the address

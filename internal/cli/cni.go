@@ -90,7 +90,7 @@ func (r *runtime) del(ctx context.Context, p *podFile) error {
 }
 
 func (r *runtime) conf(p *podFile) *libcni.RuntimeConf {
-	return &libcni.RuntimeConf{
+	conf := &libcni.RuntimeConf{
 		ContainerID: p.ContainerID,
 		NetNS:       p.Pod.Netns,
 		IfName:      "eth0",
@@ -101,6 +101,13 @@ func (r *runtime) conf(p *podFile) *libcni.RuntimeConf {
 			{"K8S_POD_INFRA_CONTAINER_ID", p.ContainerID},
 		},
 	}
+	if p.Groups != "" {
+		conf.Args = append(conf.Args, [2]string{"UNDERLAY_SECURITY_GROUPS", p.Groups})
+	}
+	if p.GroupsMode != "" {
+		conf.Args = append(conf.Args, [2]string{"UNDERLAY_SECURITY_GROUPS_MODE", p.GroupsMode})
+	}
+	return conf
 }
 
 // pluginError is a plugin's own error without what libcni wraps around it.

@@ -212,14 +212,15 @@ func (f *labFile) machineNetns(name string) (string, error) {
 
 // Pod is what run made, in the form that run prints.
 type Pod struct {
-	Name      string  `json:"name"`
-	Node      string  `json:"node"`
-	IP        string  `json:"ip"`
-	Netns     string  `json:"netns"` // a path
-	ENI       string  `json:"eni"`
-	MAC       string  `json:"mac"`
-	AddMillis float64 `json:"addMillis"` // CNI ADD alone, process start included
-	Error     string  `json:"error"`
+	Name      string   `json:"name"`
+	Node      string   `json:"node"`
+	IP        string   `json:"ip"`
+	Netns     string   `json:"netns"` // a path
+	ENI       string   `json:"eni"`
+	MAC       string   `json:"mac"`
+	AddMillis float64  `json:"addMillis"`                // CNI ADD alone, process start included
+	Groups    []string `json:"securityGroups,omitempty"` // what its ENI carries, if it asked for some
+	Error     string   `json:"error"`
 }
 
 // podFile is what stands in pods/POD.json.
@@ -228,6 +229,8 @@ type podFile struct {
 	ContainerID string    `json:"containerId"`
 	Created     time.Time `json:"created"`
 	Command     []string  `json:"command,omitempty"`
+	Groups      string    `json:"groups,omitempty"` // security groups as asked for, with commas
+	GroupsMode  string    `json:"groupsMode,omitempty"`
 	Proc        proc      `json:"proc,omitzero"`
 }
 

@@ -24,8 +24,7 @@ import (
 )
 
 func (a *App) runCommand() *cobra.Command {
-	var node string
-	var count int
+	var o runOptions
 	c := &cobra.Command{
 		Use:   "run NAME [-- COMMAND…]",
 		Short: "Make a pod: a network namespace, CNI ADD, and a process in it",
@@ -35,9 +34,14 @@ process in it (see underlay logs NAME). Without a command the namespace is the
 pod; underlay exec runs what you like in it.
 
 With --count K there are NAME-1 … NAME-K, all added at once. Without --node a pod
-goes where the fewest are. A pod whose ADD fails is taken away again.`,
+goes where the fewest are. A pod whose ADD fails is taken away again.
+
+With --security-groups the pod gets an address on an interface that carries
+exactly these groups, at most five; without, it has the node's. A node has as
+many sets of groups as further interfaces: underlay status.`,
 		Example: `  underlay run web
   underlay run web --count 20 --node node-2 -o json
+  underlay run app --security-groups app,sg-0123456789abcdef0
   underlay run server -- python3 -m http.server 8000`,
 		Args: func(cmd *cobra.Command, args []string) error {
 			dash := cmd.ArgsLenAtDash()
@@ -57,7 +61,8 @@ goes where the fewest are. A pod whose ADD fails is taken away again.`,
 		},
 		Annotations: rootBecause("makes network namespaces"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			pods, err := a.runPods(cmd.Context(), args[0], node, count, cmd.Flags().Changed("count"), args[1:])
+			o.numbered = cmd.Flags().Changed("count")
+			pods, err := a.runPods(cmd.Context(), args[0], o, args[1:])
 			if err != nil {
 				return err
 			}
@@ -68,7 +73,7 @@ goes where the fewest are. A pod whose ADD fails is taken away again.`,
 				}
 			}
 			var v any = pods
-			if !cmd.Flags().Changed("count") {
+			if !o.numbered {
 				v = pods[0]
 			}
 			if err := a.print(v, func(w io.Writer) {
@@ -87,24 +92,41 @@ goes where the fewest are. A pod whose ADD fails is taken away again.`,
 			return nil
 		},
 	}
-	c.Flags().StringVar(&node, "node", "", "the node (default: where the fewest pods are)")
-	c.Flags().IntVar(&count, "count", 1, "how many, at once: NAME-1 … NAME-K")
+	c.Flags().StringVar(&o.groups, "security-groups", "", "security groups by ID or name, with commas (default: the node's)")
+	c.Flags().StringVar(&o.mode, "security-groups-mode", "", "who judges by them: vpc, or the host alone (default: as the agents are set up)")
+	c.Flags().StringVar(&o.node, "node", "", "the node (default: where the fewest pods are)")
+	c.Flags().IntVar(&o.count, "count", 1, "how many, at once: NAME-1 … NAME-K")
 	_ = c.RegisterFlagCompletionFunc("node", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
 		return a.machineNames(false), noFiles
 	})
 	return c
 }
 
+// runOptions say what pods to make.
+type runOptions struct {
+	node     string // "": where the fewest are
+	count    int
+	numbered bool   // NAME-1 … NAME-count, and not NAME
+	groups   string // security groups by ID or name, with commas; "": the node's
+	mode     string // "vpc", "host"; "": as the agents are set up
+}
+
 // runPods makes pods. The error is about all of them; what concerns one stands
 // in its Error.
-func (a *App) runPods(ctx context.Context, name, node string, count int, numbered bool, argv []string) ([]Pod, error) {
-	if count < 1 || count > 5000 {
-		return nil, fmt.Errorf("--count %d: give a number from 1 to 5000", count)
+func (a *App) runPods(ctx context.Context, name string, o runOptions, argv []string) ([]Pod, error) {
+	if o.count < 1 || o.count > 5000 {
+		return nil, fmt.Errorf("--count %d: give a number from 1 to 5000", o.count)
+	}
+	if strings.Contains(o.groups, ";") { // what parts CNI_ARGS
+		return nil, fmt.Errorf("--security-groups %q: give a group whose name has a semicolon by its ID", o.groups)
+	}
+	if o.mode != "" && (o.groups == "" || o.mode != agentapi.GroupsVPC && o.mode != agentapi.GroupsHost) {
+		return nil, fmt.Errorf("--security-groups-mode %s: give vpc or host, with --security-groups", o.mode)
 	}
 	names := []string{name}
-	if numbered {
+	if o.numbered {
 		names = names[:0]
-		for i := range count {
+		for i := range o.count {
 			names = append(names, fmt.Sprintf("%s-%d", name, i+1))
 		}
 	}
@@ -140,7 +162,7 @@ func (a *App) runPods(ctx context.Context, name, node string, count int, numbere
 			return nil, fmt.Errorf("pod %s is there already; remove it with: underlay rm %s%s", n, n, a.labFlag())
 		}
 	}
-	nodes, err := a.place(h, f, node, len(names))
+	nodes, err := a.place(h, f, o.node, len(names))
 	if err != nil {
 		return nil, err
 	}
@@ -152,7 +174,7 @@ func (a *App) runPods(ctx context.Context, name, node string, count int, numbere
 	for i, n := range names {
 		pods[i] = &podFile{
 			Pod:         Pod{Name: n, Node: nodes[i].Name, Netns: nl.Path(h.podNetns(n))},
-			ContainerID: h.name + "-" + n + "-" + randomHex(4), Created: a.now(), Command: argv,
+			ContainerID: h.name + "-" + n + "-" + randomHex(4), Created: a.now(), Command: argv, Groups: o.groups, GroupsMode: o.mode,
 		}
 		if cniOf[nodes[i].Name] == nil {
 			if cniOf[nodes[i].Name], err = newRuntime(h, nodes[i]); err != nil {
@@ -241,6 +263,9 @@ func (a *App) fillENIs(ctx context.Context, h home, f *labFile, pods []*podFile)
 				continue
 			}
 			p.Pod.ENI = e.ENI
+			if p.Groups != "" {
+				p.Pod.Groups = e.Groups
+			}
 			if err := writeJSON(h.podFile(p.Pod.Name), p); err != nil {
 				return err
 			}
@@ -287,9 +312,9 @@ func (a *App) place(h home, f *labFile, node string, count int) ([]Node, error) 
 }
 
 func printRun(w io.Writer, pods []Pod, color bool) {
-	t := table{head: []string{"POD", "NODE", "ADDRESS", "ENI", "ADD", "ERROR"}}
+	t := table{head: []string{"POD", "NODE", "ADDRESS", "ENI", "SECURITY GROUPS", "ADD", "ERROR"}}
 	for _, p := range pods {
-		t.row(cell{text: p.Name, tone: strong}, text(p.Node), text(p.IP), text(p.ENI), cell{text: fmt.Sprintf("%.1f ms", p.AddMillis), right: true}, cell{text: p.Error, tone: bad})
+		t.row(cell{text: p.Name, tone: strong}, text(p.Node), text(p.IP), text(p.ENI), text(strings.Join(p.Groups, ",")), cell{text: fmt.Sprintf("%.1f ms", p.AddMillis), right: true}, cell{text: p.Error, tone: bad})
 	}
 	t.write(w, "", color)
 }

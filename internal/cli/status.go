@@ -102,6 +102,7 @@ type podStatus struct {
 	IP      string    `json:"ip"`
 	ENI     string    `json:"eni"`
 	MAC     string    `json:"mac"`
+	Groups  []string  `json:"securityGroups,omitempty"` // unless they are the node's
 	State   string    `json:"state"`
 	Since   time.Time `json:"since"`
 	Problem string    `json:"problem,omitempty"`
@@ -182,7 +183,7 @@ func (a *App) collect(ctx context.Context, h home, f *labFile) *status {
 				name = e.Pod.Namespace + "/" + e.Pod.Name
 			}
 			s.Pods = append(s.Pods, podStatus{
-				Name: name, Node: n.Name, IP: e.IP.String(), ENI: e.ENI, MAC: e.MAC, State: e.State, Since: e.Since, Problem: e.Problem,
+				Name: name, Node: n.Name, IP: e.IP.String(), ENI: e.ENI, MAC: e.MAC, Groups: ownGroups(n.Inspect, e), State: e.State, Since: e.Since, Problem: e.Problem,
 			})
 		}
 	}
@@ -294,6 +295,7 @@ func (s *status) write(w io.Writer, color bool, now time.Time) {
 	}
 	s.interfaceTable(w, color)
 	s.podTable(w, color, now)
+	s.setTable(w, color, now)
 	s.pathTable(w, color)
 	s.dropTable(w, color)
 	s.errorTable(w, color, now)
@@ -361,13 +363,13 @@ func (s *status) podTable(w io.Writer, color bool, now time.Time) {
 		fmt.Fprintf(w, "no pods; make some: underlay run web --count 3%s\n", flag)
 		return
 	}
-	t := table{head: []string{"POD", "NODE", "ADDRESS", "ENI", "MAC", "AGE", "STATE", ""}}
+	t := table{head: []string{"POD", "NODE", "ADDRESS", "ENI", "MAC", "SECURITY GROUPS", "AGE", "STATE", ""}}
 	for _, p := range s.Pods {
 		state := text(p.State)
 		if p.State != "live" {
 			state.tone = bad
 		}
-		t.row(cell{text: p.Name, tone: strong}, text(p.Node), text(p.IP), text(p.ENI), cell{text: p.MAC, tone: dim}, text(age(now.Sub(p.Since))), state, cell{text: p.Problem, tone: bad})
+		t.row(cell{text: p.Name, tone: strong}, text(p.Node), text(p.IP), text(p.ENI), cell{text: p.MAC, tone: dim}, text(strings.Join(p.Groups, " ")), text(age(now.Sub(p.Since))), state, cell{text: p.Problem, tone: bad})
 	}
 	t.write(w, "", color)
 }

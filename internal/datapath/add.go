@@ -218,6 +218,9 @@ func (d *Datapath) putIface(e *Endpoint, flags uint32) error {
 	if e.StackOnly {
 		v.Flags |= uint32(bpfgen.NodeIfaceFlagsIFACE_STACK)
 	}
+	if e.GroupsHere {
+		v.Flags |= uint32(bpfgen.NodeIfaceFlagsIFACE_GROUPS)
+	}
 	copy(v.PodMac[:], e.MAC)
 	copy(v.HostMac[:], hostMAC)
 	// Its counters first; those that are there go on.

@@ -31,6 +31,7 @@ type role struct {
 	Op, DieAt        string // "add", "delete" or "live"; the step before which it dies
 	N                int
 	ProcSysNet       string // of "live"
+	Policy           bool   // of "add": what onlyDiscard says
 }
 
 func runRole(text string) int {
@@ -57,7 +58,11 @@ func runRole(text string) int {
 	err := func() error {
 		var d *Datapath
 		err := nl.Do(nl.Path(r.Node), func() (err error) {
-			d, err = Open(Options{BPFFS: r.BPFFS, Hook: r.Hook, reached: die, Logger: slog.New(slog.DiscardHandler)})
+			opts := Options{BPFFS: r.BPFFS, Hook: r.Hook, reached: die, Logger: slog.New(slog.DiscardHandler)}
+			if r.Policy {
+				opts.BeforeReady = func(_ context.Context, e Endpoint) error { return d.forbid(e) }
+			}
+			d, err = Open(opts)
 			return err
 		})
 		if err != nil {

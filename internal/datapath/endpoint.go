@@ -49,6 +49,9 @@ type Endpoint struct {
 	PodNamespace, PodName, PodUID string
 	Groups                        vpc.GroupSet
 	MTU                           int // 0: Options.MTU
+	// GroupsHere has the groups' gate of its policy judge all that it sends and
+	// receives, and not only what the VPC does not see.
+	GroupsHere bool
 	// StackOnly keeps all its packets on the kernel's stack, for whoever has to
 	// see them there: a program or a qdisc of another's on the host veth.
 	StackOnly bool

@@ -257,12 +257,12 @@ func (d *Datapath) Foreign() ([]netip.Addr, error) {
 func ourTable(table uint32) bool { return table >= PodTable && table <= ENITable+MaxENIIndex }
 
 // Watch calls changed, from two goroutines, whenever in the node's namespace an
-// IPv4 rule, a route of an ENI's table or a filter on a pod's or an ENI's device is deleted,
-// an address comes or goes, or a host route does in a table that is not ours,
-// until ctx ends: then SetENIs and Foreign have something to look at; and when
-// somebody begins to translate addresses, or deletes our table in nftables. Its
-// own changes count too. What else happens to nftables, and to sysctls, is not
-// heard.
+// IPv4 rule, a route of an ENI's table or a filter on a pod's or an ENI's device
+// is deleted, an address comes or goes, or a host route does in a table that is
+// not ours, until ctx ends: then SetENIs and Foreign have something to look at;
+// and when in nftables somebody begins to translate addresses or to drop, or
+// deletes our table. Its own changes count too. What else happens to nftables,
+// and to sysctls, is not heard.
 func (d *Datapath) Watch(ctx context.Context, changed func()) error {
 	w, err := nl.WatchIn(d.netns)
 	if err != nil {

@@ -231,18 +231,19 @@ func (f *fleet) serve(netns string, at netip.AddrPort) {
 	}()
 }
 
-// serveUDP answers each datagram with the address and port it came from.
+// serveUDP answers each datagram with the address and port it came from, and
+// spaces up to the datagram's own length.
 func (f *fleet) serveUDP(netns string, at netip.AddrPort) {
 	f.t.Helper()
 	c := f.udp(netns, at.Addr(), at.Port())
 	go func() {
 		buf := make([]byte, 65536)
 		for {
-			_, from, err := c.ReadFromUDPAddrPort(buf)
+			n, from, err := c.ReadFromUDPAddrPort(buf)
 			if err != nil {
 				return
 			}
-			_, _ = c.WriteToUDPAddrPort([]byte(from.String()), from)
+			_, _ = c.WriteToUDPAddrPort(fmt.Appendf(nil, "%-*s", n, from), from)
 		}
 	}()
 }
@@ -296,7 +297,7 @@ func (f *fleet) talk(netns, network string, from, to netip.AddrPort, within time
 	}
 	var answer string
 	for wait := 200 * time.Millisecond; ; wait *= 2 { // a datagram may be lost while neighbours are looked up
-		if answer, err = t.datagram(min(wait, within)); err == nil || wait > within {
+		if answer, err = t.datagram(1, min(wait, within)); err == nil || wait > within {
 			break
 		}
 	}
@@ -308,23 +309,28 @@ func (f *fleet) talk(netns, network string, from, to netip.AddrPort, within time
 	return t, err
 }
 
-func (t *talk) datagram(within time.Duration) (string, error) {
-	if _, err := t.Write([]byte("who am I?")); err != nil {
+// datagram sends one of size bytes and returns what the answer says.
+func (t *talk) datagram(size int, within time.Duration) (string, error) {
+	if _, err := t.Write(make([]byte, size)); err != nil {
 		return "", err
 	}
 	_ = t.SetReadDeadline(time.Now().Add(within))
-	buf := make([]byte, 64)
+	buf := make([]byte, 65536)
 	n, err := t.Read(buf)
-	return string(buf[:n]), err
+	if err == nil && n < size {
+		err = fmt.Errorf("%d bytes sent, %d came back", size, n)
+	}
+	return strings.TrimSpace(string(buf[:n])), err
 }
 
 // goOn checks that the connection still works, both ways and with many bytes.
 func (t *talk) goOn(size int) error {
 	_ = t.SetDeadline(time.Now().Add(patience))
 	if t.RemoteAddr().Network() == "udp" {
-		for range 3 {
-			if answer, err := t.datagram(patience); err != nil || answer != t.seen.String() {
-				return fmt.Errorf("was %s, is %q: %w", t.seen, answer, err)
+		// Beyond a path's MTU they go as fragments.
+		for _, n := range []int{1, min(size, 20_000), 1} {
+			if answer, err := t.datagram(n, patience); err != nil || answer != t.seen.String() {
+				return fmt.Errorf("%d bytes: was %s, is %q: %w", n, t.seen, answer, err)
 			}
 		}
 		return nil

@@ -442,7 +442,7 @@ func TestRecordRoundTrip(t *testing.T) {
 		ContainerID: strings.Repeat("c", 128), IfName: "eth0", Netns: "/run/netns/x", NetnsCookie: 1 << 40,
 		Addr: netip.MustParseAddr("10.1.2.3"), ENI: "eni-0123456789abcdef0", ENIIndex: 31, MAC: podMAC(netip.MustParseAddr("10.1.2.3")),
 		HostIfName: "ul0123456789ab", HostIfIndex: lastIndex, PeerIfIndex: 7, PodNamespace: strings.Repeat("n", 63), PodName: strings.Repeat("p", 253), PodUID: "7f7b8c9e-1d2a-4c53-9f6e-0a1b2c3d4e5f",
-		Groups: vpc.NewGroupSet([]vpc.SecurityGroupID{"sg-2", "sg-1"}), MTU: 1500, State: Tombstone, Created: c.at(5), Released: c.at(1 << 50),
+		Groups: vpc.NewGroupSet([]vpc.SecurityGroupID{"sg-2", "sg-1"}), GroupsHere: true, MTU: 1500, State: Tombstone, Created: c.at(5), Released: c.at(1 << 50),
 	}
 	r, err := c.encode(&e)
 	if err != nil {

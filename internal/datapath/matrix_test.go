@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -16,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/underlay-cni/underlay/internal/nl"
+	"github.com/underlay-cni/underlay/internal/policy"
 	"github.com/underlay-cni/underlay/internal/testenv"
 )
 
@@ -258,6 +260,7 @@ func TestMatrix(t *testing.T) {
 				)
 			}
 		})
+		t.Run("NetworkPolicy", func(t *testing.T) { m.policies(t) })
 		t.Run("forward policy drop", func(t *testing.T) { m.forwardDrop(t) })
 	})
 }
@@ -472,6 +475,69 @@ func (m *matrix) ttls(t *testing.T) {
 			t.Errorf("from %s: %+v, %v; want a TTL of %d", p.from.Addr, cm, err, 64-p.hops)
 		}
 	}
+}
+
+// policies has one pod that may only ask for names, and one that only that pod
+// may reach: both are judged by who speaks and who is meant in the end, whatever
+// address was asked.
+func (m *matrix) policies(t *testing.T) {
+	set := func(d *Datapath, p pod, policies ...policy.NetworkPolicy) {
+		t.Helper()
+		pod := policy.Pod{Namespace: "default", Name: p.PodName, Addrs: []netip.Addr{p.Addr}}
+		tables, err := policy.NewCompiler(&policy.Input{Policies: policies, Pods: []policy.Pod{pod}}).Compile(&policy.Endpoint{Pod: pod})
+		if err == nil {
+			err = d.SetPolicy(p.Endpoint, tables)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	set(m.d, m.near1, policy.NetworkPolicy{Namespace: "default", Name: "names-only", Types: []policy.Direction{policy.Egress},
+		Egress: []policy.PolicyRule{{Ports: []policy.Port{{Protocol: policy.UDP, Port: dnsPort}}}}})
+	set(m.farD, m.far1, policy.NetworkPolicy{Namespace: "default", Name: "one-client", Types: []policy.Direction{policy.Ingress},
+		Ingress: []policy.PolicyRule{{Peers: []policy.Peer{{Block: &policy.Block{CIDR: netip.PrefixFrom(m.near1.Addr, 32)}}}}}})
+	defer func() {
+		set(m.d, m.near1)
+		set(m.farD, m.far1)
+	}()
+	node, far := fleetENIs(0), fleetENIs(10)
+	m.check(t,
+		reach{"DNS by ClusterIP, local backend", m.near1.ns, "udp4", m.services["NEAR0-DNS"].vip, m.near1.Addr},
+		reach{"DNS by ClusterIP, remote backend", m.near1.ns, "udp4", m.services["FAR1-DNS"].vip, m.near1.Addr},
+		reach{"DNS without a Service", m.near1.ns, "udp4", at(m.far1.Addr, dnsPort), m.near1.Addr},
+		reach{"answers of who may not speak", m.client, "", at(m.near1.Addr, webPort), clientIP},
+		reach{"answers through a NodePort", m.client, "", at(node[0].Primary, 30002), node[0].Primary},
+		// "Traffic to and from the node where a Pod is running is always allowed"
+		// (Kubernetes' documentation, Network Policies).
+		reach{"a pod to its own node", m.near1.ns, "", at(node[0].Primary, nodePort), m.near1.Addr},
+		reach{"the node to its own pod", m.far.node, "", at(m.far1.Addr, webPort), far[0].Primary},
+	)
+	type attempt struct {
+		what, from, network string
+		to                  netip.AddrPort
+	}
+	var all sync.WaitGroup
+	for _, a := range []attempt{
+		{"TCP of who may only ask for names", m.near1.ns, "tcp4", at(m.far1.Addr, webPort)},
+		{"the same by ClusterIP", m.near1.ns, "tcp4", m.services["FAR1"].vip},
+		{"the same by ClusterIP, local backend", m.near1.ns, "tcp4", m.services["NEAR0"].vip},
+		{"the same to the internet", m.near1.ns, "tcp4", at(inetIP, webPort)},
+		{"another pod", m.near0.ns, "tcp4", at(m.far1.Addr, webPort)},
+		{"another pod by ClusterIP", m.near0.ns, "tcp4", m.services["FAR1"].vip},
+		{"another pod's DNS by ClusterIP", m.near0.ns, "udp4", m.services["FAR1-DNS"].vip},
+		{"a pod of its node", m.far0.ns, "tcp4", at(m.far1.Addr, webPort)},
+		{"a client", m.client, "tcp4", at(m.far1.Addr, webPort)},
+		{"a client behind another node's address", m.client, "tcp4", at(node[0].Primary, 30004)},
+		{"a client behind its own node's address", m.client, "tcp4", at(far[0].Primary, 30004)},
+	} {
+		all.Go(func() {
+			if c, err := m.talk(a.from, a.network, netip.AddrPort{}, a.to, impatience); err == nil {
+				t.Errorf("%s: gets through to %s, seen as %s", a.what, a.to, c.seen)
+			}
+		})
+	}
+	all.Wait()
+	m.refused()
 }
 
 // forwardDrop has somebody forbid forwarding, as Docker does. The datapath says

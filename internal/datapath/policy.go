@@ -34,14 +34,11 @@ type policyTable struct {
 	number uint32 // in map policy_tables, from 1 on
 	epoch  uint32
 	users  int // endpoints
-	// idle: it is unused, and no program has its number from before any more.
-	idle bool
 }
 
-// unusedTables is how many tables are kept that no endpoint has any more. Each
-// entry into the map of tables, exchange or removal waits until no program that
-// runs has read what was before (kernel/bpf/syscall.c, maybe_wait_bpf_programs),
-// some 10 ms: so the next table takes the place of an idle one.
+// unusedTables is how many tables are kept that no endpoint has any more. The
+// kernel takes some 10 ms to forget one (it waits until no program reads it), as
+// it does to exchange one: so the next table takes an unused one's place.
 const unusedTables = 16
 
 // SetPolicy puts the policy of an endpoint in force, as package policy compiled
@@ -167,7 +164,6 @@ func (d *Datapath) loadTable(t *policy.Table) (*policyTable, error) {
 		if i := slices.Index(p.unused, known); i >= 0 {
 			p.unused = slices.Delete(p.unused, i, i+1)
 		}
-		known.idle = false
 		return known, nil
 	}
 	next := p.epoch + 1
@@ -198,14 +194,12 @@ func (d *Datapath) loadTable(t *policy.Table) (*policyTable, error) {
 		return nil, fmt.Errorf("freeze a table: %w", err)
 	}
 
-	// A program that read an endpoint's entry a moment ago will look for the
-	// table that was there: its place must not be another's yet.
-	var number uint32
-	old := p.firstIdle()
-	if old != nil {
+	number, old := uint32(0), (*policyTable)(nil)
+	if len(p.unused) > 0 {
+		old = p.unused[0]
 		number = old.number
 	} else if number = p.freeNumber(); number == 0 {
-		return nil, fmt.Errorf("all %d tables of policy are in use", maxPolicyTables-1)
+		return nil, fmt.Errorf("all %d tables of policy are in use", d.objs.PolicyTables.MaxEntries()-1)
 	}
 	if err := d.objs.PolicyTables.Update(&number, m, ebpf.UpdateAny); err != nil {
 		return nil, fmt.Errorf("enter a table: %w", err)
@@ -213,38 +207,15 @@ func (d *Datapath) loadTable(t *policy.Table) (*policyTable, error) {
 	if old != nil {
 		p.forget(old)
 	}
-	for _, t := range p.unused {
-		t.idle = true
-	}
-	if err := d.trimTables(); err != nil {
-		return nil, err
+	for len(p.unused) > unusedTables {
+		if err := d.removeTable(p.unused[0]); err != nil {
+			return nil, err
+		}
 	}
 	p.epoch = next
 	known := &policyTable{digest: t.Digest, number: number, epoch: next}
 	p.tables[t.Digest], p.numbers[number] = known, known
 	return known, nil
-}
-
-func (p *policies) firstIdle() *policyTable {
-	i := slices.IndexFunc(p.unused, func(t *policyTable) bool { return t.idle })
-	if i < 0 {
-		return nil
-	}
-	return p.unused[i]
-}
-
-// trimTables removes idle tables beyond what is kept.
-func (d *Datapath) trimTables() error {
-	for len(d.policies.unused) > unusedTables {
-		t := d.policies.firstIdle()
-		if t == nil {
-			return nil
-		}
-		if err := d.removeTable(t); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // forget removes an unused table from the memory of them.
@@ -327,6 +298,11 @@ func (d *Datapath) recoverPolicies(wanted map[uint32]bool) error {
 		}
 	}
 	slices.SortFunc(p.unused, func(a, b *policyTable) int { return int(a.epoch) - int(b.epoch) })
+	for len(p.unused) > unusedTables {
+		if err := d.removeTable(p.unused[0]); err != nil {
+			return errors.Join(append(errs, err)...)
+		}
+	}
 	return errors.Join(errs...)
 }
 

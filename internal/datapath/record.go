@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -79,7 +80,7 @@ func (c clock) encode(e *Endpoint) (*bpfgen.NodeEndpoint, error) {
 		{"ENI ID", r.Eni[:], string(e.ENI)},
 		{"pod namespace", r.PodNamespace[:], e.PodNamespace},
 		{"pod name", r.PodName[:], e.PodName},
-		{"security group set", r.Groups[:], string(e.Groups)},
+		{"security group set", r.Groups[:], groupsText(e)},
 		{"pod UID", r.PodUid[:], e.PodUID},
 	} {
 		if len(f.from) > len(f.to) {
@@ -112,12 +113,24 @@ func (c clock) decode(k bpfgen.NodeAddr, r *bpfgen.NodeEndpoint) (Endpoint, erro
 		PodNamespace: text(r.PodNamespace[:]),
 		PodName:      text(r.PodName[:]),
 		PodUID:       text(r.PodUid[:]),
-		Groups:       vpc.GroupSet(text(r.Groups[:])),
+		Groups:       vpc.GroupSet(strings.TrimPrefix(text(r.Groups[:]), groupsHere)),
+		GroupsHere:   strings.HasPrefix(text(r.Groups[:]), groupsHere),
 		MTU:          int(r.Mtu),
 		State:        State(r.State),
 		Created:      c.at(r.CreatedNs),
 		Released:     c.at(r.ReleasedNs),
 	}, nil
+}
+
+// groupsHere stands before the groups of an endpoint with GroupsHere. No group's
+// ID begins so.
+const groupsHere = "here:"
+
+func groupsText(e *Endpoint) string {
+	if e.GroupsHere {
+		return groupsHere + string(e.Groups)
+	}
+	return string(e.Groups)
 }
 
 func text(b []byte) string {

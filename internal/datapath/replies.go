@@ -2,6 +2,7 @@ package datapath
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -240,9 +241,9 @@ func (d *Datapath) translates(c *nftables.Conn) (bool, error) {
 	return slices.Contains(strings.Fields(string(names)), "nat"), nil
 }
 
-// watchNAT calls changed whenever a chain of type nat appears in nftables, or our
-// table is deleted (as `nft flush ruleset` does), until ctx ends. iptables from
-// before nftables tells nobody.
+// watchNAT calls changed whenever a chain of type nat or with the policy drop
+// appears in nftables, or our table is deleted (as `nft flush ruleset` does), until
+// ctx ends. iptables from before nftables tells nobody.
 func watchNAT(ctx context.Context, netns *os.File, changed func()) error {
 	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: int(netns.Fd()), Groups: 1 << (unix.NFNLGRP_NFTABLES - 1)})
 	if err != nil {
@@ -262,7 +263,7 @@ func watchNAT(ctx context.Context, netns *os.File, changed func()) error {
 		case err != nil:
 			return fmt.Errorf("watch nftables: %w", err)
 		}
-		if slices.ContainsFunc(messages, newNAT) || slices.ContainsFunc(messages, tableDeleted) {
+		if slices.ContainsFunc(messages, newNAT) || slices.ContainsFunc(messages, newDrop) || slices.ContainsFunc(messages, tableDeleted) {
 			changed()
 		}
 	}
@@ -277,6 +278,20 @@ func newNAT(m netlink.Message) bool {
 	is := false
 	err := eachAttribute(m, func(a *netlink.AttributeDecoder) {
 		is = is || a.Type() == unix.NFTA_CHAIN_TYPE && a.String() == string(nftables.ChainTypeNAT)
+	})
+	return is && err == nil
+}
+
+// newDrop tells whether a message is of a chain that drops unless it is told
+// otherwise: see Obstacle.
+func newDrop(m netlink.Message) bool {
+	if m.Header.Type != unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_NEWCHAIN {
+		return false
+	}
+	is := false
+	err := eachAttribute(m, func(a *netlink.AttributeDecoder) {
+		const drop = 0 // NF_DROP, in the network's order
+		is = is || a.Type() == unix.NFTA_CHAIN_POLICY && len(a.Bytes()) == 4 && binary.BigEndian.Uint32(a.Bytes()) == drop
 	})
 	return is && err == nil
 }

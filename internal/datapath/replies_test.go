@@ -113,6 +113,12 @@ func TestWatchHearsOfTranslation(t *testing.T) {
 		t.Error("somebody's further chain is heard")
 	case <-time.After(200 * time.Millisecond):
 	}
+	nft("add chain ip other forward { type filter hook forward priority 0 ; policy drop ; }")
+	select {
+	case <-heard:
+	case <-time.After(10 * time.Second):
+		t.Error("a chain that drops is not heard")
+	}
 	cancel()
 	if err := <-ended; err != nil {
 		t.Error(err)

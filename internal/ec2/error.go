@@ -74,7 +74,13 @@ var classes = map[string]ipam.Class{
 	"InsufficientAddressCapacity":       ipam.ClassSubnetFull,
 	"InsufficientCidrBlocks":            ipam.ClassNoPrefix,
 
-	"PrivateIpAddressLimitExceeded":     ipam.ClassENIFull,
+	"PrivateIpAddressLimitExceeded":           ipam.ClassENIFull,
+	"InvalidGroup.NotFound":                   ipam.ClassGroups,
+	"InvalidGroupId.Malformed":                ipam.ClassGroups,
+	"InvalidSecurityGroupID.NotFound":         ipam.ClassGroups,
+	"InvalidSecurityGroupId.NotFound":         ipam.ClassGroups,
+	"SecurityGroupsPerInterfaceLimitExceeded": ipam.ClassGroups,
+
 	"AttachmentLimitExceeded":           ipam.ClassSlots,
 	"NetworkInterfaceLimitExceeded":     ipam.ClassAccountLimit,
 	"NetworkInterfaceNotFoundException": ipam.ClassNotFound,

@@ -20,18 +20,23 @@ const (
 	KindQuota                   // an account's quota is reached
 	KindUnavailable             // EC2 does not answer
 	KindRefused                 // EC2 refused for another reason
+	KindSetsFull                // other sets of security groups have the node's interfaces
+	KindGroups                  // EC2 refuses the security groups
 )
 
 func (k Kind) String() string {
-	return [...]string{"slow", "node-full", "subnet-full", "throttled", "denied", "quota", "unavailable", "refused"}[k]
+	return [...]string{"slow", "node-full", "subnet-full", "throttled", "denied", "quota", "unavailable", "refused", "sets-full", "groups"}[k]
 }
 
 // Error is why a request got no address. Its text ends with the next step.
 type Error struct {
 	Kind   Kind
 	Subnet vpc.SubnetID // KindSubnetFull
-	Type   string       // KindNodeFull: the instance type
-	Max    int          // KindNodeFull: addresses for pods that the type holds
+	Type   string       // KindNodeFull, KindSetsFull: the instance type
+	Max    int          // KindNodeFull: addresses for pods that the type holds; KindSetsFull: interfaces
+	Groups vpc.GroupSet // KindSetsFull, KindGroups: what was asked for
+	Sets   []SetUse     // KindNodeFull, KindSetsFull: who has the node's interfaces
+	Others int          // KindNodeFull, KindSetsFull: interfaces that are not ours
 	Waited time.Duration
 	Cause  string // what EC2 said
 }
@@ -46,7 +51,14 @@ func (e *Error) Error() string {
 	}
 	switch e.Kind {
 	case KindNodeFull:
+		if len(e.Sets) > 1 {
+			return fmt.Sprintf("the node is full: a %s holds at most %d pod addresses, on interfaces that serve sets of security groups, %s; schedule fewer pods or sets on it or use a larger instance type", e.Type, e.Max, e.holders())
+		}
 		return fmt.Sprintf("the node is full: a %s holds at most %d pod addresses; schedule fewer pods on it or use a larger instance type", e.Type, e.Max)
+	case KindSetsFull:
+		return fmt.Sprintf("the node has no network interface left for security groups %s%s%s: the %d of a %s serve %s; schedule the pod on another node, remove pods of a set here, or use a larger instance type", e.Groups, within, cause, e.Max, e.Type, e.holders())
+	case KindGroups:
+		return fmt.Sprintf("EC2 refuses an interface with security groups %s%s; check that they exist in the node's VPC and how many the account's quota allows on one interface", e.Groups, cause)
 	case KindSubnetFull:
 		return fmt.Sprintf("subnet %s has no free address%s; free some there or give the nodes a larger subnet", e.Subnet, cause)
 	case KindThrottled:
@@ -75,6 +87,8 @@ func kindOf(c Class) Kind {
 		return KindQuota
 	case ClassUnavailable:
 		return KindUnavailable
+	case ClassGroups:
+		return KindGroups
 	}
 	return KindRefused
 }

@@ -153,6 +153,7 @@ const (
 	ClassNotFound           // the interface or attachment does not exist
 	ClassInUse              // the interface is attached elsewhere, or an index is taken
 	ClassUnavailable        // no answer, or the server's own error
+	ClassGroups             // a security group is not there, or they are too many for one interface
 )
 
 func (e Started) at() time.Time       { return e.At }

@@ -51,11 +51,11 @@ func (k *sketch) t(v ...time.Time) {
 	}
 }
 
-// recent is t for times that nothing looks at once ReadLag and Linger are over.
+// recent is t for times that nothing looks at once ReadLag and the lingers are over.
 func (k *sketch) recent(v ...time.Time) {
 	for _, x := range v {
-		if !x.IsZero() && k.now.Sub(x) > 7*time.Second {
-			x = k.now.Add(-7 * time.Second)
+		if !x.IsZero() && k.now.Sub(x) > 8*time.Second {
+			x = k.now.Add(-8 * time.Second)
 		}
 		k.t(x)
 	}
@@ -84,7 +84,8 @@ func (k *sketch) backoff(b backoff) { k.t(b.until); k.n(b.steps) }
 func (k *sketch) truth(e *vpc.ENI) {
 	k.id(e.ID)
 	k.n(len(e.Secondary), len(e.Prefixes), e.DeviceIndex)
-	k.bit(e.Instance != "", e.DeleteOnTermination, e.Tags[TagPool] != "")
+	k.bit(e.Instance != "", e.DeleteOnTermination, e.Tags[TagPool] != "", vpc.NewGroupSet(e.Groups) == vpc.GroupSet(e.Tags[TagPool]))
+	k.n(len(e.Tags[TagPool])) // the sets of tests differ in length
 	k.addr(e.Primary)
 	for _, a := range e.Secondary {
 		k.addr(a)
@@ -136,6 +137,8 @@ func (m *model) key() (out [16]byte) {
 		k.truth(e)
 		k.bit(m.link[e.ID])
 		k.t(m.unsure[e.ID])
+		k.bit(m.moved[e.ID])
+		k.recent(m.vacant[e.ID])
 		for _, a := range e.Secondary {
 			k.bit(m.live[a])
 			k.recent(m.used[a], m.tombs[a])
@@ -189,7 +192,8 @@ func (k *sketch) state(s *State) {
 	for _, e := range s.ENIs {
 		k.id(e.ID)
 		k.n(e.Device, int(e.Phase), len(e.Addrs), len(e.Prefixes))
-		k.bit(e.Managed, e.Keep, e.Link, e.Unsure, e.Full, e.Call != 0, e.Attachment != "")
+		k.bit(e.Managed, e.Keep, e.Link, e.Unsure, e.Full, e.Call != 0, e.Attachment != "", e.drifted())
+		k.n(len(e.Pool.Groups))
 		k.recent(e.Touched, e.Missing, e.NoNeed)
 		if e.Phase == Detached {
 			k.t(e.Since)
@@ -210,7 +214,8 @@ func (k *sketch) state(s *State) {
 		c := s.Calls[id]
 		k.id(c.ENI)
 		k.n(int(c.Kind), c.N, c.Device)
-		k.bit(c.Prefix, c.Retry, c.Pool != Pool{})
+		k.bit(c.Prefix, c.Retry)
+		k.n(len(c.Pool.Groups))
 	}
 	for _, r := range s.Reads {
 		k.t(r.wanted)
@@ -231,7 +236,7 @@ func (k *sketch) state(s *State) {
 			k.n(t.chunk)
 		}
 	}
-	for _, pool := range []Pool{{}, otherPool} {
+	for _, pool := range []Pool{{}, otherPool, thirdPool} {
 		if t := s.Trouble[pool]; t != nil {
 			k.n(int(t.Kind))
 		}
@@ -337,6 +342,8 @@ func starts(t testing.TB, b budget) map[string]func() *model {
 
 		"idle, two pools":     func() *model { return calm(small().mixed()) },
 		"two pods, two pools": func() *model { return calm(small().mixed(), 0, 1) },
+
+		"two sets, one interface for them": func() *model { return calm(small().crowded(), 0) },
 	}
 }
 
@@ -357,6 +364,18 @@ func TestModelRandom(t *testing.T) {
 		}
 	}
 	t.Logf("%d walks, %d moves", n, steps)
+}
+
+// TestModelFound repeats the walks that once found something beyond those that
+// are always made.
+func TestModelFound(t *testing.T) {
+	for _, seed := range []uint64{425} {
+		path, start, err := walk(seed, 1500)
+		if err != nil {
+			replay(t, start(), path)
+			t.Fatalf("model: seed %d after %d moves: %v", seed, len(path), err)
+		}
+	}
 }
 
 // TestModelExhaustive tries everything that can happen to a node of two
@@ -389,8 +408,11 @@ func walk(seed uint64, length int) (path []move, start func() *model, err error)
 	cfg.Seed = seed
 	start = func() *model {
 		m := newModel(cfg, pods, budget{faults: 40, lags: 60, crashes: 6})
-		if seed%3 == 0 {
+		switch seed % 3 {
+		case 0:
 			m.mixed()
+		case 1:
+			m.crowded()
 		}
 		return m
 	}

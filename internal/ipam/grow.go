@@ -96,13 +96,24 @@ func (p *step) extend(pool Pool, need int) {
 	if s.overflow[pool].IsZero() {
 		s.overflow[pool] = p.now
 	}
-	if !p.due(s.overflow[pool].Add(s.Config.Settle)) || !p.due(s.slotsOut) || !p.due(t.full.until) {
+	if !p.due(s.slotsOut) {
+		p.noSlot(pool)
+		return
+	}
+	if !p.due(s.overflow[pool].Add(s.Config.Settle)) || !p.due(t.full.until) {
 		return
 	}
 	for need > 0 {
 		d := s.nextDevice()
+		why := s.Trouble[pool]
 		if d < 0 {
+			if pool.Groups != "" && (why == nil || why.Kind != KindDenied) {
+				p.trouble(pool, p.setsFull(pool, ""))
+			}
 			return
+		}
+		if why != nil && why.Kind == KindSetsFull {
+			delete(s.Trouble, pool) // there is one again
 		}
 		if e := p.orphan(pool); e != nil {
 			if !p.may(CallAttach) {
@@ -131,6 +142,20 @@ func (p *step) extend(pool Pool, need int) {
 		p.create(made)
 		need -= capacity
 	}
+}
+
+// noSlot notes why a pool gets no further ENI while EC2 refuses them, perhaps to
+// another pool.
+func (p *step) noSlot(pool Pool) {
+	s := p.s
+	if t := s.Trouble[pool]; t != nil && t.Kind != KindSetsFull || s.slotsWhy == nil || s.waiting(pool) == 0 {
+		return
+	}
+	why := *s.slotsWhy
+	if why.Kind == KindNodeFull || why.Kind == KindSetsFull {
+		why = *p.full(pool, why.Cause)
+	}
+	p.trouble(pool, &why)
 }
 
 // orphan returns an ENI of the pool that is made and attached nowhere.

@@ -554,7 +554,11 @@ func TestPoolsBySecurityGroups(t *testing.T) {
 	// The pool has no floor: its interface goes when it was unused for a while.
 	w.send(Released{At: w.now, Addr: w.got(1), When: w.now})
 	w.send(Released{At: w.now, Addr: w.got(3), When: w.now})
-	w.pass(w.s.Config.Cooldown + w.s.Config.Linger + 10*time.Second)
+	w.pass(w.s.Config.Cooldown + w.s.Config.SetLinger - time.Second)
+	if n := len(w.enis); n != 2 {
+		t.Errorf("%d interfaces are left, want the set's own still there", n)
+	}
+	w.pass(11 * time.Second)
 	if n := len(w.enis); n != 1 {
 		t.Errorf("%d interfaces are left, want the node's own", n)
 	}
@@ -590,8 +594,8 @@ func TestPoolsBySubnet(t *testing.T) {
 	}
 }
 
-// A pool gets no interface when the others have all: its pods fail at once with
-// what to do, and the default pool's go on.
+// A pool gets no interface when the others have all: its pods wait and then
+// hear who has them and what to do, and the default pool's go on.
 func TestPoolWithoutAnInterface(t *testing.T) {
 	w := newWorld(t, "m5.large", 1)
 	w.start()
@@ -604,10 +608,107 @@ func TestPoolWithoutAnInterface(t *testing.T) {
 	w.add(3, Pool{Groups: "sg-c"})
 	w.add(4, Pool{})
 	w.pass(time.Second)
-	if r := w.replies[3]; r.Err == nil || r.Err.Kind != KindNodeFull {
-		t.Errorf("a third set on a type of three interfaces: %+v", r)
-	}
 	w.got(4)
+	if r, ok := w.replies[3]; ok {
+		t.Errorf("a third set on a type of three interfaces is answered at once: %+v", r)
+	}
+	if why, attaching, ok := w.s.Waits(3); !ok || attaching || why == nil || why.Kind != KindSetsFull {
+		t.Errorf("it waits for %v, attaching %v, %v", why, attaching, ok)
+	}
+	w.send(Released{At: w.now, Addr: w.got(2), When: w.now})
+	w.pass(2 * time.Minute)
+	r := w.replies[3]
+	if r.Err == nil || r.Err.Kind != KindSetsFull {
+		t.Fatalf("a third set on a type of three interfaces: %+v", r)
+	}
+	for _, says := range []string{"security groups sg-c", "the 3 of a m5.large", "the node's own groups: 1 (1 pod)", "sg-a: 1 (1 pod)", "sg-b: 1 (no pod, goes back at 03:1", "; schedule the pod on another node"} {
+		if !strings.Contains(r.Err.Error(), says) {
+			t.Errorf("the error does not say %q: %s", says, r.Err)
+		}
+	}
+	if n := w.s.SlotsLeft(); n != 0 {
+		t.Errorf("%d slots are left", n)
+	}
+	// The idle set's interface makes room in the end.
+	w.pass(w.s.Config.SetLinger)
+	if n := w.s.SlotsLeft(); n != 1 {
+		t.Errorf("%d slots are left", n)
+	}
+	w.add(5, Pool{Groups: "sg-c"})
+	w.pass(10 * time.Second)
+	w.got(5)
+}
+
+// A pod whose set finds its interface full gets the address of one that goes.
+func TestSetWaitsForItsOwnPods(t *testing.T) {
+	w := newWorld(t, "t3.small", 1) // three interfaces of four addresses
+	w.start()
+	w.pass(time.Second)
+	a, b := Pool{Groups: "sg-a"}, Pool{Groups: "sg-b"}
+	for id := range RequestID(3) {
+		w.add(id+1, a)
+	}
+	w.add(10, b)
+	w.pass(10 * time.Second)
+	w.add(4, a)
+	w.pass(5 * time.Second)
+	w.send(Released{At: w.now, Addr: w.got(1), When: w.now})
+	w.pass(w.s.Config.Cooldown + time.Second)
+	if got := w.got(4); got != w.got(1) {
+		t.Errorf("got %s, want %s, the only one there", got, w.got(1))
+	}
+}
+
+// Somebody changes the groups of a set's interface: its pods stay, no further
+// one gets an address there, and it goes when it is empty.
+func TestSetWithForeignGroups(t *testing.T) {
+	w := newWorld(t, "m5.large", 1)
+	w.start()
+	w.pass(time.Second)
+	a := Pool{Groups: "sg-a"}
+	w.add(1, a)
+	w.pass(10 * time.Second)
+	w.got(1)
+	first := w.replies[1].ENI
+	w.enis[first].Groups = []vpc.SecurityGroupID{"sg-z"}
+	w.pass(w.s.Config.Reconcile + time.Minute)
+	w.add(2, a)
+	w.pass(10 * time.Second)
+	w.got(2)
+	if w.replies[2].ENI == first {
+		t.Errorf("a pod of sg-a got an address on an interface of sg-z")
+	}
+	for _, u := range w.s.Sets() {
+		if u.Groups == "sg-a" && (u.ENIs != 2 || u.Pods != 2 || u.Drifted != 1) {
+			t.Errorf("the set is %+v", u)
+		}
+	}
+	w.send(Released{At: w.now, Addr: w.got(1), When: w.now})
+	w.pass(w.s.Config.Cooldown + 20*time.Second)
+	if w.enis[first] != nil {
+		t.Errorf("the interface with other groups is still there")
+	}
+}
+
+// EC2 refuses a set: its pods hear so at once, and nobody else waits for it.
+func TestSetThatEC2Refuses(t *testing.T) {
+	w := newWorld(t, "m5.large", 1)
+	w.fail = func(a Action) (Outcome, Class) {
+		if c, ok := a.(CreateENI); ok && c.Pool.Groups == "sg-gone" {
+			return Refused, ClassGroups
+		}
+		return Done, ClassOther
+	}
+	w.start()
+	w.pass(time.Second)
+	w.add(1, Pool{Groups: "sg-gone"})
+	w.pass(300 * time.Millisecond)
+	if r := w.replies[1]; r.Err == nil || r.Err.Kind != KindGroups || !strings.Contains(r.Err.Error(), "sg-gone") {
+		t.Errorf("a set that EC2 refuses: %+v", r)
+	}
+	w.add(2, Pool{Groups: "sg-a"})
+	w.pass(4 * time.Second)
+	w.got(2)
 }
 
 func TestCanceledAndUnused(t *testing.T) {

@@ -56,10 +56,75 @@ func (m *model) reply(a Reply) {
 	p := &m.pods[i]
 	if a.Err != nil {
 		p.state = podIdle
+		m.judgeRefusal(a.Err, p)
 		return
 	}
 	m.judgeReply(a, p.pool)
 	p.state, p.addr = podHanded, a.Addr
+}
+
+// judgeRefusal checks what a pod is told that gets no address.
+func (m *model) judgeRefusal(e *Error, p *pod) {
+	if p.pool.Groups != "" && (e.Kind == KindSetsFull || e.Kind == KindNodeFull) && m.now.Before(p.deadline) {
+		m.fail("%s is refused for want of an interface %s before its deadline", p.owner, p.deadline.Sub(m.now))
+	}
+	if e.Kind != KindSetsFull {
+		return
+	}
+	n := e.Others
+	for _, u := range e.Sets {
+		n += u.ENIs
+		pods := 0
+		for _, o := range m.pods {
+			if o.state >= podHanded && o.pool.Groups == u.Groups {
+				pods++
+			}
+		}
+		if pods != u.Pods {
+			m.fail("%s hears of %d pods of %q, which has %d", p.owner, u.Pods, u.Groups, pods)
+		}
+	}
+	if n < m.cfg.Limits.ENIs && e.Cause == "" {
+		m.fail("%s hears of %d interfaces, the node takes %d", p.owner, n, m.cfg.Limits.ENIs)
+	}
+}
+
+// vacate notes that a pod gave its address back.
+func (m *model) vacate(p *pod) {
+	if e := m.holder(p.addr); e != nil {
+		m.vacant[e.ID] = m.now
+	}
+}
+
+// judgeLinger checks that an interface of a set may go. That the plan learnt of
+// other groups on it since is reason enough.
+func (m *model) judgeLinger(e *vpc.ENI) {
+	since, ok := m.vacant[e.ID]
+	if e.Tags[TagPool] != "" && ok && !m.moved[e.ID] && m.now.Before(since.Add(m.cfg.SetLinger)) {
+		m.fail("%s of the set %s is deleted %s after its last pod", e.ID, e.Tags[TagPool], m.now.Sub(since))
+	}
+}
+
+// carries returns the groups of an interface. Of one whose groups somebody
+// changed the plan has to know what it last read.
+func (m *model) carries(e *vpc.ENI) vpc.GroupSet {
+	if k := m.s.ENI(e.ID); k != nil && m.moved[e.ID] {
+		return k.Groups
+	}
+	return vpc.NewGroupSet(e.Groups)
+}
+
+// drift changes the groups of a set's interface, or puts them back.
+func (m *model) drift(e *vpc.ENI) {
+	before := past{until: m.now, enis: m.view()}
+	own := vpc.GroupSet(e.Tags[TagPool])
+	if vpc.NewGroupSet(e.Groups) == own {
+		e.Groups = []vpc.SecurityGroupID{"sg-drift"}
+	} else {
+		e.Groups = own.Groups()
+	}
+	m.moved[e.ID] = true
+	m.remember(before)
 }
 
 // judgeReply checks that an address may be handed out now.
@@ -82,7 +147,7 @@ func (m *model) judgeReply(a Reply, pool Pool) {
 		m.fail("%s handed out on %s, which is not attached", a.Addr, e.ID)
 	case e.DeviceIndex != 0 && !e.DeleteOnTermination:
 		m.fail("%s handed out on %s before delete-on-termination", a.Addr, e.ID)
-	case vpc.NewGroupSet(e.Groups) != cmp.Or(pool.Groups, nodeGroups):
+	case m.carries(e) != cmp.Or(pool.Groups, nodeGroups):
 		m.fail("%s handed out on %s, which carries %s, to a pod of %s", a.Addr, e.ID, e.Groups, cmp.Or(pool.Groups, nodeGroups))
 	case e.Subnet != cmp.Or(pool.Subnet, nodeSubnet):
 		m.fail("%s handed out on %s, which is in %s, to a pod of %s", a.Addr, e.ID, e.Subnet, cmp.Or(pool.Subnet, nodeSubnet))
@@ -171,6 +236,7 @@ func (m *model) judgeCall(a Action) {
 			if e.ID != a.ENI {
 				continue
 			}
+			m.judgeLinger(e)
 			for _, p := range m.pods {
 				if p.state >= podHanded && e.Holds(p.addr) {
 					m.judgeGift(p.addr, "delete")
@@ -244,12 +310,17 @@ func (m *model) effect(a Action) CallDone {
 	before := past{until: m.now, enis: m.view()}
 	d := m.change(a)
 	if d.Outcome == Done {
-		m.past = append(m.past, before)
-		if len(m.past) > 2 {
-			m.past = slices.Clone(m.past[len(m.past)-2:])
-		}
+		m.remember(before)
 	}
 	return d
+}
+
+// remember keeps what EC2 was before a change, for reads that lag.
+func (m *model) remember(before past) {
+	m.past = append(m.past, before)
+	if len(m.past) > 2 {
+		m.past = slices.Clone(m.past[len(m.past)-2:])
+	}
 }
 
 func (m *model) change(a Action) CallDone {
@@ -457,8 +528,10 @@ func (m *model) settle() error {
 	if n := held[Pool{}]; !m.cfg.Prefixes && n != want || n < want {
 		return fmt.Errorf("%d addresses held, %d bound: the floor is %d", n, bound[Pool{}], m.cfg.Floor)
 	}
-	if n := held[otherPool]; !m.cfg.Prefixes && n != bound[otherPool] || bound[otherPool] == 0 && n > 0 {
-		return fmt.Errorf("%d addresses held in pool %s, %d bound: it has no floor", n, otherPool, bound[otherPool])
+	for _, pool := range []Pool{otherPool, thirdPool} {
+		if n := held[pool]; !m.cfg.Prefixes && n != bound[pool] || bound[pool] == 0 && n > 0 {
+			return fmt.Errorf("%d addresses held in pool %s, %d bound: it has no floor", n, pool, bound[pool])
+		}
 	}
 	return nil
 }

@@ -37,7 +37,9 @@ type model struct {
 	live   map[netip.Addr]bool // IMDS lists it
 	link   map[vpc.ENIID]bool
 	past   []past
-	left   []left // given back, and perhaps still listed by IMDS
+	left   []left                  // given back, and perhaps still listed by IMDS
+	vacant map[vpc.ENIID]time.Time // since when no pod has an address on it
+	moved  map[vpc.ENIID]bool      // somebody changed its groups once
 	seq    int
 
 	calls  []flight
@@ -116,6 +118,7 @@ const (
 	moveTick
 	movePass  // d
 	moveCrash // how 1: what gives back has happened
+	moveDrift // somebody changes the groups of a set's interface, or puts them back
 )
 
 // The ways a read ends.
@@ -146,7 +149,7 @@ type move struct {
 }
 
 func (v move) String() string {
-	name := [...]string{"start", "add", "cancel", "commit", "undo", "delete", "effect", "end", "ghost", "read", "tick", "pass", "crash"}[v.kind]
+	name := [...]string{"start", "add", "cancel", "commit", "undo", "delete", "effect", "end", "ghost", "read", "tick", "pass", "crash", "drift"}[v.kind]
 	s := fmt.Sprintf("%s %d how=%d", name, v.i, v.how)
 	if v.d > 0 {
 		s += " " + v.d.String()
@@ -164,7 +167,7 @@ func modelConfig(enis, ips int) Config {
 	c := Default()
 	c.Instance, c.Cluster = testInstance, "test"
 	c.Limits = vpc.InstanceLimits{Type: "model", ENIs: enis, ENIsDefaultCard: enis, IPv4PerENI: ips, Hypervisor: "nitro"}
-	c.Cooldown, c.UsableWait, c.Linger = 2*time.Second, 3*time.Second, 4*time.Second
+	c.Cooldown, c.UsableWait, c.Linger, c.SetLinger = 2*time.Second, 3*time.Second, 4*time.Second, 7*time.Second
 	c.Reconcile, c.Confirm, c.ReadLag = time.Minute, time.Second, 3*time.Second
 	return c
 }
@@ -173,7 +176,7 @@ const modelDeadline = 20 * time.Second
 
 func newModel(cfg Config, pods int, b budget) *model {
 	m := &model{cfg: cfg, now: epoch, tokens: map[string]vpc.ENIID{}, params: map[string]CreateENI{}, used: map[netip.Addr]time.Time{}, live: map[netip.Addr]bool{},
-		link: map[vpc.ENIID]bool{}, unsure: map[vpc.ENIID]time.Time{}, tokOf: map[CallID]string{}, tombs: map[netip.Addr]time.Time{}, budget: b}
+		link: map[vpc.ENIID]bool{}, unsure: map[vpc.ENIID]time.Time{}, tokOf: map[CallID]string{}, tombs: map[netip.Addr]time.Time{}, vacant: map[vpc.ENIID]time.Time{}, moved: map[vpc.ENIID]bool{}, budget: b}
 	e := m.newENI()
 	e.Instance, e.Attachment, e.Attached = testInstance, "eni-attach-0", true
 	e.Tags = nil
@@ -185,6 +188,17 @@ func newModel(cfg Config, pods int, b budget) *model {
 
 // otherPool is a pool beside the node's own, in another subnet.
 var otherPool = Pool{Subnet: "subnet-2", Groups: "sg-app,sg-db"}
+
+// thirdPool is a further set of groups in the node's own subnet.
+var thirdPool = Pool{Groups: "sg-web"}
+
+// crowded has more sets of groups than a small node has interfaces for.
+func (m *model) crowded() *model {
+	for i := range m.pods {
+		m.pods[i].pool = [...]Pool{thirdPool, otherPool, {}}[i%3]
+	}
+	return m
+}
 
 // mixed has every third pod from the second on ask for otherPool.
 func (m *model) mixed() *model {
@@ -206,6 +220,7 @@ func (m *model) clone() *model {
 	c.link, c.unsure, c.tokOf, c.tombs = maps.Clone(m.link), maps.Clone(m.unsure), maps.Clone(m.tokOf), maps.Clone(m.tombs)
 	c.past, c.calls, c.ghosts, c.left = slices.Clone(m.past), slices.Clone(m.calls), slices.Clone(m.ghosts), slices.Clone(m.left)
 	c.reads, c.pods = slices.Clone(m.reads), slices.Clone(m.pods)
+	c.vacant, c.moved = maps.Clone(m.vacant), maps.Clone(m.moved)
 	return &c
 }
 
@@ -291,6 +306,13 @@ func (m *model) moves() []move {
 			}
 		}
 	}
+	if m.budget.faults > 0 && len(m.calls) == 0 {
+		for i, e := range m.enis {
+			if e.Tags[TagPool] != "" && e.Instance != "" {
+				out = append(out, move{kind: moveDrift, i: i})
+			}
+		}
+	}
 	if !m.timer.IsZero() {
 		out = append(out, move{kind: moveTick})
 	}
@@ -355,10 +377,12 @@ func (m *model) apply(v move) error {
 		p := &m.pods[v.i]
 		m.budget.faults--
 		p.state = podIdle
+		m.vacate(p)
 		m.step(Released{At: m.now, Addr: p.addr, Unused: true}, v.die)
 	case moveDelete:
 		p := &m.pods[v.i]
 		p.state, m.tombs[p.addr] = podIdle, m.now
+		m.vacate(p)
 		if v.how == 1 {
 			m.crash(false)
 			break
@@ -384,6 +408,9 @@ func (m *model) apply(v move) error {
 		m.pass(v.d)
 	case moveCrash:
 		m.crash(v.how == 1)
+	case moveDrift:
+		m.budget.faults--
+		m.drift(m.enis[v.i])
 	}
 	if m.bad == nil && m.up {
 		if err := m.s.Verify(); err != nil {
@@ -443,6 +470,9 @@ func (m *model) crash(given bool) {
 	m.calls, m.unsure, m.tokOf = nil, map[vpc.ENIID]time.Time{}, map[CallID]string{}
 	for i := range m.pods {
 		if p := &m.pods[i]; p.state == podWaiting || p.state == podHanded {
+			if p.state == podHanded {
+				m.vacate(p)
+			}
 			p.state = podIdle
 		}
 	}

@@ -37,6 +37,9 @@ func (p *step) newENI(v *vpc.ENI) *ENI {
 	if v.Subnet != p.s.home {
 		e.Pool.Subnet = v.Subnet
 	}
+	if v.Instance == p.s.Config.Instance && v.DeviceIndex == 0 {
+		e.Pool = Pool{} // whatever tags it has
+	}
 	for _, o := range p.s.ENIs {
 		if o.Primary == v.Primary {
 			o.Primary = netip.Addr{} // it was the primary of one that was deleted
@@ -217,11 +220,15 @@ func (p *step) recentlyGone(addr netip.Addr, read time.Time) bool {
 // call whose end is unknown.
 func (p *step) elsewhere(e *ENI, addr netip.Addr, read time.Time) bool {
 	for _, o := range p.s.ENIs {
-		if a := o.find(addr); o != e && a != nil {
-			if sure := a.Assigned.Add(p.s.Config.ReadLag); read.Before(sure) {
-				p.want(EC2, sure)
-				return true
-			}
+		given := o.Since // as its primary, when it was made
+		if a := o.find(addr); a != nil {
+			given = a.Assigned
+		} else if o.Primary != addr {
+			continue
+		}
+		if sure := given.Add(p.s.Config.ReadLag); o != e && read.Before(sure) {
+			p.want(EC2, sure)
+			return true
 		}
 	}
 	return false

@@ -27,6 +27,7 @@ func (p *step) plan() {
 	if s.Known {
 		p.repair()
 		pools := s.pools()
+		maps.DeleteFunc(s.Trouble, func(pool Pool, e *Error) bool { return e.Kind == KindSetsFull && s.waiting(pool) == 0 })
 		for _, pool := range pools {
 			p.grow(pool)
 			p.giveUp(pool)
@@ -137,7 +138,7 @@ func (p *step) serve() {
 
 // usable reports whether a may be handed out on e now.
 func usable(e *ENI, a *Address) bool {
-	return a.State == Free && !a.Foreign() && a.Missing.IsZero() && e.Missing.IsZero() && e.ready()
+	return spare(e, a) && !e.drifted()
 }
 
 // pick chooses a free address: on the fullest ENI, there in the fullest
@@ -189,6 +190,9 @@ func (p *step) expire() {
 		e := Error{Kind: KindSlow}
 		if t := s.Trouble[r.Pool]; t != nil {
 			e = *t
+		}
+		if e.Kind == KindSetsFull { // as it is now
+			e = *p.setsFull(r.Pool, e.Cause)
 		}
 		e.Waited = p.now.Sub(r.Since).Round(time.Millisecond)
 		p.do(Reply{Request: r.ID, Err: &e})
@@ -250,6 +254,10 @@ func (p *step) repair() {
 			if p.may(CallDelete) {
 				p.retire(e)
 			}
+		case e.Phase == Attached && e.drifted() && !e.NoNeed.IsZero(): // no pod will have it again
+			if p.may(CallDelete) {
+				p.retire(e)
+			}
 		case e.Phase == Attached && e.Keep:
 			if !p.may(CallKeep) {
 				continue
@@ -276,7 +284,7 @@ func (p *step) create(c *Call) {
 // way to be free without further calls.
 func (s *State) count(pool Pool) (free, coming, suspect int) {
 	for _, e := range s.ENIs {
-		if e.Pool != pool || !e.Managed || e.Phase == Retiring || e.Device < 0 {
+		if e.Pool != pool || !e.Managed || e.Phase == Retiring || e.Device < 0 || e.drifted() {
 			continue
 		}
 		for _, a := range e.Addrs {
@@ -330,7 +338,7 @@ func (s *State) floor(pool Pool) int {
 
 // room returns how many more addresses e can hold.
 func (s *State) room(e *ENI, per int) int {
-	if !e.Managed || e.Phase == Retiring || e.Full || e.Device < 0 || !e.Missing.IsZero() {
+	if !e.Managed || e.Phase == Retiring || e.Full || e.Device < 0 || !e.Missing.IsZero() || e.drifted() {
 		return 0
 	}
 	return max(0, s.Config.Limits.IPv4PerENI-e.slots()-s.asked(e)) * per
@@ -339,8 +347,21 @@ func (s *State) room(e *ENI, per int) int {
 // nextDevice returns the lowest free device index, -1 when the type takes no
 // further interface. Extra counts as attached.
 func (s *State) nextDevice(extra ...*ENI) int {
-	used := map[int]bool{0: true}
-	n := 0
+	used, n := s.devices(extra...)
+	if n+1 >= s.Config.ENIs() { // device 0 is the node's own, always
+		return -1
+	}
+	for d := 1; d <= maxDevice; d++ {
+		if !used[d] {
+			return d
+		}
+	}
+	return -1
+}
+
+// devices returns the device indices in use, and how many they are beside 0.
+func (s *State) devices(extra ...*ENI) (used map[int]bool, n int) {
+	used = map[int]bool{0: true}
 	for _, e := range append(slices.Clone(extra), s.ENIs...) {
 		if e.Device >= 0 && !used[e.Device] {
 			n++
@@ -359,15 +380,7 @@ func (s *State) nextDevice(extra ...*ENI) int {
 			n++
 		}
 	}
-	if n+1 >= s.Config.ENIs() { // device 0 is the node's own, always
-		return -1
-	}
-	for d := 1; d <= maxDevice; d++ {
-		if !used[d] {
-			return d
-		}
-	}
-	return -1
+	return used, n
 }
 
 // per returns how the subnet gives addresses now: 16 at a time, or one.
@@ -396,6 +409,10 @@ func (p *step) giveUp(pool Pool) {
 	}
 	var reason *Error
 	t, noSlots := s.Trouble[pool], s.slotsOut.After(p.now)
+	if t != nil && t.Kind == KindGroups && !slices.ContainsFunc(s.ENIs, func(e *ENI) bool { return e.Pool == pool && e.Managed }) {
+		p.failAll(pool, t)
+		return
+	}
 	denied := t != nil && t.Kind == KindDenied
 	if denied && s.Mutate.active(p.now) {
 		reason = t
@@ -413,12 +430,22 @@ func (p *step) giveUp(pool Pool) {
 			return
 		}
 		if reason = t; !denied {
-			reason = p.nodeFull("")
+			if pool.Groups != "" && planted.Bug != planted.SetsRefused {
+				return // another set's pods may go before the deadline, or rest long enough
+			}
+			reason = p.full(pool, "")
 		}
 	}
 	if reason == nil {
 		return
 	}
+	p.failAll(pool, reason)
+}
+
+// failAll ends the pool's requests, but as many as addresses in cooldown are
+// left for.
+func (p *step) failAll(pool Pool, reason *Error) {
+	s := p.s
 	var until []time.Time
 	for _, e := range s.ENIs {
 		if e.Pool != pool || !e.ready() {

@@ -23,7 +23,7 @@ func (p *step) shrink(pool Pool) {
 		if len(e.Addrs) > surplus+s.roomBeside(e, p.per(e.Subnet)) {
 			continue
 		}
-		if p.due(e.NoNeed.Add(s.Config.Linger)) {
+		if p.due(e.NoNeed.Add(s.linger(pool))) {
 			surplus -= len(e.Addrs)
 			p.retire(e)
 		}
@@ -36,8 +36,12 @@ func (p *step) shrink(pool Pool) {
 	}
 	slices.SortStableFunc(candidates, func(a, b *ENI) int { return a.count(Bound) - b.count(Bound) })
 	for _, e := range candidates {
+		if e.drifted() { // nobody will have what is free there
+			p.unassign(e, len(e.Addrs))
+			continue
+		}
 		if surplus <= 0 {
-			return
+			continue
 		}
 		surplus -= p.unassign(e, surplus)
 	}
@@ -54,6 +58,11 @@ func (s *State) roomBeside(e *ENI, per int) int {
 	return n
 }
 
+// spare reports whether a may be given back.
+func spare(e *ENI, a *Address) bool {
+	return a.State == Free && !a.Foreign() && a.Missing.IsZero() && e.Missing.IsZero() && e.ready()
+}
+
 // unassign gives back up to n addresses of e that lingered, and returns how
 // many.
 func (p *step) unassign(e *ENI, n int) int {
@@ -64,7 +73,7 @@ func (p *step) unassign(e *ENI, n int) int {
 		whole := gone+PrefixAddresses <= n
 		for _, a := range e.Addrs {
 			if a.Prefix == pfx {
-				whole = whole && usable(e, a) && p.due(a.Since.Add(linger))
+				whole = whole && spare(e, a) && p.due(a.Since.Add(linger))
 			}
 		}
 		if whole {
@@ -73,7 +82,7 @@ func (p *step) unassign(e *ENI, n int) int {
 		}
 	}
 	for _, a := range slices.Backward(e.Addrs) {
-		if gone < n && !a.Prefix.IsValid() && (usable(e, a) && p.due(a.Since.Add(linger)) || planted.Bug == planted.ReturnCooling && a.State == Cooling) {
+		if gone < n && !a.Prefix.IsValid() && (spare(e, a) && p.due(a.Since.Add(linger)) || planted.Bug == planted.ReturnCooling && a.State == Cooling) {
 			act.Addrs = append(act.Addrs, a.Addr)
 			gone++
 		}

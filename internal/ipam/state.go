@@ -25,6 +25,7 @@ type Config struct {
 	Cooldown   time.Duration // between release and the next use of an address
 	UsableWait time.Duration // after which an address counts as live even if IMDS does not list it
 	Linger     time.Duration // how long surplus is kept before it goes back
+	SetLinger  time.Duration // how long the interface of a set of security groups is kept without a pod
 	Settle     time.Duration // how long a backlog may grow before it costs a further ENI
 	Reconcile  time.Duration // between reads of EC2 when all is quiet
 	Confirm    time.Duration // between a read that lacks something and the one that confirms it
@@ -39,6 +40,7 @@ func Default() Config {
 		Cooldown:   30 * time.Second, // as long as kube-proxy's and others' stale views may last
 		UsableWait: 10 * time.Second,
 		Linger:     4 * time.Minute,       // with the cooldown before it, all is back within five
+		SetLinger:  10 * time.Minute,      // longer than a deployment takes to replace a set's pods
 		Settle:     50 * time.Millisecond, // an attachment takes seconds
 		Reconcile:  10 * time.Minute,      // 2,000 nodes: 3.3 reads/s of the account's 20
 		Confirm:    5 * time.Second,
@@ -300,6 +302,7 @@ type State struct {
 	home     vpc.SubnetID       // that of the primary ENI
 	overflow map[Pool]time.Time // since when a pool wants a further ENI
 	slotsOut time.Time          // until when EC2 refuses further ENIs
+	slotsWhy *Error             // and why
 	timer    time.Time          // what the last SetTimer said
 }
 

@@ -352,6 +352,10 @@ func (p *step) grew(c *Call) {
 // device index is taken: the read that follows takes a second and the lag.
 const indexTaken = 5 * time.Second
 
+// badGroups is how long EC2 is not asked again for an interface with groups that
+// it just refused.
+const badGroups = 5 * time.Second
+
 func (p *step) callRefused(c *Call, e *ENI, ev CallDone) {
 	s, seed := p.s, p.s.Config.Seed
 	grows := c.Kind == CallAssign || c.Kind == CallCreate || c.Kind == CallAttach || c.Kind == CallKeep
@@ -369,7 +373,7 @@ func (p *step) callRefused(c *Call, e *ENI, ev CallDone) {
 	case ClassDenied:
 		if c.Kind == CallCreate {
 			// What EC2 denies is a further ENI, not addresses for those at hand.
-			s.slotsOut = p.now.Add(time.Minute)
+			s.slotsOut, s.slotsWhy = p.now.Add(time.Minute), trouble
 		} else {
 			s.Mutate.fail(p.now, 10*time.Second, time.Minute, seed)
 		}
@@ -396,14 +400,18 @@ func (p *step) callRefused(c *Call, e *ENI, ev CallDone) {
 		p.want(EC2, p.now.Add(time.Second))
 		trouble = nil
 	case ClassSlots:
-		s.slotsOut = p.now.Add(time.Minute)
-		trouble = p.nodeFull(ev.Err)
+		trouble = p.full(c.Pool, ev.Err)
+		s.slotsOut, s.slotsWhy = p.now.Add(time.Minute), trouble
 		if e != nil {
 			e.Device = -1
 		}
 		p.want(EC2, p.now.Add(time.Second))
 	case ClassAccountLimit:
-		s.slotsOut = p.now.Add(time.Minute)
+		s.slotsOut, s.slotsWhy = p.now.Add(time.Minute), trouble
+	case ClassGroups:
+		// Other pools' calls go on: nothing is wrong with the node.
+		trouble.Groups = c.Groups
+		s.overflow[c.Pool] = p.now.Add(badGroups)
 	case ClassNotFound:
 		if c.Kind == CallDelete {
 			p.dropENI(e)
@@ -434,8 +442,13 @@ func (p *step) callRefused(c *Call, e *ENI, ev CallDone) {
 	}
 }
 
-func (p *step) nodeFull(cause string) *Error {
-	return &Error{Kind: KindNodeFull, Type: p.s.Config.Limits.Type, Cause: cause, Max: p.s.Capacity()}
+// full is why the node has no further interface for a pool.
+func (p *step) full(pool Pool, cause string) *Error {
+	e := p.setsFull(pool, cause)
+	if pool.Groups == "" {
+		e.Kind, e.Max = KindNodeFull, p.s.Capacity()
+	}
+	return e
 }
 
 func (s *State) sortENIs() {

@@ -236,7 +236,8 @@ func drawRows(rows []Row) ([]byte, error) {
 	}
 	p.Legend.Top = true
 	c := vgsvg.New(24*vg.Centimeter, vg.Length(drawn)*0.55*vg.Centimeter+4*vg.Centimeter)
-	p.Draw(draw.New(c))
+	const margin = vg.Length(6)
+	p.Draw(draw.Crop(draw.New(c), margin, -margin, margin, -margin))
 	var b bytes.Buffer
 	if _, err := c.WriteTo(&b); err != nil {
 		return nil, fmt.Errorf("write SVG: %w", err)

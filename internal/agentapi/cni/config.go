@@ -15,10 +15,15 @@ import (
 	"github.com/underlay-cni/underlay/internal/agentapi"
 )
 
-// config is a network configuration. Of Underlay's own keys there is "socket",
-// which the plugin has read already.
+// config is a network configuration. Of Underlay's own keys there are "socket",
+// which the plugin has read already, and "securityGroups".
 type config struct {
 	types.PluginConf
+	groupKeys
+	Args struct {
+		CNI groupKeys `json:"cni"`
+	} `json:"args"`
+	Runtime groupKeys `json:"runtimeConfig"`
 }
 
 // parseConfig reads the configuration that the runtime wrote to the plugin's

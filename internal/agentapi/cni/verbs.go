@@ -21,6 +21,13 @@ func (r *request) attachment() *agentapi.Attachment {
 
 func add(r *request) (types.Result, error) {
 	a := r.attachment()
+	var err error
+	if a.Groups, err = groupsOf(r.config, r.call.Getenv("CNI_ARGS")); err != nil {
+		return nil, err
+	}
+	if a.GroupsMode, err = modeOf(r.config, r.call.Getenv("CNI_ARGS")); err != nil {
+		return nil, err
+	}
 	res, err := r.backend.Add(r.ctx, a, 0, r.netns)
 	if err != nil {
 		return nil, err

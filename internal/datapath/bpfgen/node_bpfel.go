@@ -163,7 +163,7 @@ type NodeFragment struct {
 	IcmpType  uint8
 	IcmpCode  uint8
 	Query     uint8
-	Pad       uint8
+	Opens     uint8
 }
 
 type NodeFragmentKey struct {

@@ -8,7 +8,7 @@ import (
 )
 
 func main() {
-	b, err := document("client.go")
+	b, err := document(sources...)
 	if err == nil {
 		err = os.WriteFile("../../docs/reference/iam-policy.json", b, 0o644)
 	}

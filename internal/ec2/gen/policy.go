@@ -25,14 +25,21 @@ type statement struct {
 // and the subnet and the groups that it makes interfaces in.
 var kinds = []string{"instance", "network-interface", "security-group", "subnet"}
 
-// document makes the policy of the calls in the client's source: the methods of
-// its interface api, all of which it must call.
-func document(source string) ([]byte, error) {
-	f, err := parser.ParseFile(token.NewFileSet(), source, nil, 0)
-	if err != nil {
-		return nil, err
+// sources are the files of the client, in package ec2.
+var sources = []string{"client.go", "group.go"}
+
+// document makes the policy of the calls in the client's sources: the methods
+// of its interface api, all of which it must call.
+func document(sources ...string) ([]byte, error) {
+	var files []*ast.File
+	for _, source := range sources {
+		f, err := parser.ParseFile(token.NewFileSet(), source, nil, 0)
+		if err != nil {
+			return nil, err
+		}
+		files = append(files, f)
 	}
-	listed, called, tags := calls(f)
+	listed, called, tags := calls(files)
 	if len(listed) == 0 {
 		return nil, errors.New("there is no interface api, or it is empty")
 	}
@@ -41,7 +48,7 @@ func document(source string) ([]byte, error) {
 		if !called[name] {
 			return nil, fmt.Errorf("%s is in the interface api, and nothing calls it: take it out", name)
 		}
-		if strings.HasPrefix(name, "Describe") {
+		if strings.HasPrefix(name, "Describe") || strings.HasPrefix(name, "Get") {
 			read = append(read, "ec2:"+name)
 		} else {
 			change = append(change, "ec2:"+name)
@@ -65,9 +72,9 @@ func document(source string) ([]byte, error) {
 
 // calls returns the methods of the interface api, in order, which of them
 // something refers to, and whether requests carry tags.
-func calls(f *ast.File) (listed []string, called map[string]bool, tags bool) {
+func calls(files []*ast.File) (listed []string, called map[string]bool, tags bool) {
 	called = map[string]bool{}
-	ast.Inspect(f, func(n ast.Node) bool {
+	look := func(n ast.Node) bool {
 		switch n := n.(type) {
 		case *ast.TypeSpec:
 			if i, ok := n.Type.(*ast.InterfaceType); ok && n.Name.Name == "api" {
@@ -85,7 +92,10 @@ func calls(f *ast.File) (listed []string, called map[string]bool, tags bool) {
 			}
 		}
 		return true
-	})
+	}
+	for _, f := range files {
+		ast.Inspect(f, look)
+	}
 	slices.Sort(listed)
 	return listed, called, tags
 }

@@ -10,7 +10,11 @@ import (
 )
 
 func TestPolicyIsWhatTheClientCalls(t *testing.T) {
-	got, err := document("../client.go")
+	var files []string
+	for _, s := range sources {
+		files = append(files, filepath.Join("..", s))
+	}
+	got, err := document(files...)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -31,4 +31,7 @@ const (
 	StaleEvicts          // a read that lacks a bound address ends its use
 	PoolIgnored          // a pod gets an address of other security groups
 	IMDSBelieved         // what IMDS lists is ours, whatever EC2 says
+	LingerForgotten      // the interface of a set of security groups goes as early as any
+	SetsRefused          // a pod whose set finds no interface does not wait
+	DriftIgnored         // a pod gets an address on an interface whose groups somebody changed
 )

@@ -27,11 +27,14 @@ var caught = map[string]string{
 	"orphan_leaked":    `is an orphan`,
 	"two_mutations":    `in flight`,
 	"floor_forgotten":  `the floor is`,
-	"nothing_returned": `the floor is`,
-	"stale_return":     `handed out, which EC2 does not have|handed out as on`,
-	"stale_evicts":     `in two hands|with its tombstone|tombstones are left`,
+	"nothing_returned": `the floor is|it has no floor`,
+	"stale_return":     `handed out, which EC2 does not have|handed out as on|not yet live`,
+	"stale_evicts":     `in two hands|with its tombstone|tombstones are left|unassign of .* before its cooldown is over`,
 	"imds_believed":    `handed out, which EC2 does not have|the type holds`,
 	"pool_ignored":     `which carries .* to a pod of`,
+	"linger_forgotten": `of the set .* is deleted .* after its last pod`,
+	"sets_refused":     `is refused for want of an interface`,
+	"drift_ignored":    `which carries .* to a pod of`,
 	"delete_used":      `delete of .*, which pod\d+ uses|delete of .* before its cooldown is over`,
 }
 
