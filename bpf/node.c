@@ -772,7 +772,7 @@ __noinline int judge_origin(struct conn *c, const struct packet *p, __u32 end, _
 /* Judges a flow where it leaves the stack: what a pod here, `from`, sends, and what
  * another, `to`, receives; either may be 0. */
 __noinline int judge_stack(struct __sk_buff *skb, struct conn *c, const struct packet *p, __u32 from,
-				  __u32 to)
+			   __u32 to)
 {
 	__u32 end, me, groups = 0, ask = POLICY_INGRESS;
 	struct iface *pod = 0;
@@ -786,7 +786,9 @@ __noinline int judge_stack(struct __sk_buff *skb, struct conn *c, const struct p
 		pod = bpf_map_lookup_elem(&ifaces, &to);
 		if (!pod)
 			return 0;
-		groups = (from && in_subnet(eni_of(pod), &p->tuple.src)) || pod->flags & IFACE_GROUPS;
+		/* The VPC saw what came by an ENI. What the stack sends from one pod
+		 * here to another it never does, whatever their subnets. */
+		groups = (from && (p->flags & PACKET_HERE)) || pod->flags & IFACE_GROUPS;
 		/* What the node's own processes send came by no device (D10). */
 		if (!from && !skb->ingress_ifindex)
 			ask |= POLICY_FROM_HOST;
@@ -915,6 +917,8 @@ int to_pod(struct __sk_buff *skb)
 		if (reason)
 			return drop(skb, ifindex, reason);
 		from = origin_of(slot, &p->tuple.src);
+		if (slot && from)
+			p->flags |= PACKET_HERE;
 		if (p->flags & PACKET_ERROR)
 			find(skb, p, v6);
 		reason = out_of_stack(skb, p, from, ifindex);
