@@ -169,6 +169,7 @@ enum packet_flag {
 	PACKET_OPTIONS = 8,	/* IP options, or extension headers */
 	PACKET_SHORT = 16,	/* shorter than its IP header says */
 	PACKET_IPV6 = 32,
+	PACKET_HERE = 64,	/* from a pod of this node, and by no wire */
 };
 
 /* A packet as conntrack sees it. Of an ICMP error the tuple is that of the flow
