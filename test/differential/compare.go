@@ -202,14 +202,24 @@ func (r *runner) sendOne(b sending) error {
 		}
 	}
 	r.number++
-	parts := datagrams(r.real(&b.Packet), r.number)
+	real := r.real(&b.Packet)
+	parts := datagrams(real, r.number)
 	r.whole[b.index] = len(parts)
+	if b.From == vpcmodel.Internet && v.NAT == "" && b.Proto != packet.ProtoICMP {
+		for i := range v.Records {
+			if v.Records[i].DstPort == b.DstPort {
+				v.Records[i].DstPort = real.DstPort
+			}
+		}
+	}
 	r.note(b, v, parts)
 	r.numbers[uint16(r.number)], r.indexOf[r.number] = b.index, b.index
 	if v.Seen != nil {
 		t := &translated{index: b.index, number: r.number, seen: *v.Seen, cut: b.MayFragment}
 		if b.From != vpcmodel.Internet {
 			t.nat = v.NAT
+		} else if v.NAT == "" {
+			t.seen.DstPort, t.seen.Ident = real.DstPort, real.Ident // also past a NAT gateway
 		}
 		r.expect[r.number] = t
 	} else {

@@ -28,8 +28,8 @@ type fault struct {
 }
 
 var faults = []fault{
-	{name: "no egress gate", on: onGroups, file: "fabric.c", old: "reason = gate(p, ifindex, EGRESS, named);", new: "reason = 0;"},
-	{name: "no ingress gate", on: onGroups, file: "fabric.c", old: "return gate(p, w->to->ifindex, INGRESS, sender);", new: "return 0;"},
+	{name: "no egress gate", on: onGroups, file: "fabric.c", old: "gate(p, ifindex, EGRESS, named)", new: "0"},
+	{name: "no ingress gate", on: onGroups, file: "fabric.c", old: "gate(p, w->to->ifindex, INGRESS, sender)", new: "0"},
 	{name: "the receiver's egress rules at its ingress gate", on: onGroups, file: "fabric_gate.h", old: "q.rules = policy->rules[direction];\n\tq.count = policy->count[direction];\n\tq.address =", new: "q.rules = policy->rules[EGRESS];\n\tq.count = policy->count[EGRESS];\n\tq.address ="},
 	{name: "last port of a range left out", on: onGroups, file: "fabric_gate.h", old: "q->dport <= r->to;", new: "q->dport < r->to;"},
 	{name: "source port compared", on: onGroups, file: "fabric_gate.h", old: "q.dport = p->tuple.dport;", new: "q.dport = p->tuple.sport;"},

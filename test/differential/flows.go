@@ -37,7 +37,7 @@ func (g *generator) send() {
 	}
 	g.script = append(g.script, s)
 	g.counts.Add(v)
-	if v.Delivered() {
+	if v.Delivered() && !g.bypassed(best, v) {
 		seen := *best
 		if v.Seen != nil {
 			seen = *v.Seen

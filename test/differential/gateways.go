@@ -155,6 +155,20 @@ func (g *generator) fromInternet() *vpcmodel.Packet {
 	return p
 }
 
+// bypassed reports whether a packet for a NAT gateway was led elsewhere by the
+// internet gateway's table. Its port is the gateway's choice: nothing follows on it.
+func (g *generator) bypassed(p *vpcmodel.Packet, v vpcmodel.Verdict) bool {
+	if p.From != vpcmodel.Internet || v.NAT != "" {
+		return false
+	}
+	for _, e := range g.world.Elastics {
+		if e.Public == p.Dst && e.NAT != "" {
+			return true
+		}
+	}
+	return false
+}
+
 // tidy takes away from a packet what a gateway's translation is not compared in.
 func (g *generator) tidy(p *vpcmodel.Packet) *vpcmodel.Packet {
 	if len(g.world.Gateways) == 0 {
