@@ -49,7 +49,7 @@ func shared(t *testing.T) *cluster {
 }
 
 func upArgs(more ...string) []string {
-	return append([]string{"--kubernetes", "--nodes", "3", "--zones", "3", "--kube-proxy", *proxy}, more...)
+	return append([]string{"--kubernetes", "--nodes", "3", "--zones", "3", "--internet", "--kube-proxy", *proxy}, more...)
 }
 
 func newCluster(t testing.TB, l *lab.Lab) *cluster {

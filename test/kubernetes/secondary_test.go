@@ -1,6 +1,7 @@
 package kubernetes
 
 import (
+	"encoding/json"
 	"fmt"
 	"net"
 	"net/netip"
@@ -166,7 +167,50 @@ spec: {type: NodePort, externalTrafficPolicy: Local, selector: {app: %[1]s}, por
 			}
 		}
 	})
+	t.Run("the internet", func(t *testing.T) { internet(t, c.with(t), n1, target) })
 	t.Run("link-local listener", func(t *testing.T) { linkLocal(t, n1, targetNS, target.ip()) })
+}
+
+// internet asks a server of the internet, which says whom it sees: the NAT
+// gateway. On the VPC's wires the pod's node speaks by the pod's interface, as
+// that interface's primary address.
+func internet(t *testing.T, c *cluster, n lab.Node, p pod) {
+	const server = "203.0.113.10"
+	out := c.kubectl("exec", "-n", p.Metadata.Namespace, p.Metadata.Name, "--", "curl", "-sS", "--max-time", "10", "http://"+server+"/")
+	type elastic struct{ PublicIp netip.Addr }
+	var addresses struct{ Addresses []elastic }
+	c.AWS(&addresses, "describe-addresses")
+	seen, err := netip.ParseAddr(strings.TrimSpace(out))
+	if err != nil {
+		t.Fatalf("the server says %q", out)
+	}
+	if !slices.Contains(addresses.Addresses, elastic{seen}) {
+		t.Errorf("the server sees %s, which is no Elastic IP: %v", seen, addresses.Addresses)
+	}
+	in := c.Inspect(n)
+	of := slices.IndexFunc(in.Endpoints, func(e agentapi.Endpoint) bool { return e.IP == p.ip() && e.State == "live" })
+	eni := slices.IndexFunc(in.ENIs, func(e agentapi.ENI) bool { return of >= 0 && e.ID == in.Endpoints[of].ENI })
+	if eni < 0 {
+		t.Fatalf("no interface has %s", p.ip())
+	}
+	want := in.ENIs[eni].Primary.String()
+	lab.Eventually(t, 10*time.Second, "the flow log has the packets", func() error {
+		out := c.Underlay("flows", "--by", "vpc", "--eni", in.ENIs[eni].ID, "--address", server, "-o", "json")
+		sources := map[string]bool{}
+		for line := range strings.Lines(out) {
+			var r map[string]any
+			if err := json.Unmarshal([]byte(line), &r); err != nil {
+				return err
+			}
+			if r["flow-direction"] == "egress" {
+				sources[fmt.Sprint(r["pkt-srcaddr"])] = true
+			}
+		}
+		if len(sources) != 1 || !sources[want] {
+			return fmt.Errorf("sources on %s are %v, want %s alone", in.ENIs[eni].ID, sources, want)
+		}
+		return nil
+	})
 }
 
 // linkLocal is NodeLocal DNSCache's way: an address of the node alone, which its
