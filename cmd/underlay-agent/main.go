@@ -91,7 +91,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	a = agent.New(agent.Options{
 		Version: version(), Cluster: o.cluster, Socket: o.socket, Datapath: dp, Metadata: imds.New(""), Logger: log, Tune: tune, Sweep: o.sweep, Rival: agent.AWSNode,
 		ConnectEC2: func(ctx context.Context, region string) (agent.EC2, error) { return ec2.New(ctx, region) },
-		SetPolicy:  dp.SetPolicy, GroupsMode: o.groupsMode, Orchestrator: n.orchestrator(), Serving: n.install,
+		SetPolicy:  dp.SetPolicy, GroupsMode: o.groupsMode, Verdicts: dp, Orchestrator: n.orchestrator(), Serving: n.install,
 	})
 	conntrack, err := dp.ConntrackID()
 	if err != nil {

@@ -92,6 +92,7 @@ type Options struct {
 	// agentapi.GroupsVPC or GroupsHost; "": GroupsVPC.
 	GroupsMode string
 
+	Verdicts     Verdicts     // what underlay monitor shows; may be nil
 	Orchestrator Orchestrator // nil: there is none
 	// Serving, if set, is called once, when the first ADD can be served, and
 	// may take its time; ctx ends with the agent.
@@ -107,6 +108,7 @@ type Agent struct {
 	metrics *metrics
 	groups  *groupBook
 	gate    *gatekeeper // nil: the datapath judges nothing
+	monitor *monitor    // nil: the datapath tells no verdicts
 	locks   keyLocks
 	spoolMu sync.Mutex // one drain of the spool at a time
 
@@ -149,6 +151,9 @@ func New(opts Options) *Agent {
 	a.metrics = newMetrics(a)
 	if opts.SetPolicy != nil {
 		a.gate = newGatekeeper(a, opts.SetPolicy)
+	}
+	if opts.Verdicts != nil {
+		a.monitor = newMonitor(a, opts.Verdicts)
 	}
 	return a
 }

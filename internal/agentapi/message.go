@@ -26,6 +26,7 @@ const (
 	OpStatus  Op = "status"
 	OpInspect Op = "inspect"
 	OpFlows   Op = "flows"
+	OpMonitor Op = "monitor"
 )
 
 // Code is the number of an error: CNI's own up to 99 (CNI specification 1.1,
@@ -80,9 +81,10 @@ func Errorf(code Code, format string, args ...any) *Error {
 
 // Request is one request.
 type Request struct {
-	Version int        `json:"version"`
-	Op      Op         `json:"op"`
-	Flows   *FlowQuery `json:"flows,omitempty"` // flows: what is asked for
+	Version int           `json:"version"`
+	Op      Op            `json:"op"`
+	Flows   *FlowQuery    `json:"flows,omitempty"`   // flows: what is asked for
+	Monitor *MonitorQuery `json:"monitor,omitempty"` // monitor: the same
 }
 
 // Attachment is one interface of one container, as the runtime names it. As
@@ -127,11 +129,12 @@ func (p Pod) String() string {
 // Response is the answer to a Request: Error, or the one field that belongs to
 // the operation; status answers with neither when all is well.
 type Response struct {
-	Version int         `json:"version"`
-	Error   *Error      `json:"error,omitempty"`
-	Agent   string      `json:"agent,omitempty"`   // version: the agent's own version
-	Inspect *Inspection `json:"inspect,omitempty"` // inspect
-	Flows   *Flows      `json:"flows,omitempty"`   // flows
+	Version  int         `json:"version"`
+	Error    *Error      `json:"error,omitempty"`
+	Agent    string      `json:"agent,omitempty"`    // version: the agent's own version
+	Inspect  *Inspection `json:"inspect,omitempty"`  // inspect
+	Flows    *Flows      `json:"flows,omitempty"`    // flows
+	Verdicts *Verdicts   `json:"verdicts,omitempty"` // monitor
 }
 
 // Result is what ADD made.
@@ -304,7 +307,7 @@ func decodeRequest(b []byte) (*Request, error) {
 		return &r, Errorf(CodeIncompatibleVersion, "the agent speaks protocol version %d, the request is of version %d; install the underlay that came with this agent", ProtocolVersion, r.Version)
 	}
 	switch r.Op {
-	case OpVersion, OpStatus, OpInspect, OpFlows:
+	case OpVersion, OpStatus, OpInspect, OpFlows, OpMonitor:
 	default:
 		return &r, Errorf(CodeDecoding, "unknown operation %q; install the underlay that came with this agent", r.Op)
 	}

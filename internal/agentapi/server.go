@@ -33,6 +33,7 @@ type Handler interface {
 	Status(ctx context.Context) error
 	Inspect(ctx context.Context) (*Inspection, error)
 	Flows(ctx context.Context, q FlowQuery) (*Flows, error)
+	Monitor(ctx context.Context, q MonitorQuery) (*Verdicts, error)
 	Version() string
 }
 
@@ -201,6 +202,12 @@ func dispatch(ctx context.Context, req *Request, h Handler) *Response {
 			q = *req.Flows
 		}
 		resp.Flows, err = h.Flows(ctx, q)
+	case OpMonitor:
+		var q MonitorQuery
+		if req.Monitor != nil {
+			q = *req.Monitor
+		}
+		resp.Verdicts, err = h.Monitor(ctx, q)
 	default:
 		err = Errorf(CodeDecoding, "unknown operation %q; install the underlay that came with this agent", req.Op)
 	}

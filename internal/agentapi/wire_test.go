@@ -37,6 +37,9 @@ func (h *handler) Version() string              { return "1.2.3" }
 func (h *handler) Flows(_ context.Context, q FlowQuery) (*Flows, error) {
 	return &Flows{Interval: 60, Ended: []flowlog.Object{{End: q.Since, Status: "OK"}}}, nil
 }
+func (h *handler) Monitor(_ context.Context, q MonitorQuery) (*Verdicts, error) {
+	return &Verdicts{Next: q.After + 1, Verdicts: []Verdict{{Verdict: "allow"}}}, nil
+}
 func (h *handler) Inspect(context.Context) (*Inspection, error) {
 	in := &Inspection{Version: "1.2.3"}
 	if h.big.Load() {
@@ -79,6 +82,9 @@ func TestRoundTrip(t *testing.T) {
 	}
 	if v, err := c.Version(ctx); v != "1.2.3" || err != nil {
 		t.Errorf("version: %q, %v", v, err)
+	}
+	if v, err := c.Monitor(ctx, MonitorQuery{After: 7}); err != nil || v.Next != 8 || len(v.Verdicts) != 1 {
+		t.Errorf("Monitor = %+v, %v", v, err)
 	}
 	since := time.Unix(7, 0).UTC()
 	if f, err := c.Flows(ctx, FlowQuery{Since: since}); err != nil || len(f.Ended) != 1 || !f.Ended[0].End.Equal(since) {

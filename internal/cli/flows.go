@@ -281,9 +281,8 @@ type flowPrinter struct {
 	app    *App
 	names  *flowNames
 	format []vpc.FlowField // of -o aws
-	table  table           // its head, and how wide columns have become
-	widths []int
-	headed bool
+	table  table
+	rows   rowPrinter
 	lines  int // of what there is, only the latest so many; 0 is all
 }
 
@@ -310,6 +309,8 @@ func (a *App) flowPrinter(h home, f *labFile, o flowOptions) (*flowPrinter, flow
 	if a.output == "wide" {
 		p.table.head = append(p.table.head, "SRCADDR", "DSTADDR", "PATH", "UNTIL", "INSTANCE", "SUBNET")
 	}
+	// Room for what is typical, so that the first rows are not the narrowest.
+	p.rows = rowPrinter{head: p.table.head, widths: []int{8, 6, 6, 21, 12, 7, 5, 30, 30, 7, 9, 9, 14}}
 	return p, q, nil
 }
 
@@ -344,7 +345,7 @@ func (p *flowPrinter) print(r flowRecord) error {
 	case "aws":
 		_, err = fmt.Fprintln(p.app.Out, awsLine(p.format, r))
 	default:
-		err = p.printRow(r)
+		err = p.rows.print(p.app.Out, p.cells(r))
 	}
 	if err != nil {
 		return fmt.Errorf("print flows: %w", err)
@@ -374,48 +375,6 @@ func (p *flowPrinter) printAll(all []flowRecord) error {
 	}
 	p.table.write(p.app.Out, "", colored(p.app.Out))
 	return nil
-}
-
-// printRow prints a row of a table that never ends: columns grow with what
-// comes.
-func (p *flowPrinter) printRow(r flowRecord) error {
-	cells := p.cells(r)
-	if p.widths == nil {
-		// Room for what is typical, so that the first rows are not the narrowest.
-		p.widths = []int{8, 6, 6, 21, 12, 7, 5, 30, 30, 7, 9, 9, 14}
-	}
-	color := colored(p.app.Out)
-	line := func(cells []cell) string {
-		var b strings.Builder
-		for i, c := range cells {
-			if i >= len(p.widths) {
-				p.widths = append(p.widths, 0)
-			}
-			n := len([]rune(c.text))
-			p.widths[i] = max(p.widths[i], n)
-			pad := strings.Repeat(" ", p.widths[i]-n)
-			text := paint(c.text, c.tone, color)
-			if c.right {
-				b.WriteString(pad + text + "  ")
-			} else {
-				b.WriteString(text + pad + "  ")
-			}
-		}
-		return strings.TrimRight(b.String(), " ")
-	}
-	body := line(cells)
-	if !p.headed {
-		p.headed = true
-		head := make([]cell, len(p.table.head))
-		for i, h := range p.table.head {
-			head[i] = cell{text: h, tone: dim, right: i < len(cells) && cells[i].right}
-		}
-		if _, err := fmt.Fprintln(p.app.Out, line(head)); err != nil {
-			return err
-		}
-	}
-	_, err := fmt.Fprintln(p.app.Out, body)
-	return err
 }
 
 var protocols = map[int64]string{1: "icmp", 6: "tcp", 17: "udp", 132: "sctp"}

@@ -97,6 +97,15 @@ func (d *Datapath) Monitor(ctx context.Context, perSecond int, fn func(Event)) (
 	return after - before, err
 }
 
+// EventsLost returns how many verdicts were left out since the programs were
+// loaded, as Monitor returns of its own time.
+func (d *Datapath) EventsLost() (n uint64, err error) {
+	if err := d.objs.EventsLost.Get(&n); err != nil {
+		return 0, fmt.Errorf("read how many events were lost: %w", err)
+	}
+	return n, nil
+}
+
 func (d *Datapath) event(e *bpfgen.NodeEvent) Event {
 	out := Event{
 		Time: d.mono.at(e.AtNs), HostIfIndex: int(e.Ifindex), Reason: reasonNames[bpfgen.NodeDropReason(e.Reason)],
