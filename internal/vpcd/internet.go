@@ -47,11 +47,12 @@ func (i *internet) Run(ctx context.Context) error {
 		case <-i.there:
 		}
 		s, err := i.open()
-		if err != nil {
-			i.log.Error("internet does not answer", "err", err) // until the reconciler asks again
-			continue
+		if err == nil {
+			err = s.serve(ctx)
 		}
-		return s.serve(ctx)
+		if err != nil { // the reconciler says again that it is there
+			i.log.Error("internet does not answer", "err", err)
+		}
 	}
 }
 

@@ -258,3 +258,42 @@ func eachFlowOf(l *lab, fn func(local, remote netip.Addr, version uint64)) error
 		return nil
 	})
 }
+
+// Both ends of a connection learn from the gateway what its MTU lets them send.
+func TestNATGatewayClampsMSS(t *testing.T) {
+	const beyond = "subnet-0000000000000000d"
+	l := newLab(t)
+	l.withInternet()
+	l.natGateway("10.0.0.100", public(1))
+	cidr := netip.MustParsePrefix("10.0.2.0/24")
+	l.cfg.Subnets = append(l.cfg.Subnets, Subnet{ID: beyond, VNI: 1, CIDR: cidr, Table: tableMain, ACL: aclOpen})
+	behind := &l.cfg.Tables[len(l.cfg.Tables)-1]
+	behind.Routes = append(behind.Routes, Route{CIDR: cidr, ENI: behind.Routes[1].ENI})
+	a := l.add(subnetB, "10.0.1.4")
+	b := l.add(beyond, "10.0.2.4")
+	l.set()
+	ln := b.listen(netip.AddrPortFrom(b.addr, 9000))
+	dialed := a.dial(netip.AddrPortFrom(a.addr, 0), netip.AddrPortFrom(b.addr, 9000))
+	accepted, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer accepted.Close()
+	if from := accepted.RemoteAddr().(*net.TCPAddr).AddrPort().Addr(); from != netip.MustParseAddr("10.0.0.100") {
+		t.Errorf("accepted from %s, want the gateway", from)
+	}
+	const headers = 40 + 12 // IP, TCP, and its timestamps
+	for end, c := range map[string]net.Conn{"dialed": dialed, "accepted": accepted} {
+		raw, err := c.(*net.TCPConn).SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var info *unix.TCPInfo
+		if cerr := raw.Control(func(fd uintptr) { info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO) }); cerr != nil || err != nil {
+			t.Fatal(cerr, err)
+		}
+		if info.Snd_mss != NATMTU-headers {
+			t.Errorf("%s: segments of %d bytes, want %d", end, info.Snd_mss, NATMTU-headers)
+		}
+	}
+}
