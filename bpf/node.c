@@ -591,7 +591,8 @@ __noinline int begin_from_pod(struct __sk_buff *skb, struct packet *p, const str
 				n->provenance = PROVENANCE_DIRECT;
 		} else if (way == peer) {
 			other = bpf_map_lookup_elem(&ifaces, &peer);
-			if (other && !(other->flags & IFACE_STACK))
+			/* Ready: no flow is judged by a pod whose policy is not there. */
+			if (other && (other->flags & IFACE_READY) && !(other->flags & IFACE_STACK))
 				n->provenance = PROVENANCE_DIRECT;
 			/* Across subnets by the wire, where the ACLs are (D9). */
 			if (in_subnet(eni, &p->tuple.dst)) {
@@ -718,7 +719,8 @@ int from_pod(struct __sk_buff *skb)
 		if (c->flags & CONN_LOCAL) {
 			peer = c->ifindex[1 - (p->end & 1)];
 			other = bpf_map_lookup_elem(&ifaces, &peer);
-			if (other && (other->flags & IFACE_READY) && !must_take_stack(skb, p, peer) &&
+			if (other && (other->flags & IFACE_READY) && same_addr(&other->addr, &p->tuple.dst) &&
+			    !must_take_stack(skb, p, peer) &&
 			    lower_ttl(skb)) {
 				count(PATH_DIRECT);
 				return enter_pod(skb, peer, other);
@@ -1037,7 +1039,7 @@ int from_eni(struct __sk_buff *skb)
 		/* Of a pod here, by way of the wire, or of a pod that is gone: the
 		 * stack finds whose the address is now. */
 		return TC_ACT_UNSPEC;
-	if (!(pod->flags & IFACE_READY) || must_take_stack(skb, p, to)) {
+	if (!(pod->flags & IFACE_READY) || !same_addr(&pod->addr, &p->tuple.dst) || must_take_stack(skb, p, to)) {
 		count(PATH_EXCEPTION);
 		return TC_ACT_UNSPEC;
 	}

@@ -211,3 +211,44 @@ func TestLayout1IsReadThrough(t *testing.T) {
 		t.Error("not answered afterwards")
 	}
 }
+
+// A flow to a pod whose policy is not in place yet is not judged by it, and not
+// forwarded past its gate.
+func TestDirectWaitsForTheGate(t *testing.T) {
+	w := newWorld(t)
+	reached, open := make(chan Endpoint), make(chan struct{})
+	first := true
+	d := w.open(Options{BeforeReady: func(_ context.Context, e Endpoint) error {
+		if first {
+			first = false
+			return nil
+		}
+		reached <- e
+		<-open
+		return nil
+	}})
+	a := w.addPod(d, 1)
+	ns := w.netns("pod2")
+	added := make(chan error, 1)
+	go func() {
+		_, err := d.Add(ctx, endpoint(2, ns), openNetns(t, ns))
+		added <- err
+	}()
+	b := <-reached
+	w.echo(ns, b.Addr)
+	if seen := w.ask(a.ns, a.Addr, b.Addr, 2); seen != "" {
+		t.Errorf("answered before the gate is open: %s", seen)
+	}
+	for _, c := range connections(t, d, a.Addr, b.Addr) {
+		if c.Provenance != Stack || c.Responder.Gates[GateNetpol].Judged {
+			t.Errorf("%+v", c)
+		}
+	}
+	close(open)
+	if err := <-added; err != nil {
+		t.Fatal(err)
+	}
+	if w.ask(a.ns, a.Addr, b.Addr, 20) == "" {
+		t.Error("not answered afterwards")
+	}
+}
