@@ -14,7 +14,14 @@
 // interfaces of a VPC of their own tells that the batch is through, since all are
 // sent by one thread on one CPU, whose queue keeps their order.
 //
-// TestKilled judges a vpcd that is killed under calls and traffic: worlds that
+// The internet's end is one more port. What gateways translate is known by the
+// number that each packet carries; public addresses and the ports of NAT gateways
+// are the cloud's choice, so a script has its own for them (runner.real). At the end
+// of a script the flow records of its interfaces must be what the model adds up
+// (runner.compareRecords).
+//
+// TestChangedUnderTraffic has packets judged straight after an answer, TestKilled
+// judges a vpcd that is killed under calls and traffic: worlds that
 // change all the time are probed all the time, and what a packet meets must be what
 // the model says of the rules before or after the change that is open (watched).
 //
