@@ -262,6 +262,15 @@ __noinline int drop_packet(struct __sk_buff *skb, __u32 ifindex, __u32 reason,
 		stats->last_drop_reason = reason;
 		stats->last_drop_proto = bpf_ntohs(skb->protocol);
 	}
+	if (event_listeners && p) {
+		struct conn *c = bpf_map_lookup_elem(&conns, &p->key);
+		__u32 egress;
+
+		if (c) {
+			egress = c->judged[c->opener & 1] & ~c->allowed[c->opener & 1];
+			tell_of(&e, c, egress || !c->judged[(1 - c->opener) & 1] ? POLICY_EGRESS : POLICY_INGRESS);
+		}
+	}
 	send_event(skb, p ? &p->tuple : 0, &e);
 	return TC_ACT_SHOT;
 }
@@ -687,6 +696,8 @@ int from_pod(struct __sk_buff *skb)
 		c = bpf_map_lookup_elem(&conns, &p->key);
 		if (reason || !c)
 			return drop_packet(skb, ifindex, DROP_CONNTRACK_FULL, p);
+		if (c->provenance == PROVENANCE_DIRECT)
+			tell_allowed(skb, p, c, POLICY_EGRESS);
 	}
 	if (!c->ifindex[p->end & 1])
 		c->ifindex[p->end & 1] = ifindex;
@@ -761,7 +772,7 @@ __noinline int judge_origin(struct conn *c, const struct packet *p, __u32 end, _
 /* Judges a flow where it leaves the stack: what a pod here, `from`, sends, and what
  * another, `to`, receives; either may be 0. */
 __noinline int judge_stack(struct __sk_buff *skb, struct conn *c, const struct packet *p, __u32 from,
-				  __u32 to)
+			   __u32 to)
 {
 	__u32 end, me, groups = 0, ask = POLICY_INGRESS;
 	struct iface *pod = 0;
@@ -775,7 +786,9 @@ __noinline int judge_stack(struct __sk_buff *skb, struct conn *c, const struct p
 		pod = bpf_map_lookup_elem(&ifaces, &to);
 		if (!pod)
 			return 0;
-		groups = (from && in_subnet(eni_of(pod), &p->tuple.src)) || pod->flags & IFACE_GROUPS;
+		/* The VPC saw what came by an ENI. What the stack sends from one pod
+		 * here to another it never does, whatever their subnets. */
+		groups = (from && (p->flags & PACKET_HERE)) || pod->flags & IFACE_GROUPS;
 		/* What the node's own processes send came by no device (D10). */
 		if (!from && !skb->ingress_ifindex)
 			ask |= POLICY_FROM_HOST;
@@ -823,7 +836,7 @@ __noinline int out_of_stack(struct __sk_buff *skb, struct packet *p, __u32 from,
 {
 	struct conn *c, *n = 0, *old;
 	int reason = 0;
-	__u32 end, me;
+	__u32 end, me, judged;
 
 	if (!p)
 		return DROP_MALFORMED;
@@ -854,12 +867,15 @@ __noinline int out_of_stack(struct __sk_buff *skb, struct packet *p, __u32 from,
 	if (c->generation && c->generation != policy_now())
 		renew(c, p);
 	if (!(c->flags & CONN_DENIED) && c->opener == end) {
+		judged = c->judged[0] | c->judged[1] << 8;
 		reason = judge_stack(skb, c, p, from, to);
 		if (reason && (c->flags & CONN_MIDFLOW) && !(p->flags & PACKET_OPENS) &&
 		    !(c->flags & (CONN_SEEN << me)))
 			reason = judge_midflow(c, p, from, to);
 		if (reason)
 			c->flags |= CONN_DENIED;
+		else if (judged != (__u32)(c->judged[0] | c->judged[1] << 8))
+			tell_allowed(skb, p, c, to ? POLICY_INGRESS : POLICY_EGRESS);
 	}
 	if (n) {
 		reason = put(p, n, old);
@@ -901,6 +917,8 @@ int to_pod(struct __sk_buff *skb)
 		if (reason)
 			return drop(skb, ifindex, reason);
 		from = origin_of(slot, &p->tuple.src);
+		if (slot && from)
+			p->flags |= PACKET_HERE;
 		if (p->flags & PACKET_ERROR)
 			find(skb, p, v6);
 		reason = out_of_stack(skb, p, from, ifindex);
@@ -1008,6 +1026,7 @@ int from_eni(struct __sk_buff *skb)
 		c = bpf_map_lookup_elem(&conns, &p->key);
 		if (reason || !c)
 			return drop_packet(skb, local_pod(&p->tuple.dst), DROP_CONNTRACK_FULL, p);
+		tell_allowed(skb, p, c, POLICY_INGRESS);
 	}
 	if (c->provenance != PROVENANCE_DIRECT || !direct_enabled || (c->flags & CONN_LOCAL)) {
 		conn_see(c, p, false);

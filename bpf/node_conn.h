@@ -169,6 +169,7 @@ enum packet_flag {
 	PACKET_OPTIONS = 8,	/* IP options, or extension headers */
 	PACKET_SHORT = 16,	/* shorter than its IP header says */
 	PACKET_IPV6 = 32,
+	PACKET_HERE = 64,	/* from a pod of this node, and by no wire */
 };
 
 /* A packet as conntrack sees it. Of an ICMP error the tuple is that of the flow
@@ -420,6 +421,63 @@ static __noinline int read_error(struct __sk_buff *skb, __u32 offset, struct pac
 	return 0;
 }
 
+/* read_packet for what most packets are: whole IPv4 without options, TCP or UDP,
+ * readable where it lies. False: it is another, and nothing was read that matters. */
+static __always_inline bool read_plain(struct __sk_buff *skb, struct packet *p)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	struct iphdr *ip = data + ETH_HLEN;
+	struct tuple *t = &p->tuple;
+	__u32 header, segments, have;
+	__u8 *l4 = (void *)(ip + 1);
+
+	if ((void *)(l4 + 8) > end || ip->version != 4 || ip->ihl != 5 ||
+	    (ip->frag_off & bpf_htons(IP_MORE_FRAGMENTS | IP_OFFSET)))
+		return false;
+	p->flags = 0;
+	p->tcp_flags = 0;
+	if (ip->protocol == IPPROTO_UDP) {
+		header = 8;
+		p->flags = PACKET_OPENS;
+	} else if (ip->protocol == IPPROTO_TCP) {
+		if ((void *)(l4 + 14) > end)
+			return false;
+		header = (l4[12] >> 4) * 4;
+		if (header < 20)
+			return false;
+		p->tcp_flags = l4[13];
+		if ((l4[13] & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) == TCP_SYN)
+			p->flags = PACKET_OPENS;
+	} else {
+		return false;
+	}
+	map_v4(&t->src, ip->saddr);
+	map_v4(&t->dst, ip->daddr);
+	t->sport = bpf_ntohs(*(__be16 *)(void *)l4);
+	t->dport = bpf_ntohs(*(__be16 *)(void *)(l4 + 2));
+	t->protocol = ip->protocol;
+	t->icmp_type = 0;
+	t->icmp_code = 0;
+	t->query = QUERY_NONE;
+	p->now = now_ns();
+	p->id = 0;
+	p->ttl = ip->ttl;
+	p->packets = 1;
+	have = skb->len - ETH_HLEN;
+	p->bytes = have;
+	if (skb->gso_size) {
+		segments = skb->gso_segs;
+		if (segments > 1) {
+			p->packets = segments;
+			p->bytes += (segments - 1) * (sizeof(*ip) + header);
+		}
+	} else if (bpf_ntohs(ip->tot_len) > have) {
+		p->flags |= PACKET_SHORT;
+	}
+	set_key(p);
+	return true;
+}
+
 /*
  * Reads what conntrack and policy need of a packet whose Ethernet frame carries
  * IPv4, or IPv6 if v6. It returns 0, or the reason to drop it. With errors, the
@@ -435,6 +493,8 @@ __noinline int read_packet(struct __sk_buff *skb, struct packet *p, int v6, int 
 
 	if (!p)
 		return DROP_MALFORMED;
+	if (!v6 && read_plain(skb, p))
+		return 0;
 	t = &p->tuple;
 	bad = v6 && ipv6_allowed ? read_ipv6(skb, ETH_HLEN, &n) : read_ipv4(skb, ETH_HLEN, &n);
 	if (bad)

@@ -67,6 +67,30 @@ __noinline int send_event(struct __sk_buff *skb, const struct tuple *t, struct e
 	return 0;
 }
 
+/* What the flow's entry says of a verdict about it: of the pod at its beginning, or
+ * of the one that it is sent to. */
+static __always_inline void tell_of(struct event *e, const struct conn *c, __u32 direction)
+{
+	__u32 end = (direction ? 1 - c->opener : c->opener) & 1;
+
+	e->direction = direction;
+	e->rule[GATE_GROUPS] = c->verdict[end][GATE_GROUPS].rule;
+	e->rule[GATE_NETPOL] = c->verdict[end][GATE_NETPOL].rule;
+	e->audit = c->audit[end];
+	e->provenance = c->provenance;
+}
+
+/* Tells of a flow that begins and is let through. */
+__noinline int tell_allowed(struct __sk_buff *skb, const struct packet *p, const struct conn *c, __u32 direction)
+{
+	struct event e = {};
+
+	if (!event_listeners || !p || !c || (c->flags & CONN_DENIED))
+		return 0;
+	tell_of(&e, c, direction);
+	return send_event(skb, &p->tuple, &e);
+}
+
 static __noinline int send_ended(const struct conn_key *key, const struct conn *c)
 {
 	struct ended *e;

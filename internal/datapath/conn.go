@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/ringbuf"
 	"golang.org/x/sys/unix"
 
 	"github.com/underlay-cni/underlay/internal/datapath/bpfgen"
@@ -237,8 +238,21 @@ func (m mono) connection(k *bpfgen.NodeConnKey, v *bpfgen.NodeConn) Connection {
 // The sweeper goes through the table every sweepEvery and removes what is over.
 const sweepEvery = 5 * time.Second
 
-func (d *Datapath) startSweeper() {
+func (d *Datapath) startSweeper() error {
 	stop, ended := make(chan struct{}), make(chan struct{})
+	closeRing := func() {}
+	if d.opts.Ended != nil {
+		r, err := ringbuf.NewReader(d.objs.Ends)
+		if err != nil {
+			return fmt.Errorf("read the ring of connections that ended: %w", err)
+		}
+		read := make(chan struct{})
+		go func() {
+			defer close(read)
+			d.readEnds(r)
+		}()
+		closeRing = func() { _ = r.Close(); <-read }
+	}
 	go func() {
 		defer close(ended)
 		tick := time.NewTicker(sweepEvery)
@@ -254,7 +268,8 @@ func (d *Datapath) startSweeper() {
 			}
 		}
 	}()
-	d.stopSweeper = sync.OnceFunc(func() { close(stop); <-ended })
+	d.stopSweeper = sync.OnceFunc(func() { close(stop); <-ended; closeRing() })
+	return nil
 }
 
 // connFill is what the latest sweep saw.
@@ -262,9 +277,29 @@ type connFill struct {
 	entries, direct int
 }
 
+// ifaceIndexes are the host ifindexes of endpoints.
+func (d *Datapath) ifaceIndexes() (map[uint32]bool, error) {
+	out := map[uint32]bool{}
+	var index uint32
+	var v bpfgen.NodeIface
+	it := d.objs.Ifaces.Iterate()
+	for it.Next(&index, &v) {
+		out[index] = true
+	}
+	if err := it.Err(); err != nil {
+		return nil, fmt.Errorf("read the map of interfaces: %w", err)
+	}
+	return out, nil
+}
+
 // sweepConns removes the connections that are over at a time of
-// CLOCK_MONOTONIC, and tells how many were.
+// CLOCK_MONOTONIC, and those of pods that are gone, and tells how many there were.
 func (d *Datapath) sweepConns(now uint64) (removed int, err error) {
+	here, err := d.ifaceIndexes()
+	if err != nil {
+		return 0, err
+	}
+	gone := func(index uint32) bool { return index != 0 && !here[index] }
 	var fill connFill
 	var over []bpfgen.NodeConnKey
 	// First read, then removed: the kernel's iteration starts anew where an entry
@@ -275,7 +310,7 @@ func (d *Datapath) sweepConns(now uint64) (removed int, err error) {
 		}
 		for i := range batch.keys {
 			v := &batch.values[i]
-			if connOver(v, now) {
+			if connOver(v, now) || gone(v.Ifindex[0]) || gone(v.Ifindex[1]) {
 				over = append(over, batch.keys[i])
 				continue
 			}
@@ -286,11 +321,13 @@ func (d *Datapath) sweepConns(now uint64) (removed int, err error) {
 		}
 	}
 	for i := range over {
-		gone, err := d.removeConn(&over[i], now)
+		ok, err := d.removeConn(&over[i], func(v *bpfgen.NodeConn) bool {
+			return connOver(v, now) || gone(v.Ifindex[0]) || gone(v.Ifindex[1])
+		})
 		if err != nil {
 			return removed, err
 		}
-		if gone {
+		if ok {
 			removed++
 		}
 	}
@@ -306,7 +343,7 @@ func connOver(v *bpfgen.NodeConn, now uint64) bool {
 
 // removeConn removes a connection that is still over, and tells of it. A packet
 // that came between the look and the removal has the entry put back.
-func (d *Datapath) removeConn(k *bpfgen.NodeConnKey, now uint64) (bool, error) {
+func (d *Datapath) removeConn(k *bpfgen.NodeConnKey, over func(*bpfgen.NodeConn) bool) (bool, error) {
 	var v bpfgen.NodeConn
 	err := d.objs.Conns.LookupAndDelete(k, &v)
 	if errors.Is(err, ebpf.ErrKeyNotExist) {
@@ -315,15 +352,13 @@ func (d *Datapath) removeConn(k *bpfgen.NodeConnKey, now uint64) (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("remove a connection that is over: %w", err)
 	}
-	if !connOver(&v, now) {
+	if !over(&v) {
 		err := d.objs.Conns.Update(k, &v, ebpf.UpdateNoExist)
 		if err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
 			return false, fmt.Errorf("put a connection back: %w", err)
 		}
 		return false, nil
 	}
-	if d.opts.Ended != nil {
-		d.opts.Ended(d.mono.connection(k, &v))
-	}
+	d.ended(k, &v)
 	return true, nil
 }

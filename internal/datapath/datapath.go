@@ -107,6 +107,9 @@ type Datapath struct {
 
 	policies policies
 
+	monitored sync.Mutex // held by who reads the events
+	endMu     sync.Mutex // held while Options.Ended is called
+
 	// mu guards the fields below, which are read from the maps by Open and
 	// follow them.
 	mu       sync.Mutex
@@ -193,6 +196,9 @@ func (d *Datapath) open() (err error) {
 	if err := d.load(); err != nil {
 		return err
 	}
+	if err := d.readGeneration(); err != nil {
+		return err
+	}
 	if d.hooks, d.oldHooks, err = d.newHooks(); err != nil {
 		return err
 	}
@@ -208,7 +214,9 @@ func (d *Datapath) open() (err error) {
 	if err := d.recover(); err != nil {
 		return err
 	}
-	d.startSweeper()
+	if err := d.startSweeper(); err != nil {
+		return err
+	}
 	if err := d.setSysctl("ipv4/ip_forward", "1"); err != nil {
 		return err
 	}

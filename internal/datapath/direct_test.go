@@ -1,6 +1,8 @@
 package datapath
 
 import (
+	"context"
+	"errors"
 	"io"
 	"net"
 	"net/netip"
@@ -55,9 +57,14 @@ func (w *world) serve(netns string, at netip.AddrPort) {
 // dial connects from an address of a namespace.
 func (w *world) dial(netns string, from netip.Addr, to netip.AddrPort) (*net.TCPConn, error) {
 	w.t.Helper()
+	return w.dialFrom(netns, netip.AddrPortFrom(from, 0), to)
+}
+
+func (w *world) dialFrom(netns string, from, to netip.AddrPort) (*net.TCPConn, error) {
+	w.t.Helper()
 	var c net.Conn
 	err := nl.Do(nl.Path(netns), func() (err error) {
-		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: from.AsSlice()}, Timeout: 5 * time.Second}
+		d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(from), Timeout: 5 * time.Second}
 		c, err = d.Dial("tcp4", to.String())
 		return err
 	})
@@ -131,5 +138,74 @@ func TestDirect(t *testing.T) {
 		if n != 0 {
 			t.Errorf("%d packets dropped: %s", n, reason)
 		}
+	}
+}
+
+// Who monitors hears of what begins and of what is dropped, and how much went
+// without.
+func TestMonitor(t *testing.T) {
+	w := newWorld(t)
+	ended := make(chan Connection, 1000)
+	d := w.open(Options{Ended: func(c Connection) { ended <- c }})
+	a := w.addPod(d, 1)
+	w.echo(w.wire, farIP)
+	ctx, cancel := context.WithCancel(context.Background())
+	events := make(chan Event, 10000)
+	type result struct {
+		lost uint64
+		err  error
+	}
+	over := make(chan result, 1)
+	go func() {
+		lost, err := d.Monitor(ctx, 100, func(e Event) { events <- e })
+		over <- result{lost, err}
+	}()
+	eventually(t, "the monitor listens", func() bool {
+		var n uint32
+		return d.objs.EventListeners.Get(&n) == nil && n == 1
+	})
+	if _, err := d.Monitor(ctx, 1, func(Event) {}); !errors.Is(err, ErrMonitored) {
+		t.Errorf("a second monitor: %v", err)
+	}
+	if w.ask(a.ns, a.Addr, farIP, 20) == "" {
+		t.Fatal("not answered")
+	}
+	fd := w.rawSocket(a.ns, "eth0")
+	for range 200 { // more than it may
+		sendRaw(t, fd, udpFrame(a.MAC, hostMAC, farIP, a.Addr, "not mine"))
+	}
+	var allowed, dropped int
+	eventually(t, "both are told of", func() bool {
+		for len(events) > 0 {
+			switch e := <-events; {
+			case e.Reason == "" && e.Dst.Addr() == farIP && e.Addr == a.Addr && e.Provenance == Direct && e.Protocol == unix.IPPROTO_UDP && !e.Ingress:
+				allowed++
+			case e.Reason == "source_address" && e.Addr == a.Addr:
+				dropped++
+			}
+		}
+		return allowed > 0 && dropped > 0
+	})
+	cancel()
+	if r := <-over; r.err != nil || r.lost == 0 || r.lost > 200 {
+		t.Errorf("Monitor: %+v; want some of 200 lost", r)
+	}
+	// A connection whose entry the next one takes over is told of.
+	w.serve(w.wire, netip.AddrPortFrom(farIP, 80))
+	for range 2 {
+		c, err := w.dialFrom(a.ns, netip.AddrPortFrom(a.Addr, 45000), netip.AddrPortFrom(farIP, 80))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = c.SetLinger(0) // with a RST
+		c.Close()
+	}
+	select {
+	case c := <-ended:
+		if c.State != ConnClosed || c.Opener.Port != 45000 || c.Opener.Packets < 3 {
+			t.Errorf("%+v", c)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("the first connection's end is not told of")
 	}
 }

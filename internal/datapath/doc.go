@@ -4,13 +4,15 @@
 // node is changed, except ip_forward and the devices of the ENIs that SetENIs
 // is given.
 //
-//	pod eth0 ── host veth ─ from_pod ─ guard ─ rule fwmark ─ ENI's table ─ ENI
-//	  (/32)     (group ul)  identity,  (nft)   (one per ENI)
-//	                        mark
-//	pod eth0 ── host veth ─ to_pod ─ pods' table ─ rule 20 ─ any device
+//	pod eth0 ── host veth ─ from_pod ─ guard ─ rule fwmark ─ to_eni ─ ENI
+//	  (/32)     (group ul)  identity,│ (nft)   (one per ENI)          ╱
+//	                        flow     └──────────── direct ───────────╱
+//	pod eth0 ── host veth ─ to_pod ─ pods' table ─ rule 20 ─ from_eni ─ ENI
+//	       └──────────────────── direct ───────────────────┘
 //
-// Every packet takes the kernel's stack; the programs decide who may speak and
-// by which ENI it leaves.
+// A flow whose first packet the kernel's stack would only route bypasses it, for
+// life; everything else takes it. bpf/node_conn.h is conntrack, bpf/node_direct.h
+// says which flows are direct, bpf/node_policy.h judges.
 //
 // # State
 //
@@ -56,6 +58,7 @@
 // All methods are safe for concurrent use. Operations on one container and
 // interface wait for each other; at most two Adds are in the kernel at once,
 // which takes one lock for all of it. One process at a time has the directory
-// of pins (flock). One goroutine, the reaper, runs from Open to Close; no other
-// outlives the method that starts it.
+// of pins (flock). The reaper, the sweeper and, with Options.Ended, the reader
+// of its ring run from Open to Close; no other goroutine outlives the method that
+// starts it.
 package datapath

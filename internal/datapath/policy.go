@@ -138,6 +138,22 @@ func (d *Datapath) nextGeneration() error {
 	return nil
 }
 
+// readGeneration reads the policies' generation before any program asks for it.
+// The first is 1: flows that nobody judged have 0.
+func (d *Datapath) readGeneration() error {
+	p := &d.policies
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var zero uint32
+	if err := d.objs.PolicyGeneration.Lookup(&zero, &p.generation); err != nil {
+		return fmt.Errorf("read the policies' generation: %w", err)
+	}
+	if p.generation != 0 {
+		return nil
+	}
+	return d.nextGeneration()
+}
+
 // cell is the unit of a table.
 type cell [policy.CellSize]byte
 
@@ -242,10 +258,6 @@ func (d *Datapath) recoverPolicies(wanted map[uint32]bool) error {
 	p.tables, p.numbers = map[policy.Digest]*policyTable{}, map[uint32]*policyTable{}
 	p.users, p.unused = map[uint32][policy.Gates]*policyTable{}, nil
 
-	var zero uint32
-	if err := d.objs.PolicyGeneration.Lookup(&zero, &p.generation); err != nil {
-		return fmt.Errorf("read the policies' generation: %w", err)
-	}
 	if err := d.readTables(); err != nil {
 		return err
 	}

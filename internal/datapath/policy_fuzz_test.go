@@ -2,6 +2,7 @@ package datapath
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -16,6 +17,7 @@ import (
 	"github.com/underlay-cni/underlay/internal/policy"
 	"github.com/underlay-cni/underlay/internal/policy/policytest"
 	"github.com/underlay-cni/underlay/internal/testenv"
+	"github.com/underlay-cni/underlay/internal/vpc"
 )
 
 // probe asks policy_judge, on the maps of a datapath.
@@ -187,5 +189,67 @@ func TestPolicyFuzz(t *testing.T) {
 	d := w.open(Options{})
 	if diff := difference(t, d, newProbe(t, d, nil), 1<<32, verdicts); diff != "" {
 		t.Fatal(diff)
+	}
+}
+
+// As many rules as fit, and as many IPv6 addresses: the deepest that is looked up.
+func TestPolicyAtItsLimits(t *testing.T) {
+	testenv.Require(t, "root", "bpf")
+	if testHook != Hooks[0] {
+		t.Skip("no hook is involved")
+	}
+	w := newWorld(t)
+	d := w.open(Options{})
+	p := newProbe(t, d, nil)
+	e := fakeIface(t, d, 1)
+
+	member := func(i int) netip.Addr {
+		b := netip.MustParseAddr("2600:1f18::").As16()
+		binary.BigEndian.PutUint32(b[12:], uint32(2*i))
+		return netip.AddrFrom16(b)
+	}
+	const members = 32_000
+	var group policy.SecurityGroup
+	in := policy.Input{
+		Groups:  map[vpc.SecurityGroupID]policy.SecurityGroup{},
+		Members: map[vpc.SecurityGroupID][]netip.Prefix{peerGroup: nil},
+	}
+	for i := range members {
+		in.Members[peerGroup] = append(in.Members[peerGroup], netip.PrefixFrom(member(i), 128))
+	}
+	for i := range policy.MaxRules {
+		group.Ingress = append(group.Ingress, policy.GroupRule{ID: fmt.Sprintf("sgr-%05d", i), Protocol: int(policy.TCP), FromPort: 10 * i, ToPort: 10 * i, Group: peerGroup})
+	}
+	in.Groups[webGroup] = group
+	c := policy.NewCompiler(&in)
+	tables, err := c.Compile(&policy.Endpoint{Groups: vpc.GroupSet(webGroup)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.SetPolicy(e, tables); err != nil {
+		t.Fatal(err)
+	}
+	own := netip.MustParseAddr("2600:1f18::ffff:ffff")
+	var questions []probegen.ProbeQuestion
+	var want []string
+	for i := range policy.MaxRules {
+		m := i * (members - 1) / (policy.MaxRules - 1)
+		f := policy.Flow{Src: member(m), Dst: own, Protocol: policy.TCP, DstPort: uint16(10 * i)}
+		questions, want = append(questions, question(1, policy.Ingress, f)), append(want, fmt.Sprintf("%s ingress sgr-%05d", webGroup, i))
+		f.Src = f.Src.Next()
+		questions, want = append(questions, question(1, policy.Ingress, f)), append(want, string(webGroup)+" ingress: no rule allows it")
+	}
+	rules := c.Rules()
+	for i, v := range p.ask(questions) {
+		if got := rules.Name(policy.RuleID(v.Rule[policy.Groups])); got != want[i] {
+			t.Fatalf("question %d: %q, want %q", i, got, want[i])
+		}
+	}
+
+	group.Ingress = append(group.Ingress, policy.GroupRule{ID: "sgr-x", Protocol: policy.AnyProtocol, Group: peerGroup})
+	in.Groups[webGroup] = group
+	var large *policy.TooLargeError
+	if _, err := policy.NewCompiler(&in).Compile(&policy.Endpoint{Groups: vpc.GroupSet(webGroup)}); !errors.As(err, &large) {
+		t.Errorf("one rule more: %v", err)
 	}
 }

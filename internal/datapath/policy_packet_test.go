@@ -134,6 +134,22 @@ func TestNetworkPolicyOnPackets(t *testing.T) {
 	}
 }
 
+// The first policy that there ever is on a node ends flows as any other does.
+func TestTheFirstPolicyEndsFlows(t *testing.T) {
+	c := newCluster(t)
+	b := c.pods["b"]
+	c.echo(b.ns, b.Addr)
+	fromA := c.connected(c.pods["a"].ns, b.Addr)
+	if !answers(fromA, true) {
+		t.Fatal("without a policy the pod is not reached")
+	}
+	c.input.Policies = []policy.NetworkPolicy{from("c")}
+	c.apply("")
+	if answers(fromA, false) {
+		t.Error("a flow under way outlives the first policy")
+	}
+}
+
 // What the pod sends in a flow that the node began passes after a change of
 // policy, also if the pod is the first to send.
 func TestTheNodesFlowsOutliveAChange(t *testing.T) {

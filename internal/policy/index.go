@@ -149,13 +149,30 @@ type index struct {
 
 // newIndex divides the space from 0 to last by the spans of each rule, which are
 // unions. Neighbours with one bitmap are one interval.
+//
+// Many rules have the same peers, such as a group of ten thousand: their ends are
+// sorted once, and change all those rules' bits together.
 func newIndex(p *pool, last point, rules [][]span) index {
-	type edge struct {
-		at   point
-		rule int
-	}
-	var edges []edge // at each, a rule begins or has ended
+	var sets [][]span
+	var masks []bitmap // by set: its rules
 	for i, spans := range rules {
+		if len(spans) == 0 {
+			continue
+		}
+		k := slices.IndexFunc(sets, func(s []span) bool { return sameSpans(s, spans) })
+		if k < 0 {
+			k = len(sets)
+			sets, masks = append(sets, spans), append(masks, make(bitmap, p.words))
+		}
+		masks[k].flip(i)
+	}
+
+	type edge struct {
+		at  point
+		set int
+	}
+	var edges []edge // at each, a set begins or has ended
+	for i, spans := range sets {
 		for _, s := range spans {
 			edges = append(edges, edge{s.first, i})
 			if s.last != last {
@@ -181,9 +198,19 @@ func newIndex(p *pool, last point, rules [][]span) index {
 			put(at.prev())
 		}
 		for ; i < len(edges) && edges[i].at == at; i++ {
-			now.flip(edges[i].rule)
+			for w, m := range masks[edges[i].set] {
+				now[w] ^= m
+			}
 		}
 	}
 	put(last)
 	return x
+}
+
+// sameSpans compares unions, of which most differ in their ends or are one.
+func sameSpans(a, b []span) bool {
+	if len(a) != len(b) || a[0] != b[0] || a[len(a)-1] != b[len(b)-1] {
+		return false
+	}
+	return &a[0] == &b[0] || slices.Equal(a, b)
 }
