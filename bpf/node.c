@@ -100,8 +100,8 @@ struct iface {
 	__u32 slot;		/* in map `slots`, from 1 */
 };
 
-/* Packets and bytes are counted with the Ethernet header, as the interface's
- * own counters do. */
+/* Packets are those on the wire (a segmentation offload's apart), bytes IP
+ * lengths, as conns has them: so flow records can be held against them. */
 struct iface_counters {
 	__u64 from_packets;	/* passed by from_pod */
 	__u64 from_bytes;
@@ -712,8 +712,8 @@ int from_pod(struct __sk_buff *skb)
 
 	stats = bpf_map_lookup_elem(&iface_stats, &ifindex);
 	if (stats) {
-		stats->from_packets++;
-		stats->from_bytes += skb->len;
+		stats->from_packets += p->packets;
+		stats->from_bytes += p->bytes;
 	}
 	if (direct_enabled && c->provenance == PROVENANCE_DIRECT) {
 		if (c->flags & CONN_LOCAL) {
@@ -723,7 +723,7 @@ int from_pod(struct __sk_buff *skb)
 			    !must_take_stack(skb, p, peer) &&
 			    lower_ttl(skb)) {
 				count(PATH_DIRECT);
-				return enter_pod(skb, peer, other);
+				return enter_pod(skb, p, peer, other);
 			}
 		} else {
 			eni = eni_of(ep);
@@ -928,12 +928,15 @@ int to_pod(struct __sk_buff *skb)
 			return drop_packet(skb, ifindex, reason, p);
 		if (!from)
 			count(PATH_STACK);
+	} else {
+		p->packets = 1;
+		p->bytes = skb->len - ETH_HLEN;
 	}
 
 	stats = bpf_map_lookup_elem(&iface_stats, &ifindex);
 	if (stats) {
-		stats->to_packets++;
-		stats->to_bytes += skb->len;
+		stats->to_packets += p->packets;
+		stats->to_bytes += p->bytes;
 	}
 	return TC_ACT_UNSPEC;
 }
@@ -1051,7 +1054,7 @@ int from_eni(struct __sk_buff *skb)
 	if (!lower_ttl(skb))
 		return TC_ACT_UNSPEC;
 	count(PATH_DIRECT);
-	return enter_pod(skb, to, pod);
+	return enter_pod(skb, p, to, pod);
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

@@ -225,7 +225,8 @@ static __always_inline int leave_by_eni(struct __sk_buff *skb, const struct eni 
 }
 
 /* Puts a packet into a pod here, without a detour by its host veth. */
-static __always_inline int enter_pod(struct __sk_buff *skb, __u32 ifindex, const struct iface *pod)
+static __always_inline int enter_pod(struct __sk_buff *skb, const struct packet *p, __u32 ifindex,
+					  const struct iface *pod)
 {
 	struct iface_counters *stats;
 	struct ethhdr *eth = (void *)(long)skb->data;
@@ -238,8 +239,8 @@ static __always_inline int enter_pod(struct __sk_buff *skb, __u32 ifindex, const
 	skb->tc_index = 0;
 	stats = bpf_map_lookup_elem(&iface_stats, &ifindex);
 	if (stats) {
-		stats->to_packets++;
-		stats->to_bytes += skb->len;
+		stats->to_packets += p->packets;
+		stats->to_bytes += p->bytes;
 	}
 	return bpf_redirect_peer(ifindex, 0);
 }

@@ -52,7 +52,7 @@ func (d *Datapath) Counters() (map[string]uint64, error) {
 }
 
 // Traffic is what passed and what was dropped at one endpoint since it was
-// made. Bytes include the Ethernet header.
+// made: packets on the wire, and bytes of IP.
 type Traffic struct {
 	FromPackets, FromBytes uint64            // sent by the pod and passed
 	ToPackets, ToBytes     uint64            // handed to the pod
