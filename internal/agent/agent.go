@@ -24,6 +24,7 @@ import (
 type Datapath interface {
 	SetENIs(context.Context, []datapath.ENI) error
 	SetVPC(context.Context, []netip.Prefix) error
+	SetPeers(context.Context, []netip.Prefix) error
 	Status() (datapath.Status, error)
 	Obstacle() (string, error)
 	Foreign() ([]netip.Addr, error)
@@ -42,6 +43,7 @@ type EC2 interface {
 	RuleReader
 	Interfaces(ctx context.Context, instance vpc.InstanceID, tag string) ([]vpc.ENI, error)
 	Subnet(context.Context, vpc.SubnetID) (vpc.Subnet, error)
+	PeerCIDRs(context.Context, vpc.VPCID) ([]netip.Prefix, error)
 	SecurityGroups(ctx context.Context, in vpc.VPCID, ids []vpc.SecurityGroupID, names []string) ([]vpc.SecurityGroup, error)
 	Limits(ctx context.Context, instanceType string) (vpc.InstanceLimits, error)
 	AssignAddresses(ctx context.Context, id vpc.ENIID, n int) ([]netip.Addr, error)
@@ -179,6 +181,7 @@ func (a *Agent) Run(ctx context.Context) error {
 			o.spawn(func() { a.gate.book.run(ctx, client) })
 			o.spawn(func() { a.keepGate(ctx) })
 		}
+		o.spawn(func() { a.followPeers(ctx, client) })
 		if a.opts.Sweep > 0 {
 			o.spawn(func() { a.sweep(ctx, client, cfg.Instance) })
 		}

@@ -618,3 +618,42 @@ func TestSurvey(t *testing.T) {
 		}
 	})
 }
+
+// Peered VPCs are asked for seldom, and a refusal is no more than told.
+func TestPeers(t *testing.T) {
+	run(t, "m5.large", func(r *rig) {
+		peer := netip.MustParsePrefix("198.51.100.0/24")
+		set := func(err error, peers ...netip.Prefix) {
+			r.cloud.mu.Lock()
+			defer r.cloud.mu.Unlock()
+			r.cloud.peers, r.cloud.noPeers = peers, err
+		}
+		known := func(want ...netip.Prefix) {
+			t.Helper()
+			synctest.Wait()
+			r.kernel.mu.Lock()
+			defer r.kernel.mu.Unlock()
+			if !slices.Equal(r.kernel.peers, want) {
+				t.Errorf("the datapath knows the peers %v, want %v", r.kernel.peers, want)
+			}
+		}
+		set(errors.New("not allowed"))
+		r.start()
+		r.mustAdd("c1")
+		known()
+		in, err := r.a.Inspect(context.Background())
+		if err != nil || !in.Healthy || !slices.ContainsFunc(in.LastErrors, func(i agentapi.Incident) bool {
+			return i.Op == "peers" && strings.Contains(i.Message, "--snat-exclude")
+		}) {
+			t.Errorf("%+v, %v", in, err)
+		}
+		set(nil, peer)
+		time.Sleep(peersAgain)
+		known(peer)
+		set(nil)
+		time.Sleep(peersEvery / 2)
+		known(peer)
+		time.Sleep(peersEvery / 2)
+		known()
+	})
+}

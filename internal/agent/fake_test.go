@@ -46,6 +46,8 @@ type fakeCloud struct {
 	members              map[vpc.SecurityGroupID][]netip.Prefix // outside of the node
 	ruleReads, listReads int
 	cidrs                []netip.Prefix // of the VPC
+	peers                []netip.Prefix // of peered VPCs
+	noPeers              error
 
 	latency, attach, lag time.Duration
 }
@@ -318,6 +320,12 @@ func (f fakeIMDS) Identity(context.Context) (imds.Identity, error) {
 		Addr: f.c.enis["eni-00000000000000001"].Primary, VPC: "vpc-0123456789abcdef0", VPCCIDRs: f.c.cidrs}, nil
 }
 
+func (c *fakeCloud) PeerCIDRs(context.Context, vpc.VPCID) ([]netip.Prefix, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.peers, c.noPeers
+}
+
 func (f fakeIMDS) VPCCIDRs(context.Context, string) ([]netip.Prefix, error) {
 	f.c.mu.Lock()
 	defer f.c.mu.Unlock()
@@ -360,6 +368,7 @@ type fakeDatapath struct {
 	sets    int                                            // calls of SetENIs
 	foreign []netip.Addr                                   // what others have configured
 	vpc     []netip.Prefix
+	peers   []netip.Prefix
 
 	obstacle string
 }
@@ -376,6 +385,13 @@ func (d *fakeDatapath) SetVPC(_ context.Context, cidrs []netip.Prefix) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.vpc = slices.Clone(cidrs)
+	return nil
+}
+
+func (d *fakeDatapath) SetPeers(_ context.Context, cidrs []netip.Prefix) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.peers = slices.Clone(cidrs)
 	return nil
 }
 

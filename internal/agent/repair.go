@@ -73,6 +73,47 @@ func (a *Agent) repair(ctx context.Context, o *owner) error {
 	}
 }
 
+// Peers come and go by people's hands. Few have public addresses, which alone
+// matter; thousands of nodes must not spend the account's calls on them.
+const (
+	peersEvery = time.Hour
+	peersAgain = 10 * time.Minute // after an error
+)
+
+// followPeers keeps the datapath's knowledge of peered VPCs until ctx ends. Where
+// calls are short, what ADDs wait for comes first.
+func (a *Agent) followPeers(ctx context.Context, client EC2) {
+	select {
+	case <-a.ready:
+	case <-ctx.Done():
+		return
+	}
+	for {
+		a.mu.Lock()
+		id := a.identity.VPC
+		a.mu.Unlock()
+		wait := peersEvery
+		cidrs, err := client.PeerCIDRs(ctx, id)
+		if err == nil {
+			err = a.opts.Datapath.SetPeers(ctx, cidrs)
+		}
+		if err != nil {
+			if ctx.Err() != nil {
+				return
+			}
+			wait = peersAgain
+			a.incident("peers", err.Error()+"; pods speak to peered VPCs with public ranges by the node's address, unless --snat-exclude names them")
+		}
+		t := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+			t.Stop()
+			return
+		case <-t.C:
+		}
+	}
+}
+
 // survey looks at what changes around the node without a word: the VPC's ranges,
 // and what others on the node let through.
 func (a *Agent) survey(ctx context.Context) {

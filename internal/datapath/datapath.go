@@ -103,6 +103,7 @@ type Datapath struct {
 	eniMu   sync.Mutex
 	present map[int]ENI
 	vpc     []netip.Prefix // sorted
+	peers   []netip.Prefix // sorted
 
 	policies policies
 

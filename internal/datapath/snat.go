@@ -104,10 +104,31 @@ func (d *Datapath) SetVPC(ctx context.Context, cidrs []netip.Prefix) error {
 	return d.setSNAT()
 }
 
+// SetPeers says which ranges the VPCs have that are peered with the node's: pods
+// speak to them under their own addresses.
+func (d *Datapath) SetPeers(ctx context.Context, cidrs []netip.Prefix) error {
+	for _, c := range cidrs {
+		if !c.IsValid() || !c.Addr().Is4() || c.Bits() == 0 {
+			return fmt.Errorf("set the peers' ranges: %s is no IPv4 range of a VPC", c)
+		}
+	}
+	d.eniMu.Lock()
+	defer d.eniMu.Unlock()
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	d.peers = slices.Clone(cidrs)
+	slices.SortFunc(d.peers, netip.Prefix.Compare)
+	if d.present == nil {
+		return nil // SetENIs comes to it
+	}
+	return d.setSNAT()
+}
+
 // untranslated are the ranges to which pods speak under their own addresses,
 // sorted, none within another.
 func (d *Datapath) untranslated() []netip.Prefix {
-	return widest(slices.Concat(neverTranslated, d.vpc, d.opts.SNATExclude))
+	return widest(slices.Concat(neverTranslated, d.vpc, d.peers, d.opts.SNATExclude))
 }
 
 // widest returns the prefixes that are not part of another one, sorted.

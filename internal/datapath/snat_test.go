@@ -121,6 +121,18 @@ func TestSNATChains(t *testing.T) {
 	if got := set(d, enis); got != on || log.Len() != before {
 		t.Errorf("a second time: %s\n%s", cmp.Diff(on, got), log.String()[before:])
 	}
+	peer := netip.MustParsePrefix("203.0.113.0/24")
+	for _, peers := range [][]netip.Prefix{{peer}, nil} {
+		if err := d.SetPeers(ctx, peers); err != nil {
+			t.Error(err)
+		}
+		if got := list(); strings.Contains(got, "not to "+peer.String()) != (peers != nil) {
+			t.Errorf("with peers %v:\n%s", peers, got)
+		}
+	}
+	if err := d.SetPeers(ctx, []netip.Prefix{{}}); err == nil {
+		t.Error("nothing is taken for a peer")
+	}
 	in("nft flush chain inet underlay sources")
 	if got := set(d, enis); got != on {
 		t.Errorf("after the chain was flushed: %s", cmp.Diff(on, got))

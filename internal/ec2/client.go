@@ -32,6 +32,7 @@ type api interface {
 	DescribeInstances(context.Context, *awsec2.DescribeInstancesInput, ...func(*awsec2.Options)) (*awsec2.DescribeInstancesOutput, error)
 	AssignPrivateIpAddresses(context.Context, *awsec2.AssignPrivateIpAddressesInput, ...func(*awsec2.Options)) (*awsec2.AssignPrivateIpAddressesOutput, error)
 	UnassignPrivateIpAddresses(context.Context, *awsec2.UnassignPrivateIpAddressesInput, ...func(*awsec2.Options)) (*awsec2.UnassignPrivateIpAddressesOutput, error)
+	DescribeVpcPeeringConnections(context.Context, *awsec2.DescribeVpcPeeringConnectionsInput, ...func(*awsec2.Options)) (*awsec2.DescribeVpcPeeringConnectionsOutput, error)
 	DescribeSecurityGroups(context.Context, *awsec2.DescribeSecurityGroupsInput, ...func(*awsec2.Options)) (*awsec2.DescribeSecurityGroupsOutput, error)
 	DescribeSecurityGroupRules(context.Context, *awsec2.DescribeSecurityGroupRulesInput, ...func(*awsec2.Options)) (*awsec2.DescribeSecurityGroupRulesOutput, error)
 	DescribeManagedPrefixLists(context.Context, *awsec2.DescribeManagedPrefixListsInput, ...func(*awsec2.Options)) (*awsec2.DescribeManagedPrefixListsOutput, error)

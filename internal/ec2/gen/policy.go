@@ -26,7 +26,7 @@ type statement struct {
 var kinds = []string{"instance", "network-interface", "security-group", "subnet"}
 
 // sources are the files of the client, in package ec2.
-var sources = []string{"client.go", "group.go"}
+var sources = []string{"client.go", "group.go", "peering.go"}
 
 // document makes the policy of the calls in the client's sources: the methods
 // of its interface api, all of which it must call.
