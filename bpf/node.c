@@ -581,7 +581,7 @@ __noinline int begin_from_pod(struct __sk_buff *skb, struct packet *p, const str
 	eni = eni_of(pod);
 	end = p->end & 1;
 	n->ifindex[end] = skb->ifindex;
-	n->flags |= CONN_SENDER << end;
+	n->seen |= CONN_SENDER << end;
 	if (eni && (eni->flags & ENI_DIRECT) && !(pod->flags & IFACE_STACK) &&
 	    plain_opening(skb, p) && in_vpc(&p->tuple.dst)) {
 		way = ask_fib(skb, &p->tuple, pod->mark);
@@ -702,8 +702,8 @@ int from_pod(struct __sk_buff *skb)
 	}
 	if (!c->ifindex[p->end & 1])
 		c->ifindex[p->end & 1] = ifindex;
-	if (!(c->flags & (CONN_SENDER << (p->end & 1))))
-		c->flags |= CONN_SENDER << (p->end & 1);
+	if (!(c->seen & (CONN_SENDER << (p->end & 1))))
+		c->seen |= CONN_SENDER << (p->end & 1);
 	conn_see(c, p, true);
 	if (c->generation && c->generation != policy_now())
 		renew(c, p);
@@ -872,7 +872,7 @@ __noinline int out_of_stack(struct __sk_buff *skb, struct packet *p, __u32 from,
 		judged = c->judged[0] | c->judged[1] << 8;
 		reason = judge_stack(skb, c, p, from, to);
 		if (reason && (c->flags & CONN_MIDFLOW) && !(p->flags & PACKET_OPENS) &&
-		    !(c->flags & (CONN_SEEN << me)))
+		    !(c->seen & (CONN_SEEN << me)))
 			reason = judge_midflow(c, p, from, to);
 		if (reason)
 			c->flags |= CONN_DENIED;
@@ -885,7 +885,7 @@ __noinline int out_of_stack(struct __sk_buff *skb, struct packet *p, __u32 from,
 		if (reason || !c)
 			return DROP_CONNTRACK_FULL;
 	}
-	conn_see(c, p, to && !(c->flags & (CONN_SENDER << end)));
+	conn_see(c, p, to && !(c->seen & (CONN_SENDER << end)));
 	return c->flags & CONN_DENIED ? refused_by(c) : 0;
 }
 
@@ -1046,7 +1046,7 @@ int from_eni(struct __sk_buff *skb)
 		count(PATH_EXCEPTION);
 		return TC_ACT_UNSPEC;
 	}
-	conn_see(c, p, !(c->flags & (CONN_SENDER << (p->end & 1))));
+	conn_see(c, p, !(c->seen & (CONN_SENDER << (p->end & 1))));
 	if (c->generation && c->generation != policy_now())
 		renew(c, p);
 	if (c->flags & CONN_DENIED)

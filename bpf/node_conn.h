@@ -35,11 +35,14 @@ enum conn_state {
 	CONN_CLOSED,		/* RST, or a FIN from both ends */
 };
 
-enum conn_flag {
-	/* Shifted left by the end: */
+/* Bits that packets set as they come, shifted left by the end. Two CPUs may lose
+ * one to each other until the next packet, so no verdict is among them. */
+enum conn_seen {
 	CONN_SEEN = 1,		/* something that this end sent */
 	CONN_SENDER = 4,	/* the end is a pod here, and from_pod counts what it sends */
-	/* Not shifted: */
+};
+
+enum conn_flag {
 	CONN_LOCAL = 16,	/* direct, and both ends are pods here of one subnet */
 	CONN_MIDFLOW = 32,	/* its beginning was not seen */
 	CONN_DENIED = 64,	/* a gate refuses it: the entry counts, and admits nothing */
@@ -70,7 +73,10 @@ struct conn {
 	__u8 allowed[2];	/* bit g: gate g lets it pass */
 	__u8 audit[2];		/* bit g: only because gate g enforces nothing */
 	__u8 flags;		/* enum conn_flag */
+	__u8 seen;		/* enum conn_seen */
+	__u8 pad[3];
 	__u32 generation;	/* policy_now() when the verdicts were last compared */
+	__u32 reserved;
 };
 
 /* Grown by need: 256 bytes of kernel memory an entry. When it is full no flow
@@ -647,8 +653,8 @@ static __always_inline void conn_see(struct conn *c, const struct packet *p, boo
 	if (p->flags & PACKET_ERROR)
 		return;
 	c->last_ns = p->now;
-	if (!(c->flags & (CONN_SEEN << end)))
-		c->flags |= CONN_SEEN << end;
+	if (!(c->seen & (CONN_SEEN << end)))
+		c->seen |= CONN_SEEN << end;
 
 	if (p->tuple.protocol == IPPROTO_TCP) {
 		if (!(p->tcp_flags & ~c->tcp_flags[end]) && c->state != CONN_OPENING)

@@ -40,14 +40,15 @@ type NodeConn struct {
 	Allowed    [2]uint8
 	Audit      [2]uint8
 	Flags      uint8
+	Seen       uint8
+	Pad        [3]uint8
 	Generation uint32
+	Reserved   uint32
 }
 
 type NodeConnFlag uint32
 
 const (
-	NodeConnFlagCONN_SEEN      NodeConnFlag = 1
-	NodeConnFlagCONN_SENDER    NodeConnFlag = 4
 	NodeConnFlagCONN_LOCAL     NodeConnFlag = 16
 	NodeConnFlagCONN_MIDFLOW   NodeConnFlag = 32
 	NodeConnFlagCONN_DENIED    NodeConnFlag = 64
