@@ -460,6 +460,14 @@ __noinline int judge(struct conn *c, const struct tuple *t, __u32 end, __u32 ask
 		return DROP_POLICY_NETPOL;
 	end &= 1;
 	policy_judge(t, c->ifindex[end], ask, &v);
+	/* A pod without a policy may be one that has just been deleted: its policy
+	 * goes after its entry in ifaces. */
+	if (!v.epoch[GATE_GROUPS] && !v.epoch[GATE_NETPOL]) {
+		__u32 ifindex = c->ifindex[end];
+
+		if (!bpf_map_lookup_elem(&ifaces, &ifindex))
+			return DROP_UNKNOWN_INTERFACE;
+	}
 	if (!c->generation)
 		c->generation = v.generation;
 	if (v.stack && c->provenance == PROVENANCE_DIRECT)
@@ -765,7 +773,7 @@ __noinline int judge_origin(struct conn *c, const struct packet *p, __u32 end, _
 	struct tuple t;
 
 	if (!pod || !c || !p)
-		return 0; /* it was deleted meanwhile */
+		return DROP_UNKNOWN_INTERFACE; /* it was deleted meanwhile */
 	t = p->tuple;
 	t.src = pod->addr;
 	return judge(c, &t, end, POLICY_EGRESS, groups || pod->flags & IFACE_GROUPS ? BOTH_GATES : NETPOL);

@@ -179,7 +179,7 @@ func internet(t *testing.T, c *cluster, n lab.Node, p pod) {
 	out := c.kubectl("exec", "-n", p.Metadata.Namespace, p.Metadata.Name, "--", "curl", "-sS", "--max-time", "10", "http://"+server+"/")
 	type elastic struct{ PublicIp netip.Addr }
 	var addresses struct{ Addresses []elastic }
-	c.AWS(&addresses, "describe-addresses")
+	c.AWS(&addresses, "ec2", "describe-addresses")
 	seen, err := netip.ParseAddr(strings.TrimSpace(out))
 	if err != nil {
 		t.Fatalf("the server says %q", out)
