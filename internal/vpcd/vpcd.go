@@ -202,13 +202,15 @@ const expireEvery = 5 * time.Second
 
 // expire removes idle flows from the fabric until ctx ends.
 func expire(ctx context.Context, f *fabric.Fabric, log *slog.Logger) error {
-	tick := time.NewTicker(expireEvery)
-	defer tick.Stop()
+	// At once, or a vpcd that dies more often than that never makes room.
+	next := time.NewTimer(0)
+	defer next.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-tick.C:
+		case <-next.C:
+			next.Reset(expireEvery)
 		}
 		if n, err := f.ExpireFlows(); err != nil {
 			log.Error("idle flows not removed", "err", err)

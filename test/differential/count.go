@@ -107,7 +107,7 @@ func wanted(f Features) map[string]string {
 	}
 	if f.Internet && f.NAT {
 		w["nat out"], w["nat in"], w["route nat"] = "+", "+", "+-"
-		w["nat unasked"], w["nat protocol"], w["mtu nat"] = "-", "-", "-"
+		w["nat unasked"], w["nat protocol"] = "-", "-"
 	}
 	if f.Fragments {
 		w["fragment"] = "-"

@@ -210,7 +210,7 @@ func (g *generator) tidy(p *vpcmodel.Packet) *vpcmodel.Packet {
 // stretch makes a packet to the outside as long as an MTU, or longer.
 func (g *generator) stretch(p *vpcmodel.Packet) {
 	if len(g.world.Gateways) == 0 || p.Fragments > 0 || p.Orphan || p.About != nil || p.From == vpcmodel.Internet ||
-		!slices.Contains(hosts, p.Dst) || !g.chance(0.25) {
+		!slices.Contains(hosts, p.Dst) || !g.chance(0.5) {
 		return
 	}
 	p.Length = pick(g, []int{1400, 1499, 1500, 1501, 1502, 3000, 8500, 8501, 8501, 9001, 9001})

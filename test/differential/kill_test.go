@@ -226,7 +226,7 @@ func TestKilled(t *testing.T) {
 				return err
 			}
 			rounds.Add(1)
-			<-time.After(2 * time.Millisecond) // vpcd is to have a share of the CPUs
+			<-time.After(4 * time.Millisecond) // vpcd is to have a share of the CPUs
 		}
 		return nil
 	})

@@ -54,8 +54,8 @@ func (r *runner) note(b sending, v vpcmodel.Verdict, parts [][]byte) {
 	}
 	for _, rec := range v.Records {
 		n := noted{index: b.index, Record: rec, packets: len(parts), bytes: bytes}
-		if v.NAT != "" && b.From != vpcmodel.Internet && rec.ENI != b.From {
-			n.nat = v.NAT
+		if v.NAT != "" && b.From != vpcmodel.Internet && rec.PktSrc != b.Src {
+			n.nat = v.NAT // also at the sender, to which it may come back
 		}
 		// The later fragments of what is refused are nobody's.
 		n.skip = b.Fragments > 1 && !v.Delivered()
@@ -89,7 +89,8 @@ func recordKey(r vpcmodel.Record) vpcmodel.Record {
 
 func (r *runner) wantRecords() map[vpcmodel.Record]*logged {
 	want := map[vpcmodel.Record]*logged{}
-	for _, n := range r.noted {
+	for i := range r.noted {
+		n := &r.noted[i]
 		k := recordKey(n.Record)
 		if n.nat != "" && k.Proto != 1 {
 			if real, ok := r.natPorts[natPort{n.nat, k.Proto, k.SrcPort}]; ok {

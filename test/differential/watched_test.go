@@ -111,21 +111,24 @@ func (w *watched) insist(st vpcmodel.Statement, up func() error) error {
 			return nil
 		case errors.As(err, &lost):
 			repeated = true
-			if err := up(); err != nil {
-				return err
-			}
-			if err := w.cloud.lookAgain(st); err != nil && !errors.As(err, &lost) {
-				return err
+			for again := true; again; {
+				if err := up(); err != nil {
+					return err
+				}
+				err := w.cloud.lookAgain(st)
+				if again = errors.As(err, &lost); err != nil && !again {
+					return err
+				}
 			}
 		case repeated && slices.ContainsFunc(doneAlready, func(code string) bool { return strings.Contains(err.Error(), code) }):
-			if s, ok := st.(vpcmodel.SetList); ok {
-				w.cloud.listIs[s.ID] = listState{w.cloud.listIs[s.ID].version + 1, s.CIDRs}
-			}
 			// An error promises nothing of the fabric.
-			if _, err := w.settle(); err != nil && !errors.As(err, &lost) {
-				return err
-			} else if err == nil {
+			if _, err := w.settle(); err == nil {
+				if s, ok := st.(vpcmodel.SetList); ok {
+					w.cloud.listIs[s.ID] = listState{w.cloud.listIs[s.ID].version + 1, s.CIDRs}
+				}
 				return nil
+			} else if !errors.As(err, &lost) {
+				return err
 			}
 			if err := up(); err != nil {
 				return err

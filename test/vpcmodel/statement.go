@@ -268,6 +268,9 @@ func (s Allow) Apply(w *World) error {
 		return err
 	}
 	g := w.Groups[s.Group]
+	if o := w.Groups[s.Rule.Group]; o != nil && o.VPC != g.VPC && !w.peered(o.VPC, g.VPC) {
+		return fmt.Errorf("%s is of a VPC that is not a peer of %s's", o.ID, g.ID)
+	}
 	if slices.Contains(g.Rules[s.Dir], s.Rule) {
 		return fmt.Errorf("%s has this rule already", s.Group)
 	}
