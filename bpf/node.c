@@ -454,19 +454,22 @@ __noinline int put(struct packet *p, struct conn *n, struct conn *old)
 __noinline int judge(struct conn *c, const struct tuple *t, __u32 end, __u32 ask, __u32 gates)
 {
 	struct verdict v = {};
+	struct iface *pod;
+	__u32 ifindex;
 	int reason = 0;
 
 	if (!c || !t)
 		return DROP_POLICY_NETPOL;
 	end &= 1;
-	policy_judge(t, c->ifindex[end], ask, &v);
-	/* A pod without a policy may be one that has just been deleted: its policy
-	 * goes after its entry in ifaces. */
-	if (!v.epoch[GATE_GROUPS] && !v.epoch[GATE_NETPOL]) {
-		__u32 ifindex = c->ifindex[end];
-
-		if (!bpf_map_lookup_elem(&ifaces, &ifindex))
-			return DROP_UNKNOWN_INTERFACE;
+	ifindex = c->ifindex[end];
+	policy_judge(t, ifindex, ask, &v);
+	/* A pod that goes loses its entry first and its policy then: who finds no
+	 * policy must look whether there is a pod that has none. */
+	pod = bpf_map_lookup_elem(&ifaces, &ifindex);
+	if (!pod || !(pod->flags & IFACE_READY)) {
+		c->judged[end] |= 1 << GATE_NETPOL;
+		c->allowed[end] &= ~(1 << GATE_NETPOL);
+		return DROP_NOT_READY;
 	}
 	if (!c->generation)
 		c->generation = v.generation;
@@ -773,7 +776,7 @@ __noinline int judge_origin(struct conn *c, const struct packet *p, __u32 end, _
 	struct tuple t;
 
 	if (!pod || !c || !p)
-		return DROP_UNKNOWN_INTERFACE; /* it was deleted meanwhile */
+		return DROP_NOT_READY; /* it was deleted meanwhile */
 	t = p->tuple;
 	t.src = pod->addr;
 	return judge(c, &t, end, POLICY_EGRESS, groups || pod->flags & IFACE_GROUPS ? BOTH_GATES : NETPOL);
@@ -795,7 +798,7 @@ __noinline int judge_stack(struct __sk_buff *skb, struct conn *c, const struct p
 	if (to) {
 		pod = bpf_map_lookup_elem(&ifaces, &to);
 		if (!pod)
-			return 0;
+			return DROP_NOT_READY;
 		/* The VPC saw what came by an ENI. What the stack sends from one pod
 		 * here to another it never does, whatever their subnets. */
 		groups = (from && (p->flags & PACKET_HERE)) || pod->flags & IFACE_GROUPS;
