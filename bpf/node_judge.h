@@ -1,0 +1,229 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * A flow in conntrack: found, entered, and judged by the gates of the pods at its
+ * ends, at its beginning and when policy has changed.
+ */
+
+/* An entry that the packet cannot go on with: the flow is over, or refused, or
+ * was that of a pod which had the address before. */
+static __always_inline bool stale(const struct conn *c, const struct packet *p, __u32 end, __u32 ifindex)
+{
+	__u32 had = c->ifindex[end & 1];
+
+	/* What was refused is judged anew when it is tried again, by the same end. */
+	return conn_over(c, p->now) || conn_again(c, p) ||
+	       ((c->flags & CONN_DENIED) && ((p->end & 1) == c->opener || (p->flags & PACKET_OPENS))) ||
+	       (had && ifindex && had != ifindex);
+}
+
+/* Finds the packet's flow. An ICMP error that is about no flow we know of is a
+ * packet of its own. */
+static __always_inline struct conn *find(struct __sk_buff *skb, struct packet *p, int v6)
+{
+	struct conn *c = bpf_map_lookup_elem(&conns, &p->key);
+
+	if (!c && (p->flags & PACKET_ERROR)) {
+		read_packet(skb, p, v6, 0);
+		c = bpf_map_lookup_elem(&conns, &p->key);
+	}
+	return c;
+}
+
+/* When the table is full and flows that are over were not swept up, as without
+ * an agent, a packet looks for some itself: at so many entries, so often. */
+#define ROOM_LOOKS	1024
+#define ROOM_EVERY_NS	10000000ULL
+
+__u64 room_made_ns = 0;
+
+struct bpf_map;
+
+struct room {
+	__u64 now;
+	__u32 looked;
+	__u32 found;
+};
+
+static long make_room_of(struct bpf_map *map, struct conn_key *key, struct conn *c, struct room *r)
+{
+	if (conn_over(c, r->now)) {
+		send_ended(key, c);
+		bpf_map_delete_elem(map, key);
+		count(PATH_EVICTED);
+		r->found++;
+	}
+	return ++r->looked >= ROOM_LOOKS;
+}
+
+__noinline int make_room(__u64 now)
+{
+	struct room r = { .now = now };
+
+	if (now < room_made_ns + ROOM_EVERY_NS)
+		return 0;
+	room_made_ns = now;
+	bpf_for_each_map_elem(&conns, make_room_of, &r, 0);
+	return r.found;
+}
+
+/* Enters a flow that begins in the place of old, if there is one. It returns 0 or
+ * the reason to drop. */
+__noinline int put(struct packet *p, struct conn *n, struct conn *old)
+{
+	__u64 how = old ? BPF_ANY : BPF_NOEXIST;
+	long err;
+
+	if (!p || !n)
+		return DROP_CONNTRACK_FULL;
+	if (old && (old->flags & CONN_DENIED) && (n->flags & CONN_DENIED)) {
+		/* Refused again: it goes on counting. */
+		n->created_ns = old->created_ns;
+		n->packets[0] = old->packets[0];
+		n->packets[1] = old->packets[1];
+		n->bytes[0] = old->bytes[0];
+		n->bytes[1] = old->bytes[1];
+	} else if (old) {
+		send_ended(&p->key, old);
+	}
+	err = bpf_map_update_elem(&conns, &p->key, n, how);
+	if (err && err != -EEXIST && make_room(p->now))
+		err = bpf_map_update_elem(&conns, &p->key, n, how);
+	if (err && err != -EEXIST) {
+		count(PATH_NO_ROOM);
+		return DROP_CONNTRACK_FULL;
+	}
+	if (!err && !(n->flags & CONN_DENIED)) {
+		count(n->provenance == PROVENANCE_DIRECT ? PATH_BEGUN_DIRECT : PATH_BEGUN_STACK);
+		if (n->flags & CONN_MIDFLOW)
+			count(PATH_MIDFLOW);
+	}
+	return 0;
+}
+
+/*
+ * Asks gates about a flow, and keeps what they say: of the pod here that is this
+ * end, with ask of enum policy_ask. Bits of gates are those of enum gate. It
+ * returns 0 or the reason to drop.
+ */
+__noinline int judge(struct conn *c, const struct tuple *t, __u32 end, __u32 ask, __u32 gates)
+{
+	struct verdict v = {};
+	struct iface *pod;
+	__u32 ifindex;
+	int reason = 0;
+
+	if (!c || !t)
+		return DROP_POLICY_NETPOL;
+	end &= 1;
+	ifindex = c->ifindex[end];
+	policy_judge(t, ifindex, ask, &v);
+	/* A pod that goes loses its entry first and its policy then: who finds no
+	 * policy must look whether there is a pod that has none. */
+	pod = bpf_map_lookup_elem(&ifaces, &ifindex);
+	if (!pod || !(pod->flags & IFACE_READY)) {
+		c->judged[end] |= 1 << GATE_NETPOL;
+		c->allowed[end] &= ~(1 << GATE_NETPOL);
+		return DROP_NOT_READY;
+	}
+	if (!c->generation)
+		c->generation = v.generation;
+	if (v.stack && c->provenance == PROVENANCE_DIRECT)
+		c->provenance = PROVENANCE_STACK;
+#pragma unroll
+	for (int g = 0; g < GATES; g++) {
+		if (!(gates & (1 << g)))
+			continue;
+		c->judged[end] |= 1 << g;
+		c->allowed[end] &= ~(1 << g);
+		c->audit[end] &= ~(1 << g);
+		if (v.allow[g])
+			c->allowed[end] |= 1 << g;
+		else
+			reason = g == GATE_GROUPS ? DROP_POLICY_GROUPS : DROP_POLICY_NETPOL;
+		if (v.audit[g])
+			c->audit[end] |= 1 << g;
+		c->verdict[end][g].rule = v.rule[g];
+		c->verdict[end][g].epoch = v.epoch[g];
+		if (g == GATE_GROUPS && v.untracked)
+			c->flags |= CONN_UNTRACKED;
+	}
+	return reason;
+}
+
+#define NETPOL		(1 << GATE_NETPOL)
+#define BOTH_GATES	(1 << GATE_NETPOL | 1 << GATE_GROUPS)
+
+/*
+ * Compares a flow's verdicts with what policy says now, after some policy changed:
+ * NetworkPolicy's are renewed, those of groups only where AWS does not track. It
+ * returns 0 or the reason to drop.
+ */
+__noinline int renew(struct conn *c, const struct packet *p)
+{
+	__u32 now = policy_now(), opener, gates, ask;
+	struct iface *pod;
+	struct tuple t;
+	int reason = 0;
+
+	if (!c || !p)
+		return 0;
+	opener = c->opener & 1;
+	t = p->tuple;
+	if ((p->end & 1) != opener) { /* as the flow's first packet had it */
+		t.src = p->tuple.dst;
+		t.dst = p->tuple.src;
+		if (!t.query) {
+			t.sport = p->tuple.dport;
+			t.dport = p->tuple.sport;
+		}
+	}
+#pragma unroll
+	for (__u32 end = 0; end < 2; end++) {
+		__u32 ifindex = c->ifindex[end];
+
+		gates = 0;
+		if (!c->judged[end] || !ifindex)
+			continue;
+		if (c->verdict[end][GATE_NETPOL].epoch != policy_epoch(ifindex, GATE_NETPOL))
+			gates |= 1 << GATE_NETPOL;
+		if ((c->flags & CONN_UNTRACKED) && (c->judged[end] & (1 << GATE_GROUPS)) &&
+		    c->verdict[end][GATE_GROUPS].epoch != policy_epoch(ifindex, GATE_GROUPS))
+			gates |= 1 << GATE_GROUPS;
+		if (!gates || reason)
+			continue;
+		if (end == opener) {
+			pod = bpf_map_lookup_elem(&ifaces, &ifindex);
+			if (pod)
+				t.src = pod->addr;
+		}
+		ask = end == opener ? POLICY_EGRESS : POLICY_INGRESS;
+		/* Who began it is not told by this packet, which may be the pod's. */
+		if (c->verdict[end][GATE_NETPOL].rule == RULE_HOST)
+			ask |= POLICY_FROM_HOST;
+		reason = judge(c, &t, end, ask, gates);
+	}
+	c->generation = now;
+	if (reason)
+		c->flags |= CONN_DENIED;
+	return reason;
+}
+
+/* The gate that refused a flow. */
+static __always_inline int refused_by(const struct conn *c)
+{
+	__u32 denied = (c->judged[0] & ~c->allowed[0]) | (c->judged[1] & ~c->allowed[1]);
+
+	return denied & (1 << GATE_GROUPS) ? DROP_POLICY_GROUPS : DROP_POLICY_NETPOL;
+}
+
+static __always_inline struct eni *eni_of(const struct iface *pod)
+{
+	__u32 index = pod->eni;
+
+	return bpf_map_lookup_elem(&enis, &index);
+}
+
+static __always_inline bool in_subnet(const struct eni *eni, const struct addr *a)
+{
+	return eni && eni->mask && (v4_of(a) & eni->mask) == eni->subnet;
+}
