@@ -332,6 +332,11 @@ func (w *watched) fresh() *vpcmodel.Packet {
 			continue
 		}
 		kind := flowKind{p.Src, p.Dst, p.Proto, p.DstPort}
+		if p.From == vpcmodel.Internet || !p.Dst.IsPrivate() {
+			// A public address changes hands: behind it, what went to two of
+			// them would be one flow.
+			kind.src, kind.dst = netip.Addr{}, netip.Addr{}
+		}
 		if w.tuples[kind] == 50000 {
 			continue
 		}
