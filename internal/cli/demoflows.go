@@ -57,7 +57,7 @@ func (d *demo) flowFact(ctx context.Context, fact, flags string, check func([]fl
 		return fmt.Sprintf("# at %s: %s to %s", names[l.eni], names[l.src.String()], names[l.dst.Addr().String()])
 	}
 	defer func() { d.comment = nil }()
-	d.fact(ctx, fact, fmt.Sprintf("underlay flows%s %s -o aws --format \\\n '%s' | sort -u", d.a.labFlag(), flags, flowFields), func(out string) string {
+	d.fact(ctx, fact, fmt.Sprintf("underlay flows%s --by vpc %s -o aws --format \\\n '%s' | sort -u", d.a.labFlag(), flags, flowFields), func(out string) string {
 		var lines []flowLine
 		for s := range strings.Lines(out) {
 			l, ok := parseFlowLine(s)

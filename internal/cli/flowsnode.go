@@ -85,7 +85,8 @@ func (a *App) flowsOf(ctx context.Context, n Node, q flowQuery, emit func(flowRe
 // emitNode tells a record if it is wanted.
 func emitNode(n Node, q flowQuery, o *flowlog.Object, running bool, emit func(flowRecord) error) error {
 	switch {
-	case q.eni != "" && o.ENI != q.eni,
+	case o.End.Before(q.since),
+		q.eni != "" && o.ENI != q.eni,
 		q.action != "" && o.Action != q.action,
 		q.address.IsValid() && !q.address.Contains(o.Src) && !q.address.Contains(o.Dst):
 		return nil
