@@ -177,7 +177,7 @@ func (f fault) object(t *testing.T) []byte {
 }
 
 // worldsPerFault bounds how many worlds a fault may stay unseen in.
-const worldsPerFault = 8
+const worldsPerFault = 24
 
 // Each fault shows in a few worlds of the kind that it is about.
 func TestFaults(t *testing.T) {
