@@ -24,7 +24,6 @@ type tracker struct {
 	d    Datapath // its maps
 	objs map[time.Duration]*bpfgen.NodePrograms
 	max  uint32 // entries of the table of connections; 0: as on a node
-	ends int
 }
 
 const (

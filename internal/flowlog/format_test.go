@@ -46,7 +46,7 @@ func TestLine(t *testing.T) {
 }
 
 func TestParseFormatRefuses(t *testing.T) {
-	for _, s := range []string{"", "version", "${version}  ${start}", "${versoin}", "${start} ${start}", "${start", "{start}", "${start},${end}"} {
+	for _, s := range []string{"", "version", "${version}  ${start}", "${versions}", "${start} ${start}", "${start", "{start}", "${start},${end}"} {
 		if _, err := ParseFormat(s); err == nil {
 			t.Errorf("ParseFormat(%q) accepts it", s)
 		}

@@ -489,7 +489,7 @@ func (w *World) translate(e *ENI, s *Subnet, p *Packet, n *NAT) Verdict {
 	switch {
 	case p.Length > NATMTU && !p.MayFragment:
 		return Verdict{Where: AtMTU, Rule: "mtu nat", Rules: rules, Told: NATMTU, Why: "longer than the NAT gateway's MTU"}
-	case !p.ports() && !(p.Proto == packet.ProtoICMP && (p.Type == 8 || query)):
+	case !p.ports() && (p.Proto != packet.ProtoICMP || p.Type != 8 && !query):
 		return Verdict{Where: AtNAT, Rule: "nat protocol", Rules: rules, Why: "TCP, UDP and ICMP alone"}
 	case p.Fragments > 0 && p.Proto != packet.ProtoUDP:
 		return Verdict{Where: AtNAT, Rule: "nat fragment", Rules: rules, Why: "no fragments but UDP's"}

@@ -3,7 +3,6 @@ package recorder
 import (
 	"context"
 	"fmt"
-	"io"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -46,7 +45,7 @@ func options(t *testing.T, dir string, n *node) Options {
 		t.Fatal(err)
 	}
 	return Options{Dir: dir, Format: &f, Boot: "boot-1", Node: func() flowlog.Node { return flowlog.Node{Name: "node-1"} },
-		Sample: n.sample, Logger: slog.New(slog.NewTextHandler(io.Discard, nil))}
+		Sample: n.sample, Logger: slog.New(slog.DiscardHandler)}
 }
 
 func open(t *testing.T, o Options) *Recorder {
