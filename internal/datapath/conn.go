@@ -175,7 +175,7 @@ type connBatch struct {
 }
 
 // sweepBatch bounds how many entries are read, and removed, in one go.
-const sweepBatch = 4096
+const sweepBatch = 256
 
 func (d *Datapath) connBatches() iter.Seq2[connBatch, error] {
 	return func(yield func(connBatch, error) bool) {

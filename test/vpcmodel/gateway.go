@@ -482,7 +482,7 @@ func (w *World) translate(e *ENI, s *Subnet, p *Packet, n *NAT) Verdict {
 	rules := []string{"route nat"}
 	home := w.Subnets[n.Subnet]
 	why := ""
-	if rules, why = w.cross(e, s, home, p, rules, 1); why != "" {
+	if rules, why = w.cross(e, s, home, p, rules, pathTo(s, home)); why != "" {
 		return Verdict{Where: why1(rules), Rule: last(rules), Rules: rules[:len(rules)-1], Why: why}
 	}
 	query := p.Proto == packet.ProtoICMP && answers[p.Proto][p.Type] != 0
@@ -564,7 +564,7 @@ func (w *World) answered(n *NAT, e *ENI, from *Subnet, p *Packet) Verdict {
 		rules = append(rules, "igw in")
 	}
 	why := ""
-	if rules, why = w.cross(e, from, home, p, rules, 1); why != "" {
+	if rules, why = w.cross(e, from, home, p, rules, pathTo(from, home)); why != "" {
 		return Verdict{Where: why1(rules), Rule: last(rules), Rules: rules[:len(rules)-1], Why: why}
 	}
 	port, ours := p.DstPort, p.SrcPort
@@ -616,6 +616,15 @@ func (w *World) cross(e *ENI, from, to *Subnet, p *Packet, rules []string, path 
 	}
 	rule, why := w.acl(to, In, p)
 	return append(rules, "in "+rule), why
+}
+
+// pathTo is the traffic-path to a NAT gateway's subnet: 1 "same VPC resource", 4
+// "intra-region peering".
+func pathTo(from, home *Subnet) int {
+	if from != nil && from.VPC != home.VPC {
+		return 4
+	}
+	return 1
 }
 
 func last(rules []string) string { return rules[len(rules)-1] }

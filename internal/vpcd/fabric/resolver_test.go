@@ -197,8 +197,10 @@ func TestLinkLocalAllowance(t *testing.T) {
 	began := time.Now()
 	burst(a, 200, here, ResolverAddr, IMDSAddr, ntp)
 	most := 200 - 20 - uint64(20*(time.Since(began)+20*time.Millisecond)/time.Second) - 1 // what time has added since
-	if n := a.drops(LinkLocalAllowance); n > 180 || n < most {
-		t.Errorf("%d of 200 packets dropped, want %d to 180", n, most)
+	// The guest's own answers that nobody listens for what it was told (ICMP port
+	// unreachable, to the resolver) come out of the budget, too.
+	if n := a.drops(LinkLocalAllowance); n < most {
+		t.Errorf("%d of 200 packets dropped, want %d at least", n, most)
 	}
 	if n := b.drops(LinkLocalAllowance); n != 0 {
 		t.Errorf("%d of another interface dropped", n)
