@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -33,6 +34,14 @@ func (c *cluster) holdings(n lab.Node) (holdings, error) {
 	count := func(args ...string) int { return strings.Count(n.Exec(c.t, args...), "\n") }
 	// Without the node's own ENIs, which in a lab are devices of that type, too.
 	h.Veths = count("sh", "-c", "ip -o link show type veth | grep -v ': eth[0-9]' || true")
+	veths := map[int]bool{}
+	for _, index := range strings.Fields(n.Exec(c.t, "sh", "-c", "ip -o link show type veth | cut -d: -f1")) {
+		i, err := strconv.Atoi(index)
+		if err != nil {
+			return h, fmt.Errorf("ip link: %w", err)
+		}
+		veths[i] = true
+	}
 	h.Rules = count("ip", "-4", "-o", "rule", "show")
 	h.PodRoutes = count("sh", "-c", "ip -4 -o route show table 30060 || true") // no pod yet, no table
 	pins := c.Underlay("node", "exec", n.Name, "--", "sh", "-c", "ls -d /sys/fs/bpf/underlay/* /sys/fs/bpf/underlay/*/* 2>/dev/null || true")
@@ -49,11 +58,33 @@ func (c *cluster) holdings(n lab.Node) (holdings, error) {
 			continue // arrays have all their entries always
 		}
 		out = c.Underlay("node", "exec", n.Name, "--", "bpftool", "-j", "map", "dump", "pinned", pin)
-		var entries []json.RawMessage
+		var entries []struct {
+			Formatted struct {
+				Value struct{ Ifindex []int }
+			}
+		}
 		if err := json.Unmarshal([]byte(out), &entries); err != nil {
 			return h, fmt.Errorf("bpftool map dump %s: %w", pin, err)
 		}
-		h.Records[m.Name] = len(entries)
+		switch m.Name {
+		case "fragments":
+			continue // an LRU of what passes
+		case "conns":
+			// Pods that are there come and go by connections; what counts is those
+			// of pods that are gone.
+			for _, e := range entries {
+				if len(e.Formatted.Value.Ifindex) != 2 {
+					return h, fmt.Errorf("bpftool map dump %s: a connection without ifindexes", pin)
+				}
+				for _, index := range e.Formatted.Value.Ifindex {
+					if index != 0 && !veths[index] {
+						h.Records["conns of pods that are gone"]++
+					}
+				}
+			}
+		default:
+			h.Records[m.Name] = len(entries)
+		}
 	}
 	if len(h.Records) == 0 {
 		return h, fmt.Errorf("%s has no pinned map: %s", n.Name, pins)
