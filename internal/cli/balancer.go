@@ -94,20 +94,12 @@ func (b *balancer) serve(ctx context.Context, l net.Listener) error {
 	var running sync.WaitGroup
 	defer running.Wait()
 	defer cancel()
-	context.AfterFunc(ctx, func() { l.Close() })
 	for i := range b.targets {
 		running.Go(func() { b.check(ctx, i) })
 	}
-	for {
-		c, err := l.Accept()
-		if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
-			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("accept: %w", err)
-		}
+	return acceptEach(ctx, l, func(c net.Conn) {
 		running.Go(func() { b.forward(ctx, c) })
-	}
+	})
 }
 
 // check watches one target.

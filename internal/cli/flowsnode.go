@@ -62,10 +62,10 @@ func (a *App) flowsOf(ctx context.Context, n Node, q flowQuery, emit func(flowRe
 					return err
 				}
 			}
+			if q.follow {
+				break // the running ones come when their interval has ended
+			}
 			for i := range flows.Running {
-				if q.follow {
-					break // they come when their interval has ended
-				}
 				if err := emitNode(n, q, &flows.Running[i], true, emit); err != nil {
 					return err
 				}

@@ -139,7 +139,7 @@ func (m *nodeMonitor) run(ctx context.Context) error {
 	}
 	wg.Wait()
 	for _, err := range errs {
-		if err != nil && ctx.Err() == nil || err != nil && !errors.Is(err, context.Canceled) {
+		if err != nil { // none is of the end of ctx
 			return err
 		}
 	}

@@ -36,16 +36,7 @@ func (a *App) serveTCPCommand() *cobra.Command {
 
 // serveHello answers connections until ctx ends, and logs each.
 func serveHello(ctx context.Context, l net.Listener, name string, now func() time.Time, log func(string)) error {
-	stop := context.AfterFunc(ctx, func() { l.Close() })
-	defer stop()
-	for {
-		c, err := l.Accept()
-		if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
-			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("accept: %w", err)
-		}
+	return acceptEach(ctx, l, func(c net.Conn) {
 		from, err := netip.ParseAddrPort(c.RemoteAddr().String())
 		if err == nil {
 			// One short line fits into any send buffer: this blocks for nobody.
@@ -57,5 +48,21 @@ func serveHello(ctx context.Context, l net.Listener, name string, now func() tim
 			log(fmt.Sprintf("%s hello %s", now().Format(time.RFC3339), from))
 		}
 		c.Close()
+	})
+}
+
+// acceptEach calls fn for each connection, one after the other, until ctx ends.
+func acceptEach(ctx context.Context, l net.Listener, fn func(net.Conn)) error {
+	stop := context.AfterFunc(ctx, func() { l.Close() })
+	defer stop()
+	for {
+		c, err := l.Accept()
+		if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("accept: %w", err)
+		}
+		fn(c)
 	}
 }

@@ -2,7 +2,6 @@ package flowlog
 
 import (
 	"cmp"
-	"net/netip"
 	"slices"
 	"time"
 
@@ -230,7 +229,5 @@ func (l *Log) Step(s Sample) []Record {
 func keep(seen uint8) uint8 { return seen & ack }
 
 func compareTuples(a, b packet.FiveTuple) int {
-	return cmp.Or(addrs(a.Src, b.Src), addrs(a.Dst, b.Dst), cmp.Compare(a.Proto, b.Proto), cmp.Compare(a.SrcPort, b.SrcPort), cmp.Compare(a.DstPort, b.DstPort))
+	return cmp.Or(a.Src.Compare(b.Src), a.Dst.Compare(b.Dst), cmp.Compare(a.Proto, b.Proto), cmp.Compare(a.SrcPort, b.SrcPort), cmp.Compare(a.DstPort, b.DstPort))
 }
-
-func addrs(a, b netip.Addr) int { return a.Compare(b) }
