@@ -31,6 +31,12 @@ func connections(t testing.TB, d *Datapath, a, b netip.Addr) (out []Connection) 
 // serve accepts TCP connections in a namespace and sends back what comes.
 func (w *world) serve(netns string, at netip.AddrPort) {
 	w.t.Helper()
+	w.accept(netns, at, func(c net.Conn) { _, _ = io.Copy(c, c) })
+}
+
+// accept has each TCP connection in a namespace served until the test ends.
+func (w *world) accept(netns string, at netip.AddrPort, serve func(net.Conn)) {
+	w.t.Helper()
 	var l net.Listener
 	err := nl.Do(nl.Path(netns), func() (err error) {
 		l, err = net.Listen("tcp4", at.String())
@@ -48,7 +54,7 @@ func (w *world) serve(netns string, at netip.AddrPort) {
 			}
 			go func() {
 				defer c.Close()
-				_, _ = io.Copy(c, c)
+				serve(c)
 			}()
 		}
 	}()

@@ -210,25 +210,10 @@ func (f *fleet) refused() []string {
 // as one line, and sends back the lines it is sent.
 func (f *fleet) serve(netns string, at netip.AddrPort) {
 	f.t.Helper()
-	var l net.Listener
-	err := nl.Do(nl.Path(netns), func() (err error) { l, err = net.Listen("tcp4", at.String()); return err })
-	if err != nil {
-		f.t.Fatal(err)
-	}
-	f.t.Cleanup(func() { _ = l.Close() })
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				_, _ = fmt.Fprintln(c, c.RemoteAddr())
-				_, _ = io.Copy(c, c)
-			}()
-		}
-	}()
+	f.accept(netns, at, func(c net.Conn) {
+		_, _ = fmt.Fprintln(c, c.RemoteAddr())
+		_, _ = io.Copy(c, c)
+	})
 }
 
 // serveUDP answers each datagram with the address and port it came from, and

@@ -18,9 +18,7 @@ import (
 // group's members.
 func BenchmarkPolicy(b *testing.B) {
 	testenv.Require(b, "root", "bpf")
-	if testHook != Hooks[0] {
-		b.Skip("no hook is involved")
-	}
+	onceForAllHooks(b)
 	w := newWorld(b)
 	w.quiet = true
 	d := w.open(Options{})

@@ -177,9 +177,7 @@ func difference(t testing.TB, d *Datapath, p *probe, seed uint64, verdicts int) 
 // POLICY_VERDICTS says how many verdicts are compared.
 func TestPolicyFuzz(t *testing.T) {
 	testenv.Require(t, "root", "bpf")
-	if testHook != Hooks[0] {
-		t.Skip("no hook is involved")
-	}
+	onceForAllHooks(t)
 	verdicts := 50_000
 	if s := os.Getenv("POLICY_VERDICTS"); s != "" {
 		verdicts, _ = strconv.Atoi(s)
@@ -195,9 +193,7 @@ func TestPolicyFuzz(t *testing.T) {
 // As many rules as fit, and as many IPv6 addresses: the deepest that is looked up.
 func TestPolicyAtItsLimits(t *testing.T) {
 	testenv.Require(t, "root", "bpf")
-	if testHook != Hooks[0] {
-		t.Skip("no hook is involved")
-	}
+	onceForAllHooks(t)
 	w := newWorld(t)
 	d := w.open(Options{})
 	p := newProbe(t, d, nil)

@@ -39,9 +39,7 @@ var policyFaults = []struct{ name, old, new string }{
 // Faults that are built into the programs are caught by the comparison.
 func TestPlantedPolicyFaultsAreCaught(t *testing.T) {
 	testenv.Require(t, "root", "bpf", "clang")
-	if testHook != Hooks[0] {
-		t.Skip("no hook is involved")
-	}
+	onceForAllHooks(t)
 	w := newWorld(t)
 	w.quiet = true
 	d := w.open(Options{})

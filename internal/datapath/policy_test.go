@@ -281,9 +281,7 @@ func TestPolicySurvivesTheAgent(t *testing.T) {
 // another rule, again and again: every packet is judged by one of the two, whole.
 func TestPolicyIsReplacedWhole(t *testing.T) {
 	testenv.Require(t, "root", "bpf")
-	if testHook != Hooks[0] {
-		t.Skip("no hook is involved")
-	}
+	onceForAllHooks(t)
 	w := newWorld(t)
 	w.quiet = true
 	d := w.open(Options{})

@@ -186,17 +186,19 @@ func (w *world) run(name string, args ...string) string {
 	return string(out)
 }
 
+// onceForAllHooks is for tests of what stands on no hook: the package's tests run
+// under each kind.
+func onceForAllHooks(t testing.TB) {
+	t.Helper()
+	if testHook != Hooks[0] {
+		t.Skip("no hook is involved")
+	}
+}
+
 // open opens the node's datapath; it is closed with the test if not before.
 func (w *world) open(opts Options) *Datapath {
 	w.t.Helper()
-	d, err := w.tryOpen(opts)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	w.t.Cleanup(func() { _ = d.Close() })
-	if err := d.SetENIs(context.Background(), enis); err != nil {
-		w.t.Fatal(err)
-	}
+	d := w.openWith(opts, enis)
 	d.eniMu.Lock()
 	defer d.eniMu.Unlock()
 	if err := d.setNets([]netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, nil); err != nil {

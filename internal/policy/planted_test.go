@@ -37,7 +37,7 @@ func TestPlantedFaultsAreCaught(t *testing.T) {
 	}
 	goTool, err := exec.LookPath("go")
 	if err != nil {
-		t.Skip("no Go toolchain to build the faults with")
+		t.Fatalf("the faults are built with Go: %v", err)
 	}
 	finding := regexp.MustCompile(`(?m)^.*differential_test\.go:\d+: (world \d+.*)$`)
 	for _, f := range faults {
