@@ -46,7 +46,7 @@ enum node_const {
 	 * ENI's mark index, 1..31, and are never all zero after from_pod. */
 	NODE_MARK_MASK = 0x3046,
 	/* Version of the maps' layout, in map `meta`. */
-	NODE_LAYOUT = 2,
+	NODE_LAYOUT = 3,
 	/* Size of map policy_tables; its number 0 is nobody's. Endpoints with equal
 	 * policy share a table; while one is exchanged for another both are there. */
 	NODE_POLICY_TABLES = 16384,
@@ -100,13 +100,24 @@ struct iface {
 	__u32 slot;		/* in map `slots`, from 1 */
 };
 
-/* Packets are those on the wire (a segmentation offload's apart), bytes IP
- * lengths, as conns has them: so flow records can be held against them. */
-struct iface_counters {
+/* A host veth by its slot, which is read faster than by a hash. */
+struct slot {
+	struct iface iface;
+	__u32 ifindex;		/* 0: nobody's */
+};
+
+/* What passed an interface. Packets are those on the wire (a segmentation
+ * offload's apart), bytes IP lengths, as conns has them: so flow records can be
+ * held against them. */
+struct iface_traffic {
 	__u64 from_packets;	/* passed by from_pod */
 	__u64 from_bytes;
 	__u64 to_packets;	/* passed by to_pod */
 	__u64 to_bytes;
+};
+
+struct iface_counters {
+	struct iface_traffic before; /* what programs of layout 2 counted here */
 	__u64 drops[DROP_SLOTS];
 	__u64 last_drop_ns;	/* CLOCK_BOOTTIME, 0: never */
 	__u32 last_drop_reason;
@@ -187,6 +198,15 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } iface_stats SEC(".maps");
 
+/* By slot. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, MAX_IFACES + 1);
+	__type(key, __u32);
+	__type(value, struct iface_traffic);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} traffic SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, DROP_SLOTS);
@@ -196,12 +216,12 @@ struct {
 } drops SEC(".maps");
 
 /* Host veths by slot: a packet's way through the stack leaves 16 bits of the
- * packet, its tc_index, which keep whose it was. */
+ * packet, its tc_index, which keep whose it was; and flows keep it. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, MAX_IFACES + 1);
 	__type(key, __u32);
-	__type(value, __u32);
+	__type(value, struct slot);
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } slots SEC(".maps");
 
@@ -345,6 +365,43 @@ static __always_inline int arp(struct __sk_buff *skb, __u32 ifindex, const struc
 	return bpf_redirect(ifindex, 0);
 }
 
+static __always_inline void count_from(const struct iface *pod, __u32 packets, __u32 bytes)
+{
+	__u32 slot = pod->slot;
+	struct iface_traffic *t = bpf_map_lookup_elem(&traffic, &slot);
+
+	if (t) {
+		t->from_packets += packets;
+		t->from_bytes += bytes;
+	}
+}
+
+static __always_inline void count_to(const struct iface *pod, __u32 packets, __u32 bytes)
+{
+	__u32 slot = pod->slot;
+	struct iface_traffic *t = bpf_map_lookup_elem(&traffic, &slot);
+
+	if (t) {
+		t->to_packets += packets;
+		t->to_bytes += bytes;
+	}
+}
+
+/* The pod here that is an end of a flow; ifindex is its host veth. */
+static __always_inline struct iface *pod_at(struct conn *c, __u32 end, __u32 ifindex)
+{
+	__u32 number = c->slot[end & 1];
+	struct slot *s = bpf_map_lookup_elem(&slots, &number);
+	struct iface *pod;
+
+	if (s && s->ifindex == ifindex)
+		return &s->iface;
+	pod = bpf_map_lookup_elem(&ifaces, &ifindex);
+	if (pod && c->ifindex[end & 1] == ifindex)
+		c->slot[end & 1] = pod->slot;
+	return pod;
+}
+
 #include "node_direct.h"
 
 enum eni_flag eni_flag_btf SEC(".bss.btf") = 0;
@@ -415,19 +472,29 @@ int from_pod(struct __sk_buff *skb)
 {
 	const __u32 need = sizeof(struct ethhdr) + sizeof(struct iphdr);
 	__u32 ifindex = skb->ifindex, reason, peer;
-	struct iface_counters *stats;
-	struct iface *ep, *other;
+	struct iface *ep = 0, *other;
 	struct packet *p = packet_new();
+	struct conn *c = 0;
+	bool plain = false;
 	struct addr src;
 	struct ethhdr *eth;
 	struct iphdr *ip;
 	struct eni *eni;
-	struct conn *c;
 	__be16 proto;
 	int v6 = 0;
 
-	ep = bpf_map_lookup_elem(&ifaces, &ifindex);
-	if (!ep || !p)
+	if (!p)
+		return drop(skb, ifindex, DROP_UNKNOWN_INTERFACE);
+	/* Most packets are of a flow that is there: its entry tells whose they are. */
+	if (skb->protocol == bpf_htons(ETH_P_IP) && read_plain(skb, p)) {
+		plain = true;
+		c = bpf_map_lookup_elem(&conns, &p->key);
+		if (c)
+			ep = pod_at(c, p->end, ifindex);
+	}
+	if (!c)
+		ep = bpf_map_lookup_elem(&ifaces, &ifindex);
+	if (!ep)
 		return drop(skb, ifindex, DROP_UNKNOWN_INTERFACE);
 	if (!(ep->flags & IFACE_READY) || !(ep->mark & NODE_MARK_MASK))
 		return drop(skb, ifindex, DROP_NOT_READY);
@@ -476,11 +543,12 @@ int from_pod(struct __sk_buff *skb)
 		if (!same_addr(&src, &ep->addr))
 			return drop(skb, ifindex, DROP_SOURCE_ADDRESS);
 	}
-	reason = read_packet(skb, p, v6, 1);
-	if (reason)
-		return drop(skb, ifindex, reason);
-
-	c = find(skb, p, v6);
+	if (!plain) {
+		reason = read_other(skb, p, v6, 1);
+		if (reason)
+			return drop(skb, ifindex, reason);
+		c = find(skb, p, v6);
+	}
 	if (!c || stale(c, p, p->end, ifindex)) {
 		reason = begin_from_pod(skb, p, ep, c);
 		c = bpf_map_lookup_elem(&conns, &p->key);
@@ -499,15 +567,11 @@ int from_pod(struct __sk_buff *skb)
 	if (c->flags & CONN_DENIED)
 		return drop_packet(skb, ifindex, refused_by(c), p);
 
-	stats = bpf_map_lookup_elem(&iface_stats, &ifindex);
-	if (stats) {
-		stats->from_packets += p->packets;
-		stats->from_bytes += p->bytes;
-	}
+	count_from(ep, p->packets, p->bytes);
 	if (direct_enabled && c->provenance == PROVENANCE_DIRECT) {
 		if (c->flags & CONN_LOCAL) {
 			peer = c->ifindex[1 - (p->end & 1)];
-			other = bpf_map_lookup_elem(&ifaces, &peer);
+			other = pod_at(c, 1 - p->end, peer);
 			if (other && (other->flags & IFACE_READY) && same_addr(&other->addr, &p->tuple.dst) &&
 			    !must_take_stack(skb, p, peer) &&
 			    lower_ttl(skb)) {
@@ -537,7 +601,6 @@ SEC("tc")
 int to_pod(struct __sk_buff *skb)
 {
 	__u32 ifindex = skb->ifindex, reason, slot = skb->tc_index, from;
-	struct iface_counters *stats;
 	struct packet *p = packet_new();
 	struct iface *ep;
 	int v6 = 0;
@@ -559,7 +622,7 @@ int to_pod(struct __sk_buff *skb)
 		v6 = 1;
 	}
 	if (v6 || skb->protocol == bpf_htons(ETH_P_IP)) {
-		reason = read_packet(skb, p, v6, 1);
+		reason = read_packet(skb, p, v6);
 		if (reason)
 			return drop(skb, ifindex, reason);
 		from = origin_of(slot, &p->tuple.src);
@@ -577,11 +640,7 @@ int to_pod(struct __sk_buff *skb)
 		p->bytes = skb->len - ETH_HLEN;
 	}
 
-	stats = bpf_map_lookup_elem(&iface_stats, &ifindex);
-	if (stats) {
-		stats->to_packets += p->packets;
-		stats->to_bytes += p->bytes;
-	}
+	count_to(ep, p->packets, p->bytes);
 	return TC_ACT_UNSPEC;
 }
 
@@ -589,12 +648,15 @@ SEC("tc")
 int to_eni(struct __sk_buff *skb)
 {
 	__u32 slot = skb->tc_index, reason, from;
-	struct packet *p = packet_new();
+	struct packet *p;
 	struct addr src;
 	__be32 saddr;
 
 	skb->tc_index = 0;
-	if (slot == TC_DIRECT || !p)
+	if (slot == TC_DIRECT)
+		return TC_ACT_UNSPEC;
+	p = packet_new();
+	if (!p)
 		return TC_ACT_UNSPEC;
 	if (skb->protocol != bpf_htons(ETH_P_IP) ||
 	    bpf_skb_load_bytes(skb, ETH_HLEN + offsetof(struct iphdr, saddr), &saddr, sizeof(saddr)))
@@ -604,7 +666,7 @@ int to_eni(struct __sk_buff *skb)
 	if (!from)
 		return TC_ACT_UNSPEC; /* the node's own */
 
-	reason = read_packet(skb, p, 0, 1);
+	reason = read_packet(skb, p, 0);
 	if (!reason && (p->flags & PACKET_ERROR))
 		find(skb, p, 0);
 	if (!reason)
@@ -662,7 +724,7 @@ int from_eni(struct __sk_buff *skb)
 	if (skb->protocol != bpf_htons(ETH_P_IP) || skb->vlan_present || !p)
 		return TC_ACT_UNSPEC;
 	/* What cannot be read, the stack drops, or to_pod. */
-	if (read_packet(skb, p, 0, 1))
+	if (read_packet(skb, p, 0))
 		return TC_ACT_UNSPEC;
 	c = bpf_map_lookup_elem(&conns, &p->key);
 	me = 1 - (p->end & 1);
@@ -682,7 +744,7 @@ int from_eni(struct __sk_buff *skb)
 		return TC_ACT_UNSPEC;
 	}
 	to = c->ifindex[me & 1];
-	if (!to || !(pod = bpf_map_lookup_elem(&ifaces, &to)))
+	if (!to || !(pod = pod_at(c, me, to)))
 		/* Of a pod here, by way of the wire, or of a pod that is gone: the
 		 * stack finds whose the address is now. */
 		return TC_ACT_UNSPEC;

@@ -76,7 +76,7 @@ struct conn {
 	__u8 seen;		/* enum conn_seen */
 	__u8 pad[3];
 	__u32 generation;	/* policy_now() when the verdicts were last compared */
-	__u32 reserved;
+	__u16 slot[2];		/* of that pod, as last seen: good while slots agrees */
 };
 
 /* Grown by need: 256 bytes of kernel memory an entry. When it is full no flow
@@ -427,7 +427,7 @@ static __noinline int read_error(struct __sk_buff *skb, __u32 offset, struct pac
 	return 0;
 }
 
-/* read_packet for what most packets are: whole IPv4 without options, TCP or UDP,
+/* read_other for what most packets are: whole IPv4 without options, TCP or UDP,
  * readable where it lies. False: it is another, and nothing was read that matters. */
 static __always_inline bool read_plain(struct __sk_buff *skb, struct packet *p)
 {
@@ -489,7 +489,7 @@ static __always_inline bool read_plain(struct __sk_buff *skb, struct packet *p)
  * IPv4, or IPv6 if v6. It returns 0, or the reason to drop it. With errors, the
  * tuple of an ICMP error becomes that of the flow.
  */
-__noinline int read_packet(struct __sk_buff *skb, struct packet *p, int v6, int errors)
+__noinline int read_other(struct __sk_buff *skb, struct packet *p, int v6, int errors)
 {
 	struct network n = {};
 	__u32 header, segments, have;
@@ -499,8 +499,6 @@ __noinline int read_packet(struct __sk_buff *skb, struct packet *p, int v6, int 
 
 	if (!p)
 		return DROP_MALFORMED;
-	if (!v6 && read_plain(skb, p))
-		return 0;
 	t = &p->tuple;
 	bad = v6 && ipv6_allowed ? read_ipv6(skb, ETH_HLEN, &n) : read_ipv4(skb, ETH_HLEN, &n);
 	if (bad)
@@ -610,6 +608,11 @@ __noinline int read_packet(struct __sk_buff *skb, struct packet *p, int v6, int 
 	}
 	set_key(p);
 	return 0;
+}
+
+static __always_inline int read_packet(struct __sk_buff *skb, struct packet *p, int v6)
+{
+	return !v6 && read_plain(skb, p) ? 0 : read_other(skb, p, v6, 1);
 }
 
 /* Whether the flow is over: the entry waits to be swept up. */

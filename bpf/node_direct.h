@@ -185,15 +185,15 @@ __noinline int plain_opening(struct __sk_buff *skb, const struct packet *p)
 
 /* Whether a packet of a direct flow must go to the stack all the same, which
  * answers it or cuts it up. */
-__noinline int must_take_stack(struct __sk_buff *skb, const struct packet *p, __u32 ifindex)
+static __always_inline bool must_take_stack(struct __sk_buff *skb, const struct packet *p, __u32 ifindex)
 {
 	__u32 mtu = 0;
 
-	if (!p || p->ttl <= 1 || (p->flags & (PACKET_OPTIONS | PACKET_SHORT)) || skb->pkt_type != PACKET_HOST)
-		return 1;
+	if (p->ttl <= 1 || (p->flags & (PACKET_OPTIONS | PACKET_SHORT)) || skb->pkt_type != PACKET_HOST)
+		return true;
 	/* No MTU is below 68 (RFC 791), and hardly one below 576. */
 	if (skb->len <= 576 + ETH_HLEN && !skb->gso_size)
-		return 0;
+		return false;
 	return bpf_check_mtu(skb, ifindex, &mtu, 0, skb->gso_size ? BPF_MTU_CHK_SEGS : 0) != 0;
 }
 
@@ -228,7 +228,6 @@ static __always_inline int leave_by_eni(struct __sk_buff *skb, const struct eni 
 static __always_inline int enter_pod(struct __sk_buff *skb, const struct packet *p, __u32 ifindex,
 					  const struct iface *pod)
 {
-	struct iface_counters *stats;
 	struct ethhdr *eth = (void *)(long)skb->data;
 
 	if ((void *)(eth + 1) > (void *)(long)skb->data_end)
@@ -237,10 +236,6 @@ static __always_inline int enter_pod(struct __sk_buff *skb, const struct packet 
 	copy_mac(eth->h_source, pod->host_mac);
 	skb->mark = 0;
 	skb->tc_index = 0;
-	stats = bpf_map_lookup_elem(&iface_stats, &ifindex);
-	if (stats) {
-		stats->to_packets += p->packets;
-		stats->to_bytes += p->bytes;
-	}
+	count_to(pod, p->packets, p->bytes);
 	return bpf_redirect_peer(ifindex, 0);
 }

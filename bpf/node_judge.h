@@ -23,7 +23,7 @@ static __always_inline struct conn *find(struct __sk_buff *skb, struct packet *p
 	struct conn *c = bpf_map_lookup_elem(&conns, &p->key);
 
 	if (!c && (p->flags & PACKET_ERROR)) {
-		read_packet(skb, p, v6, 0);
+		read_other(skb, p, v6, 0);
 		c = bpf_map_lookup_elem(&conns, &p->key);
 	}
 	return c;

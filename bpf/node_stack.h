@@ -8,12 +8,12 @@
  * source address on the way; 0: none. */
 static __always_inline __u32 origin_of(__u32 slot, const struct addr *src)
 {
-	__u32 *ifindex;
+	struct slot *s;
 
 	if (slot && slot <= MAX_IFACES) {
-		ifindex = bpf_map_lookup_elem(&slots, &slot);
-		if (ifindex && *ifindex)
-			return *ifindex;
+		s = bpf_map_lookup_elem(&slots, &slot);
+		if (s && s->ifindex)
+			return s->ifindex;
 	}
 	return local_pod(src);
 }

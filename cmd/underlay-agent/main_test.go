@@ -17,7 +17,7 @@ import (
 func TestFlags(t *testing.T) {
 	for _, tc := range []struct{ args, says string }{
 		{"--imds maybe", "want allow or deny"},
-		{"--hook xdp", "want one of [clsact tcx]"},
+		{"--hook xdp", "want one of [auto clsact tcx]"},
 		{"--snat always", "want one of [eni primary none]"},
 		{"--snat-exclude 198.51.100.0", "such as 198.51.100.0/24"},
 		{"--snat-exclude 198.51.100.0/24,2001:db8::/32", "no IPv4 range"},

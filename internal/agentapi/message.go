@@ -171,8 +171,10 @@ type Inspection struct {
 
 // Datapath is which way pods' packets take through the node.
 type Datapath struct {
-	Hook   string `json:"hook"`   // where the programs stand: clsact or tcx
-	Direct bool   `json:"direct"` // connections within the VPC may bypass the kernel's stack
+	// Where the programs stand, on pods' devices and on ENIs: clsact or tcx.
+	Hook    string `json:"hook"`
+	ENIHook string `json:"eniHook"`
+	Direct  bool   `json:"direct"` // connections within the VPC may bypass the kernel's stack
 	// Entries of conntrack, and those that bypass the stack, a few seconds ago.
 	Connections       int     `json:"connections"`
 	DirectConnections int     `json:"directConnections"`

@@ -376,7 +376,7 @@ func (s *status) podTable(w io.Writer, color bool, now time.Time) {
 
 // pathTable shows which way pods' packets take.
 func (s *status) pathTable(w io.Writer, color bool) {
-	t := table{head: []string{"DATAPATH OF", "HOOK", "DIRECT", "CONNECTIONS", "OF AT MOST", "PACKETS", "BY THE STACK"}}
+	t := table{head: []string{"DATAPATH OF", "HOOKS", "DIRECT", "CONNECTIONS", "OF AT MOST", "PACKETS", "BY THE STACK"}}
 	for _, n := range s.NodeStatus {
 		if n.Inspect == nil || n.Inspect.Datapath.Hook == "" {
 			continue // an agent of before
@@ -386,7 +386,11 @@ func (s *status) pathTable(w io.Writer, color bool) {
 		if d.Direct {
 			direct = text("on")
 		}
-		t.row(text(n.Name), text(d.Hook), direct, number(d.Connections), number(d.MaxConnections),
+		hooks := d.Hook
+		if d.ENIHook != "" && d.ENIHook != d.Hook {
+			hooks += ", ENIs " + d.ENIHook
+		}
+		t.row(text(n.Name), text(hooks), direct, number(d.Connections), number(d.MaxConnections),
 			cell{text: fmt.Sprint(d.DirectPackets + d.StackPackets), right: true}, cell{text: fmt.Sprintf("%.1f %%", 100*d.SlowShare), right: true})
 	}
 	if len(t.rows) > 0 {

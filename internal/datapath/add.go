@@ -207,11 +207,8 @@ func (d *Datapath) enter(ctx context.Context) error {
 // putIface writes what the programs know of the endpoint.
 func (d *Datapath) putIface(e *Endpoint, flags uint32) error {
 	index := uint32(e.HostIfIndex)
-	slot, err := d.slotOf(e.HostIfIndex)
+	slot, fresh, err := d.slotOf(e.HostIfIndex)
 	if err != nil {
-		return err
-	}
-	if err := d.fillSlot(slot, index); err != nil {
 		return err
 	}
 	v := bpfgen.NodeIface{Addr: addrKey(e.Addr), Mark: Mark(e.ENIIndex), Flags: flags, Eni: uint32(e.ENIIndex), Slot: slot}
@@ -232,6 +229,14 @@ func (d *Datapath) putIface(e *Endpoint, flags uint32) error {
 	err = nl.AwaitMemory(func() error { return d.objs.IfaceStats.Update(&index, none, ebpf.UpdateNoExist) })
 	if err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
 		return fmt.Errorf("make counters of %s: %w", e.HostIfName, err)
+	}
+	if fresh {
+		if err := d.objs.Traffic.Update(&slot, make([]bpfgen.NodeIfaceTraffic, cpus), ebpf.UpdateAny); err != nil {
+			return fmt.Errorf("set the counters of %s to zero: %w", e.HostIfName, err)
+		}
+	}
+	if err := d.fillSlot(index, &v); err != nil {
+		return err
 	}
 	if err := nl.AwaitMemory(func() error { return d.objs.Ifaces.Update(&index, &v, ebpf.UpdateAny) }); err != nil {
 		return fmt.Errorf("enter %s into the map of interfaces: %w", e.HostIfName, err)

@@ -78,12 +78,27 @@ func (d *Datapath) Traffic() (map[netip.Addr]Traffic, error) {
 		if err := d.objs.IfaceStats.Lookup(&index, &perCPU); err != nil {
 			continue // the endpoint is just being deleted
 		}
-		out[netip.AddrFrom16(v.Addr.B).Unmap()] = d.sum(perCPU)
+		var traffic []bpfgen.NodeIfaceTraffic
+		if err := d.objs.Traffic.Lookup(&v.Slot, &traffic); err != nil {
+			return nil, fmt.Errorf("read the counters of interface %d: %w", index, err)
+		}
+		t := d.sum(perCPU)
+		for i := range traffic {
+			t.add(&traffic[i])
+		}
+		out[netip.AddrFrom16(v.Addr.B).Unmap()] = t
 	}
 	if err := it.Err(); err != nil {
 		return nil, fmt.Errorf("read the map of interfaces: %w", err)
 	}
 	return out, nil
+}
+
+func (t *Traffic) add(c *bpfgen.NodeIfaceTraffic) {
+	t.FromPackets += c.FromPackets
+	t.FromBytes += c.FromBytes
+	t.ToPackets += c.ToPackets
+	t.ToBytes += c.ToBytes
 }
 
 // sum adds the CPUs' counters up; the latest of their last drops counts.
@@ -92,10 +107,7 @@ func (d *Datapath) sum(perCPU []bpfgen.NodeIfaceCounters) Traffic {
 	var last uint64
 	for i := range perCPU {
 		c := &perCPU[i]
-		t.FromPackets += c.FromPackets
-		t.FromBytes += c.FromBytes
-		t.ToPackets += c.ToPackets
-		t.ToBytes += c.ToBytes
+		t.add(&c.Before)
 		for reason, name := range reasonNames {
 			if n := c.Drops[reason]; n != 0 {
 				t.Drops[name] += n

@@ -39,9 +39,9 @@ type Options struct {
 	// error undoes the endpoint. It may be called for several endpoints at
 	// once.
 	BeforeReady func(context.Context, Endpoint) error
-	// Hook is where the programs stand on host veths; "": Clsact. Open exchanges
-	// the kind that an agent before used; towards Clsact, a pod loses what it is
-	// sent within some 0.2 ms.
+	// Hook is where the programs stand; "": Auto. Open exchanges the kind that an
+	// agent before used; towards Clsact, a pod loses what it is sent within some
+	// 0.2 ms.
 	Hook Hook
 	// SNAT is by which address pods speak to networks outside of the VPC, once
 	// SetVPC has said what that is; "": SNATNone.
@@ -85,8 +85,8 @@ type Datapath struct {
 	conn, slow  *nl.Conn
 	netnsCookie uint64
 	objs        bpfgen.NodeObjects
-	hooks       hooks
-	oldHooks    []hooks // of the kinds that are not wanted
+	hooks       hooking // of host veths
+	eniHooks    hooking
 
 	// work bounds the Adds that are in the kernel at once: they queue for the
 	// same lock there, and fifty that contend are slower than two.
@@ -199,10 +199,7 @@ func (d *Datapath) open() (err error) {
 	if err := d.readGeneration(); err != nil {
 		return err
 	}
-	if d.hooks, d.oldHooks, err = d.newHooks(); err != nil {
-		return err
-	}
-	if err := d.hooks.probe(); err != nil {
+	if err := d.setHooks(); err != nil {
 		return err
 	}
 	// The guard first: from here on, nothing passes that a program of ours

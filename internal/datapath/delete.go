@@ -148,7 +148,8 @@ func (d *Datapath) shut(e *Endpoint) (owns bool, err error) {
 	var v bpfgen.NodeIface
 	err = d.objs.Ifaces.Lookup(&index, &v)
 	if owns = err == nil && v.Addr == addrKey(e.Addr); owns {
-		err = d.objs.Ifaces.Delete(&index)
+		v.Flags &^= uint32(bpfgen.NodeIfaceFlagsIFACE_READY)
+		err = errors.Join(d.fillSlot(index, &v), d.objs.Ifaces.Delete(&index))
 	}
 	if errors.Is(err, ebpf.ErrKeyNotExist) {
 		err = nil

@@ -62,18 +62,13 @@ func (d *Datapath) releaseENIs(present map[int]ENI, links []nl.Link) error {
 // attachENI makes one ENI's device whole, and known to the programs.
 func (d *Datapath) attachENI(i int, eni ENI, dev device) error {
 	v := bpfgen.NodeEni{Ifindex: uint32(dev.index), Gateway: wire4(vpc.Router(eni.Subnet)), Subnet: wire4(eni.Subnet.Masked().Addr()), Mask: mask4(eni.Subnet.Bits())}
-	if damage := d.hooks.check(dev); damage != nil {
+	if damage := d.eniHooks.check(dev); damage != nil {
 		if _, had := d.eniLinks[i]; had {
 			d.log.Warn("programs were taken off an ENI's device, put back", "eni", eni.ID, "link", dev.name, "err", damage)
 		}
-		if err := d.hooks.attach(dev); err != nil {
+		if err := d.eniHooks.replace(dev); err != nil {
 			// By the stack all goes on; what replies belong to is not recorded.
 			return errors.Join(d.putENI(i, v), fmt.Errorf("set up %s (%s) for direct forwarding: %w", eni.ID, dev.name, err))
-		}
-		for _, h := range d.oldHooks {
-			if err := h.detach(dev); err != nil {
-				return err
-			}
 		}
 	}
 	d.mu.Lock()
@@ -87,10 +82,10 @@ func (d *Datapath) attachENI(i int, eni ENI, dev device) error {
 func (d *Datapath) releaseENI(dev device, links []nl.Link) error {
 	for _, l := range links {
 		if l.Index == dev.index && l.Name == dev.name {
-			return d.hooks.detach(dev)
+			return d.eniHooks.detach(dev)
 		}
 	}
-	return d.hooks.forget(dev)
+	return d.eniHooks.forget(dev)
 }
 
 func (d *Datapath) forgetENI(i int) {
@@ -130,7 +125,7 @@ func (d *Datapath) sweepENIPins() error {
 		return err
 	}
 	wanted := map[string]bool{}
-	if d.opts.Hook == TCX {
+	if d.eniHooks.kind == TCX {
 		for _, dev := range d.eniLinks {
 			for _, p := range dev.programs {
 				wanted[dev.name+"_"+p.name] = true

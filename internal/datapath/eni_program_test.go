@@ -29,7 +29,7 @@ func TestENIProgramsAreRepaired(t *testing.T) {
 		t.Fatal(err)
 	}
 	dev := device{link.Name, link.Index, eniPrograms}
-	if err := d.hooks.check(dev); err != nil {
+	if err := d.eniHooks.check(dev); err != nil {
 		t.Fatal(err)
 	}
 	if err := d.hooks.detach(dev); err != nil {
@@ -45,7 +45,7 @@ func TestENIProgramsAreRepaired(t *testing.T) {
 		if err := d.SetENIs(ctx, enis); err != nil {
 			t.Fatal(err)
 		}
-		return d.hooks.check(dev) == nil
+		return d.eniHooks.check(dev) == nil
 	})
 	before := paths(t, d)
 	say("repaired")
@@ -56,7 +56,7 @@ func TestENIProgramsAreRepaired(t *testing.T) {
 	if err := d.SetENIs(ctx, enis[:1]); err != nil {
 		t.Fatal(err)
 	}
-	if err := d.hooks.check(dev); err == nil {
+	if err := d.eniHooks.check(dev); err == nil {
 		t.Error("the programs are on a device that is no ENI")
 	}
 	pins, err := pinNames(linkDir(w.bpffs))
@@ -69,7 +69,7 @@ func TestENIProgramsAreRepaired(t *testing.T) {
 func TestENIHooksAreExchanged(t *testing.T) {
 	w := newWorld(t)
 	var d *Datapath
-	for _, hook := range []Hook{Clsact, TCX, Clsact} {
+	for _, hook := range []Hook{Clsact, TCX, Clsact, Auto} {
 		if d != nil {
 			if err := d.Close(); err != nil {
 				t.Fatal(err)
@@ -82,13 +82,11 @@ func TestENIHooksAreExchanged(t *testing.T) {
 				t.Fatal(err)
 			}
 			dev := device{link.Name, link.Index, eniPrograms}
-			if err := d.hooks.check(dev); err != nil {
+			if err := d.eniHooks.check(dev); err != nil {
 				t.Errorf("%s: %v", hook, err)
 			}
-			for _, old := range d.oldHooks {
-				if old.check(dev) == nil {
-					t.Errorf("%s: the other kind is on %s still", hook, name)
-				}
+			if d.eniHooks.old.check(dev) == nil {
+				t.Errorf("%s: the other kind is on %s still", hook, name)
 			}
 		}
 	}
@@ -123,7 +121,7 @@ func TestFloodSparesOthers(t *testing.T) {
 	if _, err := d.sweepConns(monoNow()); err != nil {
 		t.Fatal(err)
 	}
-	if st, err := d.Status(); err != nil || st.Connections < frames || st.Hook != testHook || !st.Direct {
+	if st, err := d.Status(); err != nil || st.Connections < frames || st.Hook != testHook || st.ENIHook != testHook || !st.Direct {
 		t.Errorf("%+v, %v", st, err)
 	}
 }

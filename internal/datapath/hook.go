@@ -12,10 +12,14 @@ import (
 	"github.com/underlay-cni/underlay/internal/nl"
 )
 
-// Hook is the kind of place where the programs stand on a host veth.
+// Hook is the kind of place where the programs stand on a device.
 type Hook string
 
 const (
+	// Auto is Clsact on host veths, whose programs must be in place at once, and
+	// TCX on ENIs, whose packets it spares some 60 ns at each hook; Clsact there
+	// too if the kernel has no TCX.
+	Auto Hook = "auto"
 	// Clsact is the classic qdisc of tc: a program is in place in some 50 µs.
 	Clsact Hook = "clsact"
 	// TCX is the BPF link of Linux 6.6. The kernel waits for an RCU grace
@@ -26,7 +30,7 @@ const (
 )
 
 // Hooks are the kinds, the default first.
-var Hooks = []Hook{Clsact, TCX}
+var Hooks = []Hook{Auto, Clsact, TCX}
 
 // device is one on whose hooks programs of ours stand.
 type device struct {
@@ -53,23 +57,42 @@ type hooks interface {
 	forget(device) error
 }
 
-// newHooks returns the wanted kind, and the others: an agent that ran before
-// may have used them.
-func (d *Datapath) newHooks() (wanted hooks, others []hooks, err error) {
-	kinds := map[Hook]hooks{Clsact: (*clsact)(d), TCX: (*tcx)(d)}
-	if d.opts.Hook == "" {
-		d.opts.Hook = Hooks[0]
+// hooking is a kind of hooks, and the other, which an agent before may have used.
+type hooking struct {
+	hooks
+	kind Hook // Clsact or TCX
+	old  hooks
+}
+
+// replace attaches the programs, and takes those on hooks of the other kind off.
+func (h hooking) replace(dev device) error {
+	if err := h.attach(dev); err != nil {
+		return err
 	}
-	wanted, ok := kinds[d.opts.Hook]
-	if !ok {
-		return nil, nil, fmt.Errorf("unknown kind of hook %q: want one of %v", d.opts.Hook, Hooks)
-	}
-	for _, k := range Hooks {
-		if k != d.opts.Hook {
-			others = append(others, kinds[k])
+	return h.old.detach(dev)
+}
+
+// setHooks chooses the hooks of host veths and of ENIs, and finds out whether the
+// kernel can do it.
+func (d *Datapath) setHooks() error {
+	onClsact := hooking{(*clsact)(d), Clsact, (*tcx)(d)}
+	onTCX := hooking{(*tcx)(d), TCX, (*clsact)(d)}
+	switch d.opts.Hook {
+	case Clsact:
+		d.hooks, d.eniHooks = onClsact, onClsact
+	case TCX:
+		d.hooks, d.eniHooks = onTCX, onTCX
+	case Auto, "":
+		d.hooks, d.eniHooks = onClsact, onTCX
+		if err := onTCX.probe(); errors.Is(err, ebpf.ErrNotSupported) {
+			d.eniHooks = onClsact
+		} else if err != nil {
+			return err
 		}
+	default:
+		return fmt.Errorf("unknown kind of hook %q: want one of %v", d.opts.Hook, Hooks)
 	}
-	return wanted, others, nil
+	return d.hooks.probe()
 }
 
 // repairPrograms puts back the programs that somebody took off the devices of

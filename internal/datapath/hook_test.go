@@ -118,10 +118,8 @@ func TestHooksAreExchanged(t *testing.T) {
 		if err := d.Check(ctx, a.Endpoint, openNetns(t, a.ns)); err != nil {
 			t.Errorf("after the change to %s: %v", hook, err)
 		}
-		for _, old := range d.oldHooks {
-			if old.check(a.device()) == nil {
-				t.Errorf("after the change to %s the other kind is there still", hook)
-			}
+		if d.hooks.old.check(a.device()) == nil {
+			t.Errorf("after the change to %s the other kind is there still", hook)
 		}
 		pins, err := pinNames(linkDir(w.bpffs))
 		if err != nil || (len(pins) > 0) != (hook == TCX) {

@@ -105,7 +105,7 @@ func (d *Datapath) restore(e *Endpoint, l nl.Link) error {
 	}
 	if err == nil {
 		d.keepSlot(e.HostIfIndex, v.Slot)
-		if err := d.fillSlot(v.Slot, index); err != nil {
+		if err := d.fillSlot(index, &v); err != nil {
 			return err
 		}
 	}
@@ -115,13 +115,8 @@ func (d *Datapath) restore(e *Endpoint, l nl.Link) error {
 			return err
 		}
 	}
-	if err := d.hooks.attach(e.device()); err != nil {
+	if err := d.hooks.replace(e.device()); err != nil {
 		return err
-	}
-	for _, h := range d.oldHooks {
-		if err := h.detach(e.device()); err != nil {
-			return err
-		}
 	}
 	var b nl.Batch
 	if !l.Up {

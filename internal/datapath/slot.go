@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"path/filepath"
 
 	"github.com/cilium/ebpf"
@@ -14,15 +15,16 @@ import (
 
 // Slots number the host veths within 16 bits, 1 up: a packet's tc_index, which
 // the kernel's stack leaves alone, tells whose a packet was when its source
-// address is no longer the pod's. A slot belongs to an ifindex as long as that is
+// address is no longer the pod's; and flows keep them, since an array is read
+// faster than a hash table. A slot belongs to an ifindex as long as that is
 // reserved.
 
 // slotOf returns the slot of a reserved ifindex, which is given one at first.
-func (d *Datapath) slotOf(index int) (uint32, error) {
+func (d *Datapath) slotOf(index int) (slot uint32, fresh bool, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if s, ok := d.slots[index]; ok {
-		return s, nil
+		return s, false, nil
 	}
 	taken := make(map[uint32]bool, len(d.slots))
 	for _, s := range d.slots {
@@ -33,10 +35,10 @@ func (d *Datapath) slotOf(index int) (uint32, error) {
 		d.nextSlot = d.nextSlot%(size-1) + 1 // one that was left a moment ago comes late
 		if !taken[d.nextSlot] {
 			d.slots[index] = d.nextSlot
-			return d.nextSlot, nil
+			return d.nextSlot, true, nil
 		}
 	}
-	return 0, fmt.Errorf("the node has %d endpoints, more fit into no map", size-1)
+	return 0, false, fmt.Errorf("the node has %d endpoints, more fit into no map", size-1)
 }
 
 // keepSlot is for an ifindex that had its slot before this process began.
@@ -48,9 +50,9 @@ func (d *Datapath) keepSlot(index int, slot uint32) {
 	}
 }
 
-// fillSlot makes the programs find the ifindex by its slot.
-func (d *Datapath) fillSlot(slot, index uint32) error {
-	if err := d.objs.Slots.Update(&slot, &index, ebpf.UpdateAny); err != nil {
+// fillSlot makes the programs find the interface by its slot.
+func (d *Datapath) fillSlot(index uint32, v *bpfgen.NodeIface) error {
+	if err := d.objs.Slots.Update(&v.Slot, &bpfgen.NodeSlot{Iface: *v, Ifindex: index}, ebpf.UpdateAny); err != nil {
 		return fmt.Errorf("enter interface %d into the map of slots: %w", index, err)
 	}
 	return nil
@@ -59,7 +61,7 @@ func (d *Datapath) fillSlot(slot, index uint32) error {
 // leaveSlot gives an ifindex's slot back; d.mu is held.
 func (d *Datapath) leaveSlot(index int) {
 	if slot, ok := d.slots[index]; ok {
-		var none uint32
+		var none bpfgen.NodeSlot
 		_ = d.objs.Slots.Update(&slot, &none, ebpf.UpdateAny) // an array's element is always there
 		delete(d.slots, index)
 	}
@@ -123,4 +125,14 @@ func widenIfaces(dir string) error {
 		return fmt.Errorf("read the map of interfaces: %w", err)
 	}
 	return replacePin(dir, bpfgen.NodeMapIfaces, wide)
+}
+
+// widenSlots is the way from layout 2 to 3: a slot says all of its interface.
+// Open fills them from the interfaces; the programs of the agent before go on with
+// the map that they have.
+func widenSlots(dir string) error {
+	if err := os.Remove(filepath.Join(dir, bpfgen.NodeMapSlots)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove the map of slots: %w", err)
+	}
+	return nil
 }

@@ -2,8 +2,9 @@ package datapath
 
 // Status is how the datapath goes on, in numbers.
 type Status struct {
-	Hook   Hook // where the programs stand
-	Direct bool // connections within the VPC may bypass the stack
+	// Where the programs stand, on host veths and on ENIs: Clsact or TCX.
+	Hook, ENIHook Hook
+	Direct        bool // connections within the VPC may bypass the stack
 	// Connections are the entries of conntrack as the latest sweep, every 5 s, saw
 	// them; MaxConnections how many there can be.
 	Connections, DirectConnections, MaxConnections int
@@ -30,7 +31,7 @@ func (d *Datapath) Status() (Status, error) {
 	fill := d.fill
 	d.mu.Unlock()
 	return Status{
-		Hook: d.opts.Hook, Direct: d.opts.Direct, Paths: paths,
+		Hook: d.hooks.kind, ENIHook: d.eniHooks.kind, Direct: d.opts.Direct, Paths: paths,
 		Connections: fill.entries, DirectConnections: fill.direct, MaxConnections: int(d.objs.Conns.MaxEntries()),
 	}, nil
 }

@@ -40,7 +40,7 @@ const latest = "latest.json"
 // for an interval, do not take the place of what is in docs/bench.
 func kept(b testing.TB, name string) string {
 	b.Helper()
-	if *turns >= 7 {
+	if *turns >= 7 && *only == "" {
 		return filepath.Join("../../docs/bench", name)
 	}
 	dir := filepath.Join(os.TempDir(), "underlay-bench")

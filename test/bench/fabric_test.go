@@ -14,7 +14,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/net/ipv4"
 	"golang.org/x/sys/unix"
 
 	"github.com/underlay-cni/underlay/internal/testenv"
@@ -328,53 +327,4 @@ func oneCPU(b testing.TB) {
 	}
 	all(&one)
 	b.Cleanup(func() { all(&before) })
-}
-
-// datagramsPerSecond sends datagrams of 64 bytes (IP length 92), 32 by each
-// system call, and counts those that are received.
-func datagramsPerSecond(b testing.TB, p pair) float64 {
-	const batch = 32
-	server := lab.In(b, p.to, func() (*net.UDPConn, error) {
-		return net.ListenUDP("udp4", net.UDPAddrFromAddrPort(netip.AddrPortFrom(p.addr, 0)))
-	})
-	defer server.Close()
-	if err := server.SetReadBuffer(4 << 20); err != nil {
-		b.Fatal(err)
-	}
-	client := lab.In(b, p.from, func() (*net.UDPConn, error) {
-		return net.DialUDP("udp4", nil, server.LocalAddr().(*net.UDPAddr))
-	})
-	defer client.Close()
-	out, in := messages(batch), messages(batch)
-	send, receive := ipv4.NewPacketConn(client), ipv4.NewPacketConn(server)
-	received, start := 0, time.Now()
-	for time.Since(start) < *slice {
-		for sent := 0; sent < batch; {
-			n, err := send.WriteBatch(out[sent:], 0)
-			if err != nil {
-				b.Fatal(err)
-			}
-			sent += n
-		}
-		// On one CPU they have arrived by now, but for what was lost.
-		for {
-			n, err := receive.ReadBatch(in, unix.MSG_DONTWAIT)
-			received += max(n, 0)
-			if n < batch || err != nil {
-				break
-			}
-			if received%batch == 0 {
-				break
-			}
-		}
-	}
-	return float64(received) / time.Since(start).Seconds()
-}
-
-func messages(n int) []ipv4.Message {
-	out := make([]ipv4.Message, n)
-	for i := range out {
-		out[i].Buffers = [][]byte{make([]byte, 64)}
-	}
-	return out
 }

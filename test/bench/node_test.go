@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -52,6 +53,10 @@ type contender struct {
 // each of the others.
 func compare(b *testing.B, m measure, first contender, others ...contender) []Row {
 	b.Helper()
+	others = slices.DeleteFunc(others, func(c contender) bool { return !chosen(first.name + "-" + c.name + "/" + m.name) })
+	if len(others) == 0 {
+		return nil
+	}
 	all := append([]contender{first}, others...)
 	subjects := make([]Subject, len(all))
 	for i, c := range all {
@@ -80,6 +85,8 @@ func BenchmarkNode(b *testing.B) {
 	bare := newSite(b, "bare")
 	aws, awsPods := newAWS(b, "aws")
 	vxlan, vxlanPods := newVXLAN(b, "vxlan")
+	emptyNF := withEmptyNetfilter(b, "emptynf")
+	floorPods := newFloor(b, "floor")
 	withService := newUnderlay(b, "svc")
 	serviceFrom, serviceTo := withService.pod(0), withService.pod(1)
 	awsService, awsServicePods := newAWS(b, "awssvc")
@@ -88,6 +95,8 @@ func BenchmarkNode(b *testing.B) {
 	node := contender{"node", bare.between(), "node to node over an equal wire, no netfilter"}
 	asAWS := contender{"aws", pairTo(awsPods[0].ns, awsPods[1].ns, awsPods[1].addr), "pod to pod in the manner of the AWS VPC CNI: veth, ip rules, iptables SNAT and connmark"}
 	asVXLAN := contender{"vxlan", pairTo(vxlanPods[0].ns, vxlanPods[1].ns, vxlanPods[1].addr), "pod to pod in the manner of flannel's VXLAN"}
+	nodeNF := contender{"nodenf", emptyNF.between(), "node to node, with netfilter's tables empty and its connection tracking on, as on a node of Kubernetes"}
+	floor := contender{"floor", pairTo(floorPods[0].ns, floorPods[1].ns, floorPods[1].addr), "pod to pod by BPF programs that redirect whatever comes and check, track and count nothing"}
 	samenode := contender{"samenode", pairTo(podA.ns, podC.ns, podC.addr), ""}
 	veth := contender{"veth", newBare(b, "veth"), "two namespaces joined by one veth pair"}
 	clusterIP := contender{"clusterip", withService.service(serviceFrom, serviceTo), ""}
@@ -96,13 +105,15 @@ func BenchmarkNode(b *testing.B) {
 
 	oneCPU(b)
 	var rows []Row
-	rows = append(rows, compare(b, measureTCP1, pod, node, asAWS, asVXLAN)...)
-	rows = append(rows, compare(b, measureTCP2, pod, node)...)
-	rows = append(rows, roundTrips(b, pod, node)...)
-	rows = append(rows, compare(b, measureRR1, pod, node, asAWS)...)
-	rows = append(rows, compare(b, measureCRR, pod, node, asAWS)...)
-	rows = append(rows, compare(b, measureCRR1, pod, node, asAWS)...)
-	rows = append(rows, compare(b, measureUDP, pod, node, asAWS, asVXLAN)...)
+	rows = append(rows, compare(b, measureTCP1, pod, node, nodeNF, floor, asAWS, asVXLAN)...)
+	rows = append(rows, compare(b, measureTCP2, pod, node, nodeNF)...)
+	if chosen("pod-node/rr") {
+		rows = append(rows, roundTrips(b, pod, node)...)
+	}
+	rows = append(rows, compare(b, measureRR1, pod, node, nodeNF, floor, asAWS)...)
+	rows = append(rows, compare(b, measureCRR, pod, node, nodeNF, asAWS)...)
+	rows = append(rows, compare(b, measureCRR1, pod, node, nodeNF, floor, asAWS)...)
+	rows = append(rows, compare(b, measureUDP, pod, node, nodeNF, floor, asAWS, asVXLAN)...)
 	for _, m := range []measure{measureTCP1, measureRR1, measureCRR1, measureUDP} {
 		rows = append(rows, compare(b, m, samenode, veth)...)
 	}
@@ -110,12 +121,20 @@ func BenchmarkNode(b *testing.B) {
 		rows = append(rows, compare(b, m, clusterIP, awsClusterIP)...)
 	}
 	for _, g := range growths {
+		if !chosen(g.name + "-one") {
+			continue
+		}
 		small, large := g.make(b)
 		for _, m := range []measure{measureRR1, measureCRR1, measureUDP} {
 			rows = append(rows, compare(b, m, contender{g.name, large, ""}, contender{"one", small, g.base})...)
 		}
 	}
-	rows = append(rows, replaced(b), memory(b))
+	if chosen("group10000/replace") {
+		rows = append(rows, replaced(b))
+	}
+	if chosen("memory/pod") {
+		rows = append(rows, memory(b))
+	}
 	if err := Merge(kept(b, latest), rows); err != nil {
 		b.Fatal(err)
 	}

@@ -9,6 +9,7 @@ import (
 	"math"
 	"os"
 	"slices"
+	"strings"
 	"testing"
 	"text/tabwriter"
 )
@@ -31,6 +32,15 @@ type Row struct {
 // turns is how often each pair is measured. It is odd by default, so that the
 // median is one of the rounds.
 var turns = flag.Int("turns", 11, "`times` that each pair is measured, at least 7 for a figure that is kept; 1 to see whether it works")
+
+var only = flag.String("rows", "", "only rows of BenchmarkNode whose name begins with one of these, by commas (pod-node/tcp1,samenode); a trial")
+
+// chosen tells whether a row is wanted.
+func chosen(name string) bool {
+	return *only == "" || slices.ContainsFunc(strings.Split(*only, ","), func(want string) bool {
+		return strings.HasPrefix(name, want) || strings.HasPrefix(want, name)
+	})
+}
 
 // Compare measures subject and base in turns (A B A B …, one pair to warm up)
 // and returns the row of subject/base. Each function returns its figure for one

@@ -102,10 +102,17 @@ func (s *site) load(netns, input string, program ...string) {
 
 func run(b testing.TB, command string) {
 	b.Helper()
+	output(b, command)
+}
+
+func output(b testing.TB, command string) string {
+	b.Helper()
 	fields := strings.Fields(command)
-	if out, err := exec.Command(fields[0], fields[1:]...).CombinedOutput(); err != nil {
+	out, err := exec.Command(fields[0], fields[1:]...).CombinedOutput()
+	if err != nil {
 		b.Fatalf("%s: %v\n%s", command, err, out)
 	}
+	return string(out)
 }
 
 // pairTo is from a namespace to an address in another one.
@@ -282,11 +289,8 @@ func (s *site) link(node, host, ns string) {
 	s.b.Helper()
 	s.ip(ns, "route add 169.254.1.1 dev eth0 scope link")
 	s.ip(ns, "route add default via 169.254.1.1")
-	out, err := exec.Command("ip", "netns", "exec", node, "cat", "/sys/class/net/"+host+"/address").Output()
-	if err != nil {
-		s.b.Fatal(err)
-	}
-	s.ip(ns, "neigh replace 169.254.1.1 lladdr "+strings.TrimSpace(string(out))+" nud permanent dev eth0")
+	mac := output(s.b, "ip netns exec "+node+" cat /sys/class/net/"+host+"/address")
+	s.ip(ns, "neigh replace 169.254.1.1 lladdr "+strings.TrimSpace(mac)+" nud permanent dev eth0")
 }
 
 // newVXLAN is a pod on each node in the manner of flannel's VXLAN backend: a

@@ -268,6 +268,51 @@ func connect(b testing.TB, p pair, client, server int) float64 {
 	return float64(n) / took.Seconds()
 }
 
+// datagramsPerSecond sends datagrams of 64 bytes (IP length 92), as netperf does,
+// and counts those that are received.
+func datagramsPerSecond(b testing.TB, p pair) float64 {
+	const size, batch = 64, 32
+	server := lab.In(b, p.to, func() (int, error) { return udpSocket(netip.AddrPortFrom(p.addr, 0), unix.Bind) })
+	defer unix.Close(server)
+	if err := unix.SetNonblock(server, true); err != nil {
+		b.Fatal(err)
+	}
+	name, err := unix.Getsockname(server)
+	if err != nil {
+		b.Fatal(err)
+	}
+	to := netip.AddrPortFrom(p.asked(), uint16(name.(*unix.SockaddrInet4).Port))
+	client := lab.In(b, p.from, func() (int, error) { return udpSocket(to, unix.Connect) })
+	defer unix.Close(client)
+	out, in := make([]byte, size), make([]byte, size)
+	received, start := 0, time.Now()
+	for time.Since(start) < *slice {
+		for range batch {
+			if _, err := unix.Write(client, out); err != nil {
+				b.Fatal(err)
+			}
+		}
+		// On one CPU they have arrived by now, but for what was lost.
+		for range batch {
+			if _, err := unix.Read(server, in); err != nil {
+				break
+			}
+			received++
+		}
+	}
+	return float64(received) / time.Since(start).Seconds()
+}
+
+// udpSocket opens a blocking socket in the calling thread's namespace, and binds
+// or connects it.
+func udpSocket(to netip.AddrPort, how func(int, unix.Sockaddr) error) (int, error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return -1, err
+	}
+	return fd, errors.Join(unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, 4<<20), how(fd, sockaddr(to)))
+}
+
 // allowedCPUs are those that the process began with.
 func allowedCPUs(b testing.TB) []int {
 	b.Helper()

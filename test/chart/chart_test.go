@@ -215,7 +215,7 @@ func TestSettingsReachTheAgent(t *testing.T) {
 		kinds  []string // beside what is always there
 	}{
 		{"/dev/null", "ghcr.io/underlay-cni/underlay:" + appVersion(t),
-			[]string{"--node-name=$(NODE_NAME)", "--cluster=default", "--imds=deny", "--snat=eni", "--hook=clsact", "--prefixes=false", "--log-level=info", "--metrics-listen=127.0.0.1:9464"},
+			[]string{"--node-name=$(NODE_NAME)", "--cluster=default", "--imds=deny", "--snat=eni", "--hook=auto", "--prefixes=false", "--log-level=info", "--metrics-listen=127.0.0.1:9464"},
 			nil, policies},
 		{"testdata/eks-irsa.yaml", "ghcr.io/underlay-cni/underlay:" + appVersion(t),
 			[]string{"--cluster=prod", "--prefixes=true"},

@@ -16,7 +16,7 @@ import (
 func TestRefused(t *testing.T) {
 	for _, tc := range []struct{ args, want string }{
 		{"--set imds=perhaps", "at '/imds': value must be one of 'allow', 'deny'"},
-		{"--set hook=xdp", "at '/hook': value must be one of 'clsact', 'tcx'"},
+		{"--set hook=xdp", "at '/hook': value must be one of 'auto', 'clsact', 'tcx'"},
 		{"--set snat=always", "at '/snat': value must be one of 'eni', 'primary', 'none'"},
 		{"--set snatExclude={10.0.0.0}", "at '/snatExclude/0': '10.0.0.0' does not match pattern"},
 		{"--set flows.dir=var/log", "at '/flows/dir': 'var/log' does not match pattern"},

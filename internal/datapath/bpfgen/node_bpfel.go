@@ -43,7 +43,7 @@ type NodeConn struct {
 	Seen       uint8
 	Pad        [3]uint8
 	Generation uint32
-	Reserved   uint32
+	Slot       [2]uint16
 }
 
 type NodeConnFlag uint32
@@ -197,10 +197,7 @@ type NodeIface struct {
 
 type NodeIfaceCounters struct {
 	_              structs.HostLayout
-	FromPackets    uint64
-	FromBytes      uint64
-	ToPackets      uint64
-	ToBytes        uint64
+	Before         NodeIfaceTraffic
 	Drops          [32]uint64
 	LastDropNs     uint64
 	LastDropReason uint32
@@ -214,6 +211,14 @@ const (
 	NodeIfaceFlagsIFACE_STACK  NodeIfaceFlags = 2
 	NodeIfaceFlagsIFACE_GROUPS NodeIfaceFlags = 4
 )
+
+type NodeIfaceTraffic struct {
+	_           structs.HostLayout
+	FromPackets uint64
+	FromBytes   uint64
+	ToPackets   uint64
+	ToBytes     uint64
+}
 
 type NodeLayoutMeta struct {
 	_        structs.HostLayout
@@ -237,7 +242,7 @@ type NodeNodeConst uint32
 
 const (
 	NodeNodeConstNODE_MARK_MASK     NodeNodeConst = 12358
-	NodeNodeConstNODE_LAYOUT        NodeNodeConst = 2
+	NodeNodeConstNODE_LAYOUT        NodeNodeConst = 3
 	NodeNodeConstNODE_POLICY_TABLES NodeNodeConst = 16384
 )
 
@@ -294,6 +299,12 @@ type NodeScratch struct {
 	Conn NodeConn
 }
 
+type NodeSlot struct {
+	_       structs.HostLayout
+	Iface   NodeIface
+	Ifindex uint32
+}
+
 type NodeTuple struct {
 	_        structs.HostLayout
 	Src      NodeAddr
@@ -327,6 +338,7 @@ const (
 	NodeMapPolicyTables          = "policy_tables"
 	NodeMapScratch               = "scratch"
 	NodeMapSlots                 = "slots"
+	NodeMapTraffic               = "traffic"
 	NodeProgFromEni              = "from_eni"
 	NodeProgFromPod              = "from_pod"
 	NodeProgToEni                = "to_eni"
@@ -419,6 +431,7 @@ type NodeMapSpecs struct {
 	PolicyTables     *ebpf.MapSpec `ebpf:"policy_tables"`
 	Scratch          *ebpf.MapSpec `ebpf:"scratch"`
 	Slots            *ebpf.MapSpec `ebpf:"slots"`
+	Traffic          *ebpf.MapSpec `ebpf:"traffic"`
 }
 
 // NodeVariableSpecs contains global variables before they are loaded into the kernel.
@@ -481,6 +494,7 @@ type NodeMaps struct {
 	PolicyTables     *ebpf.Map `ebpf:"policy_tables"`
 	Scratch          *ebpf.Map `ebpf:"scratch"`
 	Slots            *ebpf.Map `ebpf:"slots"`
+	Traffic          *ebpf.Map `ebpf:"traffic"`
 }
 
 func (m *NodeMaps) Close() error {
@@ -502,6 +516,7 @@ func (m *NodeMaps) Close() error {
 		m.PolicyTables,
 		m.Scratch,
 		m.Slots,
+		m.Traffic,
 	)
 }
 
