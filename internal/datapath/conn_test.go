@@ -50,7 +50,7 @@ func track(t *testing.T, own netip.Addr, max uint32, fn func(*tracker)) {
 		index, slot := uint32(trackerIndex), uint32(1)
 		iface := bpfgen.NodeIface{Addr: addrKey(own), PodMac: trackerMAC, Mark: Mark(2), Flags: uint32(bpfgen.NodeIfaceFlagsIFACE_READY), Eni: 2, Slot: slot}
 		cpus := make([]bpfgen.NodeIfaceCounters, ebpf.MustPossibleCPU())
-		return errors.Join(tr.d.objs.Ifaces.Put(&index, &iface), tr.d.objs.Slots.Put(&slot, &index), tr.d.objs.IfaceStats.Put(&index, cpus), func() error { fn(tr); return nil }())
+		return errors.Join(tr.d.objs.Ifaces.Put(&index, &iface), tr.d.objs.Slots.Put(&slot, &bpfgen.NodeSlot{Iface: iface, Ifindex: index}), tr.d.objs.IfaceStats.Put(&index, cpus), func() error { fn(tr); return nil }())
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -87,7 +87,7 @@ func (tr *tracker) load(later time.Duration) *bpfgen.NodePrograms {
 		return tr.objs[later]
 	}
 	for name, m := range map[string]*ebpf.Map{
-		bpfgen.NodeMapConns: tr.d.objs.Conns, bpfgen.NodeMapIfaces: tr.d.objs.Ifaces, bpfgen.NodeMapFragments: tr.d.objs.Fragments, bpfgen.NodeMapSlots: tr.d.objs.Slots,
+		bpfgen.NodeMapConns: tr.d.objs.Conns, bpfgen.NodeMapIfaces: tr.d.objs.Ifaces, bpfgen.NodeMapFragments: tr.d.objs.Fragments, bpfgen.NodeMapSlots: tr.d.objs.Slots, bpfgen.NodeMapTraffic: tr.d.objs.Traffic,
 		bpfgen.NodeMapDrops: tr.d.objs.Drops, bpfgen.NodeMapPaths: tr.d.objs.Paths, bpfgen.NodeMapEnds: tr.d.objs.Ends, bpfgen.NodeMapIfaceStats: tr.d.objs.IfaceStats,
 	} {
 		opts.MapReplacements[name] = m

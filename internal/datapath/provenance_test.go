@@ -165,14 +165,19 @@ func TestSweepForgetsPods(t *testing.T) {
 	}
 }
 
-// The maps of layout 1 are read through: endpoints live on, and their entries say
-// what layout 2 adds.
+// The maps of layout 1 are read through: endpoints live on, their entries say what
+// layout 2 adds, their slots what layout 3 does, and counters go on.
 func TestLayout1IsReadThrough(t *testing.T) {
 	w := newWorld(t)
 	d := w.open(Options{})
 	a := w.addPod(d, 1)
 	w.echo(w.wire, farIP)
 	index := uint32(a.HostIfIndex)
+	counted := make([]bpfgen.NodeIfaceCounters, ebpf.MustPossibleCPU())
+	counted[0].Before.FromPackets = 1000
+	if err := d.objs.IfaceStats.Update(&index, counted, ebpf.UpdateExist); err != nil {
+		t.Fatal(err)
+	}
 	var now bpfgen.NodeIface
 	if err := d.objs.Ifaces.Lookup(&index, &now); err != nil {
 		t.Fatal(err)
@@ -194,6 +199,14 @@ func TestLayout1IsReadThrough(t *testing.T) {
 	if err := replacePin(dir, bpfgen.NodeMapIfaces, old); err != nil {
 		t.Fatal(err)
 	}
+	slots, err := ebpf.NewMap(&ebpf.MapSpec{Name: "slots", Type: ebpf.Array, KeySize: 4, ValueSize: 4, MaxEntries: d.objs.Slots.MaxEntries()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer slots.Close()
+	if err := replacePin(dir, bpfgen.NodeMapSlots, slots); err != nil {
+		t.Fatal(err)
+	}
 	meta, err := ebpf.LoadPinnedMap(filepath.Join(dir, bpfgen.NodeMapMeta), nil)
 	if err != nil {
 		t.Fatal(err)
@@ -209,6 +222,14 @@ func TestLayout1IsReadThrough(t *testing.T) {
 	}
 	if w.ask(a.ns, a.Addr, farIP, 20) == "" {
 		t.Error("not answered afterwards")
+	}
+	var slot bpfgen.NodeSlot
+	if err := d.objs.Slots.Lookup(&then.Slot, &slot); err != nil || slot.Ifindex != index || slot.Iface != then {
+		t.Errorf("slot %+v, %v", slot, err)
+	}
+	traffic, err := d.Traffic()
+	if err != nil || traffic[a.Addr].FromPackets <= 1000 {
+		t.Errorf("%+v, %v", traffic[a.Addr], err)
 	}
 }
 

@@ -427,6 +427,55 @@ func TestUnknownInterface(t *testing.T) {
 	eventually(t, "all four are counted", func() bool { return counters(t, d)["unknown_interface"] == 4 })
 }
 
+// When an endpoint goes, what is under way stops with it, either way: packets of a
+// flow that is tracked are sent on without a look at the map of interfaces.
+func TestShutStopsWhatIsUnderWay(t *testing.T) {
+	w := newWorld(t)
+	d := w.open(Options{})
+	a, b := w.addPod(d, 1), w.addPod(d, 2)
+	const port = 4000
+	type end struct {
+		*net.UDPConn
+		at netip.AddrPort
+	}
+	socket := func(ns string, at netip.Addr) end {
+		return end{w.udp(ns, at, port), netip.AddrPortFrom(at, port)}
+	}
+	inA, inB, far := socket(a.ns, a.Addr), socket(b.ns, b.Addr), socket(w.wire, farIP)
+	arrives := func(from, to end) bool {
+		buf := make([]byte, 16)
+		for range 5 {
+			if _, err := from.WriteToUDPAddrPort([]byte("x"), to.at); err != nil {
+				t.Fatal(err)
+			}
+			_ = to.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
+			if _, err := to.Read(buf); err == nil {
+				return true
+			}
+		}
+		return false
+	}
+	ways := []struct{ from, to end }{{inA, far}, {far, inA}, {inA, inB}, {inB, inA}, {inB, far}}
+	for range 3 {
+		for _, way := range ways {
+			if !arrives(way.from, way.to) {
+				t.Fatalf("before: nothing arrives from %s at %s", way.from.at, way.to.at)
+			}
+		}
+	}
+	if owns, err := d.shut(&a.Endpoint); err != nil || !owns {
+		t.Fatal(owns, err)
+	}
+	for _, way := range ways[:4] {
+		if arrives(way.from, way.to) {
+			t.Errorf("afterwards something arrives from %s at %s", way.from.at, way.to.at)
+		}
+	}
+	if !arrives(inB, far) {
+		t.Error("the other pod's flow stopped too")
+	}
+}
+
 // A frame from a packet ring has its Ethernet header alone in the linear part
 // of the buffer; the programs judge it all the same.
 func TestFramesFromARing(t *testing.T) {

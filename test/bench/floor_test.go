@@ -88,8 +88,8 @@ func ifindex(b testing.TB, netns, device string) int {
 }
 
 // withEmptyNetfilter is a site whose nodes have netfilter's tables without a rule,
-// and so its connection tracking, as every node has on which kube-proxy or Docker
-// ever ran.
+// and so its connection tracking: what a node on which kube-proxy or Docker runs
+// has at the least.
 func withEmptyNetfilter(b testing.TB, name string) *site {
 	b.Helper()
 	s := newSite(b, name)

@@ -82,20 +82,19 @@ func BenchmarkNode(b *testing.B) {
 	allowedCPUs(b)
 	ours := newUnderlay(b, "ours")
 	podA, podB, podC := ours.pod(0), ours.pod(1), ours.pod(0)
-	bare := newSite(b, "bare")
+	bare, emptyNF := newSite(b, "bare"), withEmptyNetfilter(b, "emptynf")
 	aws, awsPods := newAWS(b, "aws")
 	vxlan, vxlanPods := newVXLAN(b, "vxlan")
-	emptyNF := withEmptyNetfilter(b, "emptynf")
 	floorPods := newFloor(b, "floor")
 	withService := newUnderlay(b, "svc")
 	serviceFrom, serviceTo := withService.pod(0), withService.pod(1)
 	awsService, awsServicePods := newAWS(b, "awssvc")
 
 	pod := contender{"pod", pairTo(podA.ns, podB.ns, podB.addr), ""}
-	node := contender{"node", bare.between(), "node to node over an equal wire, no netfilter"}
+	node := contender{"node", emptyNF.between(), "node to node over an equal wire; netfilter's tables are there and empty"}
+	noNF := contender{"bare", bare.between(), "node to node over an equal wire, and no netfilter in the kernel's way"}
 	asAWS := contender{"aws", pairTo(awsPods[0].ns, awsPods[1].ns, awsPods[1].addr), "pod to pod in the manner of the AWS VPC CNI: veth, ip rules, iptables SNAT and connmark"}
 	asVXLAN := contender{"vxlan", pairTo(vxlanPods[0].ns, vxlanPods[1].ns, vxlanPods[1].addr), "pod to pod in the manner of flannel's VXLAN"}
-	nodeNF := contender{"nodenf", emptyNF.between(), "node to node, with netfilter's tables empty and its connection tracking on, as on a node of Kubernetes"}
 	floor := contender{"floor", pairTo(floorPods[0].ns, floorPods[1].ns, floorPods[1].addr), "pod to pod by BPF programs that redirect whatever comes and check, track and count nothing"}
 	samenode := contender{"samenode", pairTo(podA.ns, podC.ns, podC.addr), ""}
 	veth := contender{"veth", newBare(b, "veth"), "two namespaces joined by one veth pair"}
@@ -105,15 +104,15 @@ func BenchmarkNode(b *testing.B) {
 
 	oneCPU(b)
 	var rows []Row
-	rows = append(rows, compare(b, measureTCP1, pod, node, nodeNF, floor, asAWS, asVXLAN)...)
-	rows = append(rows, compare(b, measureTCP2, pod, node, nodeNF)...)
+	rows = append(rows, compare(b, measureTCP1, pod, node, noNF, floor, asAWS, asVXLAN)...)
+	rows = append(rows, compare(b, measureTCP2, pod, node, noNF)...)
 	if chosen("pod-node/rr") {
 		rows = append(rows, roundTrips(b, pod, node)...)
 	}
-	rows = append(rows, compare(b, measureRR1, pod, node, nodeNF, floor, asAWS)...)
-	rows = append(rows, compare(b, measureCRR, pod, node, nodeNF, asAWS)...)
-	rows = append(rows, compare(b, measureCRR1, pod, node, nodeNF, floor, asAWS)...)
-	rows = append(rows, compare(b, measureUDP, pod, node, nodeNF, floor, asAWS, asVXLAN)...)
+	rows = append(rows, compare(b, measureRR1, pod, node, noNF, floor, asAWS)...)
+	rows = append(rows, compare(b, measureCRR, pod, node, noNF, asAWS)...)
+	rows = append(rows, compare(b, measureCRR1, pod, node, noNF, floor, asAWS)...)
+	rows = append(rows, compare(b, measureUDP, pod, node, noNF, floor, asAWS, asVXLAN)...)
 	for _, m := range []measure{measureTCP1, measureRR1, measureCRR1, measureUDP} {
 		rows = append(rows, compare(b, m, samenode, veth)...)
 	}
