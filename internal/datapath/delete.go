@@ -148,19 +148,30 @@ func (d *Datapath) shut(e *Endpoint) (owns bool, err error) {
 	var v bpfgen.NodeIface
 	err = d.objs.Ifaces.Lookup(&index, &v)
 	if owns = err == nil && v.Addr == addrKey(e.Addr); owns {
-		v.Flags &^= uint32(bpfgen.NodeIfaceFlagsIFACE_READY)
-		err = errors.Join(d.fillSlot(index, &v), d.objs.Ifaces.Delete(&index))
-	}
-	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		err = d.removeIface(index, v)
+	} else if errors.Is(err, ebpf.ErrKeyNotExist) {
 		err = nil
 	}
 	if err != nil {
-		err = fmt.Errorf("remove %s from the map of interfaces: %w", e.HostIfName, err)
+		err = fmt.Errorf("remove %s: %w", e.HostIfName, err)
 	}
 	if owns && err == nil {
 		err = d.dropPolicy(index)
 	}
 	return owns, errors.Join(err, d.reach(context.Background(), "gone from maps"))
+}
+
+// removeIface shuts an interface's gate for good. The slot goes on saying whose it
+// is: what is under way in the stack must not be taken for the node's own.
+func (d *Datapath) removeIface(index uint32, v bpfgen.NodeIface) error {
+	v.Flags &^= uint32(bpfgen.NodeIfaceFlagsIFACE_READY)
+	if err := d.fillSlot(index, &v); err != nil {
+		return err
+	}
+	if err := d.objs.Ifaces.Delete(&index); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("remove interface %d from the map of interfaces: %w", index, err)
+	}
+	return nil
 }
 
 // unroute removes the route to the endpoint.

@@ -138,18 +138,16 @@ func (d *Datapath) sweep(keep map[string]*Endpoint, links map[string]nl.Link) er
 
 	var index uint32
 	var v bpfgen.NodeIface
-	var stale []uint32
+	unwanted := map[uint32]bpfgen.NodeIface{}
 	it := d.objs.Ifaces.Iterate()
 	for it.Next(&index, &v) {
 		if !wanted[index] {
-			stale = append(stale, index)
+			unwanted[index] = v
 		}
 	}
 	errs = append(errs, it.Err())
-	for _, index := range stale {
-		if err := d.objs.Ifaces.Delete(&index); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			errs = append(errs, fmt.Errorf("remove interface %d from the map: %w", index, err))
-		}
+	for index, v := range unwanted {
+		errs = append(errs, d.removeIface(index, v))
 	}
 
 	errs = append(errs, d.recoverPolicies(wanted))
@@ -186,7 +184,7 @@ func (d *Datapath) sweep(keep map[string]*Endpoint, links map[string]nl.Link) er
 		}
 	}
 
-	stale = stale[:0]
+	var stale []uint32
 	var perCPU []bpfgen.NodeIfaceCounters
 	stats := d.objs.IfaceStats.Iterate()
 	for stats.Next(&index, &perCPU) {
