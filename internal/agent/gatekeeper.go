@@ -12,6 +12,7 @@ import (
 
 	"github.com/underlay-cni/underlay/internal/agentapi"
 	"github.com/underlay-cni/underlay/internal/datapath"
+	"github.com/underlay-cni/underlay/internal/groups"
 	"github.com/underlay-cni/underlay/internal/policy"
 	"github.com/underlay-cni/underlay/internal/vpc"
 )
@@ -31,7 +32,7 @@ import (
 type gatekeeper struct {
 	a    *Agent
 	put  func(datapath.Endpoint, policy.Tables) error
-	book *ruleBook
+	book *groups.Book
 	wake chan struct{} // size 1: pods have come or gone
 
 	// joining are endpoints whose ADD is under way: they are members of their
@@ -53,7 +54,7 @@ type applied struct {
 }
 
 func newGatekeeper(a *Agent, put func(datapath.Endpoint, policy.Tables) error) *gatekeeper {
-	return &gatekeeper{a: a, put: put, book: newRuleBook(a.metrics.call, a.incident), wake: make(chan struct{}, 1), joining: map[key]datapath.Endpoint{}, applied: map[key]applied{}}
+	return &gatekeeper{a: a, put: put, book: newBook(a), wake: make(chan struct{}, 1), joining: map[key]datapath.Endpoint{}, applied: map[key]applied{}}
 }
 
 // neighbours are the groups that pods with the node's own groups have beside
@@ -83,8 +84,8 @@ func (g *gatekeeper) admit(ctx context.Context, ep datapath.Endpoint) error {
 		case done: // others may have failed; they are tried again
 			return nil
 		case errors.As(err, &more):
-			if _, err := g.book.await(ctx, more.need); err != nil {
-				return err
+			if err := g.book.Await(ctx, more.need); err != nil {
+				return &rulesError{err}
 			}
 		case err != nil:
 			return err
@@ -126,7 +127,7 @@ func (g *gatekeeper) run(ctx context.Context) {
 	tick := time.NewTicker(again)
 	defer tick.Stop()
 	for {
-		_, news := g.book.current()
+		_, news := g.book.Current()
 		g.mu.Lock()
 		err := g.apply(ctx)
 		g.mu.Unlock()
@@ -145,10 +146,10 @@ func (g *gatekeeper) run(ctx context.Context) {
 }
 
 // needRules says that rules have to be read first.
-type needRules struct{ need need }
+type needRules struct{ need groups.Need }
 
 func (e *needRules) Error() string {
-	return fmt.Sprintf("the rules of %v are not read yet", e.need.groups)
+	return fmt.Sprintf("the rules of %v are not read yet", e.need.Groups)
 }
 
 // member is an endpoint with the groups that its interface carries now.
@@ -204,21 +205,21 @@ func (g *gatekeeper) apply(ctx context.Context) error {
 		}
 	}
 	needed := needOf(members)
-	g.book.want(needed)
-	read, _ := g.book.current()
+	g.book.Want(needed)
+	read, _ := g.book.Current()
 	var errs []error
-	if !read.holds(needed) {
+	if !read.Holds(needed) {
 		// Those whose gates are shut wait for them; nobody waits for those.
 		errs = append(errs, &needRules{needed})
 		maps.DeleteFunc(members, func(_ key, m member) bool { return m.joins && m.asked })
-		if needed = needOf(members); !read.holds(needed) {
+		if needed = needOf(members); !read.Holds(needed) {
 			return errs[0]
 		}
 	}
 	var compiler *policy.Compiler
-	if len(needed.groups) > 0 {
+	if len(needed.Groups) > 0 {
 		in := input(members, read)
-		if needed.members {
+		if needed.Members {
 			in.Exempt = g.a.exempt()
 		}
 		compiler = policy.NewCompiler(in)
@@ -267,18 +268,18 @@ func (g *gatekeeper) apply(ctx context.Context) error {
 // needOf returns what must be known for the pods: the rules of everybody's groups
 // if one has asked for some, and who carries the groups that these name if there
 // is one by whose groups the node alone judges.
-func needOf(members map[key]member) (out need) {
+func needOf(members map[key]member) (out groups.Need) {
 	asked := false
 	for _, m := range members {
 		asked = asked || m.asked
-		out.members = out.members || m.here
-		out.groups = append(out.groups, m.groups.Groups()...)
+		out.Members = out.Members || m.here
+		out.Groups = append(out.Groups, m.groups.Groups()...)
 	}
 	if !asked {
-		return need{}
+		return groups.Need{}
 	}
-	slices.Sort(out.groups)
-	out.groups = slices.Compact(out.groups)
+	slices.Sort(out.Groups)
+	out.Groups = slices.Compact(out.Groups)
 	return out
 }
 
@@ -302,27 +303,27 @@ func (a *Agent) exempt() []policy.Exemption {
 // input is what the node's pods and the rules say together. A group's members
 // are those on this node: the others' packets come over the wire. For pods by
 // whose groups the node alone judges EC2's members are read too.
-func input(members map[key]member, read *rules) *policy.Input {
+func input(members map[key]member, read *groups.Snapshot) *policy.Input {
 	in := &policy.Input{
 		Groups: map[vpc.SecurityGroupID]policy.SecurityGroup{}, Members: map[vpc.SecurityGroupID][]netip.Prefix{}, PrefixLists: map[vpc.PrefixListID][]netip.Prefix{},
 	}
-	for _, id := range read.groups {
-		in.Groups[id] = policy.SecurityGroup{} // one without rules too
-	}
-	for _, r := range read.rules {
-		group := in.Groups[r.Group]
-		rule := policy.GroupRule{ID: r.ID, Protocol: r.Protocol, FromPort: r.FromPort, ToPort: r.ToPort, CIDR: r.CIDR, PrefixList: r.PrefixList, Group: r.Referenced}
-		if r.Egress {
-			group.Egress = append(group.Egress, rule)
-		} else {
-			group.Ingress = append(group.Ingress, rule)
+	for id, g := range read.Groups {
+		var group policy.SecurityGroup
+		for i := range g.Rules {
+			r := &g.Rules[i]
+			rule := policy.GroupRule{ID: r.ID, Protocol: r.Protocol, FromPort: r.FromPort, ToPort: r.ToPort, CIDR: r.CIDR, PrefixList: r.PrefixList, Group: r.Referenced}
+			if r.Egress {
+				group.Egress = append(group.Egress, rule)
+			} else {
+				group.Ingress = append(group.Ingress, rule)
+			}
 		}
-		in.Groups[r.Group] = group
+		in.Groups[id] = group
 	}
 	among := policy.GroupRule{ID: "pods without groups of their own", Protocol: policy.AnyProtocol, FromPort: policy.AnyPort, ToPort: policy.AnyPort, Group: neighbours}
 	in.Groups[neighbours] = policy.SecurityGroup{Ingress: []policy.GroupRule{among}, Egress: []policy.GroupRule{among}}
-	for id, l := range read.lists {
-		in.PrefixLists[id] = l.entries
+	for id, l := range read.Lists {
+		in.PrefixLists[id] = l.Entries
 	}
 	for _, m := range members {
 		one := netip.PrefixFrom(m.ep.Addr, m.ep.Addr.BitLen())
@@ -334,8 +335,8 @@ func input(members map[key]member, read *rules) *policy.Input {
 			in.Members[id] = append(in.Members[id], one)
 		}
 	}
-	for id, list := range read.members {
-		in.Members[id] = append(in.Members[id], list...)
+	for id, m := range read.Members {
+		in.Members[id] = append(in.Members[id], m.Addrs...)
 	}
 	for _, list := range in.Members {
 		slices.SortFunc(list, netip.Prefix.Compare) // equal nodes have equal tables
@@ -356,21 +357,22 @@ func (g *gatekeeper) status() *agentapi.GroupPolicy {
 		}
 	}
 	g.mu.Unlock()
-	b := g.book
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	out := &agentapi.GroupPolicy{Mode: g.a.opts.GroupsMode, Judged: judged, Host: here, Groups: len(b.wanted.groups), Rules: len(b.now.rules)}
-	for _, list := range b.now.members {
-		out.Members += len(list)
+	now, _ := g.book.Current()
+	wanted, st := g.book.Wanted(), g.book.Status()
+	out := &agentapi.GroupPolicy{Mode: g.a.opts.GroupsMode, Judged: judged, Host: here, Groups: len(wanted.Groups), Rules: now.Rules(), Source: string(st.Source), Poller: g.a.opts.GroupsPoller}
+	for _, m := range now.Members {
+		out.Members += len(m.Addrs)
 	}
-	if len(b.wanted.groups) > 0 {
-		out.EverySeconds = 1 / b.rate
-		if !b.read.IsZero() {
-			read := b.read
-			out.Read = &read
+	if st.Away != nil {
+		out.PollerError = st.Away.Error()
+	}
+	if len(wanted.Groups) > 0 {
+		out.EverySeconds = st.Every.Seconds()
+		if !st.Read.IsZero() {
+			out.Read = &st.Read
 		}
-		if b.err != nil {
-			out.Error = b.err.Error()
+		if st.Err != nil {
+			out.Error = st.Err.Error()
 		}
 	}
 	return out

@@ -245,6 +245,10 @@ type GroupPolicy struct {
 	Read         *time.Time `json:"read,omitempty"` // when they were read last
 	EverySeconds float64    `json:"everySeconds,omitempty"`
 	Error        string     `json:"error,omitempty"` // of the last read
+	// Source is who reads: "own", the agent; "poller", one that others follow, too.
+	Source      string `json:"source,omitempty"`
+	Poller      string `json:"poller,omitempty"`      // its socket, if the agent has been told of one
+	PollerError string `json:"pollerError,omitempty"` // why it is not followed
 }
 
 // Counts is a number of addresses by state.
