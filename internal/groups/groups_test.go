@@ -430,7 +430,9 @@ func TestThrottled(t *testing.T) {
 			books = append(books, w.follower(need(sgA)))
 		}
 		time.Sleep(10 * time.Second)
-		w.cloud.set(func() { w.cloud.fail, w.cloud.calls = ec2.NewError("RequestLimitExceeded", "Request limit exceeded."), nil })
+		w.cloud.set(func() {
+			w.cloud.fail, w.cloud.calls = ec2.NewError("RequestLimitExceeded", "Request limit exceeded."), nil
+		})
 		time.Sleep(5 * time.Minute)
 		if n := w.cloud.count(); n < 5 || n > 20 {
 			t.Errorf("%d refused calls in five minutes", n)
