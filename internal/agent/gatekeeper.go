@@ -389,6 +389,16 @@ func (a *Agent) exempt() []policy.Exemption {
 	return out
 }
 
+// age is that of what is known; ok is false while nothing has to be, or nothing
+// was read.
+func (g *gatekeeper) age() (age time.Duration, source string, ok bool) {
+	st := g.book.Status()
+	if len(g.book.Wanted().Groups) == 0 || st.Read.IsZero() {
+		return 0, "", false
+	}
+	return time.Since(st.Read), string(st.Source), true
+}
+
 // status is what people see of it.
 func (g *gatekeeper) status() *agentapi.GroupPolicy {
 	g.mu.Lock()
