@@ -227,7 +227,7 @@ func (b *Book) follow(ctx context.Context) {
 			late.Stop()
 			delay, told = redial, ""
 			b.turn(Shared)
-		}, func() { late.Reset(grace) })
+		}, func() { late.Stop() }, func() { late.Reset(grace) })
 		if ctx.Err() != nil {
 			return
 		}
@@ -248,9 +248,10 @@ func (b *Book) follow(ctx context.Context) {
 }
 
 // session follows the poller over one connection. well is called each time the
-// poller has told all that is needed and is up to date, lost when it was and is
-// no longer.
-func (b *Book) session(ctx context.Context, well, lost func()) error {
+// poller has told all that is needed and is up to date, slow when it has not
+// because EC2 throttles it: own reads would then make it worse. lost is called
+// when it was one of both and is no longer.
+func (b *Book) session(ctx context.Context, well, slow, lost func()) error {
 	dctx, cancel := context.WithTimeoutCause(ctx, patience, errors.New("no connection in time"))
 	conn, err := b.o.Dial(dctx)
 	cancel()
@@ -317,11 +318,15 @@ func (b *Book) session(ctx context.Context, well, lost func()) error {
 		b.shared, b.away = s, nil
 		n := b.wanted
 		b.mu.Unlock()
-		stale := s.Err != nil && ClassOf(s.Err) != ipam.ClassThrottled && now.Sub(s.Read) > tooOld
+		throttled := ClassOf(s.Err) == ipam.ClassThrottled
+		stale := s.Err != nil && !throttled && now.Sub(s.Read) > tooOld
 		switch {
 		case known.Holds(n) && !stale:
 			followed = true
 			well()
+		case throttled:
+			followed = true
+			slow()
 		case followed && stale:
 			followed = false
 			lost()

@@ -460,6 +460,30 @@ func TestThrottled(t *testing.T) {
 	})
 }
 
+// So they do if the poller begins while EC2 throttles.
+func TestThrottledFromTheStart(t *testing.T) {
+	inWorld(t, func(w *world) {
+		w.cloud.rules = []vpc.SecurityGroupRule{rule("1", sgA, 80, "")}
+		w.cloud.fail = ec2.NewError("RequestLimitExceeded", "Request limit exceeded.")
+		w.poller(PollerOptions{})
+		var books []*Book
+		for range 20 {
+			books = append(books, w.follower(need(sgA)))
+		}
+		time.Sleep(5 * time.Minute)
+		if n := w.cloud.count(); n < 5 || n > 20 {
+			t.Errorf("%d refused calls in five minutes", n)
+		}
+		w.cloud.set(func() { w.cloud.fail = nil })
+		time.Sleep(time.Minute)
+		for _, b := range books {
+			if st := b.Status(); st.Source != Shared || !slices.Equal(ports(b, sgA), []int{80}) {
+				t.Errorf("%+v, ports %v", st, ports(b, sgA))
+			}
+		}
+	})
+}
+
 // A poller that EC2 refuses for good is as good as away.
 func TestPollerCannotRead(t *testing.T) {
 	inWorld(t, func(w *world) {
