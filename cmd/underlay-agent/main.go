@@ -48,6 +48,9 @@ func main() {
 
 // run is the whole wiring: one agent between a socket, a kernel and a cloud.
 func run(ctx context.Context, args []string, stderr io.Writer) error {
+	if len(args) > 0 && args[0] == "poller" {
+		return runPoller(ctx, args[1:], stderr)
+	}
 	o, err := parseFlags(args, stderr)
 	if err != nil {
 		return err
@@ -97,7 +100,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	a = agent.New(agent.Options{
 		Version: version(), Cluster: o.cluster, Socket: o.socket, Datapath: dp, Metadata: imds.New(""), Logger: log, Tune: tune, Sweep: o.sweep, Rival: agent.AWSNode,
 		ConnectEC2: func(ctx context.Context, region string) (agent.EC2, error) { return ec2.New(ctx, region) },
-		SetPolicy:  dp.SetPolicy, GroupsMode: o.groupsMode, Verdicts: dp, Orchestrator: n.orchestrator(), Serving: n.install,
+		SetPolicy:  dp.SetPolicy, GroupsMode: o.groupsMode, GroupsPoller: o.groupsPoller, Verdicts: dp, Orchestrator: n.orchestrator(), Serving: n.install,
 	})
 	conntrack, err := dp.ConntrackID()
 	if err != nil {

@@ -35,6 +35,7 @@ func TestFlags(t *testing.T) {
 		{"--proc-sys-net sys", "absolute path"},
 		{"--force", "not defined"},
 		{"uninstall now", "unexpected argument"},
+		{"--security-groups-poller poller.sock", "absolute path"},
 	} {
 		var out bytes.Buffer
 		if _, err := parseFlags(strings.Fields(tc.args), &out); !errors.Is(err, errUsage) || !strings.Contains(out.String(), tc.says) {
@@ -47,6 +48,32 @@ func TestFlags(t *testing.T) {
 	}
 	o, err := parseFlags([]string{"--imds", "allow", "--hook", "tcx", "--log-level", "debug", "--cluster", "c"}, &out)
 	if err != nil || o.imds != "allow" || o.hook != datapath.TCX || o.cluster != "c" || o.level >= 0 {
+		t.Errorf("%+v, %v", o, err)
+	}
+}
+
+func TestPollerFlags(t *testing.T) {
+	for _, tc := range []struct{ args, says string }{
+		{"", "--listen is missing"},
+		{"--listen poller.sock", "absolute path"},
+		{"--listen /a --listen /a", "twice"},
+		{"--listen /a --rate 0", "want 0.1 to 20"},
+		{"--listen /a --rate NaN", "want 0.1 to 20"},
+		{"--listen /a --rate 21", "want 0.1 to 20"},
+		{"--listen /a now", "unexpected argument"},
+		{"--listen /a --imds allow", "not defined"},
+	} {
+		var out bytes.Buffer
+		if _, err := parsePollerFlags(strings.Fields(tc.args), &out); !errors.Is(err, errUsage) || !strings.Contains(out.String(), tc.says) {
+			t.Errorf("%s: %v, printed %q", tc.args, err, out.String())
+		}
+	}
+	var out bytes.Buffer
+	if err := run(t.Context(), []string{"poller", "--help"}, &out); !errors.Is(err, flag.ErrHelp) || !strings.Contains(out.String(), "Example") {
+		t.Errorf("--help: %v, printed %q", err, out.String())
+	}
+	o, err := parsePollerFlags([]string{"--listen", "/a", "--listen", "/b", "--rate", "2.5"}, &out)
+	if err != nil || len(o.listen) != 2 || o.rate != 2.5 {
 		t.Errorf("%+v, %v", o, err)
 	}
 }

@@ -36,7 +36,7 @@ type options struct {
 	level                                 slog.Level
 	prefixes                              bool
 	sweep, linger                         time.Duration
-	groupsMode                            string
+	groupsMode, groupsPoller              string
 	flowDir, flowFormat                   string
 	flowInterval                          time.Duration
 	flows                                 *flowlog.Format // of flowFormat; nil: JSON
@@ -74,6 +74,7 @@ func parseFlags(args []string, stderr io.Writer) (options, error) {
 	f.BoolVar(&o.prefixes, "prefixes", false, "take addresses as /28 prefixes, sixteen at a time, where instance type and subnet allow it")
 	f.DurationVar(&o.sweep, "sweep", 0, "`time` between deletions of the interfaces that dead nodes of the cluster left, e.g. 10m; set it on one agent of a cluster; 0: never")
 	f.StringVar(&o.groupsMode, "security-groups-mode", agentapi.GroupsVPC, "who judges by pods' security groups, unless a pod says: vpc, by an interface with exactly these groups, and the node what the VPC does not see; or host, the node alone: to the VPC such pods have the node's groups")
+	f.StringVar(&o.groupsPoller, "security-groups-poller", "", "`path` of the unix socket of a poller (underlay-agent poller), which reads the rules of security groups for many agents; while it is away the agent reads them itself; empty: it always does")
 	f.DurationVar(&o.linger, "security-groups-linger", ipam.Default().SetLinger, "`time` that the interface of a set of security groups is kept after its last pod: to make and attach one takes seconds, and while it is kept no other set can have its place")
 	f.StringVar(&o.metrics, "metrics-listen", "", "`address` for /metrics (Prometheus), /livez and /readyz, e.g. 127.0.0.1:9464; empty: none")
 	f.StringVar(&o.flowDir, "flow-dir", "", "`directory` for files of flow records; empty: none are written, and underlay flows has the latest all the same")
@@ -105,9 +106,13 @@ underlay-agent uninstall, with the same flags, takes a node on which no agent
 and no pod runs any more back to what it was: config list and plugin, rules,
 routes, nftables, pins, and what the node holds in EC2. It may be repeated.
 
+underlay-agent poller reads for many agents what each would have to read of
+security groups for itself; see underlay-agent poller --help.
+
 Usage:
   underlay-agent [flags]
   underlay-agent uninstall [--force] [flags]
+  underlay-agent poller --listen PATH [flags]
 
 Example:
   underlay-agent --socket /run/underlay/agent.sock --bpffs /sys/fs/bpf/underlay --cluster prod
@@ -146,6 +151,8 @@ Flags:
 		err = fmt.Errorf("--sweep is %s, want 0 or at least 1s", o.sweep)
 	case o.groupsMode != agentapi.GroupsVPC && o.groupsMode != agentapi.GroupsHost:
 		err = fmt.Errorf("--security-groups-mode is %q, want vpc or host", o.groupsMode)
+	case o.groupsPoller != "" && (!filepath.IsAbs(o.groupsPoller) || len(o.groupsPoller) > maxSocketPath):
+		err = fmt.Errorf("--security-groups-poller is %q, want an absolute path of at most %d bytes", o.groupsPoller, maxSocketPath)
 	case o.linger < 0:
 		err = fmt.Errorf("--security-groups-linger is %s, want 0 or more", o.linger)
 	case !filepath.IsAbs(o.bpffs):

@@ -14,6 +14,7 @@ import (
 	"github.com/underlay-cni/underlay/internal/agentapi"
 	"github.com/underlay-cni/underlay/internal/datapath"
 	"github.com/underlay-cni/underlay/internal/ec2"
+	"github.com/underlay-cni/underlay/internal/groups"
 	"github.com/underlay-cni/underlay/internal/imds"
 	"github.com/underlay-cni/underlay/internal/ipam"
 	"github.com/underlay-cni/underlay/internal/policy"
@@ -40,7 +41,7 @@ type Datapath interface {
 // EC2 is what the agent needs of EC2; see package ec2. Errors are classified
 // by ec2.Outcome.
 type EC2 interface {
-	RuleReader
+	groups.Reader
 	Interfaces(ctx context.Context, instance vpc.InstanceID, tag string) ([]vpc.ENI, error)
 	Subnet(context.Context, vpc.SubnetID) (vpc.Subnet, error)
 	PeerCIDRs(context.Context, vpc.VPCID) ([]netip.Prefix, error)
@@ -93,6 +94,10 @@ type Options struct {
 	// GroupsMode is who judges by pods' security groups unless they say so:
 	// agentapi.GroupsVPC or GroupsHost; "": GroupsVPC.
 	GroupsMode string
+
+	// GroupsPoller is the unix socket of a poller of security groups that the agent
+	// follows (package groups); "": it polls itself.
+	GroupsPoller string
 
 	Verdicts     Verdicts     // what underlay monitor shows; may be nil
 	Orchestrator Orchestrator // nil: there is none
@@ -184,7 +189,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		client := o.ec2 // before the owner has it
 		a.tell(ctx, func(o *owner) { o.start(cfg) })
 		if a.gate != nil {
-			o.spawn(func() { a.gate.book.run(ctx, client) })
+			o.spawn(func() { a.gate.book.Run(ctx, client) })
 			o.spawn(func() { a.keepGate(ctx) })
 		}
 		o.spawn(func() { a.followPeers(ctx, client) })

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/underlay-cni/underlay/internal/ec2"
+	"github.com/underlay-cni/underlay/internal/groups"
 	"github.com/underlay-cni/underlay/internal/ipam"
 	"github.com/underlay-cni/underlay/internal/vpc"
 )
@@ -14,7 +15,14 @@ import (
 // tagCreated is when an interface was made, for those who sweep.
 const tagCreated = "node.k8s.amazonaws.com/createdAt"
 
-func outcome(err error) (ipam.Outcome, ipam.Class) { return ec2.Outcome(err) }
+// outcome is that of a call of ours, or of one that a poller made for us.
+func outcome(err error) (ipam.Outcome, ipam.Class) {
+	var elsewhere *groups.Error
+	if errors.As(err, &elsewhere) {
+		return ipam.Refused, elsewhere.Class
+	}
+	return ec2.Outcome(err)
+}
 
 // cause shortens an SDK error to what EC2 said.
 func cause(err error) string {

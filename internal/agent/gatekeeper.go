@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -12,6 +11,7 @@ import (
 
 	"github.com/underlay-cni/underlay/internal/agentapi"
 	"github.com/underlay-cni/underlay/internal/datapath"
+	"github.com/underlay-cni/underlay/internal/groups"
 	"github.com/underlay-cni/underlay/internal/policy"
 	"github.com/underlay-cni/underlay/internal/vpc"
 )
@@ -20,8 +20,10 @@ import (
 // between the node's own pods, which the VPC does not see (D9). What comes over
 // the wire the VPC has judged.
 //
-// It works on the node as a whole: whose rules, which pods have which groups;
-// what comes out for an endpoint is put in place when it is another than before.
+// It knows the node as a whole: whose rules, which pods have which groups. What
+// comes and goes it is told of, so that an ADD costs the same beside one pod and
+// beside hundreds; tables are made once for pods of equal groups, and put in
+// place where they are others than before.
 //
 // On a node where no pod has asked for groups nothing is judged and no rule is
 // read. Where one has, its traffic with every other pod is judged as the VPC
@@ -31,18 +33,26 @@ import (
 type gatekeeper struct {
 	a    *Agent
 	put  func(datapath.Endpoint, policy.Tables) error
-	book *ruleBook
+	book *groups.Book
 	wake chan struct{} // size 1: pods have come or gone
 
+	// noteMu guards what is to be looked at.
+	noteMu sync.Mutex
 	// joining are endpoints whose ADD is under way: they are members of their
 	// groups before their first packet.
-	joinMu  sync.Mutex
 	joining map[key]datapath.Endpoint
+	touched map[key]struct{} // came, went or failed since the last look
+	all     bool             // of everybody
 
 	// mu is held while tables are made and put in place.
 	mu      sync.Mutex
+	roster  *roster
+	differs bool // the roster, from the one that the tables are of
 	applied map[key]applied
-	names   policy.Rules // of the rules in them
+	read    *groups.Snapshot   // of which the tables are
+	exempt  []policy.Exemption // likewise
+	names   policy.Rules       // of the rules in them
+	looked  uint64             // how often a pod was looked at, but for looks at all
 }
 
 type applied struct {
@@ -53,21 +63,19 @@ type applied struct {
 }
 
 func newGatekeeper(a *Agent, put func(datapath.Endpoint, policy.Tables) error) *gatekeeper {
-	return &gatekeeper{a: a, put: put, book: newRuleBook(a.metrics.call, a.incident), wake: make(chan struct{}, 1), joining: map[key]datapath.Endpoint{}, applied: map[key]applied{}}
+	return &gatekeeper{a: a, put: put, book: newBook(a), wake: make(chan struct{}, 1), joining: map[key]datapath.Endpoint{}, touched: map[key]struct{}{}, all: true,
+		roster: newRoster(), applied: map[key]applied{}}
 }
-
-// neighbours are the groups that pods with the node's own groups have beside
-// them: what lets these reach each other.
-const neighbours = vpc.SecurityGroupID("node-local")
 
 // admit has the policy of an endpoint in the kernel when it returns nil, and the
 // endpoint in the tables of the others. The caller calls leave when its ADD has
 // ended.
 func (g *gatekeeper) admit(ctx context.Context, ep datapath.Endpoint) error {
 	k := key{ep.ContainerID, ep.IfName}
-	g.joinMu.Lock()
+	g.noteMu.Lock()
 	g.joining[k] = ep
-	g.joinMu.Unlock()
+	g.touched[k] = struct{}{}
+	g.noteMu.Unlock()
 	for {
 		var err error
 		g.mu.Lock()
@@ -83,8 +91,8 @@ func (g *gatekeeper) admit(ctx context.Context, ep datapath.Endpoint) error {
 		case done: // others may have failed; they are tried again
 			return nil
 		case errors.As(err, &more):
-			if _, err := g.book.await(ctx, more.need); err != nil {
-				return err
+			if err := g.book.Await(ctx, more.need); err != nil {
+				return &rulesError{err}
 			}
 		case err != nil:
 			return err
@@ -96,9 +104,18 @@ func (g *gatekeeper) admit(ctx context.Context, ep datapath.Endpoint) error {
 
 // leave ends what admit began: the endpoint is live now, or gone.
 func (g *gatekeeper) leave(k key) {
-	g.joinMu.Lock()
+	g.noteMu.Lock()
 	delete(g.joining, k)
-	g.joinMu.Unlock()
+	g.touched[k] = struct{}{}
+	g.noteMu.Unlock()
+	g.changed()
+}
+
+// gone says that an endpoint is.
+func (g *gatekeeper) gone(k key) {
+	g.noteMu.Lock()
+	g.touched[k] = struct{}{}
+	g.noteMu.Unlock()
 	g.changed()
 }
 
@@ -112,7 +129,7 @@ func (g *gatekeeper) rules() policy.Rules {
 	return g.names
 }
 
-// changed has the tables looked at again soon.
+// changed has what is noted looked at soon.
 func (g *gatekeeper) changed() {
 	select {
 	case g.wake <- struct{}{}:
@@ -126,7 +143,7 @@ func (g *gatekeeper) run(ctx context.Context) {
 	tick := time.NewTicker(again)
 	defer tick.Stop()
 	for {
-		_, news := g.book.current()
+		_, news := g.book.Current()
 		g.mu.Lock()
 		err := g.apply(ctx)
 		g.mu.Unlock()
@@ -140,105 +157,141 @@ func (g *gatekeeper) run(ctx context.Context) {
 		case <-news:
 		case <-g.wake:
 		case <-tick.C:
+			g.noteMu.Lock()
+			g.all = true
+			g.noteMu.Unlock()
 		}
 	}
 }
 
 // needRules says that rules have to be read first.
-type needRules struct{ need need }
+type needRules struct{ need groups.Need }
 
 func (e *needRules) Error() string {
-	return fmt.Sprintf("the rules of %v are not read yet", e.need.groups)
+	return fmt.Sprintf("the rules of %v are not read yet", e.need.Groups)
 }
 
-// member is an endpoint with the groups that its interface carries now.
-type member struct {
-	ep     datapath.Endpoint
-	groups vpc.GroupSet
-	asked  bool // for them
-	here   bool // the node alone judges by them: to the VPC they are the node's
-	joins  bool // its ADD is under way, its gate shut
-}
-
-// members returns the node's endpoints, those whose ADD is under way included.
-func (g *gatekeeper) members(ctx context.Context) (map[key]member, error) {
-	eps := map[key]datapath.Endpoint{}
-	g.a.mu.Lock()
-	maps.Copy(eps, g.a.endpoints)
-	g.a.mu.Unlock()
-	joins := map[key]bool{}
-	g.joinMu.Lock()
-	for k, ep := range g.joining {
-		joins[k] = eps[k].HostIfIndex != ep.HostIfIndex
-		eps[k] = ep
+// look brings the roster up to date with what was noted, and returns whom that is
+// about. mu is held.
+func (g *gatekeeper) look(ctx context.Context) (about map[key]struct{}, err error) {
+	g.noteMu.Lock()
+	about, all := g.touched, g.all
+	g.touched, g.all = map[key]struct{}{}, false
+	if all {
+		for k := range g.joining {
+			about[k] = struct{}{}
+		}
 	}
-	g.joinMu.Unlock()
-	out := make(map[key]member, len(eps))
-	err := g.a.ask(ctx, func(o *owner) {
+	joining := make(map[key]datapath.Endpoint, len(g.joining))
+	for k := range about {
+		if ep, ok := g.joining[k]; ok {
+			joining[k] = ep
+		}
+	}
+	g.noteMu.Unlock()
+
+	g.a.mu.Lock()
+	if all {
+		for k := range g.a.endpoints {
+			about[k] = struct{}{}
+		}
+		for k := range g.roster.members {
+			about[k] = struct{}{}
+		}
+	}
+	here := make(map[key]member, len(about))
+	for k := range about {
+		ep, live := g.a.endpoints[k]
+		joins := false
+		if j, ok := joining[k]; ok {
+			joins = !live || ep.HostIfIndex != j.HostIfIndex
+			ep, live = j, true
+		}
+		if live {
+			here[k] = member{ep: ep, groups: ep.Groups, joins: joins}
+		}
+	}
+	g.a.mu.Unlock()
+	if !all {
+		g.looked += uint64(len(about))
+	}
+	if len(about) == 0 {
+		return about, nil
+	}
+
+	err = g.a.ask(ctx, func(o *owner) {
 		own := o.state.Primary()
-		for k, ep := range eps {
-			m := member{ep: ep, groups: ep.Groups, joins: joins[k]}
-			if ep.GroupsHere {
+		for k, m := range here {
+			if m.ep.GroupsHere {
 				m.asked, m.here = true, true
-			} else if e := o.state.ENI(ep.ENI); e != nil {
+			} else if e := o.state.ENI(m.ep.ENI); e != nil {
 				m.groups, m.asked = e.Groups, e.Pool.Groups != ""
 			} else {
-				m.asked = own != nil && ep.Groups != own.Groups
+				m.asked = own != nil && m.ep.Groups != own.Groups
 			}
-			out[k] = m
+			here[k] = m
 		}
 	})
-	return out, err
+	if err != nil {
+		g.again(about)
+		return nil, err
+	}
+	for k := range about {
+		if m, ok := here[k]; ok {
+			g.differs = g.roster.put(k, m) || g.differs
+			continue
+		}
+		g.differs = g.roster.drop(k) || g.differs
+		delete(g.applied, k)
+	}
+	return about, nil
 }
 
-// apply makes everybody's tables and puts those in place that have changed. mu
-// is held. A *needRules says that some wait for rules, which are on their way.
+// again has somebody looked at the next time.
+func (g *gatekeeper) again(about map[key]struct{}) {
+	g.noteMu.Lock()
+	defer g.noteMu.Unlock()
+	for k := range about {
+		g.touched[k] = struct{}{}
+	}
+}
+
+// apply makes the tables of whom a change is about and puts those in place that
+// have changed. mu is held. A *needRules says that some wait for rules, which are
+// on their way.
 func (g *gatekeeper) apply(ctx context.Context) error {
-	members, err := g.members(ctx)
+	about, err := g.look(ctx)
 	if err != nil {
 		return err
 	}
-	for k := range g.applied {
-		if _, ok := members[k]; !ok {
-			delete(g.applied, k)
-		}
-	}
-	needed := needOf(members)
-	g.book.want(needed)
-	read, _ := g.book.current()
+	needed := g.roster.need()
+	g.book.Want(needed)
+	read, _ := g.book.Current()
 	var errs []error
-	if !read.holds(needed) {
+	if !read.Holds(needed) {
 		// Those whose gates are shut wait for them; nobody waits for those.
 		errs = append(errs, &needRules{needed})
-		maps.DeleteFunc(members, func(_ key, m member) bool { return m.joins && m.asked })
-		if needed = needOf(members); !read.holds(needed) {
+		if !g.without(about, func(m *member) bool {
+			return !read.Holds(groups.Need{Groups: m.groups.Groups(), Members: needed.Members})
+		}, read) && !g.without(about, func(*member) bool { return true }, read) {
+			g.again(about)
 			return errs[0]
 		}
+		needed = g.roster.need()
 	}
-	var compiler *policy.Compiler
-	if len(needed.groups) > 0 {
-		in := input(members, read)
-		if needed.members {
-			in.Exempt = g.a.exempt()
+	errs = append(errs, g.compile(read, needed, about)...)
+	failed := map[key]struct{}{}
+	for k := range about {
+		m, ok := g.roster.members[k]
+		if !ok {
+			continue
 		}
-		compiler = policy.NewCompiler(in)
-	}
-	for k, m := range members {
-		var t policy.Tables
-		if compiler != nil {
-			groups := m.groups
-			if !m.asked {
-				groups = vpc.NewGroupSet(append(groups.Groups(), neighbours))
-			}
-			if t, err = compiler.Compile(&policy.Endpoint{Pod: policy.Pod{Namespace: m.ep.PodNamespace, Name: m.ep.PodName, Addrs: []netip.Addr{m.ep.Addr}}, Groups: groups}); err != nil {
-				errs = append(errs, fmt.Errorf("make the policy of %s: %w", m.ep.Addr, err))
-				continue
-			}
+		set := g.roster.sets[m.like()]
+		if !set.made {
+			continue // it has no tables, and is looked at when it has
 		}
 		now := applied{link: m.ep.HostIfIndex, here: m.here}
-		if table := t.Gates[policy.Groups]; table != nil {
-			now.digest, now.judged = table.Digest, true
-		}
+		now.digest, now.judged = set.digest()
 		if was, ok := g.applied[k]; ok && was == now {
 			continue
 		}
@@ -246,40 +299,77 @@ func (g *gatekeeper) apply(ctx context.Context) error {
 			g.applied[k] = now // there is nothing to take away from a new one
 			continue
 		}
-		err := g.put(m.ep, t)
-		if errors.Is(err, datapath.ErrNotFound) {
-			delete(g.applied, k) // deleted meanwhile
+		err := g.put(m.ep, set.tables)
+		if err == nil {
+			g.applied[k] = now
 			continue
 		}
-		if err != nil {
-			delete(g.applied, k)
+		delete(g.applied, k)
+		if !errors.Is(err, datapath.ErrNotFound) { // else deleted meanwhile
+			failed[k] = struct{}{}
 			errs = append(errs, fmt.Errorf("put the policy of %s in place: %w", m.ep.Addr, err))
-			continue
 		}
-		g.applied[k] = now
+	}
+	g.again(failed)
+	return errors.Join(errs...)
+}
+
+// without takes those out for now who join with groups that they asked for, if
+// they are of that kind, and reports whether what is read is enough then.
+func (g *gatekeeper) without(about map[key]struct{}, kind func(*member) bool, read *groups.Snapshot) bool {
+	waits := map[key]struct{}{}
+	for k := range about {
+		if m, ok := g.roster.members[k]; ok && m.joins && m.asked && kind(&m) {
+			g.differs = g.roster.drop(k) || g.differs
+			waits[k] = struct{}{}
+		}
+	}
+	g.again(waits)
+	return read.Holds(g.roster.need())
+}
+
+// compile makes the tables anew if something differs, and adds to about whose are
+// others than before.
+func (g *gatekeeper) compile(read *groups.Snapshot, needed groups.Need, about map[key]struct{}) (errs []error) {
+	var exempt []policy.Exemption
+	if needed.Members {
+		exempt = g.a.exempt()
+	}
+	if !g.differs && read == g.read && slices.Equal(exempt, g.exempt) {
+		return nil
+	}
+	g.read, g.exempt, g.differs = read, exempt, false
+	var compiler *policy.Compiler
+	if len(needed.Groups) > 0 {
+		in := g.roster.input(read)
+		in.Exempt = exempt
+		compiler = policy.NewCompiler(in)
+	}
+	for l, set := range g.roster.sets {
+		was, judged := set.digest()
+		made := set.made
+		set.tables, set.made = policy.Tables{}, true
+		if compiler != nil {
+			// Whose pod it is makes no difference: there are no network policies yet.
+			t, err := compiler.Compile(&policy.Endpoint{Groups: vpc.NewGroupSet(l.list())})
+			if err != nil {
+				set.made, g.differs = false, true // it is tried again
+				errs = append(errs, fmt.Errorf("make the policy of pods with %s: %w", l.groups, err))
+				continue
+			}
+			set.tables = t
+		}
+		if now, judges := set.digest(); !made || now != was || judges != judged {
+			for k := range set.keys {
+				about[k] = struct{}{}
+			}
+			g.looked += uint64(len(set.keys))
+		}
 	}
 	if compiler != nil {
 		g.names = compiler.Rules()
 	}
-	return errors.Join(errs...)
-}
-
-// needOf returns what must be known for the pods: the rules of everybody's groups
-// if one has asked for some, and who carries the groups that these name if there
-// is one by whose groups the node alone judges.
-func needOf(members map[key]member) (out need) {
-	asked := false
-	for _, m := range members {
-		asked = asked || m.asked
-		out.members = out.members || m.here
-		out.groups = append(out.groups, m.groups.Groups()...)
-	}
-	if !asked {
-		return need{}
-	}
-	slices.Sort(out.groups)
-	out.groups = slices.Compact(out.groups)
-	return out
+	return errs
 }
 
 // exempt is what no security group judges (VPC user guide, "Security group
@@ -299,48 +389,14 @@ func (a *Agent) exempt() []policy.Exemption {
 	return out
 }
 
-// input is what the node's pods and the rules say together. A group's members
-// are those on this node: the others' packets come over the wire. For pods by
-// whose groups the node alone judges EC2's members are read too.
-func input(members map[key]member, read *rules) *policy.Input {
-	in := &policy.Input{
-		Groups: map[vpc.SecurityGroupID]policy.SecurityGroup{}, Members: map[vpc.SecurityGroupID][]netip.Prefix{}, PrefixLists: map[vpc.PrefixListID][]netip.Prefix{},
+// age is that of what is known; ok is false while nothing has to be, or nothing
+// was read.
+func (g *gatekeeper) age() (age time.Duration, source string, ok bool) {
+	st := g.book.Status()
+	if len(g.book.Wanted().Groups) == 0 || st.Read.IsZero() {
+		return 0, "", false
 	}
-	for _, id := range read.groups {
-		in.Groups[id] = policy.SecurityGroup{} // one without rules too
-	}
-	for _, r := range read.rules {
-		group := in.Groups[r.Group]
-		rule := policy.GroupRule{ID: r.ID, Protocol: r.Protocol, FromPort: r.FromPort, ToPort: r.ToPort, CIDR: r.CIDR, PrefixList: r.PrefixList, Group: r.Referenced}
-		if r.Egress {
-			group.Egress = append(group.Egress, rule)
-		} else {
-			group.Ingress = append(group.Ingress, rule)
-		}
-		in.Groups[r.Group] = group
-	}
-	among := policy.GroupRule{ID: "pods without groups of their own", Protocol: policy.AnyProtocol, FromPort: policy.AnyPort, ToPort: policy.AnyPort, Group: neighbours}
-	in.Groups[neighbours] = policy.SecurityGroup{Ingress: []policy.GroupRule{among}, Egress: []policy.GroupRule{among}}
-	for id, l := range read.lists {
-		in.PrefixLists[id] = l.entries
-	}
-	for _, m := range members {
-		one := netip.PrefixFrom(m.ep.Addr, m.ep.Addr.BitLen())
-		groups := m.groups.Groups()
-		if !m.asked {
-			groups = append(groups, neighbours)
-		}
-		for _, id := range groups {
-			in.Members[id] = append(in.Members[id], one)
-		}
-	}
-	for id, list := range read.members {
-		in.Members[id] = append(in.Members[id], list...)
-	}
-	for _, list := range in.Members {
-		slices.SortFunc(list, netip.Prefix.Compare) // equal nodes have equal tables
-	}
-	return in
+	return time.Since(st.Read), string(st.Source), true
 }
 
 // status is what people see of it.
@@ -356,21 +412,22 @@ func (g *gatekeeper) status() *agentapi.GroupPolicy {
 		}
 	}
 	g.mu.Unlock()
-	b := g.book
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	out := &agentapi.GroupPolicy{Mode: g.a.opts.GroupsMode, Judged: judged, Host: here, Groups: len(b.wanted.groups), Rules: len(b.now.rules)}
-	for _, list := range b.now.members {
-		out.Members += len(list)
+	now, _ := g.book.Current()
+	wanted, st := g.book.Wanted(), g.book.Status()
+	out := &agentapi.GroupPolicy{Mode: g.a.opts.GroupsMode, Judged: judged, Host: here, Groups: len(wanted.Groups), Rules: now.Rules(), Source: string(st.Source), Poller: g.a.opts.GroupsPoller}
+	for _, m := range now.Members {
+		out.Members += len(m.Addrs)
 	}
-	if len(b.wanted.groups) > 0 {
-		out.EverySeconds = 1 / b.rate
-		if !b.read.IsZero() {
-			read := b.read
-			out.Read = &read
+	if st.Away != nil {
+		out.PollerError = st.Away.Error()
+	}
+	if len(wanted.Groups) > 0 {
+		out.EverySeconds = st.Every.Seconds()
+		if !st.Read.IsZero() {
+			out.Read = &st.Read
 		}
-		if b.err != nil {
-			out.Error = b.err.Error()
+		if st.Err != nil {
+			out.Error = st.Err.Error()
 		}
 	}
 	return out

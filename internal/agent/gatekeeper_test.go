@@ -2,6 +2,8 @@ package agent
 
 import (
 	"fmt"
+	"maps"
+	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"testing"
@@ -349,5 +351,119 @@ func TestGroupsOfModeHost(t *testing.T) {
 		r.judges = false
 		r.start()
 		wantCode(t, host("c2", "a"), agentapi.CodeGroups, "ask for mode vpc")
+	})
+}
+
+func (r *rig) looked() uint64 {
+	r.a.gate.mu.Lock()
+	defer r.a.gate.mu.Unlock()
+	return r.a.gate.looked
+}
+
+// What an ADD costs the gatekeeper does not depend on how many pods there are.
+func TestGateLooksAtWhatChanged(t *testing.T) {
+	run(t, "m5.24xlarge", func(r *rig) {
+		r.withGroups()
+		r.judges = true
+		r.cloud.setRules(everything(sgA), everything(sgB))
+		r.start()
+		id := func(i int) string { return fmt.Sprintf("c%03d", i) }
+		cost := func(from, n int, add func(int)) float64 {
+			before := r.looked()
+			for i := range n {
+				add(from + i)
+			}
+			synctest.Wait()
+			return float64(r.looked()-before) / float64(n)
+		}
+		plain := func(i int) { r.mustAdd(id(i)) }
+		few := cost(0, 50, plain)
+		many := cost(50, 350, plain)
+		t.Logf("pods looked at by an ADD: %.1f beside none, %.1f beside 50 to 400", few, many)
+		if many > 4 {
+			t.Errorf("an ADD looks at %.1f pods", many)
+		}
+		if r.kernel.puts != 0 {
+			t.Errorf("%d tables for nobody", r.kernel.puts)
+		}
+		// One that asks for groups is looked at with all that it speaks to, once.
+		if _, err := r.addTo("asks", "a"); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		grouped := cost(401, 20, func(i int) {
+			if _, err := r.addTo(id(i), "b"); err != nil {
+				t.Fatal(err)
+			}
+		})
+		t.Logf("of a pod with groups beside 400: %.1f", grouped)
+		if grouped > 30 { // itself, and those of its groups
+			t.Errorf("an ADD with groups looks at %.1f pods", grouped)
+		}
+	})
+}
+
+// Whatever came and went before: the tables are those that an agent makes who
+// sees the node for the first time.
+func TestTablesDoNotDependOnHistory(t *testing.T) {
+	run(t, "m5.4xlarge", func(r *rig) {
+		r.withGroups()
+		r.judges = true
+		rules := []vpc.SecurityGroupRule{everything(sgA), everything(sgB), everything(sgC), everything("sg-0123456789abcdef0"),
+			rule("1", sgB, 8080, sgA), rule("2", sgC, 5432, sgB), rule("3", sgA, 80, "sg-0123456789abcdef0")}
+		r.cloud.setRules(rules...)
+		r.start()
+		digests := func() map[string]string {
+			time.Sleep(2 * time.Second)
+			synctest.Wait()
+			out := map[string]string{}
+			r.kernel.mu.Lock()
+			defer r.kernel.mu.Unlock()
+			for _, e := range r.kernel.records {
+				if e.State != datapath.Live {
+					continue
+				}
+				out[e.ContainerID] = "unjudged"
+				if table := r.kernel.tables[e.HostIfIndex].Gates[policy.Groups]; table != nil {
+					out[e.ContainerID] = fmt.Sprintf("%x", table.Digest)
+				}
+			}
+			return out
+		}
+		random := rand.New(rand.NewPCG(3, 4))
+		here := map[string]bool{}
+		for i := range 120 {
+			id := fmt.Sprintf("c%d", random.IntN(12))
+			switch {
+			case here[id]:
+				r.del(id)
+				delete(here, id)
+			default:
+				var err error
+				switch g := []string{"", "", "a", "b", "c", "host"}[random.IntN(6)]; g {
+				case "":
+					_, err = r.add(id)
+				case "host":
+					_, err = r.a.Add(r.t.Context(), &agentapi.Attachment{ContainerID: id, IfName: "eth0", Groups: []string{"b"}, GroupsMode: agentapi.GroupsHost}, 0, r.netns)
+				default:
+					_, err = r.addTo(id, g)
+				}
+				if err != nil {
+					t.Fatalf("step %d: add %s: %v", i, id, err)
+				}
+				here[id] = true
+			}
+			if random.IntN(4) == 0 {
+				r.cloud.setRules(rules[:4+random.IntN(4)]...)
+			}
+			if i%6 != 0 {
+				continue
+			}
+			by := digests()
+			r.start()
+			if fresh := digests(); !maps.Equal(by, fresh) {
+				t.Fatalf("step %d: tables\n%v\nthe next agent makes\n%v", i, by, fresh)
+			}
+		}
 	})
 }

@@ -85,6 +85,7 @@ var (
 	descSets      = prometheus.NewDesc("underlay_group_set_addresses", "Addresses of each set of security groups that has interfaces on the node, by state; groups are sorted IDs, joined by commas.", []string{"groups", "state"}, nil)
 	descSetENIs   = prometheus.NewDesc("underlay_group_set_enis", "Network interfaces of each set of security groups.", []string{"groups"}, nil)
 	descSetsLeft  = prometheus.NewDesc("underlay_group_sets_allocatable", "How many further sets of security groups the node has interfaces for.", nil, nil)
+	descRulesAge  = prometheus.NewDesc("underlay_group_rules_age_seconds", "How old what is known of security groups is, while pods need it, by who reads it: the agent (own) or a poller that others follow, too.", []string{"source"}, nil)
 	descWaiting   = prometheus.NewDesc("underlay_adds_waiting", "ADDs that wait for an address.", nil, nil)
 	descExhausted = prometheus.NewDesc("underlay_subnet_exhausted", "1 for a subnet of the node where EC2 found no free address, or no free prefix, when last asked.", []string{"subnet", "lacks"}, nil)
 	descNotices   = prometheus.NewDesc("underlay_notices_dropped_total", "What pods' users were not told, in Kubernetes' events, for want of room.", nil, nil)
@@ -98,7 +99,7 @@ var (
 
 // Describe implements prometheus.Collector.
 func (v *view) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descReady, descENIs, descAddresses, descSets, descSetENIs, descSetsLeft, descWaiting, descExhausted, descNotices, descRecords, descRecorded, descBytes, descSkipped, descFailures, descDrops} {
+	for _, d := range []*prometheus.Desc{descReady, descENIs, descAddresses, descSets, descSetENIs, descSetsLeft, descRulesAge, descWaiting, descExhausted, descNotices, descRecords, descRecorded, descBytes, descSkipped, descFailures, descDrops} {
 		ch <- d
 	}
 }
@@ -166,6 +167,11 @@ func (v *view) Collect(ch chan<- prometheus.Metric) {
 		for id, n := range exhausted {
 			gauge(descExhausted, n[0], string(id), "address")
 			gauge(descExhausted, n[1], string(id), "prefix")
+		}
+	}
+	if v.a.gate != nil {
+		if age, source, ok := v.a.gate.age(); ok {
+			ch <- prometheus.MustNewConstMetric(descRulesAge, prometheus.GaugeValue, age.Seconds(), source)
 		}
 	}
 	if o := v.a.opts.Orchestrator; o != nil {

@@ -337,9 +337,6 @@ func (a *Agent) del(ctx context.Context, k key) error {
 		a.incident("del", err.Error())
 	}
 	a.forget(k)
-	if a.gate != nil {
-		a.gate.changed()
-	}
 	a.release(ep.Addr, ep.Released, false)
 	a.log.Info("endpoint deleted", "pod", podName(ep), "ip", ep.Addr, "eni", ep.ENI, "container", k.containerID)
 	return nil
@@ -351,8 +348,11 @@ func podName(ep datapath.Endpoint) string {
 
 func (a *Agent) forget(k key) {
 	a.mu.Lock()
-	defer a.mu.Unlock()
 	delete(a.endpoints, k)
+	a.mu.Unlock()
+	if a.gate != nil {
+		a.gate.gone(k)
+	}
 }
 
 // Check compares the endpoint with what Add made, in the kernel and in EC2.

@@ -235,6 +235,12 @@ type GroupSet struct {
 	Drifted int        `json:"drifted,omitempty"` // interfaces whose groups somebody has changed: they get no further pod
 }
 
+// Who reads the rules of security groups.
+const (
+	SourceOwn    = "own"    // the agent
+	SourcePoller = "poller" // one that other agents follow, too
+)
+
 // GroupPolicy is how the node judges by security groups what the VPC does not
 // see: the traffic between its own pods.
 type GroupPolicy struct {
@@ -246,7 +252,10 @@ type GroupPolicy struct {
 	Rules        int        `json:"rules"`
 	Read         *time.Time `json:"read,omitempty"` // when they were read last
 	EverySeconds float64    `json:"everySeconds,omitempty"`
-	Error        string     `json:"error,omitempty"` // of the last read
+	Error        string     `json:"error,omitempty"`       // of the last read
+	Source       string     `json:"source,omitempty"`      // SourceOwn or SourcePoller
+	Poller       string     `json:"poller,omitempty"`      // its socket, if the agent has been told of one
+	PollerError  string     `json:"pollerError,omitempty"` // why it is not followed
 }
 
 // Counts is a number of addresses by state.

@@ -38,6 +38,18 @@ const nodeKey = "AKIAUNDERLAYNODE0000"
 // link-local address that the fabric answers.
 const nodeEndpoint = "http://169.254.171.24:7424"
 
+// nodeEnv is how a program of the nodes finds EC2 at an endpoint.
+func nodeEnv(endpoint string) []string {
+	return []string{
+		"AWS_ENDPOINT_URL_EC2=" + endpoint,
+		"AWS_REGION=" + region,
+		"AWS_ACCESS_KEY_ID=" + nodeKey,
+		"AWS_SECRET_ACCESS_KEY=underlay",
+		"AWS_CONFIG_FILE=/dev/null",
+		"AWS_SHARED_CREDENTIALS_FILE=/dev/null",
+	}
+}
+
 var errAgentSlow = errors.New("it did not serve within 90 s")
 
 // startAgent starts the agent of a node and waits until it serves.
@@ -49,15 +61,11 @@ func startAgent(ctx context.Context, h home, f *labFile, n Node, agent string) e
 		return fmt.Errorf("make %s: %w", bpffs, err)
 	}
 	cmd := newCommand(agent, "--socket", n.AgentSocket, "--bpffs", bpffs, "--cluster", h.name, fmt.Sprintf("--prefixes=%v", f.Prefixes))
+	if h.hasPoller() {
+		cmd.Args = append(cmd.Args, "--security-groups-poller", pollerSocket(n))
+	}
 	cmd.Args = append(cmd.Args, f.AgentArgs...)
-	cmd.Env = append(cleanEnv(
-		"AWS_ENDPOINT_URL_EC2="+nodeEndpoint,
-		"AWS_REGION="+region,
-		"AWS_ACCESS_KEY_ID="+nodeKey,
-		"AWS_SECRET_ACCESS_KEY=underlay",
-		"AWS_CONFIG_FILE=/dev/null",
-		"AWS_SHARED_CREDENTIALS_FILE=/dev/null",
-	), f.AgentEnv...)
+	cmd.Env = append(cleanEnv(nodeEnv(nodeEndpoint)...), f.AgentEnv...)
 	p, exited, err := background(cmd, n.Netns, h.agentLog(n.Name))
 	if err != nil {
 		return err

@@ -79,6 +79,9 @@ func (a *App) completeKubernetesMachines(_ *cobra.Command, args []string, _ stri
 // logNames are the names that underlay logs knows, pods' left out.
 func (a *App) logNames() []string {
 	names := append([]string{"vpcd"}, a.machineNames(true)...)
+	if a.home().hasPoller() {
+		names = append(names, "poller")
+	}
 	f, err := a.home().load()
 	if err != nil {
 		return names

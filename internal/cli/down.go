@@ -267,7 +267,7 @@ func (h home) takeDown(ctx context.Context) error {
 // still run.
 func (h home) recorded(skip []int) []proc {
 	var procs []proc
-	for _, file := range []string{h.vpcdPID(), h.forwardPID()} {
+	for _, file := range []string{h.vpcdPID(), h.forwardPID(), h.pollerPID()} {
 		if p, err := readProc(file); err == nil {
 			procs = append(procs, p)
 		}

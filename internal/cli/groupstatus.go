@@ -23,6 +23,20 @@ func ownGroups(in *agentapi.Inspection, e agentapi.Endpoint) []string {
 	return nil
 }
 
+// ruleSource says where a node has the rules of security groups from, and how old
+// they are.
+func ruleSource(p *agentapi.GroupPolicy, now time.Time) string {
+	from := "read by the agent itself"
+	if p.Source == agentapi.SourcePoller {
+		from = "from the poller"
+	}
+	old := "not read yet"
+	if p.Read != nil {
+		old = fmt.Sprintf("as EC2 had them %.1f s ago", max(0, now.Sub(*p.Read).Seconds()))
+	}
+	return fmt.Sprintf("%d rules of %d security groups, %s, %s", p.Rules, p.Groups, from, old)
+}
+
 // setTable shows the nodes' sets of security groups, if there is one beside the
 // nodes' own.
 func (s *status) setTable(w io.Writer, color bool, now time.Time) {
@@ -33,6 +47,12 @@ func (s *status) setTable(w io.Writer, color bool, now time.Time) {
 		p := n.Inspect.Policy
 		if p.Host > 0 {
 			fmt.Fprintf(w, "\n%s: security groups of %d pods are judged by the node alone (host): to the VPC they have the node's groups\n", n.Name, p.Host)
+		}
+		if p.Groups > 0 {
+			fmt.Fprintf(w, "\n%s: %s\n", n.Name, ruleSource(p, now))
+		}
+		if p.PollerError != "" && p.Groups > 0 {
+			fmt.Fprintf(w, "\n%s: %s\n", n.Name, paint(p.PollerError, bad, color))
 		}
 		if p.Error != "" {
 			fmt.Fprintf(w, "\n%s: %s\n", n.Name, paint("the rules of security groups cannot be read: "+p.Error, bad, color))

@@ -364,10 +364,11 @@ func underlayValues(lab, image string, o upOptions) map[string]any {
 		env = append(env, map[string]string{"name": name, "value": value})
 	}
 	return map[string]any{
-		"extraEnv": env,
-		"cluster":  map[string]any{"name": lab},
-		"image":    map[string]any{"tag": tag, "pullPolicy": "IfNotPresent"},
-		"prefixes": o.prefixes,
+		"extraEnv":  env,
+		"extraArgs": []string{"--security-groups-poller=/run/underlay/" + pollerName},
+		"cluster":   map[string]any{"name": lab},
+		"image":     map[string]any{"tag": tag, "pullPolicy": "IfNotPresent"},
+		"prefixes":  o.prefixes,
 		"ec2": map[string]any{
 			"endpoint": nodeEndpoint, "region": region,
 			"accessKeyId": nodeKey, "secretAccessKey": "underlay",

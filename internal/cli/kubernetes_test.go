@@ -191,10 +191,11 @@ func TestNewestContainerLog(t *testing.T) {
 func TestValuesOfALab(t *testing.T) {
 	v := underlayValues("demo", "ghcr.io/underlay-cni/underlay:lab-0123", upOptions{prefixes: true, agentEnv: []string{"WARM_IP_TARGET=5"}})
 	want := map[string]any{
-		"extraEnv": []map[string]string{{"name": "WARM_IP_TARGET", "value": "5"}},
-		"cluster":  map[string]any{"name": "demo"},
-		"image":    map[string]any{"tag": "lab-0123", "pullPolicy": "IfNotPresent"},
-		"prefixes": true,
+		"extraEnv":  []map[string]string{{"name": "WARM_IP_TARGET", "value": "5"}},
+		"extraArgs": []string{"--security-groups-poller=/run/underlay/poller.sock"},
+		"cluster":   map[string]any{"name": "demo"},
+		"image":     map[string]any{"tag": "lab-0123", "pullPolicy": "IfNotPresent"},
+		"prefixes":  true,
 		"ec2": map[string]any{
 			"endpoint": "http://169.254.171.24:7424", "region": "us-east-1",
 			"accessKeyId": nodeKey, "secretAccessKey": "underlay",

@@ -99,6 +99,8 @@ func (h home) vpcd(elem ...string) string {
 }
 func (h home) vpcdPID() string             { return filepath.Join(h.dir(), "vpcd.pid") }
 func (h home) vpcdLog() string             { return h.vpcd("vpcd.log") }
+func (h home) pollerPID() string           { return filepath.Join(h.dir(), "poller.pid") }
+func (h home) pollerLog() string           { return filepath.Join(h.dir(), "poller.log") }
 func (h home) resolvConf() string          { return filepath.Join(h.dir(), "resolv.conf") }
 func (h home) iamPolicy() string           { return filepath.Join(h.dir(), "iam-policy.json") }
 func (h home) agentPID(node string) string { return filepath.Join(h.node(node), "agent.pid") }

@@ -19,7 +19,7 @@ func (a *App) logsCommand() *cobra.Command {
 	var follow bool
 	var lines int
 	c := &cobra.Command{
-		Use:   "logs [vpcd|NODE[/PROGRAM]|VM|POD]…",
+		Use:   "logs [vpcd|poller|NODE[/PROGRAM]|VM|POD]…",
 		Short: "Print logs: vpcd's, an agent's, a server's, a pod's process's",
 		Long: `Prints the last lines of logs; without a name of vpcd and of every node's agent,
 each line with its name in front. With -o json, one object per line.
@@ -103,6 +103,9 @@ func (h home) logOf(f *labFile, name string) (string, error) {
 	if name == "vpcd" {
 		return h.vpcdLog(), nil
 	}
+	if name == "poller" && h.hasPoller() {
+		return h.pollerLog(), nil
+	}
 	for _, l := range h.kubernetesLogs(f) {
 		if l.name == name {
 			return l.path, nil
@@ -127,6 +130,9 @@ func (h home) logOf(f *labFile, name string) (string, error) {
 		}
 	}
 	known := []string{"vpcd"}
+	if h.hasPoller() {
+		known = append(known, "poller")
+	}
 	for _, l := range h.kubernetesLogs(f) {
 		known = append(known, l.name)
 	}

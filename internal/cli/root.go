@@ -136,7 +136,7 @@ func (a *App) command() *cobra.Command {
 		}
 	}
 	add("lab", a.upCommand(), a.downCommand(), a.demoCommand(), a.kubernetesCommand())
-	add("pods", a.runCommand(), a.rmCommand(), a.execCommand(), a.nodeCommand(), a.serviceCommand(), a.vpcdCommand())
+	add("pods", a.runCommand(), a.rmCommand(), a.execCommand(), a.nodeCommand(), a.serviceCommand(), a.vpcdCommand(), a.pollerCommand())
 	add("look", a.statusCommand(), a.podsCommand(), a.flowsCommand(), a.monitorCommand(), a.logsCommand(), a.envCommand())
 	add(GroupAhead, a.planCommand())
 	root.AddCommand(a.versionCommand(), a.serveTCPCommand(), a.serveBalancerCommand(), a.nodeInitCommand(), a.forwardCommand())

@@ -54,6 +54,7 @@ type status struct {
 	InstanceType string            `json:"instanceType"`
 	Prefixes     bool              `json:"prefixes,omitempty"`
 	VPCD         serviceStatus     `json:"vpcd"`
+	Poller       *serviceStatus    `json:"poller,omitempty"` // of security groups
 	NodeStatus   []nodeStatus      `json:"nodeStatus"`
 	Interfaces   []interfaceStatus `json:"interfaces"` // all of the VPC, as EC2 describes them
 	Pods         []podStatus       `json:"pods"`
@@ -138,6 +139,14 @@ func (a *App) collect(ctx context.Context, h home, f *labFile) *status {
 			s.VPCD.Error = err.Error()
 		}
 	})
+	if h.hasPoller() {
+		s.Poller = &serviceStatus{}
+		if p, err := readProc(h.pollerPID()); err == nil && p.alive() {
+			s.Poller.PID, s.Poller.Healthy = p.PID, true
+		} else {
+			s.Poller.Error = "it does not run, and agents read security groups themselves; start it with: underlay poller restart" + a.labFlag()
+		}
+	}
 	for i, n := range f.Lab.Nodes {
 		wg.Go(func() { s.NodeStatus[i] = nodeStatusOf(ctx, h, n) })
 	}
@@ -264,6 +273,9 @@ func (s *status) ill() []string {
 	if !s.VPCD.Healthy {
 		ill = append(ill, "vpcd")
 	}
+	if s.Poller != nil && !s.Poller.Healthy {
+		ill = append(ill, "the poller")
+	}
 	for _, n := range s.NodeStatus {
 		if !n.Agent.Healthy && s.hasAgents() {
 			ill = append(ill, "the agent of "+n.Name)
@@ -287,6 +299,9 @@ func (s *status) write(w io.Writer, color bool, now time.Time) {
 		vpcd = paint("vpcd: "+s.VPCD.Error, bad, color)
 	}
 	fmt.Fprintf(w, "lab %s · %s · %s · up %s · %s\n\n", paint(s.Name, strong, color), s.VPCID, s.Endpoint, age(now.Sub(s.Created)), vpcd)
+	if s.Poller != nil && !s.Poller.Healthy {
+		fmt.Fprintf(w, "%s\n\n", paint("poller: "+s.Poller.Error, bad, color))
+	}
 	if s.KubernetesStatus != nil {
 		s.KubernetesStatus.write(w, s.Kubernetes, color)
 	}

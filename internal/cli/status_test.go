@@ -76,6 +76,19 @@ func TestTableLeavesOutEmptyColumns(t *testing.T) {
 	}
 }
 
+func TestRuleSource(t *testing.T) {
+	read := aDay.Add(-400 * time.Millisecond)
+	for want, p := range map[string]agentapi.GroupPolicy{
+		"7 rules of 3 security groups, from the poller, as EC2 had them 0.4 s ago":          {Groups: 3, Rules: 7, Source: agentapi.SourcePoller, Read: &read},
+		"7 rules of 3 security groups, read by the agent itself, as EC2 had them 0.4 s ago": {Groups: 3, Rules: 7, Source: agentapi.SourceOwn, Read: &read},
+		"0 rules of 1 security groups, from the poller, not read yet":                       {Groups: 1, Source: agentapi.SourcePoller},
+	} {
+		if got := ruleSource(&p, aDay); got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+}
+
 func TestAge(t *testing.T) {
 	for d, want := range map[time.Duration]string{0: "0s", 59 * time.Second: "59s", 61 * time.Second: "1m01s", 3*time.Hour + 5*time.Minute: "3h05m", 72 * time.Hour: "3d"} {
 		if got := age(d); got != want {

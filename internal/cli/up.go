@@ -303,6 +303,13 @@ func (b *builder) build(ctx context.Context) error {
 	b.log = ""
 	done(fmt.Sprintf("%s: %s, %d nodes (%s), vm-1, db-1", b.f.Lab.VPCID, vpcCIDR, len(b.f.Lab.Nodes), b.o.instanceType))
 
+	if !b.o.kube.on || b.o.kube.cni == cluster.CNIUnderlay {
+		b.log = h.pollerLog()
+		if err := startPoller(ctx, h, &b.f, b.agent); err != nil {
+			return err
+		}
+		b.log = ""
+	}
 	if b.o.kube.on {
 		if err := b.kubernetes(ctx); err != nil {
 			return err

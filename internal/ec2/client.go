@@ -373,8 +373,28 @@ func (c *Client) awaitDetached(ctx context.Context, id vpc.ENIID) error {
 	}
 }
 
+type meterKey struct{}
+
+// Metered returns a context with which a Client asks wait before each request,
+// each page of an answer included, and does not send it if that returns an error.
+func Metered(ctx context.Context, wait func(context.Context) error) context.Context {
+	return context.WithValue(ctx, meterKey{}, wait)
+}
+
+// Meter asks what Metered has put into ctx, if anything: for those who stand in
+// for a Client in tests.
+func Meter(ctx context.Context) error {
+	if wait, ok := ctx.Value(meterKey{}).(func(context.Context) error); ok {
+		return wait(ctx)
+	}
+	return nil
+}
+
 // call makes one call within callTimeout.
 func call[In, Out any](ctx context.Context, fn func(context.Context, *In, ...func(*awsec2.Options)) (*Out, error), in *In) (*Out, error) {
+	if err := Meter(ctx); err != nil {
+		return nil, err
+	}
 	ctx, cancel := context.WithTimeoutCause(ctx, callTimeout, errors.New("no answer within "+callTimeout.String()))
 	defer cancel()
 	return fn(ctx, in)

@@ -2,6 +2,7 @@ package flowlog
 
 import (
 	"cmp"
+	"maps"
 	"slices"
 	"time"
 
@@ -109,12 +110,55 @@ type Port struct {
 	Open     Counts // counted by then, and in no record yet
 }
 
-type name struct {
-	tuple packet.FiveTuple
-	id    uint64
+// Name is that of a connection.
+type Name struct {
+	Tuple packet.FiveTuple
+	ID    uint64
 }
 
-func (c *Conn) name() name { return name{c.Tuple, c.ID} }
+func (c *Conn) name() Name { return Name{c.Tuple, c.ID} }
+
+// Change is what one step has changed in a Log: for who keeps it from one process
+// to the next, and does not want to write all of it each time.
+type Change struct {
+	At        time.Time
+	Conns     []Mark // of connections that are new or went on
+	Gone      []Name `json:",omitempty"` // connections that have none any more
+	Ports     []Port // likewise
+	PortsGone []int  `json:",omitempty"`
+}
+
+// Apply makes the changes of steps, in their order.
+func (l *Log) Apply(changes ...Change) {
+	if len(changes) == 0 {
+		return
+	}
+	marks := make(map[Name]Mark, len(l.Conns))
+	for _, m := range l.Conns {
+		marks[Name{m.Tuple, m.ID}] = m
+	}
+	ports := make(map[int]Port, len(l.Ports))
+	for _, p := range l.Ports {
+		ports[p.Number] = p
+	}
+	for _, c := range changes {
+		l.At = c.At
+		for _, n := range c.Gone {
+			delete(marks, n)
+		}
+		for _, m := range c.Conns {
+			marks[Name{m.Tuple, m.ID}] = m
+		}
+		for _, n := range c.PortsGone {
+			delete(ports, n)
+		}
+		for _, p := range c.Ports {
+			ports[p.Number] = p
+		}
+	}
+	l.Conns, l.Ports = slices.Collect(maps.Values(marks)), slices.Collect(maps.Values(ports))
+	slices.SortFunc(l.Ports, func(a, b Port) int { return cmp.Compare(a.Number, b.Number) })
+}
 
 // Step records what has happened between the sample before and this one, sorted
 // by interface, direction and tuple. What an interface has counted and nothing
@@ -123,11 +167,27 @@ func (c *Conn) name() name { return name{c.Tuple, c.ID} }
 // an empty Log is recorded as far as its connections still stand, and skipped as
 // far as not.
 func (l *Log) Step(s Sample) []Record {
+	out, _ := l.Advance(s)
+	return out
+}
+
+// Advance is Step, and tells what it has changed in l. What l had before is left
+// as it was: a copy of l goes on to be good.
+func (l *Log) Advance(s Sample) ([]Record, Change) {
 	start := l.At
-	marks := make(map[name]*Mark, len(l.Conns))
+	change := Change{At: s.At}
+	marks := make(map[Name]int, len(l.Conns))
 	for i := range l.Conns {
-		m := &l.Conns[i]
-		marks[name{m.Tuple, m.ID}] = m
+		marks[Name{l.Conns[i].Tuple, l.Conns[i].ID}] = i
+	}
+	stands := make([]bool, len(l.Conns)) // such a mark's connection
+	l.Ports = slices.Clone(l.Ports)
+	had := make(map[int]Port, len(l.Ports))
+	for _, p := range l.Ports {
+		had[p.Number] = p
+		if _, there := s.Interfaces[p.Number]; !there {
+			change.PortsGone = append(change.PortsGone, p.Number)
+		}
 	}
 	ports := make(map[int]*Port, len(s.Interfaces))
 	for i := range l.Ports {
@@ -158,8 +218,8 @@ func (l *Log) Step(s Sample) []Record {
 	}
 	record := func(c *Conn) {
 		var before Mark
-		if m := marks[c.name()]; m != nil {
-			before = *m
+		if i, ok := marks[c.name()]; ok {
+			before = l.Conns[i]
 		}
 		sent, answers := c.Sent.since(before.Sent.Counts), c.Answers.since(before.Answers.Counts)
 		began := Record{Start: c.Created, End: c.Last, Tuple: c.Tuple, Packets: sent.Packets, Bytes: sent.Bytes,
@@ -179,7 +239,7 @@ func (l *Log) Step(s Sample) []Record {
 			add(c.To, answered)
 		}
 	}
-	ended := make(map[name]bool, len(s.Ended))
+	ended := make(map[Name]bool, len(s.Ended))
 	for i := range s.Ended {
 		record(&s.Ended[i])
 		ended[s.Ended[i].name()] = true
@@ -191,7 +251,20 @@ func (l *Log) Step(s Sample) []Record {
 			continue // it ended while the sample was taken
 		}
 		record(c)
-		next = append(next, Mark{c.Tuple, c.ID, c.Sent, c.Answers})
+		now := Mark{c.Tuple, c.ID, c.Sent, c.Answers}
+		next = append(next, now)
+		was, ok := marks[c.name()]
+		if ok {
+			stands[was] = true
+		}
+		if !ok || l.Conns[was] != now {
+			change.Conns = append(change.Conns, now)
+		}
+	}
+	for i := range l.Conns {
+		if !stands[i] {
+			change.Gone = append(change.Gone, Name{l.Conns[i].Tuple, l.Conns[i].ID})
+		}
 	}
 	for _, r := range s.Refused {
 		add(r.On, Record{Start: r.First, End: r.Last, Direction: r.Direction, Tuple: r.Tuple, Packets: r.Counts.Packets, Bytes: r.Counts.Bytes,
@@ -216,12 +289,15 @@ func (l *Log) Step(s Sample) []Record {
 			out = append(out, remark)
 		}
 		l.Ports = append(l.Ports, *p)
+		if was, ok := had[n]; !ok || was != *p {
+			change.Ports = append(change.Ports, *p)
+		}
 	}
 	slices.SortFunc(l.Ports, func(a, b Port) int { return cmp.Compare(a.Number, b.Number) })
 	slices.SortStableFunc(out, func(a, b Record) int {
 		return cmp.Or(a.Addr.Compare(b.Addr), cmp.Compare(a.Status, b.Status), cmp.Compare(a.Direction, b.Direction), compareTuples(a.Tuple, b.Tuple))
 	})
-	return out
+	return out, change
 }
 
 // keep are the flags that belong to each interval in which they can be seen:

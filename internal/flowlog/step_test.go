@@ -216,3 +216,71 @@ func TestFlags(t *testing.T) {
 		}
 	}
 }
+
+// Who keeps a log by its changes has the log.
+func TestChanges(t *testing.T) {
+	r := rand.New(rand.NewPCG(5, 6))
+	var l, kept Log
+	conns := map[int]*Conn{}
+	counters := map[int]Reading{}
+	for step := range 200 {
+		var s Sample
+		for i := range 12 {
+			switch c := conns[i]; {
+			case c == nil && r.IntN(3) == 0:
+				conns[i] = &Conn{Tuple: tuple(web.Addr, api.Addr, uint16(i), 80), ID: uint64(step), Created: at(step), Last: at(step), From: 1, Sent: Side{Counts{1, 60}, syn}}
+			case c != nil && r.IntN(4) == 0:
+				c.Sent.Packets++
+				c.Last = at(step)
+			case c != nil && r.IntN(6) == 0:
+				if r.IntN(2) == 0 {
+					s.Ended = append(s.Ended, *c)
+				}
+				delete(conns, i)
+			}
+			if c := conns[i]; c != nil {
+				s.Conns = append(s.Conns, *c)
+			}
+		}
+		for n := 1; n < 4; n++ {
+			if r.IntN(5) == 0 {
+				delete(counters, n)
+			} else if r.IntN(2) == 0 {
+				c := counters[n]
+				c.Interface = web
+				c.Sent.Packets += uint64(r.IntN(4))
+				counters[n] = c
+			}
+		}
+		s.At, s.Interfaces = at(60*step), counters
+		before := len(l.Conns)
+		_, change := l.Advance(s)
+		b, err := json.Marshal(change)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var read Change
+		if err := json.Unmarshal(b, &read); err != nil {
+			t.Fatal(err)
+		}
+		kept.Apply(read)
+		if len(change.Conns) > len(l.Conns) || len(change.Gone) > before {
+			t.Fatalf("step %d: %d of %d connections changed, %d of %d went", step, len(change.Conns), len(l.Conns), len(change.Gone), before)
+		}
+		if d := cmp.Diff(l, kept, cmpopts.EquateComparable(netip.Addr{}), cmpopts.EquateEmpty(), cmpopts.SortSlices(func(a, b Mark) bool {
+			return compareTuples(a.Tuple, b.Tuple) < 0 || a.Tuple == b.Tuple && a.ID < b.ID
+		})); d != "" {
+			t.Fatalf("step %d: -log +kept by changes:\n%s", step, d)
+		}
+	}
+	// Where nothing has changed, nothing is said.
+	s := Sample{At: at(100_000), Interfaces: counters}
+	for _, c := range conns {
+		s.Conns = append(s.Conns, *c)
+	}
+	l.Advance(s)
+	l.Advance(s)
+	if _, c := l.Advance(s); len(c.Conns)+len(c.Gone)+len(c.Ports)+len(c.PortsGone) != 0 {
+		t.Errorf("of nothing: %+v", c)
+	}
+}

@@ -23,7 +23,7 @@ const module = "github.com/underlay-cni/underlay/"
 var floors = [][]string{
 	{"vpc", "packet"},
 	{"ipam", "policy", "flowlog", "reach", "plan"},
-	{"ec2", "imds", "nl", "datapath", "kube", "agentapi", "oci"},
+	{"ec2", "imds", "groups", "nl", "datapath", "kube", "agentapi", "oci"},
 	{"agent", "controller", "vpcd", "sim", "cli", "ui"},
 }
 
@@ -32,6 +32,7 @@ var siblings = map[string][]string{
 	"reach":    {"policy"}, // reachability asks the policy compiler for verdicts
 	"plan":     {"ipam"},   // capacity is what the real allocator would hold
 	"datapath": {"nl"},     // programs are attached to links that nl makes
+	"groups":   {"ec2"},    // what a refusal means, ec2 alone says; each of its requests counts
 }
 
 // pure are the packages that do no I/O, start no goroutine and read no clock,
@@ -181,7 +182,7 @@ func TestPluginIsThin(t *testing.T) {
 
 // D4: the emulator and the product share no judgement.
 func TestEmulatorAndProductShareNoJudgement(t *testing.T) {
-	product := []string{"ipam", "policy", "flowlog", "reach", "plan", "ec2", "imds", "datapath", "agent", "controller", "agentapi"}
+	product := []string{"ipam", "policy", "flowlog", "reach", "plan", "ec2", "imds", "groups", "datapath", "agent", "controller", "agentapi"}
 	for _, p := range list(t, "./internal/vpcd/...", "./cmd/vpcd") {
 		for _, dep := range p.Deps {
 			if _, room := place(dep); slices.Contains(product, room) {

@@ -4,8 +4,12 @@
 //
 //	DIR/flows-000007.log   lines, in the order of time; the highest number grows
 //	DIR/position.json      how far that file is valid, and the flowlog.Log then
+//	DIR/position-3.log     how both went on since, a line for each interval
 //
-// The position is replaced, by a rename, after the lines are in the file. So a
+// The position moves on after the lines are in the file: by a line of what has
+// changed, so that a hundred thousand idle connections are not written each
+// minute; and when these lines are as long as the position, that is replaced by a
+// rename, and the lines begin anew under its next number. So a
 // process that was killed between the two leaves lines that the position does
 // not know: the next one cuts them off and records the same packets anew. No
 // packet is in the files twice, and none is left out, whenever the agent dies.

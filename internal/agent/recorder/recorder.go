@@ -130,10 +130,10 @@ func (r *Recorder) record() error {
 	if err != nil {
 		return err
 	}
-	next := copyOf(r.log)
-	records := next.Step(s)
+	next := r.log // what it shares with that is not changed
+	records, change := next.Advance(s)
 	if r.files != nil {
-		if err := r.files.write(r.header(), r.lines(records), next); err != nil {
+		if err := r.files.write(r.header(), r.lines(records), next, change); err != nil {
 			return err
 		}
 	}
@@ -156,11 +156,6 @@ func (r *Recorder) record() error {
 		r.recent = slices.Clone(r.recent[n:])
 	}
 	return nil
-}
-
-func copyOf(l flowlog.Log) flowlog.Log {
-	l.Conns, l.Ports = slices.Clone(l.Conns), slices.Clone(l.Ports)
-	return l
 }
 
 func (r *Recorder) header() string {
@@ -198,7 +193,7 @@ func (r *Recorder) Recent(since time.Time) (ended, running []flowlog.Record, err
 	if err != nil {
 		return ended, nil, err
 	}
-	now := copyOf(r.log)
+	now := r.log
 	for _, rec := range now.Step(s) {
 		if rec.Status == flowlog.OK {
 			running = append(running, rec)

@@ -89,6 +89,22 @@ func packets(t *testing.T, dir string) (sum uint64, files int) {
 	return sum, len(names)
 }
 
+// positions are the files that say how far the records are valid.
+func positions(t *testing.T, dir string) map[string][]byte {
+	t.Helper()
+	names, err := filepath.Glob(filepath.Join(dir, "position*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := map[string][]byte{}
+	for _, name := range names {
+		if out[name], err = os.ReadFile(name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return out
+}
+
 // An agent is killed before it wrote, between lines and position, and after:
 // each packet is recorded once.
 func TestKilled(t *testing.T) {
@@ -101,14 +117,24 @@ func TestKilled(t *testing.T) {
 		case 0: // killed before
 			continue
 		case 1: // between: the lines are there, the position is not
-			keep, err := os.ReadFile(filepath.Join(o.Dir, "position.json"))
+			keep := positions(t, o.Dir)
+			r.files.changesLeast = int64(i % 3) // by a line, or whole
 			r.step()
-			if err == nil {
-				if err := os.WriteFile(filepath.Join(o.Dir, "position.json"), keep, 0o640); err != nil {
+			now := positions(t, o.Dir)
+			for name := range now {
+				if err := os.Remove(name); err != nil {
 					t.Fatal(err)
 				}
-			} else if err := os.Remove(filepath.Join(o.Dir, "position.json")); err != nil {
-				t.Fatal(err)
+			}
+			for name, b := range keep {
+				if i%8 == 1 { // in the middle of the line of changes
+					if more := now[name]; strings.HasSuffix(name, ".log") && len(more) > len(b) {
+						b = more[:len(b)+(len(more)-len(b))/2]
+					}
+				}
+				if err := os.WriteFile(name, b, 0o640); err != nil {
+					t.Fatal(err)
+				}
 			}
 		case 2: // in the middle of a line
 			f, err := os.OpenFile(r.files.name(r.files.at.Number), os.O_APPEND|os.O_WRONLY, 0)
@@ -118,12 +144,103 @@ func TestKilled(t *testing.T) {
 			fmt.Fprint(f, "10.0.0.21 99")
 			f.Close()
 		case 3:
+			r.files.changesLeast = int64(i % 8)
 			r.step()
+			n.sent += 2
+			r.step()
+			if i%3 == 0 { // after it wrote the position whole, before it took the changes away
+				if err := os.WriteFile(filepath.Join(o.Dir, "position-0.log"), []byte("{}\n"), 0o640); err != nil {
+					t.Fatal(err)
+				}
+			}
 		}
 	}
 	open(t, o).step()
 	if sum, _ := packets(t, o.Dir); sum != n.sent {
 		t.Errorf("recorded %d packets, %d were sent", sum, n.sent)
+	}
+}
+
+// An interval writes what has changed, however many connections stand.
+func TestWritesWhatChanged(t *testing.T) {
+	const conns = 5000
+	counts := make([]uint64, conns)
+	for i := range counts {
+		counts[i] = 1
+	}
+	o := options(t, t.TempDir(), &node{})
+	o.Sample = func() (flowlog.Sample, func(), error) {
+		s := flowlog.Sample{At: time.Now(), Interfaces: map[int]flowlog.Reading{1: {Interface: pod}}}
+		var sum uint64
+		for i, packets := range counts {
+			sum += packets
+			s.Conns = append(s.Conns, flowlog.Conn{
+				Tuple:   packet.FiveTuple{Src: pod.Addr, Dst: netip.MustParseAddr("10.0.1.37"), SrcPort: uint16(i), DstPort: 80, Proto: packet.ProtoTCP},
+				Created: time.Unix(1, 0), Last: time.Now(), From: 1, Sent: flowlog.Side{Counts: flowlog.Counts{Packets: packets, Bytes: 60 * packets}},
+			})
+		}
+		in := s.Interfaces[1]
+		in.Sent = flowlog.Counts{Packets: sum, Bytes: 60 * sum}
+		s.Interfaces[1] = in
+		return s, func() {}, nil
+	}
+	r := open(t, o)
+	r.step()
+	base := r.files.baseSize
+	for i := range 5 {
+		before := r.files.changesSize
+		for j := range 10 {
+			counts[100*i+j]++
+		}
+		r.step()
+		if n := r.files.changesSize - before; n <= 0 || n > base/50 {
+			t.Errorf("interval %d wrote %d bytes for 10 of %d connections, whose position has %d", i, n, conns, base)
+		}
+	}
+	t.Logf("position of %d connections: %d bytes; five intervals with 10 changes each: %d bytes", conns, base, r.files.changesSize)
+	// The next process goes on where this one was.
+	counts[7] += 4
+	next := open(t, o)
+	next.step()
+	totals, err := next.Totals()
+	if got := totals.Packets[Kind{flowlog.Egress, true}]; err != nil || got != 4 {
+		t.Errorf("the next one records %d packets, want 4 (%v)", got, err)
+	}
+	// As many changes as the position is long: that is written anew.
+	for range 6 {
+		for i := range counts {
+			counts[i]++
+		}
+		next.step()
+	}
+	if names := positions(t, o.Dir); next.files.at.Generation < 2 || len(names) != 2 {
+		t.Errorf("generation %d, %d files", next.files.at.Generation, len(names))
+	}
+	if sum, _ := packets(t, o.Dir); sum != conns*7+50+4 {
+		t.Errorf("recorded %d packets, want %d", sum, conns*7+50+4)
+	}
+}
+
+// What is not ours to understand is not thrown away.
+func TestBadPosition(t *testing.T) {
+	n := &node{sent: 5}
+	o := options(t, t.TempDir(), n)
+	r := open(t, o)
+	r.step()
+	if err := os.WriteFile(r.files.changesFile(1), []byte("hello\n"), 0o640); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := New(o); err == nil || !strings.Contains(err.Error(), "to begin anew") {
+		t.Errorf("error %v", err)
+	}
+	if err := os.WriteFile(r.files.positionFile(), []byte("hello"), 0o640); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := New(o); err == nil || !strings.Contains(err.Error(), "to begin anew") {
+		t.Errorf("error %v", err)
+	}
+	if got := positions(t, o.Dir); len(got) != 2 {
+		t.Errorf("%d files are left", len(got))
 	}
 }
 
