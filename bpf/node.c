@@ -367,6 +367,7 @@ __noinline int begin_from_pod(struct __sk_buff *skb, struct packet *p, const str
 	n = conn_new(p, PROVENANCE_STACK);
 	if (!n)
 		return DROP_CONNTRACK_FULL;
+	keep_opener(n, old);
 	eni = eni_of(pod);
 	end = p->end & 1;
 	n->ifindex[end] = skb->ifindex;

@@ -689,6 +689,7 @@ static __always_inline void conn_see(struct conn *c, const struct packet *p, boo
 struct scratch {
 	struct packet packet;
 	struct conn conn;
+	struct tuple asked;
 };
 
 struct {
@@ -704,6 +705,18 @@ static __always_inline struct packet *packet_new(void)
 	struct scratch *s = bpf_map_lookup_elem(&scratch, &zero);
 
 	return s ? &s->packet : 0;
+}
+
+/* A packet's tuple, to be changed and asked about. */
+static __always_inline struct tuple *asked_of(const struct packet *p)
+{
+	__u32 zero = 0;
+	struct scratch *s = bpf_map_lookup_elem(&scratch, &zero);
+
+	if (!s)
+		return 0;
+	s->asked = p->tuple;
+	return &s->asked;
 }
 
 /* An entry, not yet in the table, for a packet that begins a flow. */

@@ -10,10 +10,20 @@ static __always_inline bool stale(const struct conn *c, const struct packet *p, 
 {
 	__u32 had = c->ifindex[end & 1];
 
-	/* What was refused is judged anew when it is tried again, by the same end. */
+	/* What was refused is judged anew when it is tried again, by the same end; if
+	 * it is not known who began it, by either. */
 	return conn_over(c, p->now) || conn_again(c, p) ||
-	       ((c->flags & CONN_DENIED) && ((p->end & 1) == c->opener || (p->flags & PACKET_OPENS))) ||
+	       ((c->flags & CONN_DENIED) && ((p->end & 1) == c->opener || (p->flags & PACKET_OPENS) ||
+					     (c->flags & CONN_MIDFLOW))) ||
 	       (had && ifindex && had != ifindex);
+}
+
+/* A flow that was refused after its beginning was seen, and goes on, began as it did:
+ * who answers in it does not begin another. */
+static __always_inline void keep_opener(struct conn *n, const struct conn *old)
+{
+	if (old && (old->flags & (CONN_DENIED | CONN_MIDFLOW)) == CONN_DENIED && old->opener == n->opener)
+		n->flags &= ~CONN_MIDFLOW;
 }
 
 /* Finds the packet's flow. An ICMP error that is about no flow we know of is a
@@ -153,6 +163,20 @@ __noinline int judge(struct conn *c, const struct tuple *t, __u32 end, __u32 ask
 #define NETPOL		(1 << GATE_NETPOL)
 #define BOTH_GATES	(1 << GATE_NETPOL | 1 << GATE_GROUPS)
 
+/* Turns a tuple into that of the answer. */
+static __always_inline void turn(struct tuple *t)
+{
+	struct addr a = t->src;
+	__u16 port = t->sport;
+
+	t->src = t->dst;
+	t->dst = a;
+	if (t->query)
+		return;
+	t->sport = t->dport;
+	t->dport = port;
+}
+
 /*
  * Compares a flow's verdicts with what policy says now, after some policy changed:
  * NetworkPolicy's are renewed, those of groups only where AWS does not track. It
@@ -169,14 +193,8 @@ __noinline int renew(struct conn *c, const struct packet *p)
 		return 0;
 	opener = c->opener & 1;
 	t = p->tuple;
-	if ((p->end & 1) != opener) { /* as the flow's first packet had it */
-		t.src = p->tuple.dst;
-		t.dst = p->tuple.src;
-		if (!t.query) {
-			t.sport = p->tuple.dport;
-			t.dport = p->tuple.sport;
-		}
-	}
+	if ((p->end & 1) != opener) /* as the flow's first packet had it */
+		turn(&t);
 #pragma unroll
 	for (__u32 end = 0; end < 2; end++) {
 		__u32 ifindex = c->ifindex[end];

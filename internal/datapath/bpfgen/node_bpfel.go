@@ -291,7 +291,8 @@ type NodeScratch struct {
 		TcpFlags uint8
 		Ttl      uint8
 	}
-	Conn NodeConn
+	Conn  NodeConn
+	Asked NodeTuple
 }
 
 type NodeTuple struct {
