@@ -70,6 +70,7 @@ enum drop_reason {
 	DROP_TUPLE_COLLISION,	/* translated onto the addresses of a direct flow */
 	DROP_POLICY_GROUPS,	/* refused by the security groups */
 	DROP_POLICY_NETPOL,	/* refused by NetworkPolicy */
+	DROP_CONNTRACK_SHARE,	/* no room for another flow in the pod's share */
 	DROP_REASONS,		/* how many there are */
 };
 
@@ -350,6 +351,7 @@ static __always_inline int arp(struct __sk_buff *skb, __u32 ifindex, const struc
 enum eni_flag eni_flag_btf SEC(".bss.btf") = 0;
 enum net_flag net_flag_btf SEC(".bss.btf") = 0;
 
+#include "node_share.h"
 #include "node_judge.h"
 
 /* Enters a flow that a pod begins. It returns 0 or the reason to drop. */
@@ -371,6 +373,7 @@ __noinline int begin_from_pod(struct __sk_buff *skb, struct packet *p, const str
 	eni = eni_of(pod);
 	end = p->end & 1;
 	n->ifindex[end] = skb->ifindex;
+	n->slot = pod->slot;
 	n->seen |= CONN_SENDER << end;
 	if (eni && (eni->flags & ENI_DIRECT) && !(pod->flags & IFACE_STACK) &&
 	    plain_opening(skb, p) && in_vpc(&p->tuple.dst)) {
@@ -486,7 +489,7 @@ int from_pod(struct __sk_buff *skb)
 		reason = begin_from_pod(skb, p, ep, c);
 		c = bpf_map_lookup_elem(&conns, &p->key);
 		if (reason || !c)
-			return drop_packet(skb, ifindex, DROP_CONNTRACK_FULL, p);
+			return drop_packet(skb, ifindex, reason ? reason : DROP_CONNTRACK_FULL, p);
 		if (c->provenance == PROVENANCE_DIRECT)
 			tell_allowed(skb, p, c, POLICY_EGRESS);
 	}
@@ -642,6 +645,7 @@ __noinline int begin_from_eni(struct __sk_buff *skb, struct packet *p, struct co
 	if (!n)
 		return -1;
 	n->ifindex[me] = to;
+	n->slot = pod->slot;
 	n->eni_ifindex = eni->ifindex;
 	reason = judge(n, &p->tuple, me, POLICY_INGRESS, pod->flags & IFACE_GROUPS ? BOTH_GATES : NETPOL);
 	if (reason)
@@ -675,7 +679,7 @@ int from_eni(struct __sk_buff *skb)
 			return TC_ACT_UNSPEC;
 		c = bpf_map_lookup_elem(&conns, &p->key);
 		if (reason || !c)
-			return drop_packet(skb, local_pod(&p->tuple.dst), DROP_CONNTRACK_FULL, p);
+			return drop_packet(skb, local_pod(&p->tuple.dst), reason ? reason : DROP_CONNTRACK_FULL, p);
 		tell_allowed(skb, p, c, POLICY_INGRESS);
 	}
 	if (c->provenance != PROVENANCE_DIRECT || !direct_enabled || (c->flags & CONN_LOCAL)) {

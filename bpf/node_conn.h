@@ -76,7 +76,7 @@ struct conn {
 	__u8 seen;		/* enum conn_seen */
 	__u8 pad[3];
 	__u32 generation;	/* policy_now() when the verdicts were last compared */
-	__u32 reserved;
+	__u32 slot;		/* of the pod in whose share of the table it is; 0: nobody's */
 };
 
 /* Grown by need: 256 bytes of kernel memory an entry. When it is full no flow
@@ -127,7 +127,7 @@ enum path_count {
 	PATH_BEGUN_STACK,	/* flows */
 	PATH_MIDFLOW,		/* flows whose beginning was not seen */
 	PATH_EVICTED,		/* flows that were over, removed to make room */
-	PATH_NO_ROOM,		/* flows that found none */
+	PATH_NO_ROOM,		/* flows that found none, or none in their pod's share */
 	PATH_COUNTS,		/* how many there are */
 };
 

@@ -57,8 +57,14 @@ struct room {
 static long make_room_of(struct bpf_map *map, struct conn_key *key, struct conn *c, struct room *r)
 {
 	if (conn_over(c, r->now)) {
+		__u32 slot = c->slot;
+
 		send_ended(key, c);
-		bpf_map_delete_elem(map, key);
+		if (!bpf_map_delete_elem(map, key)) {
+			share_evicted(0);
+			if (slot)
+				share_evicted(slot);
+		}
 		count(PATH_EVICTED);
 		r->found++;
 	}
@@ -81,10 +87,15 @@ __noinline int make_room(__u64 now)
 __noinline int put(struct packet *p, struct conn *n, struct conn *old)
 {
 	__u64 how = old ? BPF_ANY : BPF_NOEXIST;
+	__u32 had = old ? old->slot : 0;
 	long err;
 
 	if (!p || !n)
 		return DROP_CONNTRACK_FULL;
+	if (!old && !in_share(n->slot) && !(make_room(p->now) && in_share(n->slot))) {
+		count(PATH_NO_ROOM);
+		return DROP_CONNTRACK_SHARE;
+	}
 	if (old && (old->flags & CONN_DENIED) && (n->flags & CONN_DENIED)) {
 		/* Refused again: it goes on counting. */
 		n->created_ns = old->created_ns;
@@ -101,6 +112,14 @@ __noinline int put(struct packet *p, struct conn *n, struct conn *old)
 	if (err && err != -EEXIST) {
 		count(PATH_NO_ROOM);
 		return DROP_CONNTRACK_FULL;
+	}
+	if (!err && !old)
+		share_begun(0);
+	if (!err && n->slot != had) {
+		if (n->slot)
+			share_begun(n->slot);
+		if (had)
+			share_evicted(had);
 	}
 	if (!err && !(n->flags & CONN_DENIED)) {
 		count(n->provenance == PROVENANCE_DIRECT ? PATH_BEGUN_DIRECT : PATH_BEGUN_STACK);

@@ -18,6 +18,13 @@ static __always_inline __u32 origin_of(__u32 slot, const struct addr *src)
 	return local_pod(src);
 }
 
+static __always_inline __u32 slot_of(__u32 ifindex)
+{
+	struct iface *pod = bpf_map_lookup_elem(&ifaces, &ifindex);
+
+	return pod ? pod->slot : 0;
+}
+
 /* Judges the pod `from`, where what it sends leaves the stack: by the address that
  * it had in the pod. Inline: the verifier follows eight calls in each other. */
 static __always_inline int judge_origin(struct conn *c, const struct packet *p, __u32 end, __u32 ifindex,
@@ -156,6 +163,7 @@ __noinline int out_of_stack(struct __sk_buff *skb, struct packet *p, __u32 from,
 		if (!n)
 			return DROP_CONNTRACK_FULL;
 		keep_opener(n, old);
+		n->slot = slot_of(from ? from : to);
 		c = n;
 	}
 	if (to && !c->ifindex[me])
@@ -183,7 +191,7 @@ __noinline int out_of_stack(struct __sk_buff *skb, struct packet *p, __u32 from,
 		reason = put(p, n, old);
 		c = bpf_map_lookup_elem(&conns, &p->key);
 		if (reason || !c)
-			return DROP_CONNTRACK_FULL;
+			return reason ? reason : DROP_CONNTRACK_FULL;
 	}
 	conn_see(c, p, to && !(c->seen & (CONN_SENDER << end)));
 	return c->flags & CONN_DENIED ? refused_by(c) : 0;

@@ -43,7 +43,7 @@ type NodeConn struct {
 	Seen       uint8
 	Pad        [3]uint8
 	Generation uint32
-	Reserved   uint32
+	Slot       uint32
 }
 
 type NodeConnFlag uint32
@@ -92,7 +92,8 @@ const (
 	NodeDropReasonDROP_TUPLE_COLLISION   NodeDropReason = 14
 	NodeDropReasonDROP_POLICY_GROUPS     NodeDropReason = 15
 	NodeDropReasonDROP_POLICY_NETPOL     NodeDropReason = 16
-	NodeDropReasonDROP_REASONS           NodeDropReason = 17
+	NodeDropReasonDROP_CONNTRACK_SHARE   NodeDropReason = 17
+	NodeDropReasonDROP_REASONS           NodeDropReason = 18
 )
 
 type NodeEnded struct {
@@ -295,6 +296,12 @@ type NodeScratch struct {
 	Asked NodeTuple
 }
 
+type NodeShare struct {
+	_       structs.HostLayout
+	Begun   uint64
+	Evicted uint64
+}
+
 type NodeTuple struct {
 	_        structs.HostLayout
 	Src      NodeAddr
@@ -327,6 +334,8 @@ const (
 	NodeMapPolicyGeneration      = "policy_generation"
 	NodeMapPolicyTables          = "policy_tables"
 	NodeMapScratch               = "scratch"
+	NodeMapShares                = "shares"
+	NodeMapSharesSwept           = "shares_swept"
 	NodeMapSlots                 = "slots"
 	NodeProgFromEni              = "from_eni"
 	NodeProgFromPod              = "from_pod"
@@ -344,6 +353,7 @@ const (
 	NodeVarIpv6Allowed           = "ipv6_allowed"
 	NodeVarOtherTimeout          = "other_timeout"
 	NodeVarRoomMadeNs            = "room_made_ns"
+	NodeVarShareOf               = "share_of"
 	NodeVarTcpClosedTimeout      = "tcp_closed_timeout"
 	NodeVarTcpEstablishedTimeout = "tcp_established_timeout"
 	NodeVarTcpOpeningTimeout     = "tcp_opening_timeout"
@@ -419,6 +429,8 @@ type NodeMapSpecs struct {
 	PolicyGeneration *ebpf.MapSpec `ebpf:"policy_generation"`
 	PolicyTables     *ebpf.MapSpec `ebpf:"policy_tables"`
 	Scratch          *ebpf.MapSpec `ebpf:"scratch"`
+	Shares           *ebpf.MapSpec `ebpf:"shares"`
+	SharesSwept      *ebpf.MapSpec `ebpf:"shares_swept"`
 	Slots            *ebpf.MapSpec `ebpf:"slots"`
 }
 
@@ -438,6 +450,7 @@ type NodeVariableSpecs struct {
 	Ipv6Allowed           *ebpf.VariableSpec `ebpf:"ipv6_allowed"`
 	OtherTimeout          *ebpf.VariableSpec `ebpf:"other_timeout"`
 	RoomMadeNs            *ebpf.VariableSpec `ebpf:"room_made_ns"`
+	ShareOf               *ebpf.VariableSpec `ebpf:"share_of"`
 	TcpClosedTimeout      *ebpf.VariableSpec `ebpf:"tcp_closed_timeout"`
 	TcpEstablishedTimeout *ebpf.VariableSpec `ebpf:"tcp_established_timeout"`
 	TcpOpeningTimeout     *ebpf.VariableSpec `ebpf:"tcp_opening_timeout"`
@@ -481,6 +494,8 @@ type NodeMaps struct {
 	PolicyGeneration *ebpf.Map `ebpf:"policy_generation"`
 	PolicyTables     *ebpf.Map `ebpf:"policy_tables"`
 	Scratch          *ebpf.Map `ebpf:"scratch"`
+	Shares           *ebpf.Map `ebpf:"shares"`
+	SharesSwept      *ebpf.Map `ebpf:"shares_swept"`
 	Slots            *ebpf.Map `ebpf:"slots"`
 }
 
@@ -502,6 +517,8 @@ func (m *NodeMaps) Close() error {
 		m.PolicyGeneration,
 		m.PolicyTables,
 		m.Scratch,
+		m.Shares,
+		m.SharesSwept,
 		m.Slots,
 	)
 }
@@ -522,6 +539,7 @@ type NodeVariables struct {
 	Ipv6Allowed           *ebpf.Variable `ebpf:"ipv6_allowed"`
 	OtherTimeout          *ebpf.Variable `ebpf:"other_timeout"`
 	RoomMadeNs            *ebpf.Variable `ebpf:"room_made_ns"`
+	ShareOf               *ebpf.Variable `ebpf:"share_of"`
 	TcpClosedTimeout      *ebpf.Variable `ebpf:"tcp_closed_timeout"`
 	TcpEstablishedTimeout *ebpf.Variable `ebpf:"tcp_established_timeout"`
 	TcpOpeningTimeout     *ebpf.Variable `ebpf:"tcp_opening_timeout"`
