@@ -92,6 +92,8 @@ __noinline int put(struct packet *p, struct conn *n, struct conn *old)
 
 	if (!p || !n)
 		return DROP_CONNTRACK_FULL;
+	if (p->tuple.protocol == IPPROTO_UDP)
+		n->timeout_s = idle_timeout(n, IPPROTO_UDP);
 	if (!old && !in_share(n->slot) && !(make_room(p->now) && in_share(n->slot))) {
 		count(PATH_NO_ROOM);
 		return DROP_CONNTRACK_SHARE;

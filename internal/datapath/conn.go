@@ -17,8 +17,9 @@ import (
 	"github.com/underlay-cni/underlay/internal/datapath/bpfgen"
 )
 
-// Timeouts are after how long without a packet a connection is over. The first
-// three are those of EC2's ConnectionTrackingSpecification; 0: AWS's default.
+// Timeouts are after how long without a packet a connection is over, where the
+// pod's ENI does not say otherwise (ENI.Idle). The first three are those of EC2's
+// ConnectionTrackingSpecification; 0: AWS's default.
 type Timeouts struct {
 	TCPEstablished time.Duration // 432000 s, on Nitro v6 types 350 s
 	UDP            time.Duration // 30 s
@@ -38,10 +39,18 @@ func (t Timeouts) constants() map[string]uint32 {
 		bpfgen.NodeVarIcmpTimeout: t.ICMP, bpfgen.NodeVarOtherTimeout: t.Other,
 	} {
 		if d != 0 {
-			out[name] = uint32(max(d/time.Second, 1))
+			out[name] = wholeSeconds(d)
 		}
 	}
 	return out
+}
+
+// wholeSeconds is a time as the programs count it; 0 says that it is not set.
+func wholeSeconds(d time.Duration) uint32 {
+	if d <= 0 {
+		return 0
+	}
+	return uint32(max(d/time.Second, 1))
 }
 
 // Provenance says who forwards a connection, for life.

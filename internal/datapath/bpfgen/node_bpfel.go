@@ -185,6 +185,14 @@ const (
 	NodeGateGATES       NodeGate = 2
 )
 
+type NodeIdle struct {
+	_              structs.HostLayout
+	TcpEstablished uint32
+	Udp            uint32
+	UdpStream      uint32
+	Reserved       uint32
+}
+
 type NodeIface struct {
 	_       structs.HostLayout
 	Addr    NodeAddr
@@ -322,6 +330,7 @@ const (
 	NodeMapDrops                 = "drops"
 	NodeMapEndpoints             = "endpoints"
 	NodeMapEnds                  = "ends"
+	NodeMapEniIdle               = "eni_idle"
 	NodeMapEnis                  = "enis"
 	NodeMapEvents                = "events"
 	NodeMapFragments             = "fragments"
@@ -417,6 +426,7 @@ type NodeMapSpecs struct {
 	Drops            *ebpf.MapSpec `ebpf:"drops"`
 	Endpoints        *ebpf.MapSpec `ebpf:"endpoints"`
 	Ends             *ebpf.MapSpec `ebpf:"ends"`
+	EniIdle          *ebpf.MapSpec `ebpf:"eni_idle"`
 	Enis             *ebpf.MapSpec `ebpf:"enis"`
 	Events           *ebpf.MapSpec `ebpf:"events"`
 	Fragments        *ebpf.MapSpec `ebpf:"fragments"`
@@ -482,6 +492,7 @@ type NodeMaps struct {
 	Drops            *ebpf.Map `ebpf:"drops"`
 	Endpoints        *ebpf.Map `ebpf:"endpoints"`
 	Ends             *ebpf.Map `ebpf:"ends"`
+	EniIdle          *ebpf.Map `ebpf:"eni_idle"`
 	Enis             *ebpf.Map `ebpf:"enis"`
 	Events           *ebpf.Map `ebpf:"events"`
 	Fragments        *ebpf.Map `ebpf:"fragments"`
@@ -505,6 +516,7 @@ func (m *NodeMaps) Close() error {
 		m.Drops,
 		m.Endpoints,
 		m.Ends,
+		m.EniIdle,
 		m.Enis,
 		m.Events,
 		m.Fragments,
