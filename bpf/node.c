@@ -70,6 +70,7 @@ enum drop_reason {
 	DROP_TUPLE_COLLISION,	/* translated onto the addresses of a direct flow */
 	DROP_POLICY_GROUPS,	/* refused by the security groups */
 	DROP_POLICY_NETPOL,	/* refused by NetworkPolicy */
+	DROP_CONNTRACK_SHARE,	/* no room for another flow in the pod's share */
 	DROP_REASONS,		/* how many there are */
 };
 
@@ -407,6 +408,7 @@ static __always_inline struct iface *pod_at(struct conn *c, __u32 end, __u32 ifi
 enum eni_flag eni_flag_btf SEC(".bss.btf") = 0;
 enum net_flag net_flag_btf SEC(".bss.btf") = 0;
 
+#include "node_share.h"
 #include "node_judge.h"
 
 /* Enters a flow that a pod begins. It returns 0 or the reason to drop. */
@@ -424,9 +426,11 @@ __noinline int begin_from_pod(struct __sk_buff *skb, struct packet *p, const str
 	n = conn_new(p, PROVENANCE_STACK);
 	if (!n)
 		return DROP_CONNTRACK_FULL;
+	keep_opener(n, old);
 	eni = eni_of(pod);
 	end = p->end & 1;
 	n->ifindex[end] = skb->ifindex;
+	n->share = pod->slot;
 	n->seen |= CONN_SENDER << end;
 	if (eni && (eni->flags & ENI_DIRECT) && !(pod->flags & IFACE_STACK) &&
 	    plain_opening(skb, p) && in_vpc(&p->tuple.dst)) {
@@ -553,7 +557,7 @@ int from_pod(struct __sk_buff *skb)
 		reason = begin_from_pod(skb, p, ep, c);
 		c = bpf_map_lookup_elem(&conns, &p->key);
 		if (reason || !c)
-			return drop_packet(skb, ifindex, DROP_CONNTRACK_FULL, p);
+			return drop_packet(skb, ifindex, reason ? reason : DROP_CONNTRACK_FULL, p);
 		if (c->provenance == PROVENANCE_DIRECT)
 			tell_allowed(skb, p, c, POLICY_EGRESS);
 	}
@@ -703,6 +707,7 @@ __noinline int begin_from_eni(struct __sk_buff *skb, struct packet *p, struct co
 	if (!n)
 		return -1;
 	n->ifindex[me] = to;
+	n->share = pod->slot;
 	n->eni_ifindex = eni->ifindex;
 	reason = judge(n, &p->tuple, me, POLICY_INGRESS, pod->flags & IFACE_GROUPS ? BOTH_GATES : NETPOL);
 	if (reason)
@@ -736,7 +741,7 @@ int from_eni(struct __sk_buff *skb)
 			return TC_ACT_UNSPEC;
 		c = bpf_map_lookup_elem(&conns, &p->key);
 		if (reason || !c)
-			return drop_packet(skb, local_pod(&p->tuple.dst), DROP_CONNTRACK_FULL, p);
+			return drop_packet(skb, local_pod(&p->tuple.dst), reason ? reason : DROP_CONNTRACK_FULL, p);
 		tell_allowed(skb, p, c, POLICY_INGRESS);
 	}
 	if (c->provenance != PROVENANCE_DIRECT || !direct_enabled || (c->flags & CONN_LOCAL)) {

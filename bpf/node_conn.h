@@ -74,7 +74,8 @@ struct conn {
 	__u8 audit[2];		/* bit g: only because gate g enforces nothing */
 	__u8 flags;		/* enum conn_flag */
 	__u8 seen;		/* enum conn_seen */
-	__u8 pad[3];
+	__u8 pad;
+	__u16 share;		/* slot of the pod in whose share of the table it is; 0: nobody's */
 	__u32 generation;	/* policy_now() when the verdicts were last compared */
 	__u16 slot[2];		/* of that pod, as last seen: good while slots agrees */
 };
@@ -127,7 +128,7 @@ enum path_count {
 	PATH_BEGUN_STACK,	/* flows */
 	PATH_MIDFLOW,		/* flows whose beginning was not seen */
 	PATH_EVICTED,		/* flows that were over, removed to make room */
-	PATH_NO_ROOM,		/* flows that found none */
+	PATH_NO_ROOM,		/* flows that found none, or none in their pod's share */
 	PATH_COUNTS,		/* how many there are */
 };
 
@@ -642,6 +643,52 @@ static __always_inline __u32 opening_timeout(__u8 protocol)
 	return other_timeout;
 }
 
+/* Idle times of one ENI's flows, in seconds; 0: those of every ENI. */
+struct idle {
+	__u32 tcp_established;
+	__u32 udp;
+	__u32 udp_stream;
+	__u32 reserved;
+};
+
+/* By index of the ENI. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 32);	/* as enis */
+	__type(key, __u32);
+	__type(value, struct idle);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} eni_idle SEC(".maps");
+
+/* How long a flow may be idle in its state: as the ENI has it of the pod that
+ * began it, or of the one that it goes to. Asked where the state changes. */
+__noinline __u32 idle_timeout(const struct conn *c, __u32 protocol)
+{
+	bool stream = c && c->state == CONN_ESTABLISHED;
+	__u32 ifindex, set = 0, usual;
+	struct iface *pod;
+	struct idle *i;
+
+	if (!c)
+		return 0;
+	ifindex = c->ifindex[c->opener & 1];
+	if (!ifindex)
+		ifindex = c->ifindex[1 - (c->opener & 1)];
+	pod = bpf_map_lookup_elem(&ifaces, &ifindex);
+	i = pod ? bpf_map_lookup_elem(&eni_idle, &pod->eni) : 0;
+	if (protocol == IPPROTO_TCP) {
+		set = i ? i->tcp_established : 0;
+		usual = tcp_established_timeout;
+	} else if (stream) {
+		set = i ? i->udp_stream : 0;
+		usual = udp_stream_timeout;
+	} else {
+		set = i ? i->udp : 0;
+		usual = udp_timeout;
+	}
+	return set ? set : usual;
+}
+
 /* Follows the flow's state with a packet, and counts it if counts. */
 static __always_inline void conn_see(struct conn *c, const struct packet *p, bool counts)
 {
@@ -671,11 +718,11 @@ static __always_inline void conn_see(struct conn *c, const struct packet *p, boo
 			   c->tcp_flags[1 - end]) {
 			/* Answered, and the answer acknowledged. */
 			c->state = CONN_ESTABLISHED;
-			c->timeout_s = tcp_established_timeout;
+			c->timeout_s = idle_timeout(c, IPPROTO_TCP);
 		} else if (c->state == CONN_OPENING && (c->flags & CONN_MIDFLOW) && c->tcp_flags[0] &&
 			   c->tcp_flags[1]) {
 			c->state = CONN_ESTABLISHED;
-			c->timeout_s = tcp_established_timeout;
+			c->timeout_s = idle_timeout(c, IPPROTO_TCP);
 		}
 		return;
 	}
@@ -683,7 +730,7 @@ static __always_inline void conn_see(struct conn *c, const struct packet *p, boo
 	    c->packets[1] > 1) {
 		/* More than one request and response (EC2 user guide). */
 		c->state = CONN_ESTABLISHED;
-		c->timeout_s = udp_stream_timeout;
+		c->timeout_s = idle_timeout(c, IPPROTO_UDP);
 	}
 }
 
@@ -692,6 +739,7 @@ static __always_inline void conn_see(struct conn *c, const struct packet *p, boo
 struct scratch {
 	struct packet packet;
 	struct conn conn;
+	struct tuple asked;
 };
 
 struct {
@@ -707,6 +755,18 @@ static __always_inline struct packet *packet_new(void)
 	struct scratch *s = bpf_map_lookup_elem(&scratch, &zero);
 
 	return s ? &s->packet : 0;
+}
+
+/* A packet's tuple, to be changed and asked about. */
+static __always_inline struct tuple *asked_of(const struct packet *p)
+{
+	__u32 zero = 0;
+	struct scratch *s = bpf_map_lookup_elem(&scratch, &zero);
+
+	if (!s)
+		return 0;
+	s->asked = p->tuple;
+	return &s->asked;
 }
 
 /* An entry, not yet in the table, for a packet that begins a flow. */

@@ -95,10 +95,15 @@ enum ct_answer {
 	CT_NO_ANSWER,		/* it cannot be asked for this protocol */
 };
 
-/* Asks the kernel's conntrack for a packet's tuple, or, if back, for that of the
- * packet in reply to it. */
-__noinline int ask_ct(struct __sk_buff *skb, const struct tuple *t, int back)
+enum ct_ask {
+	CT_BACK = 1,		/* for the tuple of the packet in reply */
+	CT_BEGAN = 2,		/* only if the connection began in that direction */
+};
+
+/* Asks the kernel's conntrack for a packet's tuple; how is of enum ct_ask. */
+__noinline int ask_ct(struct __sk_buff *skb, const struct tuple *t, int how)
 {
+	int back = how & CT_BACK;
 	struct bpf_sock_tuple tuple = {};
 	struct bpf_ct_opts opts = { .netns_id = -1 };
 	struct nf_conn *ct;
@@ -122,6 +127,8 @@ __noinline int ask_ct(struct __sk_buff *skb, const struct tuple *t, int back)
 		return CT_UNKNOWN;
 	status = ct->status;
 	bpf_ct_release(ct);
+	if ((how & CT_BEGAN) && opts.dir) /* 0: IP_CT_DIR_ORIGINAL */
+		return CT_UNKNOWN;
 	return status & CT_NAT ? CT_TRANSLATED : CT_KNOWN;
 }
 

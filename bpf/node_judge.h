@@ -10,10 +10,20 @@ static __always_inline bool stale(const struct conn *c, const struct packet *p, 
 {
 	__u32 had = c->ifindex[end & 1];
 
-	/* What was refused is judged anew when it is tried again, by the same end. */
+	/* What was refused is judged anew when it is tried again, by the same end; if
+	 * it is not known who began it, by either. */
 	return conn_over(c, p->now) || conn_again(c, p) ||
-	       ((c->flags & CONN_DENIED) && ((p->end & 1) == c->opener || (p->flags & PACKET_OPENS))) ||
+	       ((c->flags & CONN_DENIED) && ((p->end & 1) == c->opener || (p->flags & PACKET_OPENS) ||
+					     (c->flags & CONN_MIDFLOW))) ||
 	       (had && ifindex && had != ifindex);
+}
+
+/* A flow that was refused after its beginning was seen, and goes on, began as it did:
+ * who answers in it does not begin another. */
+static __always_inline void keep_opener(struct conn *n, const struct conn *old)
+{
+	if (old && (old->flags & (CONN_DENIED | CONN_MIDFLOW)) == CONN_DENIED && old->opener == n->opener)
+		n->flags &= ~CONN_MIDFLOW;
 }
 
 /* Finds the packet's flow. An ICMP error that is about no flow we know of is a
@@ -47,8 +57,14 @@ struct room {
 static long make_room_of(struct bpf_map *map, struct conn_key *key, struct conn *c, struct room *r)
 {
 	if (conn_over(c, r->now)) {
+		__u32 slot = c->share;
+
 		send_ended(key, c);
-		bpf_map_delete_elem(map, key);
+		if (!bpf_map_delete_elem(map, key)) {
+			share_evicted(0);
+			if (slot)
+				share_evicted(slot);
+		}
 		count(PATH_EVICTED);
 		r->found++;
 	}
@@ -71,10 +87,17 @@ __noinline int make_room(__u64 now)
 __noinline int put(struct packet *p, struct conn *n, struct conn *old)
 {
 	__u64 how = old ? BPF_ANY : BPF_NOEXIST;
+	__u32 had = old ? old->share : 0;
 	long err;
 
 	if (!p || !n)
 		return DROP_CONNTRACK_FULL;
+	if (p->tuple.protocol == IPPROTO_UDP)
+		n->timeout_s = idle_timeout(n, IPPROTO_UDP);
+	if (!old && !in_share(n->share) && !(make_room(p->now) && in_share(n->share))) {
+		count(PATH_NO_ROOM);
+		return DROP_CONNTRACK_SHARE;
+	}
 	if (old && (old->flags & CONN_DENIED) && (n->flags & CONN_DENIED)) {
 		/* Refused again: it goes on counting. */
 		n->created_ns = old->created_ns;
@@ -91,6 +114,14 @@ __noinline int put(struct packet *p, struct conn *n, struct conn *old)
 	if (err && err != -EEXIST) {
 		count(PATH_NO_ROOM);
 		return DROP_CONNTRACK_FULL;
+	}
+	if (!err && !old)
+		share_begun(0);
+	if (!err && n->share != had) {
+		if (n->share)
+			share_begun(n->share);
+		if (had)
+			share_evicted(had);
 	}
 	if (!err && !(n->flags & CONN_DENIED)) {
 		count(n->provenance == PROVENANCE_DIRECT ? PATH_BEGUN_DIRECT : PATH_BEGUN_STACK);
@@ -153,6 +184,20 @@ __noinline int judge(struct conn *c, const struct tuple *t, __u32 end, __u32 ask
 #define NETPOL		(1 << GATE_NETPOL)
 #define BOTH_GATES	(1 << GATE_NETPOL | 1 << GATE_GROUPS)
 
+/* Turns a tuple into that of the answer. */
+static __always_inline void turn(struct tuple *t)
+{
+	struct addr a = t->src;
+	__u16 port = t->sport;
+
+	t->src = t->dst;
+	t->dst = a;
+	if (t->query)
+		return;
+	t->sport = t->dport;
+	t->dport = port;
+}
+
 /*
  * Compares a flow's verdicts with what policy says now, after some policy changed:
  * NetworkPolicy's are renewed, those of groups only where AWS does not track. It
@@ -169,14 +214,8 @@ __noinline int renew(struct conn *c, const struct packet *p)
 		return 0;
 	opener = c->opener & 1;
 	t = p->tuple;
-	if ((p->end & 1) != opener) { /* as the flow's first packet had it */
-		t.src = p->tuple.dst;
-		t.dst = p->tuple.src;
-		if (!t.query) {
-			t.sport = p->tuple.dport;
-			t.dport = p->tuple.sport;
-		}
-	}
+	if ((p->end & 1) != opener) /* as the flow's first packet had it */
+		turn(&t);
 #pragma unroll
 	for (__u32 end = 0; end < 2; end++) {
 		__u32 ifindex = c->ifindex[end];

@@ -18,28 +18,44 @@ static __always_inline __u32 origin_of(__u32 slot, const struct addr *src)
 	return local_pod(src);
 }
 
-/* Judges what a pod sends, where it leaves the stack: by the address that it had
- * in the pod. */
-__noinline int judge_origin(struct conn *c, const struct packet *p, __u32 end, __u32 ifindex,
-				   __u32 groups)
+static __always_inline __u32 slot_of(__u32 ifindex)
 {
 	struct iface *pod = bpf_map_lookup_elem(&ifaces, &ifindex);
-	struct tuple t;
+
+	return pod ? pod->slot : 0;
+}
+
+/* Judges the pod `from`, where what it sends leaves the stack: by the address that
+ * it had in the pod. Inline: the verifier follows eight calls in each other. */
+static __always_inline int judge_origin(struct conn *c, const struct packet *p, __u32 end, __u32 ifindex,
+					__u32 groups)
+{
+	struct iface *pod = bpf_map_lookup_elem(&ifaces, &ifindex);
+	struct tuple *t;
+	__u32 gates;
 
 	if (!pod || !c || !p)
 		return DROP_NOT_READY; /* it was deleted meanwhile */
-	t = p->tuple;
-	t.src = pod->addr;
-	return judge(c, &t, end, POLICY_EGRESS, groups || pod->flags & IFACE_GROUPS ? BOTH_GATES : NETPOL);
+	t = asked_of(p);
+	if (!t)
+		return DROP_POLICY_NETPOL;
+	gates = groups || pod->flags & IFACE_GROUPS ? BOTH_GATES : NETPOL;
+	t->src = pod->addr;
+	if ((c->opener & 1) == (end & 1))
+		return judge(c, t, end, POLICY_EGRESS, gates);
+	turn(t);
+	return judge(c, t, end, POLICY_INGRESS, gates);
 }
 
 /* Judges a flow where it leaves the stack: what a pod here, `from`, sends, and what
- * another, `to`, receives; either may be 0. */
+ * another, `to`, receives; either may be 0. If its opener is the end that did not
+ * send this packet, as what that end began. */
 __noinline int judge_stack(struct __sk_buff *skb, struct conn *c, const struct packet *p, __u32 from,
 			   __u32 to)
 {
 	__u32 end, me, groups = 0, ask = POLICY_INGRESS;
 	struct iface *pod = 0;
+	struct tuple *t;
 	int reason = 0;
 
 	if (!c || !p)
@@ -59,36 +75,64 @@ __noinline int judge_stack(struct __sk_buff *skb, struct conn *c, const struct p
 	}
 	if (from && !c->judged[end])
 		reason = judge_origin(c, p, end, from, groups);
-	if (!reason && to && !c->judged[me])
-		reason = judge(c, &p->tuple, me, ask, groups ? BOTH_GATES : NETPOL);
-	return reason;
+	if (reason || !to || c->judged[me])
+		return reason;
+	t = asked_of(p);
+	if (!t)
+		return DROP_POLICY_NETPOL;
+	if ((c->opener & 1) != end) {
+		turn(t);
+		ask = POLICY_EGRESS;
+	}
+	return judge(c, t, me, ask, groups ? BOTH_GATES : NETPOL);
 }
 
-/* A flow whose beginning was not seen may have begun at either end: if it could
- * not at the one that is seen first, it is judged as the other's. */
-__noinline int judge_midflow(struct conn *c, const struct packet *p, __u32 from, __u32 to)
+/* The gates that some rule of theirs lets pass: not that they judge nobody, nor
+ * that they enforce nothing. */
+static __always_inline __u32 gates_by_rule(const struct conn *c, __u32 end)
 {
-	struct tuple t;
-	__u32 end, me;
-	int reason = 0;
+	__u32 gates = c->judged[end] & c->allowed[end] & ~c->audit[end];
+
+#pragma unroll
+	for (int g = 0; g < GATES; g++)
+		if (c->verdict[end][g].rule <= RULE_SELF)
+			gates &= ~(1 << g);
+	return gates;
+}
+
+/*
+ * A flow whose beginning was not seen may have begun at either end: if it could
+ * not at the one that is seen first, it is judged as the other's. That nobody
+ * forbids it so is not enough: a pod that may send nothing, but receives what it
+ * likes, would get anything out as the answer to what nobody asked. It passes if
+ * a rule of each gate that refused allows it the other way round, or the kernel's
+ * conntrack saw the other end begin it; it knows all that netfilter has seen.
+ */
+__noinline int judge_midflow(struct __sk_buff *skb, struct conn *c, const struct packet *p, __u32 from,
+			     __u32 to)
+{
+	__u32 end, refused;
+	int reason, known;
 
 	if (!c || !p)
 		return DROP_POLICY_NETPOL;
 	end = p->end & 1;
-	me = 1 - end;
-	t = p->tuple;
-	t.src = p->tuple.dst;
-	t.dst = p->tuple.src;
-	t.sport = p->tuple.dport;
-	t.dport = p->tuple.sport;
-	c->opener = me;
-	if (to)
-		reason = judge(c, &t, me, POLICY_EGRESS, NETPOL);
-	if (!reason && from)
-		reason = judge(c, &t, end, POLICY_INGRESS, NETPOL);
-	if (reason)
-		c->opener = end;
-	return reason;
+	refused = (c->judged[0] & ~c->allowed[0]) | (c->judged[1] & ~c->allowed[1]);
+	c->judged[0] = c->judged[1] = 0;
+	c->opener = 1 - end;
+	reason = judge_stack(skb, c, p, from, to);
+	if (!reason) {
+		refused &= ~(gates_by_rule(c, 0) | gates_by_rule(c, 1));
+		if (!refused)
+			return 0;
+		known = p->flags & PACKET_IPV6 ? CT_NO_ANSWER : ask_ct(skb, &p->tuple, CT_BACK | CT_BEGAN);
+		if (known == CT_KNOWN || known == CT_TRANSLATED)
+			return 0;
+	}
+	/* The verdict is that about who sends. */
+	c->judged[0] = c->judged[1] = 0;
+	c->opener = end;
+	return judge_stack(skb, c, p, from, to);
 }
 
 /*
@@ -111,13 +155,15 @@ __noinline int out_of_stack(struct __sk_buff *skb, struct packet *p, __u32 from,
 	if (c && stale(c, p, to ? me : end, to ? to : from))
 		c = 0;
 	if (c && c->provenance == PROVENANCE_DIRECT && !(p->flags & PACKET_ERROR) &&
-	    ask_ct(skb, &p->tuple, 1) == CT_TRANSLATED)
+	    ask_ct(skb, &p->tuple, CT_BACK) == CT_TRANSLATED)
 		return DROP_TUPLE_COLLISION;
 
 	if (!c) {
 		n = conn_new(p, PROVENANCE_STACK);
 		if (!n)
 			return DROP_CONNTRACK_FULL;
+		keep_opener(n, old);
+		n->share = slot_of(from ? from : to);
 		c = n;
 	}
 	if (to && !c->ifindex[me])
@@ -135,7 +181,7 @@ __noinline int out_of_stack(struct __sk_buff *skb, struct packet *p, __u32 from,
 		reason = judge_stack(skb, c, p, from, to);
 		if (reason && (c->flags & CONN_MIDFLOW) && !(p->flags & PACKET_OPENS) &&
 		    !(c->seen & (CONN_SEEN << me)))
-			reason = judge_midflow(c, p, from, to);
+			reason = judge_midflow(skb, c, p, from, to);
 		if (reason)
 			c->flags |= CONN_DENIED;
 		else if (judged != (__u32)(c->judged[0] | c->judged[1] << 8))
@@ -145,7 +191,7 @@ __noinline int out_of_stack(struct __sk_buff *skb, struct packet *p, __u32 from,
 		reason = put(p, n, old);
 		c = bpf_map_lookup_elem(&conns, &p->key);
 		if (reason || !c)
-			return DROP_CONNTRACK_FULL;
+			return reason ? reason : DROP_CONNTRACK_FULL;
 	}
 	conn_see(c, p, to && !(c->seen & (CONN_SENDER << end)));
 	return c->flags & CONN_DENIED ? refused_by(c) : 0;

@@ -20,6 +20,7 @@ import (
 	"github.com/underlay-cni/underlay/internal/agentapi/pipe"
 	"github.com/underlay-cni/underlay/internal/datapath"
 	"github.com/underlay-cni/underlay/internal/ipam"
+	"github.com/underlay-cni/underlay/internal/vpc"
 )
 
 // rig is an agent between fakes.
@@ -165,6 +166,40 @@ func TestLimitsInTheNodesMode(t *testing.T) {
 					t.Errorf("limits %+v, want %+v", got, tc.want)
 				}
 			})
+		})
+	}
+}
+
+// Flows are idle for as long as the VPC remembers them: by what EC2 says of the
+// interface, or by its instance type.
+func TestIdleTimesOfInterfaces(t *testing.T) {
+	for typ, want := range map[string]time.Duration{"m5.large": 120 * time.Hour, "c8a.12xlarge": 350 * time.Second} {
+		run(t, typ, func(r *rig) {
+			r.start()
+			r.mustAdd("c1")
+			idle := func() []vpc.IdleTimeouts {
+				r.kernel.mu.Lock()
+				defer r.kernel.mu.Unlock()
+				var out []vpc.IdleTimeouts
+				for _, e := range r.kernel.enis {
+					out = append(out, e.Idle)
+				}
+				return out
+			}
+			if got := idle(); len(got) == 0 || got[0] != (vpc.IdleTimeouts{TCPEstablished: want}) {
+				t.Errorf("%s: %+v, want established TCP %s", typ, got, want)
+			}
+			said := vpc.IdleTimeouts{TCPEstablished: 10 * time.Minute, UDP: 45 * time.Second, UDPStream: 60 * time.Second}
+			r.cloud.mu.Lock()
+			for _, e := range r.cloud.enis {
+				e.Idle = said
+			}
+			r.cloud.mu.Unlock()
+			time.Sleep(10 * time.Minute) // EC2 is read again
+			synctest.Wait()
+			if got := idle(); len(got) == 0 || got[0] != said {
+				t.Errorf("%s: %+v, want what EC2 says now: %+v", typ, got, said)
+			}
 		})
 	}
 }

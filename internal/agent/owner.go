@@ -225,7 +225,11 @@ func (o *owner) links() []link {
 			o.a.incident("links", "EC2 lists "+string(e.ID)+" with the MAC "+e.MAC+", which does not parse")
 			continue
 		}
-		out = append(out, link{eni: datapath.ENI{ID: e.ID, Index: e.Device + 1, MAC: mac, Primary: e.Primary}, subnet: e.Subnet})
+		idle := e.Idle
+		if idle.TCPEstablished == 0 {
+			idle.TCPEstablished = time.Duration(o.state.Config.Limits.TCPEstablished) * time.Second
+		}
+		out = append(out, link{eni: datapath.ENI{ID: e.ID, Index: e.Device + 1, MAC: mac, Primary: e.Primary, Idle: idle}, subnet: e.Subnet})
 	}
 	return out
 }

@@ -49,7 +49,7 @@ type demoPlan struct {
 
 // packages are what the tools of demos come with on Debian.
 var packages = map[string]string{
-	"ping": "iputils-ping", "tcpdump": "tcpdump", "aws": "awscli", "bash": "bash", "ip": "iproute2", "bridge": "iproute2", "nft": "nftables",
+	"ping": "iputils-ping", "tcpdump": "tcpdump", "aws": "awscli", "bash": "bash", "ip": "iproute2", "bridge": "iproute2", "nft": "nftables", "awk": "mawk",
 }
 
 func (a *App) demoOf(p demoPlan) *cobra.Command {

@@ -134,6 +134,35 @@ func recorded(all ...attempt) func([]flowLine) string {
 	}
 }
 
+// bothLogs is the command that shows what the VPC and then the nodes count of each
+// connection with an address at an interface, over all intervals.
+func bothLogs(flag, eni string, with netip.Addr) string {
+	return fmt.Sprintf("for by in vpc nodes; do echo \"by $by:\"; underlay flows%s --by $by --eni %s --address %s -o aws --format \\\n"+
+		" '${pkt-srcaddr} ${pkt-dstaddr} ${srcport} ${dstport} ${packets} ${bytes}' |\n"+
+		" awk '{k = $1 \" \" $2 \" \" $3 \" \" $4; p[k] += $5; b[k] += $6} END {for (k in p) print k, p[k], b[k]}' | sort; done", flag, eni, with)
+}
+
+// sameCounts wants both to have the same lines, and connections to each of these
+// among them.
+func sameCounts(to ...netip.AddrPort) func(string) string {
+	return func(out string) string {
+		vpc, nodes, ok := strings.Cut(strings.TrimPrefix(out, "by vpc:\n"), "by nodes:\n")
+		vpc, nodes = strings.TrimSpace(vpc), strings.TrimSpace(nodes)
+		if !ok || vpc != nodes {
+			return "the two logs differ"
+		}
+		for _, a := range to {
+			if !slices.ContainsFunc(strings.Split(vpc, "\n"), func(line string) bool {
+				f := strings.Fields(line)
+				return len(f) == 6 && f[1] == a.Addr().String() && f[3] == strconv.Itoa(int(a.Port()))
+			}) {
+				return fmt.Sprintf("no connection to %s is in them", a)
+			}
+		}
+		return ""
+	}
+}
+
 // tunnelOnly wants that two nodes talk VXLAN, both ways, and that there is no
 // other record.
 func tunnelOnly(a, b netip.Addr) func([]flowLine) string {

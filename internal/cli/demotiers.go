@@ -20,7 +20,7 @@ flow log says so. Then takes the lab down; --keep (or KEEP=1) leaves it up. Ends
 with an error if a proof fails.`,
 	example: "  underlay demo three-tier\n  underlay demo three-tier --keep",
 	intro:   "A VPC in one process, two nodes with an agent each (of a type without trunk interfaces), a VM and a database:",
-	tools:   []string{"bash"},
+	tools:   []string{"awk", "bash"},
 
 	instanceType: "t3.medium",
 	prove:        (*demo).proveThreeTier,
@@ -272,6 +272,16 @@ func (d *demo) proveThreeTier(ctx context.Context) {
 	}
 	d.flowFact(ctx, "The flow log has each attempt, at the ENI that refused it: the client's at those that it called, the others at the caller's own, whose group lets nothing of the kind out.",
 		"--action REJECT", recorded(refused...))
+	d.fact(ctx, "What both saw, both count alike: packets and bytes of each connection between app-1 and its database, by the VPC at the interface, by the node at the pod.",
+		bothLogs(f, app1ENI, orders), sameCounts(at(orders, portDatabase), at(orders, 22)))
+
+	if !d.step(ctx, "let the application into the pod beside it", func() error {
+		return t.allow(ctx, t.app, t.jobs, portApp, true)
+	}) {
+		return
+	}
+	d.fact(ctx, "A rule comes while all goes on: the pod beside it now lets the application in, and so does the node.",
+		fmt.Sprintf("until timeout 1 %s; do :; done", call(inApp, jobs, portApp)), hears(fmt.Sprintf("jobs: hello %s", app1)))
 }
 
 // interfaces are the IDs of the first interfaces of machines, by name.

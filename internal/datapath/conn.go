@@ -17,8 +17,9 @@ import (
 	"github.com/underlay-cni/underlay/internal/datapath/bpfgen"
 )
 
-// Timeouts are after how long without a packet a connection is over. The first
-// three are those of EC2's ConnectionTrackingSpecification; 0: AWS's default.
+// Timeouts are after how long without a packet a connection is over, where the
+// pod's ENI does not say otherwise (ENI.Idle). The first three are those of EC2's
+// ConnectionTrackingSpecification; 0: AWS's default.
 type Timeouts struct {
 	TCPEstablished time.Duration // 432000 s, on Nitro v6 types 350 s
 	UDP            time.Duration // 30 s
@@ -38,10 +39,18 @@ func (t Timeouts) constants() map[string]uint32 {
 		bpfgen.NodeVarIcmpTimeout: t.ICMP, bpfgen.NodeVarOtherTimeout: t.Other,
 	} {
 		if d != 0 {
-			out[name] = uint32(max(d/time.Second, 1))
+			out[name] = wholeSeconds(d)
 		}
 	}
 	return out
+}
+
+// wholeSeconds is a time as the programs count it; 0 says that it is not set.
+func wholeSeconds(d time.Duration) uint32 {
+	if d <= 0 {
+		return 0
+	}
+	return uint32(max(d/time.Second, 1))
 }
 
 // Provenance says who forwards a connection, for life.
@@ -280,11 +289,12 @@ func (d *Datapath) startSweeper() error {
 		tick := time.NewTicker(sweepEvery)
 		defer tick.Stop()
 		for {
+			// At once as well: the programs of this process have counted no entry yet.
+			if _, err := d.sweepConns(monoNow()); err != nil {
+				d.log.Warn("connections that are over are left until the next sweep", "err", err)
+			}
 			select {
 			case <-tick.C:
-				if _, err := d.sweepConns(monoNow()); err != nil {
-					d.log.Warn("connections that are over are left until the next sweep", "err", err)
-				}
 			case <-stop:
 				return
 			}
@@ -297,6 +307,46 @@ func (d *Datapath) startSweeper() error {
 // connFill is what the latest sweep saw.
 type connFill struct {
 	entries, direct int
+}
+
+// shares are what the programs count of entries by their pod's slot, as one sweep
+// finds and leaves it: bpf/node_share.h.
+type shares struct {
+	slots   []uint32
+	counts  []bpfgen.NodeShare // before the sweep
+	entries []uint64           // that the sweep has left
+}
+
+func (d *Datapath) readShares() (*shares, error) {
+	n := d.objs.Shares.MaxEntries()
+	s := &shares{slots: make([]uint32, n), counts: make([]bpfgen.NodeShare, n), entries: make([]uint64, n)}
+	var cursor ebpf.MapBatchCursor
+	if _, err := d.objs.Shares.BatchLookup(&cursor, s.slots, s.counts, nil); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return nil, fmt.Errorf("read the shares of the map of connections: %w", err)
+	}
+	return s, nil
+}
+
+// keep counts an entry that stays.
+func (s *shares) keep(v *bpfgen.NodeConn) {
+	s.entries[0]++
+	if v.Share != 0 && int(v.Share) < len(s.entries) {
+		s.entries[v.Share]++
+	}
+}
+
+// writeShares has the programs go on from what the sweep has left. What began
+// meanwhile counts, also if the sweep saw it: too much until the next, never too
+// little.
+func (d *Datapath) writeShares(s *shares) error {
+	swept := make([]uint64, len(s.slots))
+	for i, slot := range s.slots {
+		swept[i] = s.counts[i].Begun - s.counts[i].Evicted - s.entries[slot]
+	}
+	if _, err := d.objs.SharesSwept.BatchUpdate(s.slots, swept, nil); err != nil {
+		return fmt.Errorf("write the shares of the map of connections: %w", err)
+	}
+	return nil
 }
 
 // ifaceIndexes are the host ifindexes of endpoints.
@@ -321,6 +371,10 @@ func (d *Datapath) sweepConns(now uint64) (removed int, err error) {
 	if err != nil {
 		return 0, err
 	}
+	share, err := d.readShares()
+	if err != nil {
+		return 0, err
+	}
 	gone := func(index uint32) bool { return index != 0 && !here[index] }
 	var fill connFill
 	var over []bpfgen.NodeConnKey
@@ -337,6 +391,7 @@ func (d *Datapath) sweepConns(now uint64) (removed int, err error) {
 				continue
 			}
 			fill.entries++
+			share.keep(v)
 			if Provenance(v.Provenance) == Direct {
 				fill.direct++
 			}
@@ -356,7 +411,7 @@ func (d *Datapath) sweepConns(now uint64) (removed int, err error) {
 	d.mu.Lock()
 	d.fill = fill
 	d.mu.Unlock()
-	return removed, nil
+	return removed, d.writeShares(share)
 }
 
 func connOver(v *bpfgen.NodeConn, now uint64) bool {

@@ -23,6 +23,7 @@ var reasonNames = map[bpfgen.NodeDropReason]string{
 	bpfgen.NodeDropReasonDROP_IMDS:              "imds",
 	bpfgen.NodeDropReasonDROP_FRAGMENT:          "fragment",
 	bpfgen.NodeDropReasonDROP_CONNTRACK_FULL:    "conntrack_full",
+	bpfgen.NodeDropReasonDROP_CONNTRACK_SHARE:   "conntrack_share",
 	bpfgen.NodeDropReasonDROP_TUPLE_COLLISION:   "tuple_collision",
 	bpfgen.NodeDropReasonDROP_POLICY_GROUPS:     "policy_groups",
 	bpfgen.NodeDropReasonDROP_POLICY_NETPOL:     "policy_netpol",
@@ -135,7 +136,7 @@ type Paths struct {
 	BegunDirect, BegunStack uint64
 	Midflow                 uint64 // of these, the beginning was not seen
 	Evicted                 uint64 // removed while they were over, to make room
-	NoRoom                  uint64 // found no room in the table: the packet was dropped
+	NoRoom                  uint64 // found no room in the table, or in their pod's share: the packet was dropped
 }
 
 // Paths returns the counts of ways.

@@ -69,6 +69,9 @@ type Options struct {
 	Logger *slog.Logger
 
 	reached func(step string) error // for tests, see Datapath.reach
+	// For tests: entries of the table of connections, and how many of them pods
+	// share; 0: as the programs have it.
+	maxConns, maxShared uint32
 }
 
 // Datapath is the node's datapath. All methods are safe for concurrent use,
@@ -244,10 +247,16 @@ func (d *Datapath) load() error {
 	if d.opts.Direct {
 		constants[bpfgen.NodeVarDirectEnabled] = 1
 	}
+	if d.opts.maxShared != 0 {
+		constants[bpfgen.NodeVarShareOf] = d.opts.maxShared
+	}
 	for name, value := range constants {
 		if err := spec.Variables[name].Set(value); err != nil {
 			return fmt.Errorf("set %s in the BPF object: %w", name, err)
 		}
+	}
+	if d.opts.maxConns != 0 {
+		spec.Maps[bpfgen.NodeMapConns].MaxEntries = d.opts.maxConns
 	}
 	if err := prepareLayout(d.opts.BPFFS, spec, migrations); err != nil {
 		return err

@@ -28,6 +28,7 @@ func (d *Datapath) attachENIs(ctx context.Context, present map[int]ENI, links []
 	for i := 1; i <= MaxENIIndex; i++ {
 		eni, ok := present[i]
 		old, had := d.eniLinks[i]
+		errs = append(errs, d.putIdle(i, eni.Idle))
 		if !ok {
 			errs = append(errs, d.putENI(i, bpfgen.NodeEni{}))
 			continue
@@ -114,6 +115,21 @@ func (d *Datapath) putENI(i int, v bpfgen.NodeEni) error {
 	}
 	if err := d.objs.Enis.Update(&index, &v, ebpf.UpdateAny); err != nil {
 		return fmt.Errorf("enter ENI %d into the map of ENIs: %w", i, err)
+	}
+	return nil
+}
+
+// putIdle tells the programs an ENI's idle times. A flow that is under way has the
+// new ones from its next state on.
+func (d *Datapath) putIdle(i int, idle vpc.IdleTimeouts) error {
+	index := uint32(i)
+	v := bpfgen.NodeIdle{TcpEstablished: wholeSeconds(idle.TCPEstablished), Udp: wholeSeconds(idle.UDP), UdpStream: wholeSeconds(idle.UDPStream)}
+	var have bpfgen.NodeIdle
+	if err := d.objs.EniIdle.Lookup(&index, &have); err == nil && have == v {
+		return nil
+	}
+	if err := d.objs.EniIdle.Update(&index, &v, ebpf.UpdateAny); err != nil {
+		return fmt.Errorf("enter the idle times of ENI %d: %w", i, err)
 	}
 	return nil
 }

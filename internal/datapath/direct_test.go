@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/underlay-cni/underlay/internal/nl"
+	"github.com/underlay-cni/underlay/internal/vpc"
 )
 
 // connections returns the entries between two addresses.
@@ -149,6 +150,90 @@ func TestDirect(t *testing.T) {
 
 // Who monitors hears of what begins and of what is dropped, and how much went
 // without.
+// A flow is over after the idle times of its pod's ENI, whoever begins it and
+// whoever forwards it; on another ENI the usual ones count.
+func TestIdleTimesOfAnENI(t *testing.T) {
+	f := newFleet(t, Options{Direct: true})
+	own := vpc.IdleTimeouts{TCPEstablished: 350 * time.Second, UDP: 45 * time.Second, UDPStream: 60 * time.Second}
+	all := fleetENIs(0)
+	all[1].Idle = own // near1's
+	if err := f.d.SetENIs(ctx, all); err != nil {
+		t.Fatal(err)
+	}
+	usual := vpc.IdleTimeouts{TCPEstablished: 432000 * time.Second, UDP: 30 * time.Second, UDPStream: 180 * time.Second}
+	port := uint16(8000)
+	for _, direct := range []bool{true, false} {
+		var stack []netip.Prefix
+		if !direct {
+			stack = []netip.Prefix{fleetVPC}
+		}
+		f.d.eniMu.Lock()
+		err := f.d.setNets([]netip.Prefix{fleetVPC}, stack)
+		f.d.eniMu.Unlock()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, tt := range []struct {
+			name     string
+			pod      pod
+			want     vpc.IdleTimeouts
+			podFirst bool
+		}{
+			{"an ENI with its own, outwards", f.near1, own, true},
+			{"an ENI with its own, inwards", f.near1, own, false},
+			{"another ENI", f.near0, usual, true},
+		} {
+			f.d.forgetConns(t)
+			from, fromAddr, to, toAddr := tt.pod.ns, tt.pod.Addr, f.client, clientIP
+			if !tt.podFirst {
+				from, fromAddr, to, toAddr = to, toAddr, from, fromAddr
+			}
+			idle := func(protocol uint8) time.Duration {
+				for _, c := range connections(t, f.d, fromAddr, toAddr) {
+					if c.Protocol == protocol && (c.Provenance == Direct) == direct {
+						return c.Timeout
+					}
+				}
+				return 0
+			}
+			answering := f.udp(to, toAddr, echoPort)
+			asking := f.connected(from, toAddr)
+			buf := make([]byte, 64)
+			for i, want := range []time.Duration{tt.want.UDP, tt.want.UDPStream} {
+				if _, err := asking.Write([]byte("?")); err != nil {
+					t.Fatal(err)
+				}
+				_ = answering.SetReadDeadline(time.Now().Add(5 * time.Second))
+				_, who, err := answering.ReadFromUDPAddrPort(buf)
+				if err != nil {
+					t.Fatal(err)
+				}
+				_, _ = answering.WriteToUDPAddrPort([]byte("!"), who)
+				_ = asking.SetReadDeadline(time.Now().Add(5 * time.Second))
+				if _, err := asking.Read(buf); err != nil {
+					t.Fatal(err)
+				}
+				if got := idle(unix.IPPROTO_UDP); got != want {
+					t.Errorf("direct %v, %s: UDP after %d answers is over after %s, want %s", direct, tt.name, i+1, got, want)
+				}
+			}
+			_ = answering.Close()
+			port++
+			f.serve(to, netip.AddrPortFrom(toAddr, port))
+			c, err := f.dial(from, fromAddr, netip.AddrPortFrom(toAddr, port))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := exchange(c, 100); err != nil {
+				t.Fatal(err)
+			}
+			if got := idle(unix.IPPROTO_TCP); got != tt.want.TCPEstablished {
+				t.Errorf("direct %v, %s: established TCP is over after %s, want %s", direct, tt.name, got, tt.want.TCPEstablished)
+			}
+		}
+	}
+}
+
 func TestMonitor(t *testing.T) {
 	w := newWorld(t)
 	ended := make(chan Connection, 1000)

@@ -24,6 +24,9 @@ type ENI struct {
 	MAC     net.HardwareAddr
 	Primary netip.Addr
 	Subnet  netip.Prefix
+	// Idle are the times after which its pods' flows are over; what is 0 is as
+	// Options.Timeouts say.
+	Idle vpc.IdleTimeouts
 }
 
 // LinkMissingError is ErrLinkMissing with the ENIs that have no device yet.

@@ -212,6 +212,9 @@ func (c *Client) Limits(ctx context.Context, instanceType string) (vpc.InstanceL
 		IPv6PerENI: int(aws.ToInt32(n.Ipv6AddressesPerInterface)), NetworkCards: int(aws.ToInt32(n.MaximumNetworkCards)),
 		Hypervisor: string(t.Hypervisor), BareMetal: aws.ToBool(t.BareMetal), CurrentGeneration: aws.ToBool(t.CurrentGeneration)}
 	l.ENIsDefaultCard = l.ENIs
+	if c := n.ConnectionTrackingConfiguration; c != nil {
+		l.TCPEstablished = int(aws.ToInt32(c.DefaultTcpEstablishedTimeout))
+	}
 	for _, card := range n.NetworkCards {
 		if aws.ToInt32(card.NetworkCardIndex) == aws.ToInt32(n.DefaultNetworkCardIndex) {
 			l.ENIsDefaultCard = int(aws.ToInt32(card.MaximumNetworkInterfaces))
@@ -409,6 +412,8 @@ func tags(m map[string]string) []types.Tag {
 	return out
 }
 
+func seconds(n *int32) time.Duration { return time.Duration(aws.ToInt32(n)) * time.Second }
+
 // eni translates EC2's description of an interface. Detaching counts as
 // detached: nothing may rely on it any more.
 func eni(n *types.NetworkInterface) (vpc.ENI, error) {
@@ -422,6 +427,9 @@ func eni(n *types.NetworkInterface) (vpc.ENI, error) {
 	}
 	for _, g := range n.Groups {
 		e.Groups = append(e.Groups, vpc.SecurityGroupID(aws.ToString(g.GroupId)))
+	}
+	if c := n.ConnectionTrackingConfiguration; c != nil {
+		e.Idle = vpc.IdleTimeouts{TCPEstablished: seconds(c.TcpEstablishedTimeout), UDP: seconds(c.UdpTimeout), UDPStream: seconds(c.UdpStreamTimeout)}
 	}
 	var err error
 	if p := aws.ToString(n.PrivateIpAddress); p != "" {

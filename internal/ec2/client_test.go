@@ -71,6 +71,7 @@ const eniXML = `<interfaceType>efa</interfaceType><networkInterfaceId>eni-1</net
 <privateIpAddress>10.0.0.4</privateIpAddress><status>in-use</status><requesterManaged>false</requesterManaged>
 <groupSet><item><groupId>sg-1</groupId></item></groupSet><tagSet><item><key>k</key><value>v</value></item></tagSet>
 <privateIpAddressesSet><item><privateIpAddress>10.0.0.4</privateIpAddress><primary>true</primary><association><publicIp>192.0.2.4</publicIp></association></item><item><privateIpAddress>10.0.0.9</privateIpAddress><primary>false</primary><association><publicIp>192.0.2.9</publicIp><allocationId>eipalloc-1</allocationId></association></item></privateIpAddressesSet>
+<connectionTrackingConfiguration><tcpEstablishedTimeout>1200</tcpEstablishedTimeout><udpTimeout>45</udpTimeout></connectionTrackingConfiguration>
 <ipv4PrefixSet><item><ipv4Prefix>10.0.0.32/28</ipv4Prefix></item></ipv4PrefixSet>`
 
 func TestInterfacesArePagedFilteredAndMerged(t *testing.T) {
@@ -92,6 +93,7 @@ func TestInterfacesArePagedFilteredAndMerged(t *testing.T) {
 	want := []vpc.ENI{
 		{ID: "eni-1", VPC: "vpc-1", Subnet: "subnet-1", MAC: "02:aa:00:00:00:01", Primary: netip.MustParseAddr("10.0.0.4"), Secondary: []netip.Addr{netip.MustParseAddr("10.0.0.9")},
 			Prefixes: []netip.Prefix{netip.MustParsePrefix("10.0.0.32/28")}, Groups: []vpc.SecurityGroupID{"sg-1"}, Tags: map[string]string{"k": "v"},
+			Idle:    vpc.IdleTimeouts{TCPEstablished: 20 * time.Minute, UDP: 45 * time.Second},
 			Elastic: []netip.Addr{netip.MustParseAddr("10.0.0.9")}, Type: "efa", Instance: "i-1", Attachment: "eni-attach-1", DeviceIndex: 2, Attached: true, DeleteOnTermination: true},
 		{ID: "eni-2", Tags: map[string]string{}}, // detaching: as good as off
 		{ID: "eni-3", Tags: map[string]string{}},
@@ -264,10 +266,10 @@ func TestOutcome(t *testing.T) {
 
 func TestLimitsOfANewType(t *testing.T) {
 	c, _ := scripted(t, map[string][]answer{"DescribeInstanceTypes": {{200, `<DescribeInstanceTypesResponse><instanceTypeSet><item><instanceType>z9.huge</instanceType><hypervisor>nitro</hypervisor>
-<networkInfo><maximumNetworkInterfaces>20</maximumNetworkInterfaces><ipv4AddressesPerInterface>50</ipv4AddressesPerInterface><defaultNetworkCardIndex>0</defaultNetworkCardIndex>
+<networkInfo><connectionTrackingConfiguration><defaultTcpEstablishedTimeout>350</defaultTcpEstablishedTimeout></connectionTrackingConfiguration><maximumNetworkInterfaces>20</maximumNetworkInterfaces><ipv4AddressesPerInterface>50</ipv4AddressesPerInterface><defaultNetworkCardIndex>0</defaultNetworkCardIndex>
 <networkCards><item><networkCardIndex>0</networkCardIndex><maximumNetworkInterfaces>15</maximumNetworkInterfaces></item></networkCards></networkInfo></item></instanceTypeSet></DescribeInstanceTypesResponse>`}}})
 	l, err := c.Limits(t.Context(), "z9.huge")
-	if err != nil || l.ENIs != 20 || l.ENIsDefaultCard != 15 || l.IPv4PerENI != 50 || !l.Nitro() {
+	if err != nil || l.ENIs != 20 || l.ENIsDefaultCard != 15 || l.IPv4PerENI != 50 || l.TCPEstablished != 350 || !l.Nitro() {
 		t.Errorf("%+v, %v", l, err)
 	}
 	if l, err := c.Limits(t.Context(), "m5.large"); err != nil || l.ENIs != 3 {

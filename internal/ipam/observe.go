@@ -32,7 +32,7 @@ func (s *State) managed(v *vpc.ENI) bool {
 }
 
 func (p *step) newENI(v *vpc.ENI) *ENI {
-	e := &ENI{ID: v.ID, MAC: v.MAC, Subnet: v.Subnet, Primary: v.Primary, Groups: vpc.NewGroupSet(v.Groups),
+	e := &ENI{ID: v.ID, MAC: v.MAC, Idle: v.Idle, Subnet: v.Subnet, Primary: v.Primary, Groups: vpc.NewGroupSet(v.Groups),
 		Managed: p.s.managed(v), Pool: Pool{Groups: vpc.GroupSet(v.Tags[TagPool])}, Device: -1, Since: p.now}
 	if v.Subnet != p.s.home {
 		e.Pool.Subnet = v.Subnet
@@ -124,7 +124,7 @@ func (p *step) mergeENI(v *vpc.ENI, read time.Time) {
 	}
 	e.Missing, e.Unsure, e.Full = time.Time{}, false, false
 	e.Groups = vpc.NewGroupSet(v.Groups)
-	e.MAC = v.MAC
+	e.MAC, e.Idle = v.MAC, v.Idle
 	if !e.Primary.IsValid() && !p.elsewhere(e, v.Primary, read) {
 		e.Primary = v.Primary // it never changes
 	}

@@ -153,6 +153,7 @@ type ENI struct {
 	Device     int          // -1 when none is reserved yet
 	Phase      Phase
 	Attachment vpc.AttachmentID
+	Idle       vpc.IdleTimeouts
 	Keep       bool // EC2 would keep it when the instance ends (no DeleteOnTermination)
 	Link       bool // the datapath has configured its link
 	Since      time.Time

@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 )
 
 // PrefixBits is the length of a delegated IPv4 prefix (EC2 knows no other).
@@ -24,6 +25,7 @@ type ENI struct {
 	Description    string
 	Tags           map[string]string
 	RequesterOwned bool // requester-managed: a managed service's, not ours to change
+	Idle           IdleTimeouts
 
 	Instance            InstanceID   // "" when not attached
 	Attachment          AttachmentID // "" when not attached
@@ -31,6 +33,15 @@ type ENI struct {
 	NetworkCard         int          // valid when attached
 	Attached            bool         // the attachment's status is "attached", not "attaching" or "detaching"
 	DeleteOnTermination bool
+}
+
+// IdleTimeouts are after how long without a packet the security groups forget a
+// tracked flow of an ENI: its ConnectionTrackingSpecification. 0: the default of
+// the instance's type (EC2 user guide, idle connection tracking timeout).
+type IdleTimeouts struct {
+	TCPEstablished time.Duration // 60 s to 432,000 s
+	UDP            time.Duration // 30 s to 60 s
+	UDPStream      time.Duration // 60 s to 180 s: more than one request and response
 }
 
 // Holds reports whether a is an address of the ENI: primary, secondary, or

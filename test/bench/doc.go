@@ -6,6 +6,7 @@
 //
 //	BenchmarkNode      the datapath against node to node, the AWS-style path,
 //	                   VXLAN and a bare veth pair, which it sets up itself
+//	BenchmarkFlood     flows beside a pod that floods conntrack
 //	BenchmarkUnderlay  pods of a lab, and ADD and DEL
 //	BenchmarkFabric    the VPC's wires
 //	BenchmarkVPCD      the API

@@ -41,7 +41,8 @@ type NodeConn struct {
 	Audit      [2]uint8
 	Flags      uint8
 	Seen       uint8
-	Pad        [3]uint8
+	Pad        uint8
+	Share      uint16
 	Generation uint32
 	Slot       [2]uint16
 }
@@ -92,7 +93,8 @@ const (
 	NodeDropReasonDROP_TUPLE_COLLISION   NodeDropReason = 14
 	NodeDropReasonDROP_POLICY_GROUPS     NodeDropReason = 15
 	NodeDropReasonDROP_POLICY_NETPOL     NodeDropReason = 16
-	NodeDropReasonDROP_REASONS           NodeDropReason = 17
+	NodeDropReasonDROP_CONNTRACK_SHARE   NodeDropReason = 17
+	NodeDropReasonDROP_REASONS           NodeDropReason = 18
 )
 
 type NodeEnded struct {
@@ -183,6 +185,14 @@ const (
 	NodeGateGATE_NETPOL NodeGate = 1
 	NodeGateGATES       NodeGate = 2
 )
+
+type NodeIdle struct {
+	_              structs.HostLayout
+	TcpEstablished uint32
+	Udp            uint32
+	UdpStream      uint32
+	Reserved       uint32
+}
 
 type NodeIface struct {
 	_       structs.HostLayout
@@ -296,7 +306,14 @@ type NodeScratch struct {
 		TcpFlags uint8
 		Ttl      uint8
 	}
-	Conn NodeConn
+	Conn  NodeConn
+	Asked NodeTuple
+}
+
+type NodeShare struct {
+	_       structs.HostLayout
+	Begun   uint64
+	Evicted uint64
 }
 
 type NodeSlot struct {
@@ -325,6 +342,7 @@ const (
 	NodeMapDrops                 = "drops"
 	NodeMapEndpoints             = "endpoints"
 	NodeMapEnds                  = "ends"
+	NodeMapEniIdle               = "eni_idle"
 	NodeMapEnis                  = "enis"
 	NodeMapEvents                = "events"
 	NodeMapFragments             = "fragments"
@@ -337,6 +355,8 @@ const (
 	NodeMapPolicyGeneration      = "policy_generation"
 	NodeMapPolicyTables          = "policy_tables"
 	NodeMapScratch               = "scratch"
+	NodeMapShares                = "shares"
+	NodeMapSharesSwept           = "shares_swept"
 	NodeMapSlots                 = "slots"
 	NodeMapTraffic               = "traffic"
 	NodeProgFromEni              = "from_eni"
@@ -355,6 +375,7 @@ const (
 	NodeVarIpv6Allowed           = "ipv6_allowed"
 	NodeVarOtherTimeout          = "other_timeout"
 	NodeVarRoomMadeNs            = "room_made_ns"
+	NodeVarShareOf               = "share_of"
 	NodeVarTcpClosedTimeout      = "tcp_closed_timeout"
 	NodeVarTcpEstablishedTimeout = "tcp_established_timeout"
 	NodeVarTcpOpeningTimeout     = "tcp_opening_timeout"
@@ -418,6 +439,7 @@ type NodeMapSpecs struct {
 	Drops            *ebpf.MapSpec `ebpf:"drops"`
 	Endpoints        *ebpf.MapSpec `ebpf:"endpoints"`
 	Ends             *ebpf.MapSpec `ebpf:"ends"`
+	EniIdle          *ebpf.MapSpec `ebpf:"eni_idle"`
 	Enis             *ebpf.MapSpec `ebpf:"enis"`
 	Events           *ebpf.MapSpec `ebpf:"events"`
 	Fragments        *ebpf.MapSpec `ebpf:"fragments"`
@@ -430,6 +452,8 @@ type NodeMapSpecs struct {
 	PolicyGeneration *ebpf.MapSpec `ebpf:"policy_generation"`
 	PolicyTables     *ebpf.MapSpec `ebpf:"policy_tables"`
 	Scratch          *ebpf.MapSpec `ebpf:"scratch"`
+	Shares           *ebpf.MapSpec `ebpf:"shares"`
+	SharesSwept      *ebpf.MapSpec `ebpf:"shares_swept"`
 	Slots            *ebpf.MapSpec `ebpf:"slots"`
 	Traffic          *ebpf.MapSpec `ebpf:"traffic"`
 }
@@ -450,6 +474,7 @@ type NodeVariableSpecs struct {
 	Ipv6Allowed           *ebpf.VariableSpec `ebpf:"ipv6_allowed"`
 	OtherTimeout          *ebpf.VariableSpec `ebpf:"other_timeout"`
 	RoomMadeNs            *ebpf.VariableSpec `ebpf:"room_made_ns"`
+	ShareOf               *ebpf.VariableSpec `ebpf:"share_of"`
 	TcpClosedTimeout      *ebpf.VariableSpec `ebpf:"tcp_closed_timeout"`
 	TcpEstablishedTimeout *ebpf.VariableSpec `ebpf:"tcp_established_timeout"`
 	TcpOpeningTimeout     *ebpf.VariableSpec `ebpf:"tcp_opening_timeout"`
@@ -481,6 +506,7 @@ type NodeMaps struct {
 	Drops            *ebpf.Map `ebpf:"drops"`
 	Endpoints        *ebpf.Map `ebpf:"endpoints"`
 	Ends             *ebpf.Map `ebpf:"ends"`
+	EniIdle          *ebpf.Map `ebpf:"eni_idle"`
 	Enis             *ebpf.Map `ebpf:"enis"`
 	Events           *ebpf.Map `ebpf:"events"`
 	Fragments        *ebpf.Map `ebpf:"fragments"`
@@ -493,6 +519,8 @@ type NodeMaps struct {
 	PolicyGeneration *ebpf.Map `ebpf:"policy_generation"`
 	PolicyTables     *ebpf.Map `ebpf:"policy_tables"`
 	Scratch          *ebpf.Map `ebpf:"scratch"`
+	Shares           *ebpf.Map `ebpf:"shares"`
+	SharesSwept      *ebpf.Map `ebpf:"shares_swept"`
 	Slots            *ebpf.Map `ebpf:"slots"`
 	Traffic          *ebpf.Map `ebpf:"traffic"`
 }
@@ -503,6 +531,7 @@ func (m *NodeMaps) Close() error {
 		m.Drops,
 		m.Endpoints,
 		m.Ends,
+		m.EniIdle,
 		m.Enis,
 		m.Events,
 		m.Fragments,
@@ -515,6 +544,8 @@ func (m *NodeMaps) Close() error {
 		m.PolicyGeneration,
 		m.PolicyTables,
 		m.Scratch,
+		m.Shares,
+		m.SharesSwept,
 		m.Slots,
 		m.Traffic,
 	)
@@ -536,6 +567,7 @@ type NodeVariables struct {
 	Ipv6Allowed           *ebpf.Variable `ebpf:"ipv6_allowed"`
 	OtherTimeout          *ebpf.Variable `ebpf:"other_timeout"`
 	RoomMadeNs            *ebpf.Variable `ebpf:"room_made_ns"`
+	ShareOf               *ebpf.Variable `ebpf:"share_of"`
 	TcpClosedTimeout      *ebpf.Variable `ebpf:"tcp_closed_timeout"`
 	TcpEstablishedTimeout *ebpf.Variable `ebpf:"tcp_established_timeout"`
 	TcpOpeningTimeout     *ebpf.Variable `ebpf:"tcp_opening_timeout"`
