@@ -68,7 +68,10 @@ type Options struct {
 	// Logger; nil: slog.Default().
 	Logger *slog.Logger
 
-	reached func(step string) error // for tests, see Datapath.reach
+	// For tests: see Datapath.reach, and what loads maps and programs in the place of
+	// LoadAndAssign.
+	reached func(step string) error
+	loader  func(spec *ebpf.CollectionSpec, to any, opts *ebpf.CollectionOptions) error
 }
 
 // Datapath is the node's datapath. All methods are safe for concurrent use,
@@ -255,7 +258,11 @@ func (d *Datapath) load() error {
 	if err := prepareLayout(d.opts.BPFFS, spec, migrations); err != nil {
 		return err
 	}
-	err = spec.LoadAndAssign(&d.objs, &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: mapDir(d.opts.BPFFS)}})
+	loader := (*ebpf.CollectionSpec).LoadAndAssign
+	if d.opts.loader != nil {
+		loader = d.opts.loader
+	}
+	err = loader(spec, &d.objs, &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: mapDir(d.opts.BPFFS)}})
 	var verifier *ebpf.VerifierError
 	switch {
 	case errors.As(err, &verifier):
