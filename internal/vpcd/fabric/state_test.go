@@ -163,7 +163,17 @@ func (l *lab) snapshot(numbers bool) []string {
 	return out
 }
 
-func (l *lab) fresh(t *testing.T, c Config) []string {
+// fresh returns the snapshot of a lab that is built at once, which is removed then.
+func (l *lab) fresh(t *testing.T, c Config) (out []string) {
+	t.Helper()
+	t.Run("built at once", func(t *testing.T) { out = l.build(t, c) })
+	if out == nil {
+		t.FailNow()
+	}
+	return out
+}
+
+func (l *lab) build(t *testing.T, c Config) []string {
 	t.Helper()
 	f := newLab(t)
 	raw, err := json.Marshal(c)
