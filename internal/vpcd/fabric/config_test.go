@@ -214,6 +214,7 @@ func TestOpenErrors(t *testing.T) {
 
 // TestOneAtATime opens and destroys a lab that is open.
 func TestOneAtATime(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	var both sync.WaitGroup // each waits for the lock for lockPatience
 	both.Go(func() {
