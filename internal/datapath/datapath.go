@@ -68,10 +68,10 @@ type Options struct {
 	// Logger; nil: slog.Default().
 	Logger *slog.Logger
 
-	// For tests: see Datapath.reach, and what loads maps and programs in the place of
-	// LoadAndAssign.
-	reached func(step string) error
-	loader  func(spec *ebpf.CollectionSpec, to any, opts *ebpf.CollectionOptions) error
+	// loader, for tests, loads maps and programs in the place of LoadAndAssign.
+	loader func(spec *ebpf.CollectionSpec, to any, opts *ebpf.CollectionOptions) error
+
+	reached func(step string) error // for tests, see Datapath.reach
 }
 
 // Datapath is the node's datapath. All methods are safe for concurrent use,
