@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+
+	"github.com/underlay-cni/underlay/internal/cli/cluster"
 )
 
 // What a balancer waits for, and how often it looks.
@@ -97,7 +99,7 @@ func (b *balancer) serve(ctx context.Context, l net.Listener) error {
 	for i := range b.targets {
 		running.Go(func() { b.check(ctx, i) })
 	}
-	return acceptEach(ctx, l, func(c net.Conn) {
+	return cluster.AcceptEach(ctx, l, func(c net.Conn) {
 		running.Go(func() { b.forward(ctx, c) })
 	})
 }

@@ -314,21 +314,11 @@ func (a *App) flowPrinter(h home, f *labFile, o flowOptions) (*flowPrinter, flow
 	return p, q, nil
 }
 
-// flowFormat reads ${field} ${field} …
+// flowFormat reads ${field} ${field} …, with any number of blanks between them.
 func flowFormat(s string) ([]vpc.FlowField, error) {
-	known := vpc.FlowFields()
-	var out []vpc.FlowField
-	for word := range strings.FieldsSeq(s) {
-		name, ok := strings.CutPrefix(word, "${")
-		name, closed := strings.CutSuffix(name, "}")
-		f, there := known[name]
-		if !ok || !closed || !there {
-			return nil, fmt.Errorf("--format: %q is no field; write as in '${srcaddr} ${pkt-srcaddr}'; there are %s", word, strings.Join(slices.Sorted(maps.Keys(known)), ", "))
-		}
-		out = append(out, f)
-	}
-	if len(out) == 0 {
-		return nil, errors.New("--format: give fields, as in '${srcaddr} ${pkt-srcaddr}'")
+	out, err := vpc.ParseFlowFormat(strings.Join(strings.Fields(s), " "))
+	if err != nil {
+		return nil, fmt.Errorf("--format: %w; there are %s", err, strings.Join(slices.Sorted(maps.Keys(vpc.FlowFields())), ", "))
 	}
 	return out, nil
 }

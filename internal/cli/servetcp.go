@@ -2,13 +2,14 @@ package cli
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"time"
 
 	"github.com/spf13/cobra"
+
+	"github.com/underlay-cni/underlay/internal/cli/cluster"
 )
 
 func (a *App) serveTCPCommand() *cobra.Command {
@@ -36,7 +37,7 @@ func (a *App) serveTCPCommand() *cobra.Command {
 
 // serveHello answers connections until ctx ends, and logs each.
 func serveHello(ctx context.Context, l net.Listener, name string, now func() time.Time, log func(string)) error {
-	return acceptEach(ctx, l, func(c net.Conn) {
+	return cluster.AcceptEach(ctx, l, func(c net.Conn) {
 		from, err := netip.ParseAddrPort(c.RemoteAddr().String())
 		if err == nil {
 			// One short line fits into any send buffer: this blocks for nobody.
@@ -49,20 +50,4 @@ func serveHello(ctx context.Context, l net.Listener, name string, now func() tim
 		}
 		c.Close()
 	})
-}
-
-// acceptEach calls fn for each connection, one after the other, until ctx ends.
-func acceptEach(ctx context.Context, l net.Listener, fn func(net.Conn)) error {
-	stop := context.AfterFunc(ctx, func() { l.Close() })
-	defer stop()
-	for {
-		c, err := l.Accept()
-		if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
-			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("accept: %w", err)
-		}
-		fn(c)
-	}
 }

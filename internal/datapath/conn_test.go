@@ -5,6 +5,8 @@ import (
 	"errors"
 	"math/rand/v2"
 	"net/netip"
+	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -24,6 +26,7 @@ type tracker struct {
 	d    Datapath // its maps
 	objs map[time.Duration]*bpfgen.NodePrograms
 	max  uint32 // entries of the table of connections; 0: as on a node
+	pins string // where the maps are
 }
 
 const (
@@ -42,8 +45,12 @@ var (
 func track(t *testing.T, own netip.Addr, max uint32, fn func(*tracker)) {
 	t.Helper()
 	testenv.Require(t, "root", "bpf")
+	pins := filepath.Dir(mountBPFFS(t))
+	if programs != nil {
+		defer programs.Release(pins, nil)
+	}
 	err := nl.DoNew(func() error {
-		tr := &tracker{t: t, objs: map[time.Duration]*bpfgen.NodePrograms{}, max: max}
+		tr := &tracker{t: t, objs: map[time.Duration]*bpfgen.NodePrograms{}, max: max, pins: pins}
 		tr.d.mono = newMono()
 		defer tr.close()
 		tr.load(0)
@@ -67,9 +74,11 @@ func (tr *tracker) load(later time.Duration) *bpfgen.NodePrograms {
 	if err != nil {
 		tr.t.Fatal(err)
 	}
-	opts := &ebpf.CollectionOptions{MapReplacements: map[string]*ebpf.Map{}}
 	for name, m := range spec.Maps {
-		m.Pinning = ebpf.PinNone
+		m.Pinning = ebpf.PinByName // the same for all clocks
+		if strings.HasPrefix(name, ".") {
+			m.Pinning = ebpf.PinNone
+		}
 		if name == bpfgen.NodeMapConns && tr.max != 0 {
 			m.MaxEntries = tr.max
 		}
@@ -79,21 +88,18 @@ func (tr *tracker) load(later time.Duration) *bpfgen.NodePrograms {
 			tr.t.Fatal(err)
 		}
 	}
+	loader := (*ebpf.CollectionSpec).LoadAndAssign
+	if programs != nil {
+		loader = programs.Load
+	}
+	opts := &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: tr.pins}}
+	p := new(bpfgen.NodePrograms)
 	if len(tr.objs) == 0 {
-		if err := spec.LoadAndAssign(&tr.d.objs, opts); err != nil {
+		if err := loader(spec, &tr.d.objs, opts); err != nil {
 			tr.t.Fatal(err)
 		}
-		tr.objs[later] = &tr.d.objs.NodePrograms
-		return tr.objs[later]
-	}
-	for name, m := range map[string]*ebpf.Map{
-		bpfgen.NodeMapConns: tr.d.objs.Conns, bpfgen.NodeMapIfaces: tr.d.objs.Ifaces, bpfgen.NodeMapFragments: tr.d.objs.Fragments, bpfgen.NodeMapSlots: tr.d.objs.Slots, bpfgen.NodeMapTraffic: tr.d.objs.Traffic,
-		bpfgen.NodeMapDrops: tr.d.objs.Drops, bpfgen.NodeMapPaths: tr.d.objs.Paths, bpfgen.NodeMapEnds: tr.d.objs.Ends, bpfgen.NodeMapIfaceStats: tr.d.objs.IfaceStats,
-	} {
-		opts.MapReplacements[name] = m
-	}
-	p := new(bpfgen.NodePrograms)
-	if err := spec.LoadAndAssign(p, opts); err != nil {
+		p = &tr.d.objs.NodePrograms
+	} else if err := loader(spec, p, opts); err != nil {
 		tr.t.Fatal(err)
 	}
 	tr.objs[later] = p

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/underlay-cni/underlay/internal/nl"
+	"github.com/underlay-cni/underlay/internal/testenv/bpfcache"
 )
 
 // roleEnv makes the test binary play an agent that dies: its value is a
@@ -32,6 +33,7 @@ type role struct {
 	N                int
 	ProcSysNet       string // of "live"
 	Policy           bool   // of "add": what onlyDiscard says
+	Programs         string // where they are kept; "": nowhere
 }
 
 func runRole(text string) int {
@@ -59,6 +61,9 @@ func runRole(text string) int {
 		var d *Datapath
 		err := nl.Do(nl.Path(r.Node), func() (err error) {
 			opts := Options{BPFFS: r.BPFFS, Hook: r.Hook, reached: die, Logger: slog.New(slog.DiscardHandler)}
+			if r.Programs != "" {
+				opts.loader = bpfcache.Join(r.Programs).Load
+			}
 			if r.Policy {
 				opts.BeforeReady = func(_ context.Context, e Endpoint) error { return d.forbid(e) }
 			}
@@ -92,6 +97,9 @@ func runRole(text string) int {
 func (w *world) dies(r role) {
 	w.t.Helper()
 	r.Node, r.BPFFS, r.Hook = w.node, w.bpffs, testHook
+	if w.cached {
+		r.Programs = programs.Dir()
+	}
 	text, err := json.Marshal(r)
 	if err != nil {
 		w.t.Fatal(err)

@@ -68,6 +68,9 @@ type Options struct {
 	// Logger; nil: slog.Default().
 	Logger *slog.Logger
 
+	// loader, for tests, loads maps and programs in the place of LoadAndAssign.
+	loader func(spec *ebpf.CollectionSpec, to any, opts *ebpf.CollectionOptions) error
+
 	reached func(step string) error // for tests, see Datapath.reach
 	// For tests: entries of the table of connections, and how many of them pods
 	// share; 0: as the programs have it.
@@ -261,7 +264,11 @@ func (d *Datapath) load() error {
 	if err := prepareLayout(d.opts.BPFFS, spec, migrations); err != nil {
 		return err
 	}
-	err = spec.LoadAndAssign(&d.objs, &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: mapDir(d.opts.BPFFS)}})
+	loader := (*ebpf.CollectionSpec).LoadAndAssign
+	if d.opts.loader != nil {
+		loader = d.opts.loader
+	}
+	err = loader(spec, &d.objs, &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: mapDir(d.opts.BPFFS)}})
 	var verifier *ebpf.VerifierError
 	switch {
 	case errors.As(err, &verifier):

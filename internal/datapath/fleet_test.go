@@ -80,6 +80,10 @@ func newFleet(t testing.TB, opts Options) *fleet {
 		sysctl(ns, "net.ipv4.conf.all.rp_filter", "0")
 		sysctl(ns, "net.ipv4.conf.default.rp_filter", "0")
 	}
+	// Or what was said once a second ago is not said again.
+	for _, ns := range []string{f.wire, f.world.node, f.far.node} {
+		sysctl(ns, "net.ipv4.icmp_ratelimit", "0")
+	}
 	sysctl(f.wire, "net.ipv4.ip_forward", "1")
 	sysctl(f.wire, "net.ipv4.conf.all.send_redirects", "0")
 

@@ -106,11 +106,14 @@ func nftablesProxy(f *fleet, node string, nodeIPs []netip.Addr, services []servi
 }
 
 // eachWay runs a test for each way that pods' packets may go and each mode of
-// kube-proxy.
+// kube-proxy, two at a time: much of it is waiting for refusals.
 func eachWay(t *testing.T, run func(t *testing.T, w way, p proxy)) {
 	for _, w := range ways {
 		for _, p := range proxies {
-			t.Run(w.name+"/kube-proxy "+p.mode, func(t *testing.T) { run(t, w, p) })
+			t.Run(w.name+"/kube-proxy "+p.mode, func(t *testing.T) {
+				t.Parallel()
+				run(t, w, p)
+			})
 		}
 	}
 }

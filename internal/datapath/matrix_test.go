@@ -566,13 +566,19 @@ func (m *matrix) forwardDrop(t *testing.T) {
 	if after := m.run("ip", "netns", "exec", m.node, "iptables-save", "-t", "filter"); uncommented(after) != uncommented(rules) {
 		t.Errorf("somebody else's table was\n%sand is\n%s", rules, after)
 	}
-	_, err := m.talk(m.near1.ns, "tcp4", netip.AddrPort{}, at(m.far1.Addr, webPort), impatience)
-	if m.way.direct != (err == nil) {
-		t.Errorf("pod to pod of another node: %v", err)
-	}
-	if _, err := m.talk(m.near1.ns, "tcp4", netip.AddrPort{}, m.services["FAR1"].vip, impatience); err == nil {
-		t.Error("a Service works past a policy that forbids it")
-	}
+	var both sync.WaitGroup
+	both.Go(func() {
+		_, err := m.talk(m.near1.ns, "tcp4", netip.AddrPort{}, at(m.far1.Addr, webPort), impatience)
+		if m.way.direct != (err == nil) {
+			t.Errorf("pod to pod of another node: %v", err)
+		}
+	})
+	both.Go(func() {
+		if _, err := m.talk(m.near1.ns, "tcp4", netip.AddrPort{}, m.services["FAR1"].vip, impatience); err == nil {
+			t.Error("a Service works past a policy that forbids it")
+		}
+	})
+	both.Wait()
 	for _, step := range forwardAccept {
 		iptables(strings.TrimPrefix(step, "iptables "))
 	}

@@ -32,6 +32,7 @@ func TestSNAT(t *testing.T) {
 			name += " with an exclusion"
 		}
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			m := &matrix{fleet: newFleet(t, Options{SNAT: tc.mode, SNATExclude: tc.exclude}), way: ways[0]}
 			m.serve(m.inet, at(netip.IPv4Unspecified(), webPort))
 			for i, p := range []pod{m.near0, m.near1} {

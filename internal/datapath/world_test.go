@@ -22,6 +22,7 @@ import (
 	"github.com/underlay-cni/underlay/internal/nl"
 	"github.com/underlay-cni/underlay/internal/packet"
 	"github.com/underlay-cni/underlay/internal/testenv"
+	"github.com/underlay-cni/underlay/internal/testenv/bpfcache"
 	"github.com/underlay-cni/underlay/internal/vpc"
 )
 
@@ -35,6 +36,10 @@ func TestMain(m *testing.M) {
 	}
 	if os.Geteuid() == 0 {
 		sweepDead()
+		var err error
+		if programs, err = bpfcache.New(filepath.Join("/run", fmt.Sprintf("%s%d-programs", netnsPrefix, os.Getpid()))); err != nil {
+			fmt.Fprintln(os.Stderr, "programs are loaded anew for each test:", err)
+		}
 	}
 	// Everything with each kind of hook: what the programs do, and what a
 	// crash leaves, must not depend on it.
@@ -43,8 +48,17 @@ func TestMain(m *testing.M) {
 		fmt.Printf("hooks: %s\n", testHook)
 		code = max(code, m.Run())
 	}
+	if programs != nil {
+		if err := programs.Close(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			code = max(code, 1)
+		}
+	}
 	os.Exit(code)
 }
+
+// programs keeps what the verifier has looked at; nil: there is nothing to keep.
+var programs *bpfcache.Cache
 
 // testHook is the kind of hook of a Datapath that a test opens without one.
 var testHook Hook
@@ -91,6 +105,8 @@ type world struct {
 	quiet      bool                                  // do not log
 	stackOnly  bool                                  // as Options say, not direct by default
 	released   func(containerID, ifName string) bool // see Remove
+	uncached   bool                                  // load programs and make maps anew
+	cached     bool                                  // a Datapath was opened otherwise
 }
 
 var (
@@ -218,6 +234,10 @@ func (w *world) tryOpen(opts Options) (d *Datapath, err error) {
 	if w.quiet {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
+	if programs != nil && !w.uncached {
+		opts.loader = programs.Load
+		w.release()
+	}
 	if opts.Logger == nil {
 		opts.Logger = slog.New(slog.NewTextHandler(w.t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))
 	}
@@ -226,6 +246,53 @@ func (w *world) tryOpen(opts Options) (d *Datapath, err error) {
 		return err
 	})
 	return d, err
+}
+
+// release gives the maps back with the end of the test.
+func (w *world) release() {
+	if w.cached {
+		return
+	}
+	w.cached = true
+	node, err := os.Open(nl.Path(w.node))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	maps := mapDir(w.bpffs)
+	w.t.Cleanup(func() {
+		programs.Release(maps, func() error { return errors.Join(removeDevices(node), node.Close()) })
+	})
+}
+
+// removeDevices removes the devices of a node whose Datapath is closed. No program
+// runs on them any more when it returns; of a namespace that is deleted the kernel
+// removes them later.
+func removeDevices(node *os.File) error {
+	c, err := nl.DialIn(node)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	const loopback, doomed = 1, 0x756c7264
+	for {
+		links, err := c.Links()
+		if err != nil || len(links) == 1 && links[0].Index == loopback {
+			return err
+		}
+		// A pod's end may go meanwhile, and takes the node's end with it.
+		var b nl.Batch
+		for _, l := range links {
+			if l.Index != loopback {
+				b.LinkGroupIndex(l.Index, doomed)
+				b.Tolerate(unix.ENODEV)
+			}
+		}
+		b.LinkDeleteGroup(doomed)
+		b.Tolerate(unix.ENODEV)
+		if err := c.Exec(&b); err != nil {
+			return err
+		}
+	}
 }
 
 // pod is an endpoint in a namespace of its own.

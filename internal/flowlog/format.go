@@ -1,6 +1,7 @@
 package flowlog
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -32,23 +33,16 @@ type Format struct {
 // separated by single blanks. Beside the fields of VPC flow logs there are pod,
 // namespace, node, direction, verdict and rule.
 func ParseFormat(s string) (Format, error) {
-	known := vpc.FlowFields()
+	fields, err := vpc.ParseFlowFormat(s, nodeFields...)
+	if errors.Is(err, vpc.ErrNoFlowField) {
+		err = fmt.Errorf("%w; there are %s", err, strings.Join(append(slices.Sorted(maps.Keys(vpc.FlowFields())), nodeFields...), " "))
+	}
+	if err != nil {
+		return Format{}, err
+	}
 	f := Format{version: 2}
-	for word := range strings.SplitSeq(s, " ") {
-		name, ok := strings.CutPrefix(word, "${")
-		if ok {
-			name, ok = strings.CutSuffix(name, "}")
-		}
-		field, ofVPC := known[name]
-		switch {
-		case !ok:
-			return Format{}, fmt.Errorf("%q is no field: write ${version} ${srcaddr} …, separated by single blanks", word)
-		case !ofVPC && !slices.Contains(nodeFields, name):
-			return Format{}, fmt.Errorf("there is no field %q; there are %s", name, strings.Join(append(slices.Sorted(maps.Keys(known)), nodeFields...), " "))
-		case slices.Contains(f.names, name):
-			return Format{}, fmt.Errorf("the field %q is there twice", name)
-		}
-		f.names = append(f.names, name)
+	for _, field := range fields {
+		f.names = append(f.names, field.Name)
 		f.version = max(f.version, field.Version)
 	}
 	return f, nil

@@ -1,7 +1,10 @@
 package vpc
 
 import (
+	"errors"
+	"fmt"
 	"maps"
+	"slices"
 	"strings"
 )
 
@@ -29,6 +32,38 @@ func (f FlowField) Column() string { return strings.ReplaceAll(f.Name, "-", "_")
 // those of versions 2 to 8, but for version 6, whose fields are of transit
 // gateways alone (same source). The map is the caller's.
 func FlowFields() map[string]FlowField { return maps.Clone(flowFields) }
+
+// ErrNoFlowField is wrapped by ParseFlowFormat's error for a name that no field has.
+var ErrNoFlowField = errors.New("there is no field")
+
+// ParseFlowFormat reads a format of flow logs as CreateFlowLogs takes one: fields as
+// ${name}, separated by single blanks, at least one, none twice. more are names of
+// fields beside those of FlowFields, which come with version 0.
+func ParseFlowFormat(s string, more ...string) ([]FlowField, error) {
+	var out []FlowField
+	seen := map[string]bool{}
+	for word := range strings.SplitSeq(s, " ") {
+		name, ok := strings.CutPrefix(word, "${")
+		if ok {
+			name, ok = strings.CutSuffix(name, "}")
+		}
+		f, known := flowFields[name]
+		if !known && slices.Contains(more, name) {
+			f, known = FlowField{Name: name}, true
+		}
+		switch {
+		case !ok:
+			return nil, fmt.Errorf("%q is no field: write ${version} ${srcaddr} …, separated by single blanks", word)
+		case !known:
+			return nil, fmt.Errorf("%w %q of versions 2 to 8 for interfaces", ErrNoFlowField, name)
+		case seen[name]:
+			return nil, fmt.Errorf("the field %q is there twice", name)
+		}
+		seen[name] = true
+		out = append(out, f)
+	}
+	return out, nil
+}
 
 var flowFields = func() map[string]FlowField {
 	out := map[string]FlowField{}

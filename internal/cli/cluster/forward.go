@@ -17,18 +17,9 @@ import (
 // to an address inside another one, until ctx ends. netns is opened anew for
 // each: the namespace of a machine may go and come with its power.
 func Forward(ctx context.Context, l net.Listener, netns, to string, log *slog.Logger) error {
-	stop := context.AfterFunc(ctx, func() { l.Close() })
-	defer stop()
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	for {
-		c, err := l.Accept()
-		if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
-			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("accept: %w", err)
-		}
+	return AcceptEach(ctx, l, func(c net.Conn) {
 		wg.Go(func() {
 			defer c.Close()
 			far, err := dialIn(netns, to)
@@ -41,6 +32,22 @@ func Forward(ctx context.Context, l net.Listener, netns, to string, log *slog.Lo
 			defer stop()
 			both(c, far)
 		})
+	})
+}
+
+// AcceptEach calls fn for each connection, one after the other, until ctx ends.
+func AcceptEach(ctx context.Context, l net.Listener, fn func(net.Conn)) error {
+	stop := context.AfterFunc(ctx, func() { l.Close() })
+	defer stop()
+	for {
+		c, err := l.Accept()
+		if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("accept: %w", err)
+		}
+		fn(c)
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"regexp"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/underlay-cni/underlay/internal/vpc"
@@ -213,16 +214,23 @@ func TestOpenErrors(t *testing.T) {
 
 // TestOneAtATime opens and destroys a lab that is open.
 func TestOneAtATime(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
-	if f, err := Open(labOptions(l.name)); err == nil || !strings.Contains(err.Error(), "stop it first") {
-		if f != nil {
-			f.Close()
+	var both sync.WaitGroup // each waits for the lock for lockPatience
+	both.Go(func() {
+		if f, err := Open(labOptions(l.name)); err == nil || !strings.Contains(err.Error(), "stop it first") {
+			if f != nil {
+				f.Close()
+			}
+			t.Errorf("second Open: %v", err)
 		}
-		t.Errorf("second Open: %v", err)
-	}
-	if err := Destroy(labOptions(l.name)); err == nil || !strings.Contains(err.Error(), "stop it first") {
-		t.Errorf("Destroy of an open fabric: %v", err)
-	}
+	})
+	both.Go(func() {
+		if err := Destroy(labOptions(l.name)); err == nil || !strings.Contains(err.Error(), "stop it first") {
+			t.Errorf("Destroy of an open fabric: %v", err)
+		}
+	})
+	both.Wait()
 	l.shut()
 	l.open()
 	f := l.Fabric

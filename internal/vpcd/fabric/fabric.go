@@ -42,6 +42,9 @@ type Options struct {
 	LinkLocalPPS int
 	// Records is how many flow records an interval has room for, 0: 262,144.
 	Records int
+
+	// loader, for tests, loads maps and programs in the place of LoadAndAssign.
+	loader func(spec *ebpf.CollectionSpec, to any, opts *ebpf.CollectionOptions) error
 }
 
 // Fabric is an open fabric.
@@ -144,7 +147,11 @@ func (f *Fabric) open(o Options) error {
 		return err
 	}
 	opts := &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: f.pins}}
-	if err := spec.LoadAndAssign(&f.objs, opts); err != nil {
+	loader := (*ebpf.CollectionSpec).LoadAndAssign
+	if o.loader != nil {
+		loader = o.loader
+	}
+	if err := loader(spec, &f.objs, opts); err != nil {
 		return fmt.Errorf("load programs: %w", err)
 	}
 	f.policies = ruleMaps[uint32]{

@@ -73,6 +73,7 @@ func TestAnswersPass(t *testing.T) {
 			func(a, b netip.Addr) []byte { return packet4(50, b, a, make([]byte, 40)) }},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			l, a, b := clientServer(t, c.rule)
 			b.wants(a, "answer before the request", c.answer(a.addr, b.addr), SGEgress)
 			a.wants(b, "request", c.request(a.addr, b.addr), "")
@@ -141,6 +142,7 @@ func TestRuleChanges(t *testing.T) {
 			tracked := peers != "0.0.0.0/0" || c.protocol == 1
 			for change, make := range changes {
 				t.Run(fmt.Sprintf("%s from %s, %s", name, peers, change), func(t *testing.T) {
+					t.Parallel()
 					l := newLab(t)
 					a := l.add(subnetA, "10.0.0.4")
 					b := l.add(subnetB, "10.0.1.4")
@@ -301,6 +303,7 @@ func TestIdleTimeouts(t *testing.T) {
 		"GRE":                         {47, IdleTimeouts{}, []step{request}, 600 * time.Second},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			l, a, b := clientServer(t, Rule{Protocol: c.protocol, From: Any, To: Any, Peers: prefixes("10.0.0.0/16")})
 			l.iface(a.eni).Timeouts, l.iface(b.eni).Timeouts = c.timeouts, c.timeouts
 			l.set()

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -24,6 +25,7 @@ import (
 
 	"github.com/underlay-cni/underlay/internal/nl"
 	"github.com/underlay-cni/underlay/internal/testenv"
+	"github.com/underlay-cni/underlay/internal/testenv/bpfcache"
 	"github.com/underlay-cni/underlay/internal/vpc"
 )
 
@@ -52,11 +54,33 @@ func TestMain(m *testing.M) {
 	}
 	if os.Geteuid() == 0 {
 		sweep()
+		var err error
+		if programs, err = bpfcache.New(filepath.Join("/run", fmt.Sprintf("%s%d", cachePrefix, os.Getpid()))); err != nil {
+			fmt.Fprintln(os.Stderr, "programs are loaded anew for each lab:", err)
+		}
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	if programs != nil {
+		if err := programs.Close(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			code = max(code, 1)
+		}
+	}
+	os.Exit(code)
 }
 
+// programs keeps what the verifier has looked at; nil: there is nothing to keep.
+var programs *bpfcache.Cache
+
+const (
+	cachePrefix   = "ul-tfabric"
+	cacheVariable = "UNDERLAY_FABRIC_TEST_PROGRAMS" // in a child's environment
+)
+
 func child(lab string) error {
+	if dir := os.Getenv(cacheVariable); dir != "" {
+		programs = bpfcache.Join(dir)
+	}
 	f, err := Open(labOptions(lab))
 	if err != nil {
 		return err
@@ -83,7 +107,11 @@ func child(lab string) error {
 func labRoot(lab string) string { return "/run/underlay/" + lab }
 
 func labOptions(lab string) Options {
-	return Options{Lab: lab, BPFFS: labRoot(lab) + "/bpf/vpcd"}
+	o := Options{Lab: lab, BPFFS: labRoot(lab) + "/bpf/vpcd"}
+	if programs != nil {
+		o.loader = programs.Load
+	}
+	return o
 }
 
 var testLabName = regexp.MustCompile(`^(?:ul-)?(t([0-9]+)x[0-9]+)(?:-|$)`)
@@ -102,6 +130,13 @@ func sweep() {
 	}
 	for lab := range labs {
 		removeLab(lab)
+	}
+	caches, _ := filepath.Glob(filepath.Join("/run", cachePrefix+"*"))
+	for _, dir := range caches {
+		if pid, err := strconv.Atoi(strings.TrimPrefix(filepath.Base(dir), cachePrefix)); err == nil && unix.Kill(pid, 0) != nil {
+			_ = unix.Unmount(dir, unix.MNT_DETACH)
+			_ = os.Remove(dir)
+		}
 	}
 }
 
@@ -146,8 +181,11 @@ func newLab(t testing.TB) *lab {
 				t.Errorf("close: %v", err)
 			}
 		}
+		// With the lab's devices go its programs from where they run.
 		if err := removeLab(name); err != nil {
 			t.Error(err)
+		} else if programs != nil {
+			programs.Release(filepath.Join(labOptions(name).BPFFS, layout), nil)
 		}
 	})
 	l.open()
@@ -369,6 +407,9 @@ func (l *lab) spawn(env ...string) *process {
 	l.t.Helper()
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(append(os.Environ(), childVariable+"="+l.name), env...)
+	if programs != nil {
+		cmd.Env = append(cmd.Env, cacheVariable+"="+programs.Dir())
+	}
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()
 	if err != nil {

@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -128,12 +129,25 @@ func (l *lab) snapshot(numbers bool) []string {
 			line("link %s of %s on %s", n, id, name[info.TCX().Ifindex])
 		}
 	}
+	type answer struct {
+		raw []byte
+		err error
+	}
+	asked := map[string][2]chan answer{} // by guest: of each link, with its addresses, and the routes
 	for _, g := range guests {
-		for _, what := range []string{"addr", "route"} {
-			raw, err := exec.Command("ip", "-n", g, "-d", "-4", "-j", what).Output()
-			if what == "addr" { // of each link, with its addresses
-				raw, err = exec.Command("ip", "-n", g, "-j", "addr").Output()
-			}
+		answers := [2]chan answer{make(chan answer, 1), make(chan answer, 1)}
+		asked[g] = answers
+		for i, args := range [][]string{{"-n", g, "-j", "addr"}, {"-n", g, "-d", "-4", "-j", "route"}} {
+			go func() {
+				raw, err := exec.Command("ip", args...).Output()
+				answers[i] <- answer{raw, err}
+			}()
+		}
+	}
+	for _, g := range guests {
+		for i, what := range []string{"addr", "route"} {
+			a := <-asked[g][i]
+			raw, err := a.raw, a.err
 			if err != nil {
 				l.t.Fatal(err)
 			}
@@ -163,7 +177,17 @@ func (l *lab) snapshot(numbers bool) []string {
 	return out
 }
 
-func (l *lab) fresh(t *testing.T, c Config) []string {
+// fresh returns the snapshot of a lab that is built at once, which is removed then.
+func (l *lab) fresh(t *testing.T, c Config) (out []string) {
+	t.Helper()
+	t.Run("built at once", func(t *testing.T) { out = l.build(t, c) })
+	if out == nil {
+		t.FailNow()
+	}
+	return out
+}
+
+func (l *lab) build(t *testing.T, c Config) []string {
 	t.Helper()
 	f := newLab(t)
 	raw, err := json.Marshal(c)
@@ -186,6 +210,7 @@ func testGroup(n int) vpc.SecurityGroupID {
 // TestPathIndependence goes from state to state at random, with accidents and
 // restarts in between, and compares each with one built at once.
 func TestPathIndependence(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	subnets := l.cfg.Subnets
 	seed := uint64(time.Now().UnixNano())
@@ -334,8 +359,13 @@ func TestPathIndependence(t *testing.T) {
 		if r.IntN(5) > 0 {
 			l.cfg = config()
 		}
+		var want []string
+		var both sync.WaitGroup
+		both.Go(func() { want = l.fresh(t, l.cfg) })
 		l.set()
-		if diff := cmp.Diff(l.fresh(t, l.cfg), l.snapshot(false)); diff != "" {
+		reached := l.snapshot(false)
+		both.Wait()
+		if diff := cmp.Diff(want, reached); diff != "" {
 			t.Fatalf("step %d: (-built at once +reached)\n%s", step, diff)
 		}
 	}
@@ -474,6 +504,7 @@ func TestAdoptAfterKill(t *testing.T) {
 // TestKilledInSet kills a process at some moment of a Set; the next one repairs
 // what it left.
 func TestKilledInSet(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	empty := l.cfg
 	for i := range 8 {

@@ -1,13 +1,6 @@
 package flow
 
-import (
-	"fmt"
-	"strings"
-
-	"github.com/underlay-cni/underlay/internal/vpc"
-)
-
-var fields = vpc.FlowFields()
+import "github.com/underlay-cni/underlay/internal/vpc"
 
 // Default is the format of a flow log that asks for none.
 const Default = "${version} ${account-id} ${interface-id} ${srcaddr} ${dstaddr} ${srcport} ${dstport} ${protocol}" +
@@ -19,26 +12,7 @@ type Format []vpc.FlowField
 // ParseFormat reads a format: fields as ${name}, separated by single blanks, at
 // least one, none twice.
 func ParseFormat(s string) (Format, error) {
-	var out Format
-	seen := map[string]bool{}
-	for word := range strings.SplitSeq(s, " ") {
-		name, ok := strings.CutPrefix(word, "${")
-		if ok {
-			name, ok = strings.CutSuffix(name, "}")
-		}
-		f, known := fields[name]
-		switch {
-		case !ok:
-			return nil, fmt.Errorf("%q is no field: write ${version} ${srcaddr} …, separated by single blanks", word)
-		case !known:
-			return nil, fmt.Errorf("there is no field %q of versions 2 to 8 for interfaces", name)
-		case seen[name]:
-			return nil, fmt.Errorf("the field %q is there twice", name)
-		}
-		seen[name] = true
-		out = append(out, f)
-	}
-	return out, nil
+	return vpc.ParseFlowFormat(s)
 }
 
 // Version returns the highest version among the fields: what the field version
