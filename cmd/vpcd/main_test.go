@@ -74,21 +74,21 @@ func TestChaos(t *testing.T) {
 		want string // JSON of the settings thereafter
 	}{
 		{[]string{"set", "--latency", "50ms", "--attach-latency", "1s", "--imds-lag", "500ms", "--throttle", "aws", "--addresses", "scattered"},
-			`{"latency":"50ms","attachLatency":"1s","imdsLag":"500ms","mappingLag":"0s","readLag":"0s","flowInterval":"0s","freshReads":0,"throttle":"aws","addresses":"scattered","quotas":{},"fail":[]}`},
+			`{"latency":"50ms","attachLatency":"1s","imdsLag":"500ms","mappingLag":"0s","readLag":"0s","flowInterval":"0s","fileInterval":"0s","freshReads":0,"throttle":"aws","addresses":"scattered","quotas":{},"fail":[]}`},
 		{[]string{"set", "--fail", "AssignPrivateIpAddresses=InternalError:3", "--fail", "*=RequestLimitExceeded:0.1"},
-			`{"latency":"50ms","attachLatency":"1s","imdsLag":"500ms","mappingLag":"0s","readLag":"0s","flowInterval":"0s","freshReads":0,"throttle":"aws","addresses":"scattered","quotas":{},"fail":[{"action":"AssignPrivateIpAddresses","code":"InternalError","count":3},{"action":"*","code":"RequestLimitExceeded","probability":0.1}]}`},
+			`{"latency":"50ms","attachLatency":"1s","imdsLag":"500ms","mappingLag":"0s","readLag":"0s","flowInterval":"0s","fileInterval":"0s","freshReads":0,"throttle":"aws","addresses":"scattered","quotas":{},"fail":[{"action":"AssignPrivateIpAddresses","code":"InternalError","count":3},{"action":"*","code":"RequestLimitExceeded","probability":0.1}]}`},
 		{[]string{"set", "--latency", "0", "--mapping-lag", "1s", "--read-lag", "2s", "--fresh-reads", "0.5"},
-			`{"latency":"0s","attachLatency":"1s","imdsLag":"500ms","mappingLag":"1s","readLag":"2s","flowInterval":"0s","freshReads":0.5,"throttle":"aws","addresses":"scattered","quotas":{},"fail":[{"action":"AssignPrivateIpAddresses","code":"InternalError","count":3},{"action":"*","code":"RequestLimitExceeded","probability":0.1}]}`},
+			`{"latency":"0s","attachLatency":"1s","imdsLag":"500ms","mappingLag":"1s","readLag":"2s","flowInterval":"0s","fileInterval":"0s","freshReads":0.5,"throttle":"aws","addresses":"scattered","quotas":{},"fail":[{"action":"AssignPrivateIpAddresses","code":"InternalError","count":3},{"action":"*","code":"RequestLimitExceeded","probability":0.1}]}`},
 		{[]string{"set", "--flow-interval", "1s"},
-			`{"latency":"0s","attachLatency":"1s","imdsLag":"500ms","mappingLag":"1s","readLag":"2s","flowInterval":"1s","freshReads":0.5,"throttle":"aws","addresses":"scattered","quotas":{},"fail":[{"action":"AssignPrivateIpAddresses","code":"InternalError","count":3},{"action":"*","code":"RequestLimitExceeded","probability":0.1}]}`},
+			`{"latency":"0s","attachLatency":"1s","imdsLag":"500ms","mappingLag":"1s","readLag":"2s","flowInterval":"1s","fileInterval":"0s","freshReads":0.5,"throttle":"aws","addresses":"scattered","quotas":{},"fail":[{"action":"AssignPrivateIpAddresses","code":"InternalError","count":3},{"action":"*","code":"RequestLimitExceeded","probability":0.1}]}`},
 		{[]string{"set", "--flow-interval", "0s", "--quota", "vpcs=2", "--quota", "interfaces-per-zone=0"},
-			`{"latency":"0s","attachLatency":"1s","imdsLag":"500ms","mappingLag":"1s","readLag":"2s","flowInterval":"0s","freshReads":0.5,"throttle":"aws","addresses":"scattered","quotas":{"interfaces-per-zone":0,"vpcs":2},"fail":[{"action":"AssignPrivateIpAddresses","code":"InternalError","count":3},{"action":"*","code":"RequestLimitExceeded","probability":0.1}]}`},
+			`{"latency":"0s","attachLatency":"1s","imdsLag":"500ms","mappingLag":"1s","readLag":"2s","flowInterval":"0s","fileInterval":"0s","freshReads":0.5,"throttle":"aws","addresses":"scattered","quotas":{"interfaces-per-zone":0,"vpcs":2},"fail":[{"action":"AssignPrivateIpAddresses","code":"InternalError","count":3},{"action":"*","code":"RequestLimitExceeded","probability":0.1}]}`},
 		{[]string{"set", "--fail", "none", "--quota", "none"},
-			`{"latency":"0s","attachLatency":"1s","imdsLag":"500ms","mappingLag":"1s","readLag":"2s","flowInterval":"0s","freshReads":0.5,"throttle":"aws","addresses":"scattered","quotas":{},"fail":[]}`},
+			`{"latency":"0s","attachLatency":"1s","imdsLag":"500ms","mappingLag":"1s","readLag":"2s","flowInterval":"0s","fileInterval":"0s","freshReads":0.5,"throttle":"aws","addresses":"scattered","quotas":{},"fail":[]}`},
 		{[]string{"show"},
-			`{"latency":"0s","attachLatency":"1s","imdsLag":"500ms","mappingLag":"1s","readLag":"2s","flowInterval":"0s","freshReads":0.5,"throttle":"aws","addresses":"scattered","quotas":{},"fail":[]}`},
+			`{"latency":"0s","attachLatency":"1s","imdsLag":"500ms","mappingLag":"1s","readLag":"2s","flowInterval":"0s","fileInterval":"0s","freshReads":0.5,"throttle":"aws","addresses":"scattered","quotas":{},"fail":[]}`},
 		{[]string{"reset"},
-			`{"latency":"0s","attachLatency":"0s","imdsLag":"0s","mappingLag":"0s","readLag":"0s","flowInterval":"0s","freshReads":0,"throttle":"off","addresses":"lowest","quotas":{},"fail":[]}`},
+			`{"latency":"0s","attachLatency":"0s","imdsLag":"0s","mappingLag":"0s","readLag":"0s","flowInterval":"0s","fileInterval":"0s","freshReads":0,"throttle":"off","addresses":"lowest","quotas":{},"fail":[]}`},
 	}
 	for _, s := range steps {
 		out, err := run(t, append([]string{"chaos", "--endpoint", url, "-o", "json"}, s.args...)...)
@@ -126,6 +126,8 @@ func TestRefusals(t *testing.T) {
 		{"chaos set --endpoint " + url + " --latency -1s", "between 0 and"},
 		{"chaos set --endpoint " + url + " --flow-interval 10ms", "give 1s or more"},
 		{"serve --no-fabric --flow-interval 0s", "give 1s to 10m"},
+		{"chaos set --endpoint " + url + " --file-interval 10ms", "give 1s or more"},
+		{"serve --no-fabric --file-interval 2h", "give 1s to 1h"},
 		{"chaos set --endpoint " + url + " --latency soon", "invalid argument"},
 		{"chaos set --endpoint " + url + " --fail MakeCoffee=X:1", "no such action"},
 		{"chaos set --endpoint " + url + " --fail none --fail *=X:1", "write ACTION=CODE:COUNT"},

@@ -32,6 +32,8 @@ const (
 	stateFile = "state.db"
 	keyFile   = "imds.key"
 	s3Folder  = "s3"
+
+	flowFolder = "flows"
 )
 
 // Options of Run.
@@ -52,6 +54,10 @@ type Options struct {
 	// FlowInterval is how long packets are gathered into one flow record, at
 	// most; 0 is 60 s. The setting flowInterval of chaos goes before it.
 	FlowInterval time.Duration
+	// FileInterval is how often the files of flow logs are written; 0 is 5 min.
+	// What is shorter than a record is as a record. The setting fileInterval of
+	// chaos goes before it.
+	FileInterval time.Duration
 	Logger       *slog.Logger
 	Ready        func(listen net.Addr) // called once the EC2 API answers; may be nil
 }
@@ -61,6 +67,7 @@ func Run(ctx context.Context, o Options) (err error) {
 	o.Region, o.Account, o.Zones = cmp.Or(o.Region, "us-east-1"), cmp.Or(o.Account, "123456789012"), cmp.Or(o.Zones, 3)
 	o.Logger = cmp.Or(o.Logger, slog.Default())
 	o.S3Dir, o.FlowInterval = cmp.Or(o.S3Dir, filepath.Join(o.Dir, s3Folder)), cmp.Or(o.FlowInterval, defaultFlowInterval)
+	o.FileInterval = cmp.Or(o.FileInterval, defaultFileInterval)
 	if err := os.MkdirAll(o.Dir, 0o750); err != nil {
 		return fmt.Errorf("make the state directory: %w", err)
 	}
@@ -128,9 +135,14 @@ func Run(ctx context.Context, o Options) (err error) {
 		out := &internet{run: f.Internet, there: make(chan struct{}, 1), log: o.Logger}
 		adm.fabric.internet = out.isThere
 		source.mapped = adm.fabric.mapped
+		kept, keptErr := openKept(filepath.Join(o.Dir, flowFolder))
+		if keptErr != nil {
+			return keptErr
+		}
 		adm.flow = &flowLogger{
 			net: f, store: state, account: o.Account, region: o.Region, zoneIDs: ids, log: o.Logger, files: files, recent: newRecentFlows(),
 			interval: func() time.Duration { return cmp.Or(control.Get().FlowInterval, o.FlowInterval) },
+			window:   func() time.Duration { return cmp.Or(control.Get().FileInterval, o.FileInterval) }, kept: kept,
 		}
 		servers = append(servers, inside)
 		jobs = append(jobs, adm.fabric.Run, adm.flow.Run, out.Run,
@@ -268,8 +280,10 @@ func Destroy(o Options) error {
 			errs = append(errs, fmt.Errorf("remove the state: %w", err))
 		}
 	}
-	if err := os.RemoveAll(filepath.Join(o.Dir, s3Folder)); err != nil {
-		errs = append(errs, fmt.Errorf("remove the state: %w", err))
+	for _, f := range []string{s3Folder, flowFolder} {
+		if err := os.RemoveAll(filepath.Join(o.Dir, f)); err != nil {
+			errs = append(errs, fmt.Errorf("remove the state: %w", err))
+		}
 	}
 	return errors.Join(errs...)
 }
