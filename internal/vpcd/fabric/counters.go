@@ -43,6 +43,11 @@ const (
 
 	// LinkLocalAllowance has the name of the counter of AWS's network driver.
 	LinkLocalAllowance DropReason = "linklocal_allowance_exceeded" // more to link-local services than an ENI may send
+
+	// PortAllocation is on a NAT gateway's ENI, and has the name of AWS's metric
+	// ErrorPortAllocation: a connection that found no source port. The gateway's
+	// guest drops it, not a program.
+	PortAllocation DropReason = "error_port_allocation"
 )
 
 // dropReasons are the numbers that the programs count by.
@@ -111,6 +116,7 @@ func (f *Fabric) Counters() (map[vpc.ENIID]Counters, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read counters: %w", err)
 	}
+	unported := f.gateways.errors()
 	out := map[vpc.ENIID]Counters{}
 	var (
 		index  uint32
@@ -130,6 +136,9 @@ func (f *Fabric) Counters() (map[vpc.ENIID]Counters, error) {
 		c := Counters{Drops: map[DropReason]uint64{}}
 		if n := refused[int(index)]; n > 0 {
 			c.Drops[Oversize] = n
+		}
+		if n := unported[id]; n > 0 {
+			c.Drops[PortAllocation] = n
 		}
 		for _, one := range perCPU {
 			c.TxPackets += one.TxPackets

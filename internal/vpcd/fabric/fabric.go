@@ -68,6 +68,7 @@ type Fabric struct {
 	// translating are the NAT gateways' guests whose translation is in place as
 	// this process wants it.
 	translating map[string]string
+	gateways    natPorts
 	// nextIndex is the next fabric end's ifindex.
 	nextIndex int
 
