@@ -30,7 +30,6 @@ var harmless = map[string]map[string]string{
 		"KernelId":                                        "the kernel is the host's",
 		"MaintenanceOptions":                              "an instance is not moved",
 		"MetadataOptions.HttpProtocolIpv6=disabled":       "the default",
-		"NetworkInterface.AssociatePublicIpAddress=false": "the default; the only public addresses are Elastic IPs",
 		"NetworkInterface.InterfaceType=interface":        "the default",
 		"Placement.Tenancy=default":                       "the default",
 		"PrivateDnsNameOptions.EnableResourceNameDnsAAAARecord=false": "the default",
@@ -87,7 +86,6 @@ var harmless = map[string]map[string]string{
 	},
 	"ModifySubnetAttribute": {
 		"AssignIpv6AddressOnCreation.Value=false":             "the default",
-		"MapPublicIpOnLaunch.Value=false":                     "the default; the only public addresses are Elastic IPs",
 		"MapCustomerOwnedIpOnLaunch.Value=false":              "the default",
 		"EnableDns64.Value=false":                             "the default",
 		"EnableResourceNameDnsAAAARecordOnLaunch.Value=false": "the default",
@@ -95,9 +93,6 @@ var harmless = map[string]map[string]string{
 	"CreateNetworkInterface": {
 		"InterfaceType=interface": "the default",
 		"EnablePrimaryIpv6=false": "the default",
-	},
-	"ModifyNetworkInterfaceAttribute": {
-		"AssociatePublicIpAddress=false": "the default; the only public addresses are Elastic IPs",
 	},
 }
 

@@ -37,7 +37,10 @@ type Subnet struct {
 	HostType string // ip-name or resource-name: how instances launched here are named
 	// ResourceNameA says that the names of instances launched here resolve.
 	ResourceNameA bool `json:",omitempty"`
-	Created       time.Time
+	// MapPublicOnLaunch has instances launched here get a public address for their
+	// life, unless the launch says otherwise.
+	MapPublicOnLaunch bool `json:",omitempty"`
+	Created           time.Time
 }
 
 // Reservation sets addresses of a subnet aside: none of them is given to an
@@ -148,6 +151,7 @@ type ENI struct {
 	Groups           []vpc.SecurityGroupID
 	Description      string
 	SourceDestCheck  bool
+	AssociatePublic  bool `json:",omitempty"` // as an instance's primary interface it has a public address for the instance's life
 	RequesterManaged bool
 	RequesterID      string           // who made it: account id, or the service
 	Service          string           // name of the managed service it belongs to, or ""
