@@ -275,8 +275,8 @@ var addressListing = listing[*store.Address]{
 			}
 		}
 	},
-	find:   findAddress,
-	key:    func(x *store.Address) string { return string(x.ID) },
+	find: findAddress,
+	key:  func(x *store.Address) string { return string(x.ID) },
 	attrs: attributes[*store.Address]{
 		"allocation-id":        value(func(x *store.Address) string { return string(x.ID) }),
 		"association-id":       value(func(x *store.Address) string { return x.Association }),

@@ -2,6 +2,7 @@ package store
 
 import (
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/underlay-cni/underlay/internal/vpc"
@@ -178,7 +179,13 @@ type Group struct {
 	Name        string
 	Description string
 	Rules       []Rule // in the order of creation
+	// VPCs are others whose interfaces may have the group, sorted.
+	VPCs []vpc.VPCID `json:",omitempty"`
 }
+
+// UsableIn reports whether interfaces of a VPC may have the group: it was made
+// there, or is associated with it.
+func (g *Group) UsableIn(id vpc.VPCID) bool { return g.VPC == id || slices.Contains(g.VPCs, id) }
 
 // Rule is one rule of a security group. Exactly one of CIDR, PrefixList and
 // Group says who the peer is.
