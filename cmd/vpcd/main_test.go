@@ -128,6 +128,7 @@ func TestRefusals(t *testing.T) {
 		{"serve --no-fabric --flow-interval 0s", "give 1s to 10m"},
 		{"chaos set --endpoint " + url + " --file-interval 10ms", "give 1s or more"},
 		{"serve --no-fabric --file-interval 2h", "give 1s to 1h"},
+		{"serve --no-fabric --conntrack-allowance -1", "give a number of flows above 0"},
 		{"chaos set --endpoint " + url + " --latency soon", "invalid argument"},
 		{"chaos set --endpoint " + url + " --fail MakeCoffee=X:1", "no such action"},
 		{"chaos set --endpoint " + url + " --fail none --fail *=X:1", "write ACTION=CODE:COUNT"},

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"os"
 	"regexp"
 	"runtime/debug"
@@ -118,6 +119,9 @@ GET http://LISTEN/_vpcd/health answers 200 once everything stands.`,
 			if o.LinkLocalPPS == 0 || o.LinkLocalPPS < -1 {
 				return fmt.Errorf("--linklocal-pps %d: give a number of packets above 0, or -1 for any number", o.LinkLocalPPS)
 			}
+			if o.ConntrackAllowance < 0 || o.ConntrackAllowance > math.MaxInt32 {
+				return fmt.Errorf("--conntrack-allowance %d: give a number of flows above 0, or 0 for any number", o.ConntrackAllowance)
+			}
 			if err := o.Inferred.Check(); err != nil {
 				return fmt.Errorf("%w; give one such as 30s", err)
 			}
@@ -149,6 +153,7 @@ GET http://LISTEN/_vpcd/health answers 200 once everything stands.`,
 	f.DurationVar(&o.FileInterval, "file-interval", 5*time.Minute, "the files of flow logs are written so often; 1s to 1h")
 	f.StringArrayVar(&o.Policies, "iam-policy", nil, "FILE with an IAM policy that calls must be allowed by, or ACCESSKEY=FILE for who signs with that key; repeatable")
 	f.IntVar(&o.LinkLocalPPS, "linklocal-pps", 1024, "packets per second that an interface may send to link-local services: DNS, IMDS and NTP together; -1 for any number")
+	f.IntVar(&o.ConntrackAllowance, "conntrack-allowance", 0, "flows that an instance may track at once, all its interfaces together; AWS publishes no number; 0 for as many as there is room for")
 	f.DurationVar(&o.Inferred.TCPHandshake, "tcp-handshake-timeout", fabric.DefaultInferred.TCPHandshake, "how long a security group remembers a TCP connection that is not established")
 	f.DurationVar(&o.Inferred.TCPClosed, "tcp-closed-timeout", fabric.DefaultInferred.TCPClosed, "… a TCP connection that is closed")
 	f.DurationVar(&o.Inferred.ICMP, "icmp-timeout", fabric.DefaultInferred.ICMP, "… an ICMP query")

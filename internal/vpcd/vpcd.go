@@ -51,6 +51,8 @@ type Options struct {
 	// Inferred and LinkLocalPPS are the fabric's, see fabric.Options.
 	Inferred     fabric.Inferred
 	LinkLocalPPS int
+	// ConntrackAllowance as well.
+	ConntrackAllowance int
 	// FlowInterval is how long packets are gathered into one flow record, at
 	// most; 0 is 60 s. The setting flowInterval of chaos goes before it.
 	FlowInterval time.Duration
@@ -112,7 +114,7 @@ func Run(ctx context.Context, o Options) (err error) {
 	servers := []*http.Server{httpServer(adm.wrap(ec2Handler), o.Logger)}
 	jobs := []func(context.Context) error{ec2.Run}
 	if !o.NoFabric {
-		f, openErr := fabric.Open(fabric.Options{Lab: o.Name, BPFFS: o.BPFFS, Logger: o.Logger, Inferred: o.Inferred, LinkLocalPPS: o.LinkLocalPPS})
+		f, openErr := fabric.Open(fabric.Options{Lab: o.Name, BPFFS: o.BPFFS, Logger: o.Logger, Inferred: o.Inferred, LinkLocalPPS: o.LinkLocalPPS, ConntrackAllowance: o.ConntrackAllowance})
 		if openErr != nil {
 			return fmt.Errorf("open the fabric: %w", openErr)
 		}
@@ -228,6 +230,9 @@ func expire(ctx context.Context, f *fabric.Fabric, log *slog.Logger) error {
 			log.Error("idle flows not removed", "err", err)
 		} else if n > 0 {
 			log.Debug("idle flows removed", "flows", n)
+		}
+		if err := f.RefillAllowances(); err != nil {
+			log.Error("tracked flows not counted", "err", err)
 		}
 	}
 }

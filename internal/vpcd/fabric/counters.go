@@ -34,12 +34,15 @@ const (
 	SGIngress     DropReason = "sg_ingress"     // the receiver's security groups
 	Fragment      DropReason = "fragment"       // a later fragment whose first did not pass before it
 	FlowsFull     DropReason = "flows_full"     // no room to track one more flow
-	ACLEgress     DropReason = "acl_egress"     // the network ACL of the sender's subnet
-	ACLIngress    DropReason = "acl_ingress"    // the network ACL of the receiver's subnet
-	Blackhole     DropReason = "blackhole"      // a route whose target is not there
-	IGWSource     DropReason = "igw_source"     // to the internet, from an address without a public one
-	IGWPrivate    DropReason = "igw_private"    // between the internet and an address of RFC 1918 or RFC 6598
-	NoPublic      DropReason = "no_public"      // from the internet, to a public address that leads nowhere
+	// ConntrackAllowance has the name of the counter of AWS's network driver.
+	ConntrackAllowance DropReason = "conntrack_allowance_exceeded" // the instance tracks as many flows as it may
+
+	ACLEgress  DropReason = "acl_egress"  // the network ACL of the sender's subnet
+	ACLIngress DropReason = "acl_ingress" // the network ACL of the receiver's subnet
+	Blackhole  DropReason = "blackhole"   // a route whose target is not there
+	IGWSource  DropReason = "igw_source"  // to the internet, from an address without a public one
+	IGWPrivate DropReason = "igw_private" // between the internet and an address of RFC 1918 or RFC 6598
+	NoPublic   DropReason = "no_public"   // from the internet, to a public address that leads nowhere
 
 	// LinkLocalAllowance has the name of the counter of AWS's network driver.
 	LinkLocalAllowance DropReason = "linklocal_allowance_exceeded" // more to link-local services than an ENI may send
@@ -72,11 +75,14 @@ var dropReasons = [bpfgen.FabricDropReasonDROP_REASONS]DropReason{
 	bpfgen.FabricDropReasonDROP_FRAGMENT:       Fragment,
 	bpfgen.FabricDropReasonDROP_FLOWS_FULL:     FlowsFull,
 	bpfgen.FabricDropReasonDROP_ACL_EGRESS:     ACLEgress,
-	bpfgen.FabricDropReasonDROP_ACL_INGRESS:    ACLIngress,
-	bpfgen.FabricDropReasonDROP_BLACKHOLE:      Blackhole,
-	bpfgen.FabricDropReasonDROP_IGW_SOURCE:     IGWSource,
-	bpfgen.FabricDropReasonDROP_IGW_PRIVATE:    IGWPrivate,
-	bpfgen.FabricDropReasonDROP_NO_PUBLIC:      NoPublic,
+
+	bpfgen.FabricDropReasonDROP_CONNTRACK_ALLOWANCE: ConntrackAllowance,
+
+	bpfgen.FabricDropReasonDROP_ACL_INGRESS: ACLIngress,
+	bpfgen.FabricDropReasonDROP_BLACKHOLE:   Blackhole,
+	bpfgen.FabricDropReasonDROP_IGW_SOURCE:  IGWSource,
+	bpfgen.FabricDropReasonDROP_IGW_PRIVATE: IGWPrivate,
+	bpfgen.FabricDropReasonDROP_NO_PUBLIC:   NoPublic,
 
 	bpfgen.FabricDropReasonDROP_LINKLOCAL_ALLOWANCE: LinkLocalAllowance,
 }
@@ -99,6 +105,9 @@ type Counters struct {
 	SkippedTxBytes   uint64 `json:"skippedTxBytes"`
 	SkippedRxPackets uint64 `json:"skippedRxPackets"`
 	SkippedRxBytes   uint64 `json:"skippedRxBytes"`
+	// ConntrackAvailable is how many more flows the instance may track, as AWS's
+	// driver counts conntrack_allowance_available; nil without an allowance.
+	ConntrackAvailable *int64 `json:"conntrackAllowanceAvailable,omitempty"`
 	// Drops counts frames, by reason; reasons without any are left out. Oversize
 	// includes what the veth refused before a program saw it.
 	Drops map[DropReason]uint64 `json:"drops,omitempty"`
@@ -134,6 +143,9 @@ func (f *Fabric) Counters() (map[vpc.ENIID]Counters, error) {
 			id = eniID(eni)
 		}
 		c := Counters{Drops: map[DropReason]uint64{}}
+		if index != 0 {
+			c.ConntrackAvailable = f.available(eni.Guest)
+		}
 		if n := refused[int(index)]; n > 0 {
 			c.Drops[Oversize] = n
 		}
