@@ -34,18 +34,16 @@ const (
 	SGIngress     DropReason = "sg_ingress"     // the receiver's security groups
 	Fragment      DropReason = "fragment"       // a later fragment whose first did not pass before it
 	FlowsFull     DropReason = "flows_full"     // no room to track one more flow
-	// ConntrackAllowance has the name of the counter of AWS's network driver.
-	ConntrackAllowance DropReason = "conntrack_allowance_exceeded" // the instance tracks as many flows as it may
+	ACLEgress     DropReason = "acl_egress"     // the network ACL of the sender's subnet
+	ACLIngress    DropReason = "acl_ingress"    // the network ACL of the receiver's subnet
+	Blackhole     DropReason = "blackhole"      // a route whose target is not there
+	IGWSource     DropReason = "igw_source"     // to the internet, from an address without a public one
+	IGWPrivate    DropReason = "igw_private"    // between the internet and an address of RFC 1918 or RFC 6598
+	NoPublic      DropReason = "no_public"      // from the internet, to a public address that leads nowhere
 
-	ACLEgress  DropReason = "acl_egress"  // the network ACL of the sender's subnet
-	ACLIngress DropReason = "acl_ingress" // the network ACL of the receiver's subnet
-	Blackhole  DropReason = "blackhole"   // a route whose target is not there
-	IGWSource  DropReason = "igw_source"  // to the internet, from an address without a public one
-	IGWPrivate DropReason = "igw_private" // between the internet and an address of RFC 1918 or RFC 6598
-	NoPublic   DropReason = "no_public"   // from the internet, to a public address that leads nowhere
-
-	// LinkLocalAllowance has the name of the counter of AWS's network driver.
+	// These have the names of the counters of AWS's network driver.
 	LinkLocalAllowance DropReason = "linklocal_allowance_exceeded" // more to link-local services than an ENI may send
+	ConntrackAllowance DropReason = "conntrack_allowance_exceeded" // the instance tracks as many flows as it may
 
 	// PortAllocation is on a NAT gateway's ENI, and has the name of AWS's metric
 	// ErrorPortAllocation: a connection that found no source port. The gateway's
@@ -75,16 +73,14 @@ var dropReasons = [bpfgen.FabricDropReasonDROP_REASONS]DropReason{
 	bpfgen.FabricDropReasonDROP_FRAGMENT:       Fragment,
 	bpfgen.FabricDropReasonDROP_FLOWS_FULL:     FlowsFull,
 	bpfgen.FabricDropReasonDROP_ACL_EGRESS:     ACLEgress,
-
-	bpfgen.FabricDropReasonDROP_CONNTRACK_ALLOWANCE: ConntrackAllowance,
-
-	bpfgen.FabricDropReasonDROP_ACL_INGRESS: ACLIngress,
-	bpfgen.FabricDropReasonDROP_BLACKHOLE:   Blackhole,
-	bpfgen.FabricDropReasonDROP_IGW_SOURCE:  IGWSource,
-	bpfgen.FabricDropReasonDROP_IGW_PRIVATE: IGWPrivate,
-	bpfgen.FabricDropReasonDROP_NO_PUBLIC:   NoPublic,
+	bpfgen.FabricDropReasonDROP_ACL_INGRESS:    ACLIngress,
+	bpfgen.FabricDropReasonDROP_BLACKHOLE:      Blackhole,
+	bpfgen.FabricDropReasonDROP_IGW_SOURCE:     IGWSource,
+	bpfgen.FabricDropReasonDROP_IGW_PRIVATE:    IGWPrivate,
+	bpfgen.FabricDropReasonDROP_NO_PUBLIC:      NoPublic,
 
 	bpfgen.FabricDropReasonDROP_LINKLOCAL_ALLOWANCE: LinkLocalAllowance,
+	bpfgen.FabricDropReasonDROP_CONNTRACK_ALLOWANCE: ConntrackAllowance,
 }
 
 // Counters are an ENI's, from its guest's point of view, since it was attached.
