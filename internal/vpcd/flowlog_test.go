@@ -328,6 +328,17 @@ func TestFlowsAreTold(t *testing.T) {
 	if _, err := io.ReadAll(resp.Body); err != nil {
 		t.Errorf("the stream ends with %v", err)
 	}
+
+	// The next vpcd tells of it, too.
+	r = start(t, o)
+	eventually(t, "what was recorded before", func() bool {
+		for _, line := range r.flows("eni=" + ids["eni-b"] + "&address=10.0.1.10") {
+			if line["running"] == nil && line["packets"] == 2.0 && line["machine"] == "b" {
+				return true
+			}
+		}
+		return false
+	})
 }
 
 // Killed under traffic again and again, vpcd has each packet in a file, once.

@@ -40,13 +40,17 @@ const (
 type NAT struct {
 	Addresses []netip.Addr   // the interface's own, 1 to 8
 	CIDRs     []netip.Prefix // of the VPC
-
-	connections int // in place of natConnections, for tests; 0 is that
+	// Connections is how many each address has at once to one destination; 0 is
+	// AWS's number, 55,000.
+	Connections int
 }
 
 func (n NAT) check() error {
 	if len(n.Addresses) == 0 || len(n.CIDRs) == 0 {
 		return errors.New("a NAT gateway has neither no address nor no VPC")
+	}
+	if n.Connections < 0 || n.Connections > 65536-natFirstPort {
+		return fmt.Errorf("a NAT gateway cannot have %d connections to one destination", n.Connections)
 	}
 	for _, a := range n.Addresses {
 		if !a.Is4() {
@@ -176,7 +180,7 @@ func (n NAT) installRules() error {
 		}
 	}
 	source := chain("source", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource, nil)
-	last := natFirstPort + cmp.Or(n.connections, natConnections) - 1
+	last := natFirstPort + cmp.Or(n.Connections, natConnections) - 1
 	for i, a := range n.Addresses {
 		// One of those left, each as likely.
 		var pick []expr.Any

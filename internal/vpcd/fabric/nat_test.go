@@ -183,7 +183,7 @@ func TestNATGatewayPorts(t *testing.T) {
 	const most = 10
 	for i := range l.cfg.Guests {
 		if l.cfg.Guests[i].NAT != nil {
-			l.cfg.Guests[i].NAT.connections = most
+			l.cfg.Guests[i].NAT.Connections = most
 		}
 	}
 	a := l.add(subnetB, "10.0.1.4")
