@@ -46,6 +46,7 @@ enum drop_reason {
 	DROP_SG_INGRESS, /* the receiver's security groups */
 	DROP_FRAGMENT, /* a later fragment whose first did not pass before it */
 	DROP_FLOWS_FULL, /* no room to track one more flow */
+	DROP_CONNTRACK_ALLOWANCE, /* the instance tracks as many flows as it may */
 	DROP_ACL_EGRESS, /* the network ACL of the sender's subnet */
 	DROP_ACL_INGRESS, /* the network ACL of the receiver's subnet */
 	DROP_BLACKHOLE, /* a route whose target is gone, or is not of these wires */
@@ -265,6 +266,7 @@ static __always_inline int drop(__u32 ifindex, enum drop_reason reason)
 	return TCX_DROP;
 }
 
+#include "fabric_allowance.h"
 #include "fabric_gate.h"
 #include "fabric_acl.h"
 #include "fabric_log.h"

@@ -101,7 +101,7 @@ struct flow {
 	__u32 stream_timeout;
 	__u8 opener; /* direction of the first packet */
 	__u8 flags[2]; /* by direction: all TCP flags seen */
-	__u8 pad;
+	__u8 replaces; /* of one that is about to begin: in the place of a tracked one */
 };
 
 /* When it is full, no flow begins that must be tracked; those that are there go on. */
@@ -566,6 +566,7 @@ __noinline int gate(struct packet *p, __u32 ifindex, __u32 which, __u32 peer)
 	now = p->now;
 	set_flow_key(&key, ifindex, direction, &p->tuple);
 	f = bpf_map_lookup_elem(&flows, &key);
+	begun.replaces = f && !f->version;
 	/* Once it is closed, a SYN begins another connection. */
 	if (f && f->expires > now && !(is_syn(p) && closed(f))) {
 		if (f->version) {
@@ -629,6 +630,9 @@ __noinline int gate(struct packet *p, __u32 ifindex, __u32 which, __u32 peer)
 	if (!p->always_tracked && untracked(policy, direction, &p->tuple, is_syn(p)))
 		begun.version = policy->version;
 	begun.expires = now + idle_timeout(&begun, p->tuple.protocol) * NSEC_PER_SEC;
+	if (!begun.version && !begun.replaces && !may_track(key.ifindex))
+		return DROP_CONNTRACK_ALLOWANCE;
+	begun.replaces = 0;
 	/* An untracked flow is only spared the rules here: it needs no entry. */
 	if (bpf_map_update_elem(&flows, &key, &begun, BPF_ANY) && !begun.version)
 		return DROP_FLOWS_FULL;

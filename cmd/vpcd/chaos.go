@@ -77,6 +77,7 @@ and --quota none returns to what AWS gives an account to begin with. There are
 				"mapping-lag":    func(s *chaos.Settings) { s.MappingLag = given.MappingLag },
 				"read-lag":       func(s *chaos.Settings) { s.ReadLag = given.ReadLag },
 				"flow-interval":  func(s *chaos.Settings) { s.FlowInterval = given.FlowInterval },
+				"file-interval":  func(s *chaos.Settings) { s.FileInterval = given.FileInterval },
 				"fresh-reads":    func(s *chaos.Settings) { s.FreshReads = given.FreshReads },
 				"throttle":       func(s *chaos.Settings) { s.Throttle = given.Throttle },
 				"addresses":      func(s *chaos.Settings) { s.Addresses = given.Addresses },
@@ -136,6 +137,7 @@ and --quota none returns to what AWS gives an account to begin with. There are
 	f.DurationVar(&given.MappingLag, "mapping-lag", 0, "an address reaches its ENI on the wire so much later")
 	f.DurationVar(&given.ReadLag, "read-lag", 0, "Describe calls tell what was true so long ago")
 	f.DurationVar(&given.FlowInterval, "flow-interval", 0, "a flow record is of so long at most, 1s or more; 0 is what serve was told")
+	f.DurationVar(&given.FileInterval, "file-interval", 0, "the files of flow logs are written so often, 1s or more; 0 is what serve was told")
 	f.Float64Var(&given.FreshReads, "fresh-reads", 0, "share of Describe calls, 0 to 1, that tell the present in spite of --read-lag, as from another server")
 	f.StringVar(&given.Throttle, "throttle", chaos.ThrottleOff, "aws (the token buckets of the real API) or off")
 	f.StringVar(&given.Addresses, "addresses", chaos.AddressesLowest, "which free addresses and prefixes EC2 gives: lowest or scattered")
@@ -186,8 +188,8 @@ func chaosResetCommand(endpoint *string) *cobra.Command {
 func printChaos(cmd *cobra.Command, output string, s *chaos.Settings) error {
 	return printData(cmd.OutOrStdout(), output, s, func(w io.Writer) {
 		t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
-		fmt.Fprintf(t, "latency\t%v\nattach-latency\t%v\nimds-lag\t%v\nmapping-lag\t%v\nread-lag\t%v\nflow-interval\t%v\nfresh-reads\t%v\nthrottle\t%s\naddresses\t%s\n",
-			s.Latency, s.AttachLatency, s.IMDSLag, s.MappingLag, s.ReadLag, s.FlowInterval, s.FreshReads, s.Throttle, s.Addresses)
+		fmt.Fprintf(t, "latency\t%v\nattach-latency\t%v\nimds-lag\t%v\nmapping-lag\t%v\nread-lag\t%v\nflow-interval\t%v\nfile-interval\t%v\nfresh-reads\t%v\nthrottle\t%s\naddresses\t%s\n",
+			s.Latency, s.AttachLatency, s.IMDSLag, s.MappingLag, s.ReadLag, s.FlowInterval, s.FileInterval, s.FreshReads, s.Throttle, s.Addresses)
 		for _, q := range slices.Sorted(maps.Keys(s.Quotas)) {
 			fmt.Fprintf(t, "quota\t%s=%d\n", q, s.Quotas[q])
 		}

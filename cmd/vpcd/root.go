@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"os"
 	"regexp"
 	"runtime/debug"
@@ -112,8 +113,14 @@ GET http://LISTEN/_vpcd/health answers 200 once everything stands.`,
 			if o.FlowInterval < time.Second || o.FlowInterval > 10*time.Minute {
 				return fmt.Errorf("--flow-interval %v: give 1s to 10m", o.FlowInterval)
 			}
+			if o.FileInterval < time.Second || o.FileInterval > time.Hour {
+				return fmt.Errorf("--file-interval %v: give 1s to 1h", o.FileInterval)
+			}
 			if o.LinkLocalPPS == 0 || o.LinkLocalPPS < -1 {
 				return fmt.Errorf("--linklocal-pps %d: give a number of packets above 0, or -1 for any number", o.LinkLocalPPS)
+			}
+			if o.ConntrackAllowance < 0 || o.ConntrackAllowance > math.MaxInt32 {
+				return fmt.Errorf("--conntrack-allowance %d: give a number of flows above 0, or 0 for any number", o.ConntrackAllowance)
 			}
 			if err := o.Inferred.Check(); err != nil {
 				return fmt.Errorf("%w; give one such as 30s", err)
@@ -142,9 +149,11 @@ GET http://LISTEN/_vpcd/health answers 200 once everything stands.`,
 	f.IntVar(&o.Zones, "zones", 3, "number of its availability zones")
 	f.StringVar(&o.Account, "account", "123456789012", "the account that owns everything")
 	f.StringVar(&o.S3Dir, "s3-dir", "", "folder that stands for S3: flow logs to arn:aws:s3:::BUCKET go to BUCKET in it (default s3 in --dir)")
-	f.DurationVar(&o.FlowInterval, "flow-interval", time.Minute, "a flow record is of so long at most, and then in a file; 1s to 10m")
+	f.DurationVar(&o.FlowInterval, "flow-interval", time.Minute, "a flow record is of so long at most; 1s to 10m")
+	f.DurationVar(&o.FileInterval, "file-interval", 5*time.Minute, "the files of flow logs are written so often; 1s to 1h")
 	f.StringArrayVar(&o.Policies, "iam-policy", nil, "FILE with an IAM policy that calls must be allowed by, or ACCESSKEY=FILE for who signs with that key; repeatable")
 	f.IntVar(&o.LinkLocalPPS, "linklocal-pps", 1024, "packets per second that an interface may send to link-local services: DNS, IMDS and NTP together; -1 for any number")
+	f.IntVar(&o.ConntrackAllowance, "conntrack-allowance", 0, "flows that an instance may track at once, all its interfaces together; AWS publishes no number; 0 for as many as there is room for")
 	f.DurationVar(&o.Inferred.TCPHandshake, "tcp-handshake-timeout", fabric.DefaultInferred.TCPHandshake, "how long a security group remembers a TCP connection that is not established")
 	f.DurationVar(&o.Inferred.TCPClosed, "tcp-closed-timeout", fabric.DefaultInferred.TCPClosed, "… a TCP connection that is closed")
 	f.DurationVar(&o.Inferred.ICMP, "icmp-timeout", fabric.DefaultInferred.ICMP, "… an ICMP query")

@@ -5,15 +5,34 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path"
+	"slices"
 	"strings"
 	"sync"
 	"time"
 
-	"github.com/underlay-cni/underlay/internal/vpcd/fabric"
 	"github.com/underlay-cni/underlay/internal/vpcd/flow"
 	"github.com/underlay-cni/underlay/internal/vpcd/store"
+)
+
+const (
+	// defaultFileInterval is AWS's: a file has what five minutes bring (VPC User
+	// Guide, "Flow log files").
+	defaultFileInterval = 5 * time.Minute
+
+	// maxFileRecords is how many records a file has, about, before its time is
+	// over; AWS begins another at 75 MB.
+	maxFileRecords = 100_000
+
+	// maxOpenWindows is how many files wait for a flow log that cannot be
+	// written to. Then the oldest is given up, and the flow log says SKIPDATA.
+	maxOpenWindows = 10
+
+	// shortFlowLog is the MaxAggregationInterval in seconds of those that have no
+	// long records.
+	shortFlowLog = 60
 )
 
 // delivery writes the files of flow logs below a folder that stands for S3: each
@@ -22,21 +41,15 @@ type delivery struct {
 	dir             string
 	account, region string
 
-	done map[uint64]map[string]bool // by interval and flow log: the file is there, or given up
-	lost map[string]window          // by flow log: what was given up since its last file
-
 	mu     sync.Mutex
 	status map[string]string // by flow log: "" delivered, or why not
 }
 
-// window is a stretch of time.
-type window struct{ start, end time.Time }
+// span is a stretch of time.
+type span struct{ Start, End time.Time }
 
 func newDelivery(dir, account, region string) *delivery {
-	return &delivery{
-		dir: dir, account: account, region: region,
-		done: map[uint64]map[string]bool{}, lost: map[string]window{}, status: map[string]string{},
-	}
+	return &delivery{dir: dir, account: account, region: region, status: map[string]string{}}
 }
 
 // state tells how the last delivery of a flow log went: SUCCESS or FAILED and
@@ -54,63 +67,81 @@ func (d *delivery) state(id string) (status, message string) {
 	return "SUCCESS", ""
 }
 
-// has reports whether an interval is in the files of all flow logs that there
-// are.
-func (d *delivery) has(number uint64, state *store.State) bool {
-	if d.done[number] == nil {
-		return false
+// deliver writes the files that are due, and forgets what nobody needs any more.
+func (d *delivery) deliver(k *keptFlows, state *store.State, log *slog.Logger) error {
+	var errs []error
+	for i := range k.progress.Open {
+		errs = append(errs, d.write(k, &k.progress.Open[i], state))
 	}
-	for _, f := range state.FlowLogs.All() {
-		if !d.done[number][f.ID] {
-			return false
+	open := slices.DeleteFunc(slices.Clone(k.progress.Open), func(w flowWindow) bool { return w.in(state) })
+	for ; len(open) > maxOpenWindows; open = open[1:] {
+		w := open[0]
+		if i := k.between(w.First, w.Last); len(i) > 0 {
+			k.giveUp(i[0].start, w.End, state, w.Done)
+			log.Error("flow records lost", "start", i[0].start, "end", w.End, "err", errors.Join(errs...))
 		}
 	}
-	return true
+	if len(open) < len(k.progress.Open) {
+		k.progress.Open = open
+		if err := k.save(); err != nil {
+			return errors.Join(append(errs, err)...)
+		}
+	}
+	return errors.Join(append(errs, k.prune(maxRecentFlows))...)
 }
 
-func (d *delivery) forget(number uint64) { delete(d.done, number) }
-
-// write writes an interval's records into a file of each flow log that does not
-// have it. The error joins why some could not be written; the others are.
-func (d *delivery) write(i *fabric.Interval, records []shownRecord, state *store.State) error {
-	if d.done[i.Number] == nil {
-		d.done[i.Number] = map[string]bool{}
+// write writes a window into a file of each flow log that does not have it. The
+// error joins why some could not be written; the others are.
+func (d *delivery) write(k *keptFlows, w *flowWindow, state *store.State) error {
+	if w.in(state) {
+		return nil
 	}
+	read := sync.OnceValues(func() (records []shownRecord, err error) {
+		for _, i := range k.between(w.First, w.Last) {
+			some, err := k.read(i)
+			if err != nil {
+				return nil, err
+			}
+			records = append(records, some...)
+		}
+		return records, nil
+	})
+	long := sync.OnceValues(func() ([]shownRecord, error) { return k.longRecords(*w) })
 	var errs []error
+	written := false
 	for _, f := range state.FlowLogs.All() {
-		if d.done[i.Number][f.ID] {
+		if w.Done[f.ID] {
 			continue
 		}
-		err := d.writeOne(f, i, records)
+		records, err := read()
+		if err == nil && f.Interval != shortFlowLog {
+			var more []shownRecord
+			more, err = long()
+			records = append(slices.DeleteFunc(slices.Clone(records), func(r shownRecord) bool { return r.Long }), more...)
+		}
+		if err == nil {
+			err = d.writeOne(f, *w, wanted(f, k.progress.Lost, records))
+		}
 		message := ""
 		if err != nil {
 			errs = append(errs, fmt.Errorf("flow log %s: %w", f.ID, err))
 			message = "Access error: " + err.Error()
 		} else {
-			d.done[i.Number][f.ID] = true
-			delete(d.lost, f.ID)
+			if w.Done == nil {
+				w.Done = map[string]bool{}
+			}
+			w.Done[f.ID], written = true, true
+			delete(k.progress.Lost, f.ID)
 		}
 		d.mu.Lock()
 		d.status[f.ID] = message
 		d.mu.Unlock()
 	}
-	return errors.Join(errs...)
-}
-
-// giveUp takes an interval for delivered, and remembers that it was not.
-func (d *delivery) giveUp(i *fabric.Interval, state *store.State) {
-	for _, f := range state.FlowLogs.All() {
-		if d.done[i.Number][f.ID] {
-			continue
-		}
-		d.done[i.Number][f.ID] = true
-		w, ok := d.lost[f.ID]
-		if !ok {
-			w.start = i.Start
-		}
-		w.end = i.End
-		d.lost[f.ID] = w
+	if written {
+		// A process that dies before has the files written again, the same.
+		errs = append(errs, k.save())
 	}
+	return errors.Join(errs...)
 }
 
 // covers reports whether a flow log is about a record's interface.
@@ -118,10 +149,11 @@ func covers(f *store.FlowLog, r *flow.Record) bool {
 	return f.Resource == string(r.Interface) || f.Resource == string(r.Subnet) || f.Resource == string(r.VPC)
 }
 
-// wanted are the records that a flow log is to have.
-func (d *delivery) wanted(f *store.FlowLog, i *fabric.Interval, records []shownRecord) []flow.Record {
+// wanted are the records that a flow log is to have, and what it is to say of
+// records that it lost.
+func wanted(f *store.FlowLog, losses map[string]span, records []shownRecord) []flow.Record {
 	var out []flow.Record
-	lost, some := d.lost[f.ID]
+	lost, some := losses[f.ID]
 	told := map[string]bool{} // interfaces that what was lost is told of
 	for _, r := range records {
 		if !covers(f, &r.Record) || r.End.Before(f.Created) {
@@ -129,8 +161,8 @@ func (d *delivery) wanted(f *store.FlowLog, i *fabric.Interval, records []shownR
 		}
 		if some && !told[string(r.Interface)] {
 			told[string(r.Interface)] = true
-			skipped := r.Record
-			skipped.Status, skipped.Start, skipped.End = flow.SkipData, lost.start, lost.end
+			skipped := r.OfInterface()
+			skipped.Status, skipped.Start, skipped.End = flow.SkipData, lost.Start, lost.End
 			out = append(out, skipped)
 		}
 		if r.Status == flow.OK && f.Traffic != "ALL" && f.Traffic != r.Action {
@@ -141,10 +173,9 @@ func (d *delivery) wanted(f *store.FlowLog, i *fabric.Interval, records []shownR
 	return out
 }
 
-// writeOne writes an interval into the file of one flow log, or none if there is
+// writeOne writes a window into the file of one flow log, or none if there is
 // nothing to say. The file is there whole or not at all.
-func (d *delivery) writeOne(f *store.FlowLog, i *fabric.Interval, records []shownRecord) (err error) {
-	wanted := d.wanted(f, i, records)
+func (d *delivery) writeOne(f *store.FlowLog, w flowWindow, wanted []flow.Record) (err error) {
 	if len(wanted) == 0 {
 		return nil
 	}
@@ -154,7 +185,7 @@ func (d *delivery) writeOne(f *store.FlowLog, i *fabric.Interval, records []show
 	}
 	bucket, prefix, _ := strings.Cut(strings.TrimPrefix(f.Destination, "arn:aws:s3:::"), "/")
 	place := flow.Place{Prefix: prefix, Account: d.account, Region: d.region, ID: f.ID, Parquet: f.FileFormat == "parquet", Hive: f.HivePartitions, Hours: f.HourPartitions}
-	key := path.Join(bucket, place.Key(i.Number, i.End))
+	key := path.Join(bucket, place.Key(w.Last, w.End))
 	if err := os.MkdirAll(d.dir, 0o755); err != nil {
 		return fmt.Errorf("make the folder of buckets: %w", err)
 	}

@@ -3,6 +3,7 @@ package vpcd
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"slices"
@@ -24,8 +25,9 @@ const (
 	// has come, or its room is short.
 	flowPoll = 250 * time.Millisecond
 
-	// maxKeptIntervals is how many intervals wait for a flow log that cannot be
-	// delivered. Then the oldest is given up, and the flow log says SKIPDATA.
+	// maxKeptIntervals is how many intervals wait in the kernel when vpcd's own
+	// folder cannot be written to. Then the oldest is given up, and flow logs say
+	// SKIPDATA.
 	maxKeptIntervals = 10
 )
 
@@ -42,26 +44,29 @@ type recorder interface {
 
 // flowLogger ends the fabric's intervals of flow records and brings the records
 // to those who want them: the files of flow logs, and whoever asks vpcd. An
-// interval is discarded when it is in all files; until then the kernel keeps it,
-// so that a process that dies loses none: the next one writes the same files
-// again.
+// interval is discarded when it is in a file of vpcd's own (keptFlows); until
+// then the kernel keeps it, so that a process that dies loses none. From there
+// records come into the files of flow logs, a window of several intervals at a
+// time: what a process that died has left of them the next one writes, the same.
 type flowLogger struct {
 	net             recorder
 	store           *store.Store
-	interval        func() time.Duration
+	interval        func() time.Duration // of a record
+	window          func() time.Duration // of a file
 	account, region string
 	zoneIDs         map[string]string // by name
 	log             *slog.Logger
+	kept            *keptFlows
 	files           *delivery
 	recent          *recentFlows
 
-	told    map[uint64]bool // intervals that recent has
+	told    map[uint64]bool // intervals that recent has and that are not discarded
 	trouble string          // the last error, to log it once
 }
 
 // Run works until ctx ends.
 func (l *flowLogger) Run(ctx context.Context) error {
-	l.told = map[uint64]bool{}
+	l.begin()
 	defer l.recent.close()
 	tick := time.NewTicker(flowPoll)
 	defer tick.Stop()
@@ -74,6 +79,14 @@ func (l *flowLogger) Run(ctx context.Context) error {
 			l.report(l.once(now))
 		}
 	}
+}
+
+// begin tells recent what was recorded before.
+func (l *flowLogger) begin() {
+	l.told = map[uint64]bool{}
+	before, err := l.kept.latest(maxRecentFlows)
+	l.report(err)
+	l.recent.add(before)
 }
 
 // report logs an error when it is new.
@@ -108,12 +121,21 @@ func (l *flowLogger) once(now time.Time) error {
 }
 
 // deliver brings all intervals that have ended to where they are wanted, oldest
-// first, and discards those that are.
+// first: to who asks, into vpcd's own folder and out of the kernel, and what is
+// due into the files of flow logs.
 func (l *flowLogger) deliver() error {
-	numbers := l.net.EndedIntervals()
+	err := l.keep()
+	if e := l.kept.closeWindows(l.net.RunningSince(), l.window(), l.longInterval()); e != nil {
+		return errors.Join(err, e)
+	}
+	return errors.Join(err, l.files.deliver(l.kept, l.store.View(), l.log))
+}
+
+// keep takes the intervals that have ended from the fabric.
+func (l *flowLogger) keep() error {
 	var failed error
-	for at, n := range numbers {
-		if l.told[n] && l.files.has(n, l.store.View()) {
+	for _, n := range l.net.EndedIntervals() {
+		if failed != nil && l.told[n] {
 			continue
 		}
 		i, err := l.net.ReadInterval(n)
@@ -121,35 +143,46 @@ func (l *flowLogger) deliver() error {
 			return err
 		}
 		records := l.records(i)
-		if !l.told[n] {
-			l.told[n] = true
+		if !l.told[n] && !l.kept.has(i) {
 			l.recent.add(records)
 		}
-		if err := l.files.write(i, records, l.store.View()); err != nil {
-			failed = err
-			if len(numbers)-at > maxKeptIntervals {
-				l.files.giveUp(i, l.store.View())
-				l.log.Error("flow records lost", "interval", n, "start", i.Start, "end", i.End, "err", err)
-			}
+		l.told[n] = true
+		if failed == nil {
+			failed = l.kept.add(i, records)
 		}
-	}
-	for _, n := range numbers {
-		if !l.files.has(n, l.store.View()) {
-			break
+		if failed != nil {
+			continue
 		}
-		if err := l.net.DiscardInterval(n); err != nil {
+		if err := l.discard(n); err != nil {
 			return err
 		}
-		delete(l.told, n)
-		l.files.forget(n)
+	}
+	for numbers := l.net.EndedIntervals(); failed != nil && len(numbers) > maxKeptIntervals; numbers = numbers[1:] {
+		i, err := l.net.ReadInterval(numbers[0])
+		if err != nil {
+			return err
+		}
+		l.kept.giveUp(i.Start, i.End, l.store.View(), nil)
+		l.log.Error("flow records lost", "interval", i.Number, "start", i.Start, "end", i.End, "err", failed)
+		if err := l.discard(i.Number); err != nil {
+			return err
+		}
 	}
 	return failed
+}
+
+func (l *flowLogger) discard(number uint64) error {
+	delete(l.told, number)
+	return l.net.DiscardInterval(number)
 }
 
 // shownRecord is a record, and what people call the machine that it is of.
 type shownRecord struct {
 	flow.Record
-	machine string
+	Machine string
+	// Long says that a record of this interface may be of ten minutes: it is not
+	// of a Nitro instance.
+	Long    bool
 	running bool // its interval has not ended
 }
 
@@ -203,10 +236,11 @@ func (l *flowLogger) about(state *store.State, e *fabric.Logged) shownRecord {
 	s := shownRecord{Record: flow.Record{
 		Account: l.account, Region: l.region, ZoneID: l.zoneIDs[e.Zone], Interface: e.ENI, VPC: e.VPC, Subnet: e.Subnet, Instance: e.Instance, Primary: e.Primary,
 	}}
+	s.Long = !nitro(state, e.Instance)
 	if e.Instance != "" {
-		s.machine = state.TagsOf(string(e.Instance))["Name"]
+		s.Machine = state.TagsOf(string(e.Instance))["Name"]
 	} else if x := state.ENI(e.ENI); x != nil {
-		s.machine = cmp.Or(x.Service, string(x.NAT))
+		s.Machine = cmp.Or(x.Service, string(x.NAT))
 	}
 	return s
 }

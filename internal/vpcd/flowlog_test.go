@@ -25,7 +25,6 @@ import (
 
 	"github.com/underlay-cni/underlay/internal/vpc"
 	"github.com/underlay-cni/underlay/internal/vpcd/fabric"
-	"github.com/underlay-cni/underlay/internal/vpcd/store"
 )
 
 // logFiles returns the files of a flow log, oldest first.
@@ -133,7 +132,7 @@ func send(t *testing.T, from *net.UDPConn, to string, n int) {
 // the format and with the verdict that it asks for.
 func TestFlowLogFiles(t *testing.T) {
 	o := labOptions(t)
-	o.FlowInterval = time.Second
+	o.FlowInterval, o.FileInterval = time.Second, time.Second
 	o.S3Dir = filepath.Join(filepath.Dir(o.Dir), "buckets")
 	r := start(t, o)
 	ids, netns := r.twoInstances()
@@ -316,7 +315,7 @@ func TestFlowsAreTold(t *testing.T) {
 	}
 	defer resp.Body.Close()
 	var chaos map[string]any
-	r.admin("PUT", "chaos", map[string]any{"flowInterval": "1s"}, &chaos)
+	r.admin("PUT", "chaos", map[string]any{"flowInterval": "1s", "fileInterval": "1s"}, &chaos)
 	got := map[string]any{}
 	if err := json.NewDecoder(bufio.NewReader(resp.Body)).Decode(&got); err != nil {
 		t.Fatal(err)
@@ -329,6 +328,17 @@ func TestFlowsAreTold(t *testing.T) {
 	if _, err := io.ReadAll(resp.Body); err != nil {
 		t.Errorf("the stream ends with %v", err)
 	}
+
+	// The next vpcd tells of it, too.
+	r = start(t, o)
+	eventually(t, "what was recorded before", func() bool {
+		for _, line := range r.flows("eni=" + ids["eni-b"] + "&address=10.0.1.10") {
+			if line["running"] == nil && line["packets"] == 2.0 && line["machine"] == "b" {
+				return true
+			}
+		}
+		return false
+	})
 }
 
 // Killed under traffic again and again, vpcd has each packet in a file, once.
@@ -342,7 +352,7 @@ func TestKillLosesNoFlowRecord(t *testing.T) {
 	listenUDP(t, netns[ids["b"]], "10.0.2.10:53")
 	client := listenUDP(t, netns[ids["a"]], "10.0.1.10:4000")
 	for range 4 {
-		r.admin("PUT", "chaos", map[string]any{"flowInterval": "1s"}, &chaos)
+		r.admin("PUT", "chaos", map[string]any{"flowInterval": "1s", "fileInterval": "1s"}, &chaos)
 		before := len(logFiles(t, filepath.Join(o.Dir, s3Folder), id))
 		eventually(t, "a file more, and packets meanwhile", func() bool {
 			send(t, client, "10.0.2.10:53", 50)
@@ -352,7 +362,7 @@ func TestKillLosesNoFlowRecord(t *testing.T) {
 		send(t, client, "10.0.2.10:53", 50)
 		r, kill = startChild(t, o)
 	}
-	r.admin("PUT", "chaos", map[string]any{"flowInterval": "1s"}, &chaos)
+	r.admin("PUT", "chaos", map[string]any{"flowInterval": "1s", "fileInterval": "1s"}, &chaos)
 	sums := func() (packets, size uint64) {
 		for _, l := range logLines(t, filepath.Join(o.Dir, s3Folder), id) {
 			f := strings.Fields(l)
@@ -377,70 +387,6 @@ func TestKillLosesNoFlowRecord(t *testing.T) {
 		return packets == wantPackets && size == wantSize && packets > 0
 	})
 	t.Logf("%d packets, %d bytes in %d files", packets, size, len(logFiles(t, filepath.Join(o.Dir, s3Folder), id)))
-}
-
-// What cannot be delivered for too long is given up, and the next file says so.
-func TestGivenUp(t *testing.T) {
-	d := newDelivery(filepath.Join(t.TempDir(), "s3"), "123456789012", "us-east-1")
-	st, err := store.Open(filepath.Join(t.TempDir(), "state.db"), store.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer st.Close()
-	if err := st.Update(func(tx *store.Tx) error {
-		tx.PutFlowLog(&store.FlowLog{ID: "fl-1", Resource: "eni-1", Traffic: "ALL", Destination: "arn:aws:s3:::logs/../../etc", Format: "${interface-id} ${start} ${end} ${log-status}"})
-		return nil
-	}); err != nil {
-		t.Fatal(err)
-	}
-	state := st.View()
-	l := &flowLogger{store: st}
-	e := &fabric.Logged{ENI: "eni-1"}
-	interval := func(n int64) *fabric.Interval {
-		return &fabric.Interval{Number: uint64(n), Start: time.Unix(n*60, 0), End: time.Unix(n*60+60, 0), Attached: []*fabric.Logged{e}}
-	}
-	for n := range int64(2) {
-		i := interval(n + 1)
-		if err := d.write(i, l.records(i), state); err == nil {
-			t.Fatal("a key that leads out of its folder was written")
-		}
-		if status, message := d.state("fl-1"); status != "FAILED" || message == "" {
-			t.Errorf("%s %s", status, message)
-		}
-		d.giveUp(i, state)
-		if !d.has(i.Number, state) {
-			t.Error("given up, and not done")
-		}
-	}
-	if err := st.Update(func(tx *store.Tx) error {
-		f := *tx.FlowLog("fl-1")
-		f.Destination = "arn:aws:s3:::logs"
-		tx.PutFlowLog(&f)
-		return nil
-	}); err != nil {
-		t.Fatal(err)
-	}
-	i := interval(3)
-	for range 2 { // a second time, as after a kill: the same file
-		d.done = map[uint64]map[string]bool{}
-		if err := d.write(i, l.records(i), st.View()); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if files := logFiles(t, d.dir, "fl-1"); len(files) != 1 {
-		t.Errorf("files %v", files)
-	}
-	if err := os.RemoveAll(d.dir); err != nil {
-		t.Fatal(err)
-	}
-	d.lost["fl-1"] = window{time.Unix(60, 0), time.Unix(180, 0)}
-	d.done = map[uint64]map[string]bool{}
-	if err := d.write(i, l.records(i), st.View()); err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff([]string{"eni-1 60 180 SKIPDATA", "eni-1 180 240 NODATA"}, logLines(t, d.dir, "fl-1")); diff != "" {
-		t.Errorf("(-want +got):\n%s", diff)
-	}
 }
 
 // Who refused is no matter of AWS's records: they are one.

@@ -195,8 +195,8 @@ func flowLine(r *shownRecord) map[string]any {
 	if r.RefusedBy != "" {
 		out["refused-by"] = r.RefusedBy
 	}
-	if r.machine != "" {
-		out["machine"] = r.machine
+	if r.Machine != "" {
+		out["machine"] = r.Machine
 	}
 	if r.running {
 		out["running"] = true

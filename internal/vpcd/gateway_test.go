@@ -248,15 +248,19 @@ func TestNATGatewayOnTheWires(t *testing.T) {
 	if err := echoes(c, "hello"); err != nil {
 		t.Fatal(err)
 	}
-	idle := func(seconds string) {
+	idle := func(was, seconds string) {
 		t.Helper()
+		const file = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established"
 		if err := nl.Do(fabric.NetnsPath("ul-"+w.lab+"-svc-"+nat), func() error {
-			return os.WriteFile("/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established", []byte(seconds), 0)
+			if b, err := os.ReadFile(file); err != nil || strings.TrimSpace(string(b)) != was {
+				t.Errorf("idle connections are remembered for %q s, want %s: %v", b, was, err)
+			}
+			return os.WriteFile(file, []byte(seconds), 0)
 		}); err != nil {
 			t.Fatal(err)
 		}
 	}
-	idle("1")
+	idle("350", "1") // nobody waits for so long here
 	if err := echoes(c, "again"); err != nil {
 		t.Fatal(err)
 	}
@@ -266,7 +270,7 @@ func TestNATGatewayOnTheWires(t *testing.T) {
 	if err := echoes(c, "late"); !errors.Is(err, unix.ECONNRESET) && !errors.Is(err, unix.EPIPE) {
 		t.Errorf("a connection that was idle for too long: %v, want a reset", err)
 	}
-	idle("350")
+	idle("1", "350")
 
 	// It outlives vpcd; the internet's server does not.
 	r := w.running

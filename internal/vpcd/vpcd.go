@@ -32,6 +32,8 @@ const (
 	stateFile = "state.db"
 	keyFile   = "imds.key"
 	s3Folder  = "s3"
+
+	flowFolder = "flows"
 )
 
 // Options of Run.
@@ -49,9 +51,15 @@ type Options struct {
 	// Inferred and LinkLocalPPS are the fabric's, see fabric.Options.
 	Inferred     fabric.Inferred
 	LinkLocalPPS int
+	// ConntrackAllowance as well.
+	ConntrackAllowance int
 	// FlowInterval is how long packets are gathered into one flow record, at
 	// most; 0 is 60 s. The setting flowInterval of chaos goes before it.
 	FlowInterval time.Duration
+	// FileInterval is how often the files of flow logs are written; 0 is 5 min.
+	// What is shorter than a record is as a record. The setting fileInterval of
+	// chaos goes before it.
+	FileInterval time.Duration
 	Logger       *slog.Logger
 	Ready        func(listen net.Addr) // called once the EC2 API answers; may be nil
 }
@@ -61,6 +69,7 @@ func Run(ctx context.Context, o Options) (err error) {
 	o.Region, o.Account, o.Zones = cmp.Or(o.Region, "us-east-1"), cmp.Or(o.Account, "123456789012"), cmp.Or(o.Zones, 3)
 	o.Logger = cmp.Or(o.Logger, slog.Default())
 	o.S3Dir, o.FlowInterval = cmp.Or(o.S3Dir, filepath.Join(o.Dir, s3Folder)), cmp.Or(o.FlowInterval, defaultFlowInterval)
+	o.FileInterval = cmp.Or(o.FileInterval, defaultFileInterval)
 	if err := os.MkdirAll(o.Dir, 0o750); err != nil {
 		return fmt.Errorf("make the state directory: %w", err)
 	}
@@ -105,7 +114,7 @@ func Run(ctx context.Context, o Options) (err error) {
 	servers := []*http.Server{httpServer(adm.wrap(ec2Handler), o.Logger)}
 	jobs := []func(context.Context) error{ec2.Run}
 	if !o.NoFabric {
-		f, openErr := fabric.Open(fabric.Options{Lab: o.Name, BPFFS: o.BPFFS, Logger: o.Logger, Inferred: o.Inferred, LinkLocalPPS: o.LinkLocalPPS})
+		f, openErr := fabric.Open(fabric.Options{Lab: o.Name, BPFFS: o.BPFFS, Logger: o.Logger, Inferred: o.Inferred, LinkLocalPPS: o.LinkLocalPPS, ConntrackAllowance: o.ConntrackAllowance})
 		if openErr != nil {
 			return fmt.Errorf("open the fabric: %w", openErr)
 		}
@@ -128,9 +137,14 @@ func Run(ctx context.Context, o Options) (err error) {
 		out := &internet{run: f.Internet, there: make(chan struct{}, 1), log: o.Logger}
 		adm.fabric.internet = out.isThere
 		source.mapped = adm.fabric.mapped
+		kept, keptErr := openKept(filepath.Join(o.Dir, flowFolder))
+		if keptErr != nil {
+			return keptErr
+		}
 		adm.flow = &flowLogger{
 			net: f, store: state, account: o.Account, region: o.Region, zoneIDs: ids, log: o.Logger, files: files, recent: newRecentFlows(),
 			interval: func() time.Duration { return cmp.Or(control.Get().FlowInterval, o.FlowInterval) },
+			window:   func() time.Duration { return cmp.Or(control.Get().FileInterval, o.FileInterval) }, kept: kept,
 		}
 		servers = append(servers, inside)
 		jobs = append(jobs, adm.fabric.Run, adm.flow.Run, out.Run,
@@ -164,7 +178,7 @@ func Run(ctx context.Context, o Options) (err error) {
 // for packets between interfaces that stand.
 var enforced = []string{
 	"AuthorizeSecurityGroupEgress", "AuthorizeSecurityGroupIngress", "RevokeSecurityGroupEgress", "RevokeSecurityGroupIngress",
-	"ModifySecurityGroupRules", "ModifyManagedPrefixList", "ModifyNetworkInterfaceAttribute", "ModifyVpcAttribute",
+	"ModifySecurityGroupRules", "ModifyManagedPrefixList", "ModifyNetworkInterfaceAttribute", "ResetNetworkInterfaceAttribute", "ModifyVpcAttribute",
 	"CreateNetworkAclEntry", "ReplaceNetworkAclEntry", "DeleteNetworkAclEntry", "ReplaceNetworkAclAssociation",
 	"AssignPrivateIpAddresses", "UnassignPrivateIpAddresses", "AttachNetworkInterface", "DetachNetworkInterface",
 	"CreateRoute", "ReplaceRoute", "DeleteRoute", "AssociateRouteTable", "DisassociateRouteTable", "ReplaceRouteTableAssociation",
@@ -217,6 +231,9 @@ func expire(ctx context.Context, f *fabric.Fabric, log *slog.Logger) error {
 		} else if n > 0 {
 			log.Debug("idle flows removed", "flows", n)
 		}
+		if err := f.RefillAllowances(); err != nil {
+			log.Error("tracked flows not counted", "err", err)
+		}
 	}
 }
 
@@ -268,8 +285,10 @@ func Destroy(o Options) error {
 			errs = append(errs, fmt.Errorf("remove the state: %w", err))
 		}
 	}
-	if err := os.RemoveAll(filepath.Join(o.Dir, s3Folder)); err != nil {
-		errs = append(errs, fmt.Errorf("remove the state: %w", err))
+	for _, f := range []string{s3Folder, flowFolder} {
+		if err := os.RemoveAll(filepath.Join(o.Dir, f)); err != nil {
+			errs = append(errs, fmt.Errorf("remove the state: %w", err))
+		}
 	}
 	return errors.Join(errs...)
 }

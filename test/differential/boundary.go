@@ -46,6 +46,8 @@ func (c *cloud) applyBoundary(st vpcmodel.Statement) error {
 		return c.setTable(s)
 	case vpcmodel.MakePeering:
 		return c.makePeering(s)
+	case vpcmodel.ShareGroup:
+		return c.do("AssociateSecurityGroupVpc", "GroupId", id(c, s.Group), "VpcId", id(c, s.VPC))
 	case vpcmodel.DeletePeering:
 		return c.do("DeleteVpcPeeringConnection", "VpcPeeringConnectionId", id(c, s.ID))
 	}

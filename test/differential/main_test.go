@@ -18,7 +18,7 @@ const childVariable = "UNDERLAY_DIFFERENTIAL_CHILD"
 // childOptions are the Options that go to a child.
 type childOptions struct {
 	Name, Dir, BPFFS, Listen string
-	FlowInterval             time.Duration
+	FlowInterval             time.Duration // of records and files
 }
 
 // TestMain is a vpcd, when childVariable holds its Options: one that a test can
@@ -32,7 +32,7 @@ func TestMain(m *testing.M) {
 	err := json.Unmarshal([]byte(options), &c)
 	if err == nil {
 		err = vpcd.Run(context.Background(), vpcd.Options{
-			Name: c.Name, Dir: c.Dir, BPFFS: c.BPFFS, Listen: c.Listen, FlowInterval: c.FlowInterval,
+			Name: c.Name, Dir: c.Dir, BPFFS: c.BPFFS, Listen: c.Listen, FlowInterval: c.FlowInterval, FileInterval: c.FlowInterval,
 			Logger: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})),
 			Ready:  func(a net.Addr) { fmt.Println(a) },
 		})

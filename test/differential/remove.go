@@ -85,7 +85,10 @@ func (c *cloud) removeGroups(try func(string, ...string)) {
 			}
 		}
 	}
-	for name := range c.world.Groups {
+	for name, g := range c.world.Groups {
+		for _, v := range g.Also {
+			try("DisassociateSecurityGroupVpc", "GroupId", id(c, name), "VpcId", id(c, v))
+		}
 		if !c.isDefault(string(name)) {
 			try("DeleteSecurityGroup", "GroupId", id(c, name))
 		}

@@ -41,7 +41,7 @@ func TestFlowLogKnowsThePod(t *testing.T) {
 		t.Errorf("as AWS has it: %s", aws)
 	}
 
-	l.Chaos("--flow-interval", "1s")
+	l.Chaos("--flow-interval", "1s", "--file-interval", "1s")
 	node := l.Nodes[0].IP.String()
 	want := []string{
 		node + " " + web.IP.String() + " " + db.String() + " 5432 ACCEPT egress 3",

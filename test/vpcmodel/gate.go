@@ -160,16 +160,14 @@ func (w *World) peerMatches(e *ENI, d Direction, r *Rule, p *Packet, far *ENI) b
 // referenced: a reference "matches the PRIVATE IPs of ENIs carrying that SG -
 // primary, secondary, IPv6; addresses in delegated prefixes [inf …]".
 func (w *World) referenced(e *ENI, d Direction, id vpc.SecurityGroupID, a netip.Addr, mac vpc.ENIID, far *ENI) bool {
-	g := w.Groups[id]
-	if g == nil {
+	if w.Groups[id] == nil {
 		return false // "Peered SG deleted … => rule stays, stale, matches nothing"
 	}
-	// "Same VPC or active same-region peering (ingress and egress)".
-	if own := w.vpcOf(e); g.VPC != own && !w.peered(g.VPC, own) {
-		return false
-	}
+	// "Same VPC or active same-region peering (ingress and egress)": of the
+	// interfaces, as a group may be used in several VPCs.
+	own := w.vpcOf(e)
 	for _, other := range w.ENIs {
-		if w.vpcOf(other) != g.VPC || !slices.Contains(other.Groups, id) || !other.holds(a, w.Settings.ReferencesCoverPrefixes) {
+		if its := w.vpcOf(other); its != own && !w.peered(its, own) || !slices.Contains(other.Groups, id) || !other.holds(a, w.Settings.ReferencesCoverPrefixes) {
 			continue
 		}
 		// "Not preserved through a middlebox/appliance ENI …: match by CIDR
@@ -177,7 +175,7 @@ func (w *World) referenced(e *ENI, d Direction, id vpc.SecurityGroupID, a netip.
 		if far == nil {
 			// Beyond the VPC an address alone names nobody: other peers may
 			// have the same. There it counts when the route leads to the holder.
-			return d == Out && w.Settings.EgressReferencesByAddress && g.VPC == w.vpcOf(e) || w.direct(e, d, a, mac, other)
+			return d == Out && w.Settings.EgressReferencesByAddress && w.vpcOf(other) == own || w.direct(e, d, a, mac, other)
 		}
 		return far == other
 	}

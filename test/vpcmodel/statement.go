@@ -268,7 +268,7 @@ func (s Allow) Apply(w *World) error {
 		return err
 	}
 	g := w.Groups[s.Group]
-	if o := w.Groups[s.Rule.Group]; o != nil && o.VPC != g.VPC && !w.peered(o.VPC, g.VPC) {
+	if o := w.Groups[s.Rule.Group]; o != nil && !o.usable(g.VPC) && !w.peered(o.VPC, g.VPC) {
 		return fmt.Errorf("%s is of a VPC that is not a peer of %s's", o.ID, g.ID)
 	}
 	if slices.Contains(g.Rules[s.Dir], s.Rule) {
@@ -311,6 +311,9 @@ func (s DeleteGroup) Apply(w *World) error {
 		}
 	}
 	own := w.Groups[s.ID].VPC
+	if also := w.Groups[s.ID].Also; len(also) > 0 {
+		return fmt.Errorf("%s is associated with %v", s.ID, also)
+	}
 	for _, g := range w.Groups {
 		for _, rules := range g.Rules {
 			// A reference from the same VPC keeps a group; from a peer it goes stale.
@@ -331,7 +334,7 @@ func (s SetGroups) Apply(w *World) error {
 		if err := need("group", w.Groups, g); err != nil {
 			return err
 		}
-		if w.Groups[g].VPC != w.vpcOf(w.ENIs[s.ENI]) {
+		if !w.Groups[g].usable(w.vpcOf(w.ENIs[s.ENI])) {
 			return fmt.Errorf("%s is of another VPC than %s", g, s.ENI)
 		}
 	}

@@ -431,6 +431,8 @@ func (p *parser) statement(verb string) Statement {
 		return Allow{vpc.SecurityGroupID(p.word()), p.direction(), p.rule()}
 	case "revoke":
 		return Revoke{vpc.SecurityGroupID(p.word()), p.direction(), p.rule()}
+	case "share":
+		return ShareGroup{vpc.SecurityGroupID(p.word()), vpc.VPCID(p.word())}
 	case "delete":
 		return DeleteGroup{vpc.SecurityGroupID(p.word())}
 	case "groups":

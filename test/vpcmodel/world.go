@@ -119,6 +119,7 @@ type Group struct {
 	ID    vpc.SecurityGroupID
 	VPC   vpc.VPCID
 	Rules map[Direction][]Rule
+	Also  []vpc.VPCID // others that it is associated with
 }
 
 // Match is what rules of groups and entries of ACLs say about a packet's protocol.

@@ -13,7 +13,7 @@
 //   - A call changes everything it says or nothing: all its changes are one
 //     transaction of the store, and the answer is sent after the commit.
 //   - What is announced by an action's model but no object here can have (a
-//     public address, say) is a filter that matches nothing. A filter whose
+//     carrier gateway, say) is a filter that matches nothing. A filter whose
 //     truth is not known here (the memory of an instance type) is refused.
 //   - Requester-managed interfaces are changed by CreateManagedService and
 //     DeleteManagedService alone.

@@ -36,7 +36,7 @@ func findPublic(s *store.State, number string) (*store.Address, error) {
 	if err != nil || !p.Is4() {
 		return nil, query.Errorf("InvalidParameterValue", "Value (%s) for parameter publicIp is invalid. Invalid IPv4 address.", number)
 	}
-	if x := s.ByPublic(p); x != nil {
+	if x := s.ByPublic(p); x != nil && !x.Auto {
 		return x, nil
 	}
 	return nil, query.Errorf("InvalidAddress.NotFound", "Address '%s' not found.", number)
@@ -61,7 +61,7 @@ func (a *API) allocateAddress(_ context.Context, req *query.AllocateAddressReque
 	}
 	x := &store.Address{ID: vpc.AllocationID(vpc.NewID("eipalloc")), Created: a.now()}
 	_, err = a.update(func(tx *store.Tx) error {
-		if most := a.quota(chaos.QuotaElastic); tx.Addresses.Len() >= most {
+		if most := a.quota(chaos.QuotaElastic); elastics(&tx.State) >= most {
 			return query.Errorf("AddressLimitExceeded", "The maximum number of addresses has been reached.")
 		}
 		if x.Public, err = freePublic(&tx.State, req.Address); err != nil {
@@ -183,14 +183,16 @@ func (a *API) associateAddress(_ context.Context, req *query.AssociateAddressReq
 		case old.ENI != "" && !deref(req.AllowReassociation):
 			return query.Errorf("Resource.AlreadyAssociated", "resource %s is already associated with associate-id %s", old.ID, old.Association)
 		}
-		if other := tx.ElasticOf(e.ID, private); other != nil {
+		if other := tx.ElasticOf(e.ID, private); other != nil && other.Auto {
+			tx.DeleteAddress(other.ID) // makes room
+		} else if other != nil {
 			if !deref(req.AllowReassociation) {
 				return query.Errorf("Resource.AlreadyAssociated", "resource %s is already associated with associate-id %s", e.ID, other.Association)
 			}
 			tx.PutAddress(&store.Address{ID: other.ID, Public: other.Public, Created: other.Created})
 		}
 		tx.PutAddress(&store.Address{ID: old.ID, Public: old.Public, Created: old.Created, Association: association, ENI: e.ID, Private: private})
-		return nil
+		return settlePublic(tx, old.ENI, a.now()) // which lost it
 	})
 	if err != nil {
 		return nil, err
@@ -221,7 +223,7 @@ func (a *API) disassociateAddress(_ context.Context, req *query.DisassociateAddr
 			return nil
 		}
 		tx.PutAddress(&store.Address{ID: old.ID, Public: old.Public, Created: old.Created})
-		return nil
+		return settlePublic(tx, old.ENI, a.now())
 	})
 	return nil, err
 }
@@ -264,9 +266,17 @@ func (v view) address(x *store.Address) query.Address {
 
 var addressListing = listing[*store.Address]{
 	action: "DescribeAddresses",
-	all:    func(v view) iter.Seq2[string, *store.Address] { return entries(v.Addresses) },
-	find:   findAddress,
-	key:    func(x *store.Address) string { return string(x.ID) },
+	all: func(v view) iter.Seq2[string, *store.Address] {
+		return func(yield func(string, *store.Address) bool) {
+			for id, x := range entries(v.Addresses) {
+				if !x.Auto && !yield(id, x) {
+					return
+				}
+			}
+		}
+	},
+	find: findAddress,
+	key:  func(x *store.Address) string { return string(x.ID) },
 	attrs: attributes[*store.Address]{
 		"allocation-id":        value(func(x *store.Address) string { return string(x.ID) }),
 		"association-id":       value(func(x *store.Address) string { return x.Association }),
@@ -319,11 +329,14 @@ func (v view) publicName(id vpc.VPCID, public netip.Addr) string {
 	return vpc.PublicName(public, v.api.region)
 }
 
-// association describes the Elastic IP address of a private address, or nothing.
+// association describes the public address of a private address, or nothing.
 func (v view) association(e *store.ENI, private netip.Addr) *query.NetworkInterfaceAssociation {
 	x := v.ElasticOf(e.ID, private)
 	if x == nil {
 		return nil
+	}
+	if x.Auto {
+		return &query.NetworkInterfaceAssociation{IpOwnerId: new(amazonOwned), PublicIp: new(x.Public.String()), PublicDnsName: new(v.publicName(e.VPC, x.Public))}
 	}
 	return &query.NetworkInterfaceAssociation{
 		AllocationId: text(x.ID), AssociationId: text(x.Association), IpOwnerId: &v.api.account,

@@ -23,7 +23,7 @@ func (a *API) eniHandlers(h map[string]query.Handler) {
 	h["DescribeNetworkInterfaces"] = handle("DescribeNetworkInterfaces", "NetworkInterfaceId Filter NextToken MaxResults", a.describeNetworkInterfaces)
 	h["DescribeNetworkInterfaceAttribute"] = handle("DescribeNetworkInterfaceAttribute", "NetworkInterfaceId Attribute", a.describeNetworkInterfaceAttribute)
 	h["ModifyNetworkInterfaceAttribute"] = handle("ModifyNetworkInterfaceAttribute",
-		"NetworkInterfaceId Description SourceDestCheck SecurityGroupId Attachment.AttachmentId Attachment.DeleteOnTermination ConnectionTrackingSpecification", a.modifyNetworkInterfaceAttribute)
+		"NetworkInterfaceId Description SourceDestCheck SecurityGroupId Attachment.AttachmentId Attachment.DeleteOnTermination ConnectionTrackingSpecification AssociatePublicIpAddress", a.modifyNetworkInterfaceAttribute)
 	h["AttachNetworkInterface"] = handle("AttachNetworkInterface", "NetworkInterfaceId InstanceId DeviceIndex NetworkCardIndex", a.attachNetworkInterface)
 	h["DetachNetworkInterface"] = handle("DetachNetworkInterface", "AttachmentId", a.detachNetworkInterface)
 	h["AssignPrivateIpAddresses"] = handle("AssignPrivateIpAddresses",
@@ -405,7 +405,7 @@ func (a *API) describeNetworkInterfaceAttribute(_ context.Context, req *query.De
 	case "attachment":
 		resp.Attachment = v.attachment(e)
 	case "associatePublicIpAddress":
-		resp.AssociatePublicIpAddress = new(false)
+		resp.AssociatePublicIpAddress = &e.AssociatePublic
 	default:
 		return nil, query.Errorf("MissingParameter", "The request must contain the parameter attribute")
 	}
@@ -467,9 +467,11 @@ func (a *API) modifyNetworkInterfaceAttribute(_ context.Context, req *query.Modi
 			at := *e.Attachment
 			at.DeleteOnTermination = *req.Attachment.DeleteOnTermination
 			e.Attachment = &at
+		case req.AssociatePublicIpAddress != nil:
+			e.AssociatePublic = *req.AssociatePublicIpAddress
 		}
 		tx.PutENI(&e)
-		return nil
+		return settlePublic(tx, e.ID, a.now())
 	})
 	return nil, err
 }

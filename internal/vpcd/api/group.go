@@ -91,6 +91,9 @@ func (a *API) deleteSecurityGroup(_ context.Context, req *query.DeleteSecurityGr
 			return query.Errorf("CannotDelete", "the specified group: \"%s\" name: \"%s\" cannot be deleted by a user", g.ID, g.Name)
 		}
 		depends := query.Errorf("DependencyViolation", "resource %s has a dependent object", g.ID)
+		if len(g.VPCs) > 0 {
+			return depends // what AWS does with a group that is associated is not published
+		}
 		for _, e := range tx.ENIs.All() {
 			if slices.Contains(e.Groups, g.ID) {
 				return depends
@@ -98,7 +101,7 @@ func (a *API) deleteSecurityGroup(_ context.Context, req *query.DeleteSecurityGr
 		}
 		for _, o := range tx.Groups.All() {
 			// In another VPC the rule stays and matches nothing.
-			if o.ID != g.ID && o.VPC == g.VPC && slices.ContainsFunc(o.Rules, func(r store.Rule) bool { return r.Group == g.ID }) {
+			if o.ID != g.ID && namesWithin(o, g.ID) {
 				return depends
 			}
 		}
@@ -264,7 +267,7 @@ func (a *API) groupsFor(s *store.State, v *store.VPC, ids []string) ([]vpc.Secur
 		if err != nil {
 			return nil, err
 		}
-		if g.VPC != v.ID {
+		if !g.UsableIn(v.ID) {
 			return nil, query.Errorf("InvalidGroup.NotFound", "The security group '%s' does not exist in VPC '%s'", id, v.ID)
 		}
 		if !slices.Contains(out, g.ID) {

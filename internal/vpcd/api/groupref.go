@@ -88,8 +88,8 @@ var forVPCAttributes = attributes[*store.Group]{
 	"primary-vpc-id": groupAttributes["vpc-id"],
 }
 
-// getSecurityGroupsForVpc lists the groups that interfaces of a VPC may have:
-// here a group is of one VPC alone.
+// getSecurityGroupsForVpc lists the groups that interfaces of a VPC may have: its
+// own, and those of others that are associated with it.
 func (a *API) getSecurityGroupsForVpc(_ context.Context, req *query.GetSecurityGroupsForVpcRequest) (*query.GetSecurityGroupsForVpcResponse, error) {
 	v := a.read()
 	o, err := findVPC(v.State, *req.VpcId)
@@ -104,7 +104,7 @@ func (a *API) getSecurityGroupsForVpc(_ context.Context, req *query.GetSecurityG
 	if err != nil {
 		return nil, err
 	}
-	found, next := take(c, entries(v.Groups), func(g *store.Group) bool { return g.VPC == o.ID && match(g) })
+	found, next := take(c, entries(v.Groups), func(g *store.Group) bool { return g.UsableIn(o.ID) && match(g) })
 	return &query.GetSecurityGroupsForVpcResponse{NextToken: next, SecurityGroupForVpcSet: collect(found, func(g *store.Group) query.SecurityGroupForVpc {
 		return query.SecurityGroupForVpc{
 			GroupId: text(g.ID), GroupName: &g.Name, Description: &g.Description, OwnerId: &a.account, PrimaryVpcId: text(g.VPC), TagSet: v.tags(string(g.ID)),

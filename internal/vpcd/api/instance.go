@@ -19,7 +19,7 @@ func (a *API) instanceHandlers(h map[string]query.Handler) {
 			" Placement.AvailabilityZone Placement.AvailabilityZoneId"+
 			" MetadataOptions.HttpTokens MetadataOptions.HttpPutResponseHopLimit MetadataOptions.HttpEndpoint MetadataOptions.InstanceMetadataTags"+
 			" NetworkInterface.DeviceIndex NetworkInterface.NetworkCardIndex NetworkInterface.NetworkInterfaceId NetworkInterface.SubnetId"+
-			" NetworkInterface.SecurityGroupId NetworkInterface.Description NetworkInterface.DeleteOnTermination"+
+			" NetworkInterface.SecurityGroupId NetworkInterface.Description NetworkInterface.DeleteOnTermination NetworkInterface.AssociatePublicIpAddress"+
 			" NetworkInterface.PrivateIpAddress NetworkInterface.PrivateIpAddresses NetworkInterface.SecondaryPrivateIpAddressCount"+
 			" NetworkInterface.Ipv4Prefix NetworkInterface.Ipv4PrefixCount NetworkInterface.ConnectionTrackingSpecification", a.runInstances)
 	h["DescribeInstances"] = handle("DescribeInstances", "InstanceId Filter NextToken MaxResults", a.describeInstances)

@@ -23,6 +23,7 @@ type nic struct {
 	subnet              string
 	spec                spec
 	deleteOnTermination bool
+	public              *bool // AssociatePublicIpAddress
 }
 
 // launch is a RunInstances request, read.
@@ -147,7 +148,7 @@ func parseNICs(req *query.RunInstancesRequest) ([]nic, error) {
 	if nics[0].device != 0 || nics[0].card != 0 {
 		return nil, query.Errorf("InvalidParameterCombination", "An instance needs a network interface at device index 0")
 	}
-	return nics, nil
+	return nics, checkPublic(nics)
 }
 
 func oneAtATime(what string) error {
@@ -158,7 +159,7 @@ func parseNIC(r *query.RunInstancesNetworkInterface, maxCount int64) (nic, error
 	if r.DeviceIndex == nil {
 		return nic{}, query.Errorf("InvalidParameterValue", "Each network interface requires a device index.")
 	}
-	n := nic{device: int(*r.DeviceIndex), card: int(deref(r.NetworkCardIndex)), existing: deref(r.NetworkInterfaceId), subnet: deref(r.SubnetId)}
+	n := nic{device: int(*r.DeviceIndex), card: int(deref(r.NetworkCardIndex)), existing: deref(r.NetworkInterfaceId), subnet: deref(r.SubnetId), public: r.AssociatePublicIpAddress}
 	w, err := parseWanted(r.PrivateIpAddress, r.PrivateIpAddresses, r.SecondaryPrivateIpAddressCount, r.Ipv4Prefix, r.Ipv4PrefixCount)
 	if err != nil {
 		return n, err
@@ -258,6 +259,7 @@ func (a *API) launchOne(tx *store.Tx, l launch, n int) (*store.Instance, error) 
 		}
 		if k == 0 {
 			i.VPC, i.Subnet, i.Zone = e.VPC, e.Subnet, e.Zone
+			e.AssociatePublic = e.AssociatePublic || l.wantsPublic(want, tx.Subnet(e.Subnet))
 			if n := tx.Subnet(e.Subnet); l.resourceNameA != nil {
 				i.ResourceNameA = *l.resourceNameA
 			} else {
@@ -278,6 +280,9 @@ func (a *API) launchOne(tx *store.Tx, l launch, n int) (*store.Instance, error) 
 	}
 	tx.PutInstance(&i)
 	tx.SetTags(string(i.ID), l.tags["instance"])
+	if err := settlePublicOf(tx, i.ID, i.Launched); err != nil {
+		return nil, err
+	}
 	return &i, nil
 }
 

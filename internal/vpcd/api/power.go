@@ -41,6 +41,9 @@ func (a *API) changeState(ids []string, change func(i *store.Instance) (bool, er
 			}
 			if changed {
 				tx.PutInstance(&i)
+				if err := settlePublicOf(tx, i.ID, a.now()); err != nil {
+					return err
+				}
 			}
 			out = append(out, query.InstanceStateChange{
 				InstanceId: text(i.ID), CurrentState: instanceState(i.State), PreviousState: instanceState(old.State),

@@ -164,8 +164,8 @@ func (a *API) parsePermissions(s *store.State, g *store.Group, egress bool, list
 	return out, nil
 }
 
-// groupPeer makes a group the peer of a rule of g: one of the same VPC, or of
-// one that an active peering connection leads to. A group that is gone may be
+// groupPeer makes a group the peer of a rule of g: one of the same VPC or
+// associated with it, or of one that an active peering connection leads to. A group that is gone may be
 // named as long as a rule of g names it.
 func (a *API) groupPeer(s *store.State, g *store.Group, r *store.Rule, x query.UserIdGroupPair) error {
 	id := deref(x.GroupId)
@@ -178,7 +178,7 @@ func (a *API) groupPeer(s *store.State, g *store.Group, r *store.Rule, x query.U
 		return err
 	}
 	wrong := x.VpcId != nil && *x.VpcId != string(peer.VPC) || x.UserId != nil && *x.UserId != a.account
-	if peer.VPC != g.VPC {
+	if !peer.UsableIn(g.VPC) {
 		p := s.PeeringBetween(g.VPC, peer.VPC)
 		if p == nil || x.VpcPeeringConnectionId != nil && *x.VpcPeeringConnectionId != string(p.ID) {
 			i := slices.IndexFunc(g.Rules, func(o store.Rule) bool { return o.Group == peer.ID })

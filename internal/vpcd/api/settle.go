@@ -23,7 +23,9 @@ func (a *API) Settle() error {
 			if e := tx.ENI(vpc.ENIID(id)); e != nil {
 				settleAttachment(tx, e)
 			} else if i := tx.Instance(vpc.InstanceID(id)); i != nil {
-				settleInstance(tx, i, now)
+				if err := settleInstance(tx, i, now); err != nil {
+					return err
+				}
 			} else if n := tx.NAT(vpc.NATGatewayID(id)); n != nil {
 				settleNAT(tx, n, now)
 			} else if p := tx.Peering(vpc.PeeringID(id)); p != nil {
@@ -54,27 +56,30 @@ func settleAttachment(tx *store.Tx, old *store.ENI) {
 	tx.PutENI(&e)
 }
 
-func settleInstance(tx *store.Tx, old *store.Instance, now time.Time) {
+func settleInstance(tx *store.Tx, old *store.Instance, now time.Time) error {
 	i := *old
 	switch old.State {
 	case store.Pending:
 		i.State, i.Due = store.Running, time.Time{}
 	case store.ShuttingDown:
 		i.State, i.Due = store.Terminated, now.Add(terminatedFor)
-		release(tx, i.ID)
+		if err := release(tx, i.ID, now); err != nil {
+			return err
+		}
 	case store.Terminated:
 		tx.DeleteInstance(i.ID)
-		return
+		return nil
 	case store.Stopping:
 		i.State, i.Due, i.Power = store.Stopped, time.Time{}, store.PowerOff
 	case store.Running, store.Stopped:
 		i.Due = time.Time{}
 	}
 	tx.PutInstance(&i)
+	return settlePublicOf(tx, i.ID, now)
 }
 
 // release takes the interfaces from an instance that is gone.
-func release(tx *store.Tx, id vpc.InstanceID) {
+func release(tx *store.Tx, id vpc.InstanceID, now time.Time) error {
 	var held []*store.ENI
 	for e := range tx.InterfacesOf(id) {
 		held = append(held, e)
@@ -87,5 +92,9 @@ func release(tx *store.Tx, id vpc.InstanceID) {
 		e := *old
 		e.Attachment = nil
 		tx.PutENI(&e)
+		if err := settlePublic(tx, e.ID, now); err != nil {
+			return err
+		}
 	}
+	return nil
 }

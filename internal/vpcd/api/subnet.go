@@ -22,7 +22,7 @@ func (a *API) subnetHandlers(h map[string]query.Handler) {
 	h["CreateSubnet"] = handle("CreateSubnet", "VpcId CidrBlock AvailabilityZone AvailabilityZoneId TagSpecification", a.createSubnet)
 	h["DeleteSubnet"] = handle("DeleteSubnet", "SubnetId", a.deleteSubnet)
 	h["DescribeSubnets"] = handle("DescribeSubnets", "SubnetId Filter NextToken MaxResults", a.describeSubnets)
-	h["ModifySubnetAttribute"] = handle("ModifySubnetAttribute", "SubnetId PrivateDnsHostnameTypeOnLaunch EnableResourceNameDnsARecordOnLaunch", a.modifySubnetAttribute)
+	h["ModifySubnetAttribute"] = handle("ModifySubnetAttribute", "SubnetId PrivateDnsHostnameTypeOnLaunch EnableResourceNameDnsARecordOnLaunch MapPublicIpOnLaunch", a.modifySubnetAttribute)
 }
 
 // pickZone returns the zone that a request names, by name or id, or the first.
@@ -130,6 +130,9 @@ func (a *API) modifySubnetAttribute(_ context.Context, req *query.ModifySubnetAt
 		if b := req.EnableResourceNameDnsARecordOnLaunch; b != nil && b.Value != nil {
 			n.ResourceNameA = *b.Value
 		}
+		if b := req.MapPublicIpOnLaunch; b != nil && b.Value != nil {
+			n.MapPublicOnLaunch = *b.Value
+		}
 		tx.PutSubnet(&n)
 		return nil
 	})
@@ -147,7 +150,7 @@ var subnetAttributes = attributes[*store.Subnet]{
 	"enable-dns64":                    no,
 	"ipv6-native":                     no,
 	"map-customer-owned-ip-on-launch": no,
-	"map-public-ip-on-launch":         no,
+	"map-public-ip-on-launch":         func(_ view, n *store.Subnet) []string { return []string{strconv.FormatBool(n.MapPublicOnLaunch)} },
 	"owner-id":                        func(v view, _ *store.Subnet) []string { return []string{v.api.account} },
 	"state":                           func(view, *store.Subnet) []string { return []string{"available"} },
 	"subnet-arn":                      func(v view, n *store.Subnet) []string { return []string{v.api.arn("subnet", string(n.ID))} },
@@ -187,7 +190,7 @@ func (v view) subnet(n *store.Subnet) query.Subnet {
 		AvailableIpAddressCount:     integer(v.Space(n.ID).Free()),
 		CidrBlock:                   new(n.CIDR.String()),
 		DefaultForAz:                new(false),
-		MapPublicIpOnLaunch:         new(false),
+		MapPublicIpOnLaunch:         &n.MapPublicOnLaunch,
 		MapCustomerOwnedIpOnLaunch:  new(false),
 		AssignIpv6AddressOnCreation: new(false),
 		EnableDns64:                 new(false),

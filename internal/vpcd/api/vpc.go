@@ -121,6 +121,7 @@ func (a *API) deleteVpc(_ context.Context, req *query.DeleteVpcRequest) (*query.
 			return depends
 		}
 		tx.DeleteGroup(v.DefaultGroup)
+		dropGroupVPCs(tx, v.ID)
 		tx.DeleteVPC(v.ID)
 		return nil
 	})

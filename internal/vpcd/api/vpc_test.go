@@ -77,7 +77,7 @@ func TestVPCErrors(t *testing.T) {
 		{"UnsupportedOperation", "CreateSubnet", []string{"VpcId=" + id, "CidrBlock=10.0.1.0/24", "Ipv6CidrBlock=fd00::/64"}},
 		{"InvalidSubnetID.NotFound", "DeleteSubnet", []string{"SubnetId=subnet-00000000000000000"}},
 		{"InvalidSubnetId.Malformed", "DescribeSubnets", []string{"SubnetId.1=vpc-00000000000000000"}},
-		{"UnsupportedOperation", "ModifySubnetAttribute", []string{"SubnetId=" + subnet, "MapPublicIpOnLaunch.Value=true"}},
+		{"UnsupportedOperation", "ModifySubnetAttribute", []string{"SubnetId=" + subnet, "MapCustomerOwnedIpOnLaunch.Value=true"}},
 		{"InvalidParameterValue", "DescribeVpcs", []string{"Filter.1.Name=colour", "Filter.1.Value.1=red"}},
 		{"InvalidParameterValue", "DescribeAvailabilityZones", []string{"ZoneName.1=us-east-1z"}},
 		{"InvalidParameterValue", "DescribeRegions", []string{"RegionName.1=mars-1"}},

@@ -37,6 +37,7 @@ type Settings struct {
 	MappingLag    time.Duration // an address reaches its ENI on the wire so much later
 	ReadLag       time.Duration // Describe calls tell what was true so long ago
 	FlowInterval  time.Duration // a flow record is of so long at most; 0 is as vpcd was told at its start
+	FileInterval  time.Duration // the files of flow logs are written so often; 0 is as vpcd was told at its start
 	FreshReads    float64       // share of Describe calls that tell the present all the same, 0 to 1
 	Throttle      string        // "aws" or "off"
 	Addresses     string        // which free addresses and prefixes are given: "lowest" or "scattered"; "" is lowest
@@ -67,7 +68,7 @@ func Defaults() Settings { return Settings{Throttle: ThrottleOff, Addresses: Add
 func (s *Settings) durations() map[string]*time.Duration {
 	return map[string]*time.Duration{
 		"latency": &s.Latency, "attachLatency": &s.AttachLatency, "imdsLag": &s.IMDSLag,
-		"mappingLag": &s.MappingLag, "readLag": &s.ReadLag, "flowInterval": &s.FlowInterval,
+		"mappingLag": &s.MappingLag, "readLag": &s.ReadLag, "flowInterval": &s.FlowInterval, "fileInterval": &s.FileInterval,
 	}
 }
 
@@ -80,8 +81,13 @@ func (s *Settings) Validate() error {
 			errs = append(errs, fmt.Errorf("%s is %v: give a duration between 0 and %v", name, d, maxLag))
 		}
 	}
-	if s.FlowInterval > 0 && s.FlowInterval < time.Second {
-		errs = append(errs, fmt.Errorf("flowInterval is %v: give 1s or more, or 0 for what vpcd was told at its start", s.FlowInterval))
+	for _, i := range []struct {
+		name string
+		d    time.Duration
+	}{{"flowInterval", s.FlowInterval}, {"fileInterval", s.FileInterval}} {
+		if i.d > 0 && i.d < time.Second {
+			errs = append(errs, fmt.Errorf("%s is %v: give 1s or more, or 0 for what vpcd was told at its start", i.name, i.d))
+		}
 	}
 	if !(s.FreshReads >= 0 && s.FreshReads <= 1) { // NaN is neither
 		errs = append(errs, fmt.Errorf("freshReads is %v: give a share between 0 and 1", s.FreshReads))
@@ -156,6 +162,7 @@ type settingsJSON struct {
 	MappingLag    string        `json:"mappingLag"`
 	ReadLag       string        `json:"readLag"`
 	FlowInterval  string        `json:"flowInterval"`
+	FileInterval  string        `json:"fileInterval"`
 	FreshReads    float64       `json:"freshReads"`
 	Throttle      string        `json:"throttle"`
 	Addresses     string        `json:"addresses"`
@@ -167,7 +174,7 @@ type settingsJSON struct {
 func (s Settings) MarshalJSON() ([]byte, error) {
 	return json.Marshal(settingsJSON{
 		Latency: s.Latency.String(), AttachLatency: s.AttachLatency.String(), IMDSLag: s.IMDSLag.String(),
-		MappingLag: s.MappingLag.String(), ReadLag: s.ReadLag.String(), FlowInterval: s.FlowInterval.String(), FreshReads: s.FreshReads,
+		MappingLag: s.MappingLag.String(), ReadLag: s.ReadLag.String(), FlowInterval: s.FlowInterval.String(), FileInterval: s.FileInterval.String(), FreshReads: s.FreshReads,
 		Throttle: s.Throttle, Addresses: cmp.Or(s.Addresses, AddressesLowest), Quotas: quotasJSON(s.Quotas), Fail: append([]Failure{}, s.Fail...),
 	})
 }
@@ -198,7 +205,7 @@ func (s *Settings) UnmarshalJSON(b []byte) error {
 	ds := out.durations()
 	for name, v := range map[string]string{
 		"latency": j.Latency, "attachLatency": j.AttachLatency, "imdsLag": j.IMDSLag,
-		"mappingLag": j.MappingLag, "readLag": j.ReadLag, "flowInterval": j.FlowInterval,
+		"mappingLag": j.MappingLag, "readLag": j.ReadLag, "flowInterval": j.FlowInterval, "fileInterval": j.FileInterval,
 	} {
 		if v == "" {
 			continue

@@ -41,8 +41,14 @@ const (
 	IGWPrivate    DropReason = "igw_private"    // between the internet and an address of RFC 1918 or RFC 6598
 	NoPublic      DropReason = "no_public"      // from the internet, to a public address that leads nowhere
 
-	// LinkLocalAllowance has the name of the counter of AWS's network driver.
+	// These have the names of the counters of AWS's network driver.
 	LinkLocalAllowance DropReason = "linklocal_allowance_exceeded" // more to link-local services than an ENI may send
+	ConntrackAllowance DropReason = "conntrack_allowance_exceeded" // the instance tracks as many flows as it may
+
+	// PortAllocation is on a NAT gateway's ENI, and has the name of AWS's metric
+	// ErrorPortAllocation: a connection that found no source port. The gateway's
+	// guest drops it, not a program.
+	PortAllocation DropReason = "error_port_allocation"
 )
 
 // dropReasons are the numbers that the programs count by.
@@ -74,6 +80,7 @@ var dropReasons = [bpfgen.FabricDropReasonDROP_REASONS]DropReason{
 	bpfgen.FabricDropReasonDROP_NO_PUBLIC:      NoPublic,
 
 	bpfgen.FabricDropReasonDROP_LINKLOCAL_ALLOWANCE: LinkLocalAllowance,
+	bpfgen.FabricDropReasonDROP_CONNTRACK_ALLOWANCE: ConntrackAllowance,
 }
 
 // Counters are an ENI's, from its guest's point of view, since it was attached.
@@ -94,6 +101,9 @@ type Counters struct {
 	SkippedTxBytes   uint64 `json:"skippedTxBytes"`
 	SkippedRxPackets uint64 `json:"skippedRxPackets"`
 	SkippedRxBytes   uint64 `json:"skippedRxBytes"`
+	// ConntrackAvailable is how many more flows the instance may track, as AWS's
+	// driver counts conntrack_allowance_available; nil without an allowance.
+	ConntrackAvailable *int64 `json:"conntrackAllowanceAvailable,omitempty"`
 	// Drops counts frames, by reason; reasons without any are left out. Oversize
 	// includes what the veth refused before a program saw it.
 	Drops map[DropReason]uint64 `json:"drops,omitempty"`
@@ -111,6 +121,7 @@ func (f *Fabric) Counters() (map[vpc.ENIID]Counters, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read counters: %w", err)
 	}
+	unported := f.gateways.errors()
 	out := map[vpc.ENIID]Counters{}
 	var (
 		index  uint32
@@ -128,8 +139,14 @@ func (f *Fabric) Counters() (map[vpc.ENIID]Counters, error) {
 			id = eniID(eni)
 		}
 		c := Counters{Drops: map[DropReason]uint64{}}
+		if index != 0 {
+			c.ConntrackAvailable = f.available(eni.Guest)
+		}
 		if n := refused[int(index)]; n > 0 {
 			c.Drops[Oversize] = n
+		}
+		if n := unported[id]; n > 0 {
+			c.Drops[PortAllocation] = n
 		}
 		for _, one := range perCPU {
 			c.TxPackets += one.TxPackets

@@ -40,6 +40,10 @@ type Options struct {
 	// link-local services (DNS, IMDS and NTP together): 0 is AWS's 1,024,
 	// below 0 there is no bound.
 	LinkLocalPPS int
+	// ConntrackAllowance is how many flows the groups of all ENIs of one instance
+	// may track at once; what would begin another is dropped. AWS publishes no
+	// number; 0 is as many as there is room for in the lab.
+	ConntrackAllowance int
 	// Records is how many flow records an interval has room for, 0: 262,144.
 	Records int
 
@@ -71,6 +75,8 @@ type Fabric struct {
 	// translating are the NAT gateways' guests whose translation is in place as
 	// this process wants it.
 	translating map[string]string
+	gateways    natPorts
+	allowance   int // Options.ConntrackAllowance
 	// nextIndex is the next fabric end's ifindex.
 	nextIndex int
 
@@ -146,6 +152,10 @@ func (f *Fabric) open(o Options) error {
 	if err := o.setLinkLocal(spec); err != nil {
 		return err
 	}
+	if err := o.setConntrack(spec); err != nil {
+		return err
+	}
+	f.allowance = o.ConntrackAllowance
 	opts := &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: f.pins}}
 	loader := (*ebpf.CollectionSpec).LoadAndAssign
 	if o.loader != nil {

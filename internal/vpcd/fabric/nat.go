@@ -1,6 +1,7 @@
 package fabric
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -23,11 +24,13 @@ const NATMTU = 8500
 // remember is answered with a reset.
 const natIdle = "350"
 
-// Source ports that a NAT gateway chooses from (same source). AWS promises
-// 55,000 connections by each address to one destination; here it is all of these.
+// A NAT gateway has 55,000 connections at once by each of its addresses to one
+// destination: address, port and protocol (same source). It chooses source ports
+// of 1024 to 65535; that the kernel is given the first 55,000 of them is what
+// holds it to that number.
 const (
-	natFirstPort = 1024
-	natLastPort  = 65535
+	natFirstPort   = 1024
+	natConnections = 55_000
 )
 
 // NAT makes a guest a NAT gateway: what the interface gets from CIDRs goes out
@@ -37,11 +40,17 @@ const (
 type NAT struct {
 	Addresses []netip.Addr   // the interface's own, 1 to 8
 	CIDRs     []netip.Prefix // of the VPC
+	// Connections is how many each address has at once to one destination; 0 is
+	// AWS's number, 55,000.
+	Connections int
 }
 
 func (n NAT) check() error {
 	if len(n.Addresses) == 0 || len(n.CIDRs) == 0 {
 		return errors.New("a NAT gateway has neither no address nor no VPC")
+	}
+	if n.Connections < 0 || n.Connections > 65536-natFirstPort {
+		return fmt.Errorf("a NAT gateway cannot have %d connections to one destination", n.Connections)
 	}
 	for _, a := range n.Addresses {
 		if !a.Is4() {
@@ -75,6 +84,7 @@ var natSysctls = []struct{ file, value string }{
 // translate puts the translation of NAT gateways in place, in the kernel of
 // their guests. It replaces what is there by one transaction: connections go on.
 func (f *Fabric) translate(want desired, guests map[string]uint64, errs *[]error) {
+	f.gateways.set(want)
 	for guest := range f.translating {
 		if _, ok := want.nats[guest]; !ok {
 			delete(f.translating, guest)
@@ -170,6 +180,7 @@ func (n NAT) installRules() error {
 		}
 	}
 	source := chain("source", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource, nil)
+	last := natFirstPort + cmp.Or(n.Connections, natConnections) - 1
 	for i, a := range n.Addresses {
 		// One of those left, each as likely.
 		var pick []expr.Any
@@ -186,7 +197,7 @@ func (n NAT) installRules() error {
 		for _, protocol := range []byte{protoTCP, protoUDP} {
 			c.AddRule(&nftables.Rule{Table: table, Chain: to, Exprs: slices.Concat(protocolIs(protocol), address, []expr.Any{
 				&expr.Immediate{Register: 2, Data: binaryutil.BigEndian.PutUint16(natFirstPort)},
-				&expr.Immediate{Register: 3, Data: binaryutil.BigEndian.PutUint16(natLastPort)},
+				&expr.Immediate{Register: 3, Data: binaryutil.BigEndian.PutUint16(uint16(last))},
 				&ports,
 			})})
 		}

@@ -171,6 +171,60 @@ func TestNATGateway(t *testing.T) {
 	g.counts(IGWSource, func() { a.seenAs(a.addr, server, 10, refusal) })
 }
 
+// An address of a gateway has so many connections to one destination, and as
+// many to another; who finds no port is dropped and counted.
+func TestNATGatewayPorts(t *testing.T) {
+	if natFirstPort+natConnections-1 > 65535 {
+		t.Fatal("there are not so many ports")
+	}
+	l := newLab(t)
+	l.withInternet()
+	g := l.natGateway("10.0.0.100", public(1))
+	const most = 10
+	for i := range l.cfg.Guests {
+		if l.cfg.Guests[i].NAT != nil {
+			l.cfg.Guests[i].NAT.Connections = most
+		}
+	}
+	a := l.add(subnetB, "10.0.1.4")
+	l.set()
+	o := l.outside()
+	o.echo(internetAddr, 7)
+	o.echo(internetAddr, 8)
+	next := 20000 // each from a source port of its own
+	answered := func(port uint16, wait time.Duration) bool {
+		next++
+		var c *net.UDPConn
+		a.do(func() (err error) {
+			c, err = net.DialUDP("udp4", &net.UDPAddr{IP: a.addr.AsSlice(), Port: next}, &net.UDPAddr{IP: internetAddr.AsSlice(), Port: int(port)})
+			return err
+		})
+		defer c.Close()
+		if _, err := c.Write([]byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		_ = c.SetReadDeadline(time.Now().Add(wait))
+		_, err := c.Read(make([]byte, 64))
+		return err == nil
+	}
+	for n := range most {
+		if !answered(7, patience) {
+			t.Errorf("connection %d to one port has no answer", n+1)
+		}
+	}
+	for range 3 {
+		if answered(7, refusal) {
+			t.Errorf("more than %d connections to one port", most)
+		}
+	}
+	if got := g.counters().Drops[PortAllocation]; got != 3 {
+		t.Errorf("%d connections without a port are counted, want 3", got)
+	}
+	if !answered(8, patience) {
+		t.Error("no connection to another port")
+	}
+}
+
 // Flows through a NAT gateway are tracked, whatever the rules.
 func TestNATGatewayIsAlwaysTracked(t *testing.T) {
 	l := newLab(t)

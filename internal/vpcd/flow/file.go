@@ -26,9 +26,9 @@ type Place struct {
 	Hours   bool // a folder for each hour
 }
 
-// Key is the name of a file in the bucket, with records of the interval that
-// has this number and ended then: the same for the same interval, so that a file
-// that is written again takes its own place.
+// Key is the name of a file in the bucket, with the records of a stretch of time
+// that has this number and ended then: the same for the same stretch, so that a
+// file that is written again takes its own place.
 func (p Place) Key(number uint64, end time.Time) string {
 	end = end.UTC()
 	folders := []string{p.Prefix, "AWSLogs"}
@@ -43,7 +43,7 @@ func (p Place) Key(number uint64, end time.Time) string {
 			folders = append(folders, end.Format("15"))
 		}
 	}
-	// Eight digits that tell files of one minute apart, as AWS's do: of intervals
+	// Eight digits that tell files of one minute apart, as AWS's do: of stretches
 	// that follow each other they differ for certain.
 	digest := sha256.Sum256(fmt.Appendf(nil, "%s %d %d", p.ID, number, end.UnixNano()))
 	kind := "log.gz"

@@ -50,6 +50,14 @@ type Record struct {
 	RefusedBy string
 }
 
+// OfInterface returns what a record says of its interface alone.
+func (r Record) OfInterface() Record {
+	r.Start, r.End, r.Status = time.Time{}, time.Time{}, ""
+	r.Egress, r.Source, r.Destination, r.SourcePort, r.DestinationPort, r.Protocol = false, netip.Addr{}, netip.Addr{}, 0, 0, 0
+	r.Packets, r.Bytes, r.Action, r.TCPFlags, r.TrafficPath, r.RefusedBy = 0, 0, "", 0, 0, ""
+	return r
+}
+
 // absent is how a text record shows a field that does not apply.
 const absent = "-"
 

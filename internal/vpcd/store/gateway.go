@@ -26,7 +26,10 @@ type Address struct {
 	ENI         vpc.ENIID // whose address Private is
 	Private     netip.Addr
 	NAT         vpc.NATGatewayID // the NAT gateway that uses it
-	Created     time.Time
+	// Auto says that it is no Elastic IP address, but the one that an instance has
+	// for its life. It is always associated, and gone when it is not.
+	Auto    bool `json:",omitempty"`
+	Created time.Time
 }
 
 // NATState is the state of a NAT gateway, spelled as EC2 does.

@@ -2,6 +2,7 @@ package store
 
 import (
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/underlay-cni/underlay/internal/vpc"
@@ -37,7 +38,10 @@ type Subnet struct {
 	HostType string // ip-name or resource-name: how instances launched here are named
 	// ResourceNameA says that the names of instances launched here resolve.
 	ResourceNameA bool `json:",omitempty"`
-	Created       time.Time
+	// MapPublicOnLaunch has instances launched here get a public address for their
+	// life, unless the launch says otherwise.
+	MapPublicOnLaunch bool `json:",omitempty"`
+	Created           time.Time
 }
 
 // Reservation sets addresses of a subnet aside: none of them is given to an
@@ -148,6 +152,7 @@ type ENI struct {
 	Groups           []vpc.SecurityGroupID
 	Description      string
 	SourceDestCheck  bool
+	AssociatePublic  bool `json:",omitempty"` // as an instance's primary interface it has a public address for the instance's life
 	RequesterManaged bool
 	RequesterID      string           // who made it: account id, or the service
 	Service          string           // name of the managed service it belongs to, or ""
@@ -174,7 +179,13 @@ type Group struct {
 	Name        string
 	Description string
 	Rules       []Rule // in the order of creation
+	// VPCs are others whose interfaces may have the group, sorted.
+	VPCs []vpc.VPCID `json:",omitempty"`
 }
+
+// UsableIn reports whether interfaces of a VPC may have the group: it was made
+// there, or is associated with it.
+func (g *Group) UsableIn(id vpc.VPCID) bool { return g.VPC == id || slices.Contains(g.VPCs, id) }
 
 // Rule is one rule of a security group. Exactly one of CIDR, PrefixList and
 // Group says who the peer is.

@@ -240,8 +240,8 @@ func (t *Tx) DeleteAddress(id vpc.AllocationID) {
 	t.SetTags(string(id), nil)
 }
 
-// dropElastics ends the associations of Elastic IP addresses with what an
-// interface does not hold any more. A nil e holds nothing.
+// dropElastics ends the associations of public addresses with what an interface
+// does not hold any more; those that are no Elastic IP addresses end with them. A nil e holds nothing.
 func (t *Tx) dropElastics(id vpc.ENIID, e *ENI) {
 	var gone []*Address
 	for a := range t.ElasticsOf(id) {
@@ -250,6 +250,10 @@ func (t *Tx) dropElastics(id vpc.ENIID, e *ENI) {
 		}
 	}
 	for _, old := range gone {
+		if old.Auto {
+			t.DeleteAddress(old.ID)
+			continue
+		}
 		t.PutAddress(&Address{ID: old.ID, Public: old.Public, Created: old.Created})
 	}
 }

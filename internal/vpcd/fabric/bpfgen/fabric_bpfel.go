@@ -63,7 +63,7 @@ type FabricCounters struct {
 	SkippedTxBytes   uint64
 	SkippedRxPackets uint64
 	SkippedRxBytes   uint64
-	Drops            [26]uint64
+	Drops            [27]uint64
 }
 
 type FabricDirection uint32
@@ -95,14 +95,15 @@ const (
 	FabricDropReasonDROP_SG_INGRESS          FabricDropReason = 16
 	FabricDropReasonDROP_FRAGMENT            FabricDropReason = 17
 	FabricDropReasonDROP_FLOWS_FULL          FabricDropReason = 18
-	FabricDropReasonDROP_ACL_EGRESS          FabricDropReason = 19
-	FabricDropReasonDROP_ACL_INGRESS         FabricDropReason = 20
-	FabricDropReasonDROP_BLACKHOLE           FabricDropReason = 21
-	FabricDropReasonDROP_IGW_SOURCE          FabricDropReason = 22
-	FabricDropReasonDROP_IGW_PRIVATE         FabricDropReason = 23
-	FabricDropReasonDROP_NO_PUBLIC           FabricDropReason = 24
-	FabricDropReasonDROP_LINKLOCAL_ALLOWANCE FabricDropReason = 25
-	FabricDropReasonDROP_REASONS             FabricDropReason = 26
+	FabricDropReasonDROP_CONNTRACK_ALLOWANCE FabricDropReason = 19
+	FabricDropReasonDROP_ACL_EGRESS          FabricDropReason = 20
+	FabricDropReasonDROP_ACL_INGRESS         FabricDropReason = 21
+	FabricDropReasonDROP_BLACKHOLE           FabricDropReason = 22
+	FabricDropReasonDROP_IGW_SOURCE          FabricDropReason = 23
+	FabricDropReasonDROP_IGW_PRIVATE         FabricDropReason = 24
+	FabricDropReasonDROP_NO_PUBLIC           FabricDropReason = 25
+	FabricDropReasonDROP_LINKLOCAL_ALLOWANCE FabricDropReason = 26
+	FabricDropReasonDROP_REASONS             FabricDropReason = 27
 )
 
 type FabricEni struct {
@@ -140,7 +141,7 @@ type FabricFlow struct {
 	StreamTimeout uint32
 	Opener        uint8
 	Flags         [2]uint8
-	Pad           uint8
+	Replaces      uint8
 }
 
 type FabricFlowKey struct {
@@ -347,6 +348,7 @@ const (
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	FabricMapAcls                  = "acls"
+	FabricMapAllowances            = "allowances"
 	FabricMapBuckets               = "buckets"
 	FabricMapCounts                = "counts"
 	FabricMapElastics              = "elastics"
@@ -370,6 +372,7 @@ const (
 	FabricProgToGuest              = "to_guest"
 	FabricProgToInternet           = "to_internet"
 	FabricVarClockOffset           = "clock_offset"
+	FabricVarConntrackAllowance    = "conntrack_allowance"
 	FabricVarDirections            = "directions"
 	FabricVarDropReasons           = "drop_reasons"
 	FabricVarEgressGroupsByAddress = "egress_groups_by_address"
@@ -445,6 +448,7 @@ type FabricProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type FabricMapSpecs struct {
 	Acls       *ebpf.MapSpec `ebpf:"acls"`
+	Allowances *ebpf.MapSpec `ebpf:"allowances"`
 	Buckets    *ebpf.MapSpec `ebpf:"buckets"`
 	Counts     *ebpf.MapSpec `ebpf:"counts"`
 	Elastics   *ebpf.MapSpec `ebpf:"elastics"`
@@ -469,6 +473,7 @@ type FabricMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type FabricVariableSpecs struct {
 	ClockOffset           *ebpf.VariableSpec `ebpf:"clock_offset"`
+	ConntrackAllowance    *ebpf.VariableSpec `ebpf:"conntrack_allowance"`
 	Directions            *ebpf.VariableSpec `ebpf:"directions"`
 	DropReasons           *ebpf.VariableSpec `ebpf:"drop_reasons"`
 	EgressGroupsByAddress *ebpf.VariableSpec `ebpf:"egress_groups_by_address"`
@@ -511,6 +516,7 @@ func (o *FabricObjects) Close() error {
 // It can be passed to LoadFabricObjects or ebpf.CollectionSpec.LoadAndAssign.
 type FabricMaps struct {
 	Acls       *ebpf.Map `ebpf:"acls"`
+	Allowances *ebpf.Map `ebpf:"allowances"`
 	Buckets    *ebpf.Map `ebpf:"buckets"`
 	Counts     *ebpf.Map `ebpf:"counts"`
 	Elastics   *ebpf.Map `ebpf:"elastics"`
@@ -533,6 +539,7 @@ type FabricMaps struct {
 func (m *FabricMaps) Close() error {
 	return _FabricClose(
 		m.Acls,
+		m.Allowances,
 		m.Buckets,
 		m.Counts,
 		m.Elastics,
@@ -558,6 +565,7 @@ func (m *FabricMaps) Close() error {
 // It can be passed to LoadFabricObjects or ebpf.CollectionSpec.LoadAndAssign.
 type FabricVariables struct {
 	ClockOffset           *ebpf.Variable `ebpf:"clock_offset"`
+	ConntrackAllowance    *ebpf.Variable `ebpf:"conntrack_allowance"`
 	Directions            *ebpf.Variable `ebpf:"directions"`
 	DropReasons           *ebpf.Variable `ebpf:"drop_reasons"`
 	EgressGroupsByAddress *ebpf.Variable `ebpf:"egress_groups_by_address"`
