@@ -20,8 +20,8 @@ type ACL struct {
 	Egress  []ACLEntry
 }
 
-// ACLEntry allows or denies a protocol from or to the addresses of CIDR. IPv4
-// only, as Rule.
+// ACLEntry allows or denies a protocol from or to the addresses of CIDR, which
+// is of IPv4 or of IPv6.
 type ACLEntry struct {
 	Protocol int // as in Rule
 	From, To int // as in Rule

@@ -30,12 +30,12 @@ const AllProtocols = -1
 // Any is a From or To that means all: all ports, all ICMP types, all codes.
 const Any = -1
 
-// Rule allows a protocol from or to peers. IPv4 only: peers and protocols of
-// IPv6 match nothing here.
+// Rule allows a protocol from or to peers, of IPv4 or IPv6.
 type Rule struct {
 	Protocol int // IP protocol number, or AllProtocols
-	// TCP and UDP: the destination ports From to To, or Any in both. ICMP: the
-	// type From and the code To, Any each. Other protocols: without meaning.
+	// TCP and UDP: the destination ports From to To, or Any in both. ICMP and
+	// ICMPv6 (58): the type From and the code To, Any each. Other protocols:
+	// without meaning.
 	From, To int
 	// Peers are CIDR blocks (one, or those of a prefix list), none if Group is
 	// set.

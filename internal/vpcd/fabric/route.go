@@ -22,7 +22,8 @@ type Route struct {
 	CIDR netip.Prefix
 	// One of these, or none. Local delivers to whatever interface holds the
 	// address, Peer does in the VPC of that number. Internet leads to the VPC's
-	// internet gateway. ENI leads to an interface, whose address that of the
+	// internet gateway, which carries no IPv6 (nor does an egress-only one,
+	// which is Internet too: both drop it under a reason of its own). ENI leads to an interface, whose address that of the
 	// packet need not be. A route with none of them, or to an interface that is
 	// not attached, drops what follows it.
 	Local    bool
