@@ -101,7 +101,8 @@ type port struct {
 	subnet Subnet
 	device string // name of the fabric end
 	policy *bpfgen.FabricPolicy
-	table  uint64 // number of the subnet's route table, 0: none
+	six    *bpfgen.FabricPolicy6 // nil: it has no IPv6
+	table  uint64                // number of the subnet's route table, 0: none
 }
 
 // desired is a Config that check has gone through: only what is valid.
@@ -110,7 +111,7 @@ type desired struct {
 	ports  map[vpc.ENIID]*port
 	order  []*port            // as in the Config, so that Set works in a stable order
 	routes map[uint64][]Route // by number of the table
-	acls   map[bpfgen.FabricSubnetKey]*bpfgen.FabricAcl
+	acls   map[bpfgen.FabricSubnetKey]*aclOf
 
 	internet bool
 	publics  map[uint32]bpfgen.FabricPublic  // by public address
@@ -181,7 +182,7 @@ func device(id vpc.ENIID) (string, error) {
 // check turns a Config into what can be applied; the error joins what it left out.
 func check(n namespaces, c Config) (desired, error) {
 	d := desired{
-		guests: map[string]bool{}, ports: map[vpc.ENIID]*port{}, acls: map[bpfgen.FabricSubnetKey]*bpfgen.FabricAcl{},
+		guests: map[string]bool{}, ports: map[vpc.ENIID]*port{}, acls: map[bpfgen.FabricSubnetKey]*aclOf{},
 		internet: c.Internet, nats: map[string]NAT{},
 	}
 	tables, routes, errs := checkTables(c.Tables)
@@ -240,6 +241,7 @@ func check(n namespaces, c Config) (desired, error) {
 	groups, bad := checkGroups(c.Groups)
 	errs = append(errs, bad...)
 	policies := map[string]*bpfgen.FabricPolicy{} // interfaces with the same groups share one
+	policies6 := map[string]*bpfgen.FabricPolicy6{}
 	holder := map[held]vpc.ENIID{}
 	holders6 := newHolders6()
 	names := map[named]vpc.ENIID{}
@@ -278,6 +280,14 @@ func check(n namespaces, c Config) (desired, error) {
 			if policies[key], err = policyOf(i.Groups, i.Timeouts, groups); err != nil {
 				errs = append(errs, fmt.Errorf("interface %s: %w", i.ID, err))
 			}
+		}
+		if p.flags()&ipv6 != 0 && policies6[key] == nil {
+			if policies6[key], err = policy6Of(i.Groups, i.Timeouts, groups); err != nil {
+				errs = append(errs, fmt.Errorf("interface %s: %w", i.ID, err))
+			}
+		}
+		if p.flags()&ipv6 != 0 {
+			p.six = policies6[key]
 		}
 		p.policy, p.table = policies[key], tables[p.subnet.Table]
 		d.ports[i.ID] = p
@@ -347,6 +357,9 @@ func checkInterface(i Interface, subnets map[vpc.SubnetID]Subnet, d desired) (*p
 		return nil, fmt.Errorf("MTU %d is not within 68 and %d", i.MTU, MTU)
 	}
 	i.MTU = cmp.Or(i.MTU, MTU)
+	if s.CIDR6.IsValid() && !i.Ungated && i.MTU < minMTU6 {
+		return nil, fmt.Errorf("MTU %d is below IPv6's least, %d", i.MTU, minMTU6)
+	}
 	hasPrimary := false
 	for _, a := range i.Addresses {
 		if a.IsValid() && a.Addr().Is6() {

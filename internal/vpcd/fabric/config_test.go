@@ -266,8 +266,9 @@ func TestBadEntryEndsACL(t *testing.T) {
 	bad.From = 3
 	six := ACLEntry{Protocol: AllProtocols, CIDR: netip.MustParsePrefix("::/0")}
 	got, errs := checkACLs([]ACL{{ID: aclOpen, Egress: []ACLEntry{six, allow, bad, allow}, Ingress: []ACLEntry{allow, six, allow}}})
-	if len(errs) != 1 || got[aclOpen].Count != [2]uint32{egress: 1, ingress: 2} {
-		t.Errorf("%d errors, %v entries", len(errs), got[aclOpen].Count)
+	four, six6 := got[aclOpen].four.Count, got[aclOpen].six.Count
+	if len(errs) != 1 || four != [2]uint32{egress: 1, ingress: 2} || six6 != [2]uint32{1, 1} {
+		t.Errorf("%d errors, %v entries of IPv4, %v of IPv6", len(errs), four, six6)
 	}
 }
 
