@@ -27,7 +27,7 @@ import (
 // the numbers of drop reasons, of the names of links. Another version's pins
 // are not adopted: Open removes them and Set makes every interface anew, at the
 // price of a short interruption.
-const layout = "v4"
+const layout = "v5"
 
 // Options say which lab's fabric it is, and where its state is pinned.
 type Options struct {
@@ -173,6 +173,13 @@ func (f *Fabric) open(o Options) error {
 	}
 	// Key 0 counts what comes from no ENI.
 	if err := addCounter(f.objs.Counts, 0); err != nil {
+		return err
+	}
+	if err := f.objs.Judges.Put(uint32(0), f.objs.JudgeGuest); err != nil {
+		return fmt.Errorf("put the program that judges in place: %w", err)
+	}
+	// These programs may judge otherwise than those before.
+	if err := f.countGeneration(); err != nil {
 		return err
 	}
 	if err := f.openIntervals(spec.Maps[bpfgen.FabricMapRecords].InnerMap, o.Records); err != nil {

@@ -118,6 +118,8 @@ type FabricEni struct {
 	Table       uint64
 	Guest       uint64
 	Id          [32]int8
+	Mtu         uint16
+	Pad         [6]uint8
 }
 
 type FabricEniFlag uint32
@@ -129,12 +131,17 @@ const (
 )
 
 type FabricFlow struct {
-	_             structs.HostLayout
-	Expires       uint64
-	Created       uint64
-	Version       uint64
-	Packets       [2]uint64
-	Bytes         [2]uint64
+	_       structs.HostLayout
+	Expires uint64
+	Version uint64
+	Packets [2]uint64
+	Bytes   [2]uint64
+	Passed  uint64
+	Own     struct {
+		_   structs.HostLayout
+		Mac [6]uint8
+		Mtu uint16
+	}
 	TcpTimeout    uint32
 	UdpTimeout    uint32
 	StreamTimeout uint32
@@ -354,7 +361,9 @@ const (
 	FabricMapFlows                 = "flows"
 	FabricMapFragments             = "fragments"
 	FabricMapGateways              = "gateways"
+	FabricMapGenerations           = "generations"
 	FabricMapInternet              = "internet"
+	FabricMapJudges                = "judges"
 	FabricMapLoggedEnis            = "logged_enis"
 	FabricMapMappings              = "mappings"
 	FabricMapPieces                = "pieces"
@@ -367,6 +376,7 @@ const (
 	FabricProgCutForInternet       = "cut_for_internet"
 	FabricProgFromGuest            = "from_guest"
 	FabricProgFromInternet         = "from_internet"
+	FabricProgJudgeGuest           = "judge_guest"
 	FabricProgToGuest              = "to_guest"
 	FabricProgToInternet           = "to_internet"
 	FabricVarClockOffset           = "clock_offset"
@@ -436,6 +446,7 @@ type FabricProgramSpecs struct {
 	CutForInternet *ebpf.ProgramSpec `ebpf:"cut_for_internet"`
 	FromGuest      *ebpf.ProgramSpec `ebpf:"from_guest"`
 	FromInternet   *ebpf.ProgramSpec `ebpf:"from_internet"`
+	JudgeGuest     *ebpf.ProgramSpec `ebpf:"judge_guest"`
 	ToGuest        *ebpf.ProgramSpec `ebpf:"to_guest"`
 	ToInternet     *ebpf.ProgramSpec `ebpf:"to_internet"`
 }
@@ -444,24 +455,26 @@ type FabricProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type FabricMapSpecs struct {
-	Acls       *ebpf.MapSpec `ebpf:"acls"`
-	Buckets    *ebpf.MapSpec `ebpf:"buckets"`
-	Counts     *ebpf.MapSpec `ebpf:"counts"`
-	Elastics   *ebpf.MapSpec `ebpf:"elastics"`
-	Enis       *ebpf.MapSpec `ebpf:"enis"`
-	Flows      *ebpf.MapSpec `ebpf:"flows"`
-	Fragments  *ebpf.MapSpec `ebpf:"fragments"`
-	Gateways   *ebpf.MapSpec `ebpf:"gateways"`
-	Internet   *ebpf.MapSpec `ebpf:"internet"`
-	LoggedEnis *ebpf.MapSpec `ebpf:"logged_enis"`
-	Mappings   *ebpf.MapSpec `ebpf:"mappings"`
-	Pieces     *ebpf.MapSpec `ebpf:"pieces"`
-	Policies   *ebpf.MapSpec `ebpf:"policies"`
-	Publics    *ebpf.MapSpec `ebpf:"publics"`
-	Records    *ebpf.MapSpec `ebpf:"records"`
-	Routes     *ebpf.MapSpec `ebpf:"routes"`
-	Skips      *ebpf.MapSpec `ebpf:"skips"`
-	Stations   *ebpf.MapSpec `ebpf:"stations"`
+	Acls        *ebpf.MapSpec `ebpf:"acls"`
+	Buckets     *ebpf.MapSpec `ebpf:"buckets"`
+	Counts      *ebpf.MapSpec `ebpf:"counts"`
+	Elastics    *ebpf.MapSpec `ebpf:"elastics"`
+	Enis        *ebpf.MapSpec `ebpf:"enis"`
+	Flows       *ebpf.MapSpec `ebpf:"flows"`
+	Fragments   *ebpf.MapSpec `ebpf:"fragments"`
+	Gateways    *ebpf.MapSpec `ebpf:"gateways"`
+	Generations *ebpf.MapSpec `ebpf:"generations"`
+	Internet    *ebpf.MapSpec `ebpf:"internet"`
+	Judges      *ebpf.MapSpec `ebpf:"judges"`
+	LoggedEnis  *ebpf.MapSpec `ebpf:"logged_enis"`
+	Mappings    *ebpf.MapSpec `ebpf:"mappings"`
+	Pieces      *ebpf.MapSpec `ebpf:"pieces"`
+	Policies    *ebpf.MapSpec `ebpf:"policies"`
+	Publics     *ebpf.MapSpec `ebpf:"publics"`
+	Records     *ebpf.MapSpec `ebpf:"records"`
+	Routes      *ebpf.MapSpec `ebpf:"routes"`
+	Skips       *ebpf.MapSpec `ebpf:"skips"`
+	Stations    *ebpf.MapSpec `ebpf:"stations"`
 }
 
 // FabricVariableSpecs contains global variables before they are loaded into the kernel.
@@ -510,24 +523,26 @@ func (o *FabricObjects) Close() error {
 //
 // It can be passed to LoadFabricObjects or ebpf.CollectionSpec.LoadAndAssign.
 type FabricMaps struct {
-	Acls       *ebpf.Map `ebpf:"acls"`
-	Buckets    *ebpf.Map `ebpf:"buckets"`
-	Counts     *ebpf.Map `ebpf:"counts"`
-	Elastics   *ebpf.Map `ebpf:"elastics"`
-	Enis       *ebpf.Map `ebpf:"enis"`
-	Flows      *ebpf.Map `ebpf:"flows"`
-	Fragments  *ebpf.Map `ebpf:"fragments"`
-	Gateways   *ebpf.Map `ebpf:"gateways"`
-	Internet   *ebpf.Map `ebpf:"internet"`
-	LoggedEnis *ebpf.Map `ebpf:"logged_enis"`
-	Mappings   *ebpf.Map `ebpf:"mappings"`
-	Pieces     *ebpf.Map `ebpf:"pieces"`
-	Policies   *ebpf.Map `ebpf:"policies"`
-	Publics    *ebpf.Map `ebpf:"publics"`
-	Records    *ebpf.Map `ebpf:"records"`
-	Routes     *ebpf.Map `ebpf:"routes"`
-	Skips      *ebpf.Map `ebpf:"skips"`
-	Stations   *ebpf.Map `ebpf:"stations"`
+	Acls        *ebpf.Map `ebpf:"acls"`
+	Buckets     *ebpf.Map `ebpf:"buckets"`
+	Counts      *ebpf.Map `ebpf:"counts"`
+	Elastics    *ebpf.Map `ebpf:"elastics"`
+	Enis        *ebpf.Map `ebpf:"enis"`
+	Flows       *ebpf.Map `ebpf:"flows"`
+	Fragments   *ebpf.Map `ebpf:"fragments"`
+	Gateways    *ebpf.Map `ebpf:"gateways"`
+	Generations *ebpf.Map `ebpf:"generations"`
+	Internet    *ebpf.Map `ebpf:"internet"`
+	Judges      *ebpf.Map `ebpf:"judges"`
+	LoggedEnis  *ebpf.Map `ebpf:"logged_enis"`
+	Mappings    *ebpf.Map `ebpf:"mappings"`
+	Pieces      *ebpf.Map `ebpf:"pieces"`
+	Policies    *ebpf.Map `ebpf:"policies"`
+	Publics     *ebpf.Map `ebpf:"publics"`
+	Records     *ebpf.Map `ebpf:"records"`
+	Routes      *ebpf.Map `ebpf:"routes"`
+	Skips       *ebpf.Map `ebpf:"skips"`
+	Stations    *ebpf.Map `ebpf:"stations"`
 }
 
 func (m *FabricMaps) Close() error {
@@ -540,7 +555,9 @@ func (m *FabricMaps) Close() error {
 		m.Flows,
 		m.Fragments,
 		m.Gateways,
+		m.Generations,
 		m.Internet,
+		m.Judges,
 		m.LoggedEnis,
 		m.Mappings,
 		m.Pieces,
@@ -586,6 +603,7 @@ type FabricPrograms struct {
 	CutForInternet *ebpf.Program `ebpf:"cut_for_internet"`
 	FromGuest      *ebpf.Program `ebpf:"from_guest"`
 	FromInternet   *ebpf.Program `ebpf:"from_internet"`
+	JudgeGuest     *ebpf.Program `ebpf:"judge_guest"`
 	ToGuest        *ebpf.Program `ebpf:"to_guest"`
 	ToInternet     *ebpf.Program `ebpf:"to_internet"`
 }
@@ -595,6 +613,7 @@ func (p *FabricPrograms) Close() error {
 		p.CutForInternet,
 		p.FromGuest,
 		p.FromInternet,
+		p.JudgeGuest,
 		p.ToGuest,
 		p.ToInternet,
 	)
