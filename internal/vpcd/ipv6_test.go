@@ -38,6 +38,7 @@ func TestIPv6IsInEffectWhenAnswered(t *testing.T) {
 			}
 			return netns[address] != ""
 		})
+		isLocal(t, netns[address], address)
 	}
 	client, server := listenUDP(t, netns["2001:db8:0:100::10"], "[2001:db8:0:100::10]:1000"), listenUDP(t, netns["2001:db8:0:100::11"], "[::]:53")
 	dropped := func(address string) map[fabric.DropReason]uint64 {
@@ -80,19 +81,28 @@ func TestIPv6IsInEffectWhenAnswered(t *testing.T) {
 	passes("in a prefix", "2001:db8:0:100:7::9")
 }
 
-// addTo gives a guest an address on its loopback device, and waits until its
-// kernel has it.
+// addTo gives a guest an address on its loopback device.
 func addTo(t *testing.T, netns, address string) {
 	t.Helper()
-	ip := func(args ...string) (out []byte) {
-		if err := nl.Do(netns, func() (err error) {
-			out, err = exec.Command("ip", args...).CombinedOutput()
-			return err
-		}); err != nil {
-			t.Fatalf("ip %v: %v: %s", args, err, out)
-		}
-		return out
+	guestIP(t, netns, "addr", "add", address+"/128", "dev", "lo")
+	isLocal(t, netns, address)
+}
+
+// isLocal waits until a guest's kernel takes an address for its own, which it
+// does a moment after it was added.
+func isLocal(t *testing.T, netns, address string) {
+	t.Helper()
+	eventually(t, address+" is local", func() bool { return bytes.HasPrefix(guestIP(t, netns, "route", "get", address), []byte("local")) })
+}
+
+// guestIP runs the ip command in a guest.
+func guestIP(t *testing.T, netns string, args ...string) (out []byte) {
+	t.Helper()
+	if err := nl.Do(netns, func() (err error) {
+		out, err = exec.Command("ip", args...).CombinedOutput()
+		return err
+	}); err != nil {
+		t.Fatalf("ip %v: %v: %s", args, err, out)
 	}
-	ip("addr", "add", address+"/128", "dev", "lo")
-	eventually(t, address+" is local", func() bool { return bytes.HasPrefix(ip("route", "get", address), []byte("local")) })
+	return out
 }
