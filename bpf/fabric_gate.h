@@ -90,12 +90,19 @@ struct flow_key {
 	__u8 pad[2];
 };
 
+/* A fabric end's own. Neither changes while it stands. */
+struct own {
+	__u8 mac[6];
+	__u16 mtu; /* IP length of what it takes; 0: not noted */
+};
+
 struct flow {
 	__u64 expires; /* ns of the monotonic clock */
-	__u64 created;
 	__u64 version; /* untracked: of the policy that allows it; tracked: 0 */
 	__u64 packets[2]; /* by direction, as on the wire */
 	__u64 bytes[2]; /* IP lengths */
+	__u64 passed; /* where the last one went that the ENI sent, 0: nowhere (fabric_again.h) */
+	struct own own;
 	__u32 tcp_timeout; /* s; the policy's when the flow began */
 	__u32 udp_timeout;
 	__u32 stream_timeout;
@@ -104,10 +111,13 @@ struct flow {
 	__u8 replaces; /* of one that is about to begin: in the place of a tracked one */
 };
 
-/* When it is full, no flow begins that must be tracked; those that are there go on. */
+/*
+ * When it is full, no flow begins that must be tracked; those that are there go
+ * on. Its 40 MiB are taken at once: a connection is two flows, and begins the
+ * sooner for it.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__uint(max_entries, 262144);
 	__type(key, struct flow_key);
 	__type(value, struct flow);
@@ -612,7 +622,6 @@ __noinline int gate(struct packet *p, __u32 ifindex, __u32 which, __u32 peer)
 	if (p->tuple.protocol == IPPROTO_ICMP && p->tuple.query != QUERY_REQUEST)
 		return 0;
 
-	begun.created = now;
 	begun.tcp_timeout = policy->tcp_timeout;
 	begun.udp_timeout = policy->udp_timeout;
 	begun.stream_timeout = policy->stream_timeout;

@@ -9,7 +9,7 @@
 //	BenchmarkFlood     flows beside a pod that floods conntrack
 //	BenchmarkUnderlay  pods of a lab, and ADD and DEL
 //	BenchmarkFabric    the VPC's wires
-//	BenchmarkVPCD      the API
+//	BenchmarkVPCD      the API, against the rates asked of it
 //
 // -turns says how often each pair is measured, -slice for how long.
 package bench

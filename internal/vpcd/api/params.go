@@ -35,6 +35,10 @@ var harmless = map[string]map[string]string{
 		"PrivateDnsNameOptions.EnableResourceNameDnsAAAARecord=false": "the default",
 		"RamdiskId":               "the kernel is the host's",
 		"EnablePrimaryIpv6=false": "the default",
+
+		"Ipv6Address.IsPrimaryIpv6=false":                    "the default",
+		"NetworkInterface.Ipv6Addresses.IsPrimaryIpv6=false": "the default",
+		"NetworkInterface.PrimaryIpv6=false":                 "the default",
 	},
 	"TerminateInstances": {
 		"Force":          "a namespace always goes",
@@ -75,17 +79,10 @@ var harmless = map[string]map[string]string{
 	"DescribeRegions": {
 		"AllRegions": "there is no region that is not opted in",
 	},
-	"CreateVpc": {
-		"AmazonProvidedIpv6CidrBlock=false": "the default",
-	},
-	"AssociateVpcCidrBlock": {
-		"AmazonProvidedIpv6CidrBlock=false": "the default",
-	},
 	"CreateSubnet": {
 		"Ipv6Native=false": "the default",
 	},
 	"ModifySubnetAttribute": {
-		"AssignIpv6AddressOnCreation.Value=false":             "the default",
 		"MapCustomerOwnedIpOnLaunch.Value=false":              "the default",
 		"EnableDns64.Value=false":                             "the default",
 		"EnableResourceNameDnsAAAARecordOnLaunch.Value=false": "the default",
@@ -93,6 +90,8 @@ var harmless = map[string]map[string]string{
 	"CreateNetworkInterface": {
 		"InterfaceType=interface": "the default",
 		"EnablePrimaryIpv6=false": "the default",
+
+		"Ipv6Addresses.IsPrimaryIpv6=false": "the default",
 	},
 }
 

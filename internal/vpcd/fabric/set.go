@@ -34,7 +34,7 @@ func (f *Fabric) Set(ctx context.Context, c Config) error {
 	if f.route == nil {
 		return errors.New("set fabric: it is closed")
 	}
-	err := f.set(ctx, want)
+	err := errors.Join(f.set(ctx, want), f.countGeneration())
 	if err != nil {
 		f.seen = nil // who knows what was written: read it again
 	}
@@ -73,7 +73,7 @@ func (f *Fabric) set(ctx context.Context, want desired) error {
 	// and last something leads to it. An address that moves from one ENI to
 	// another that stays is rewritten in place.
 	stay := forwarding(want, kept)
-	if err := errors.Join(f.putRoutes(stay), f.deleteStale(stay)); err != nil {
+	if err := errors.Join(f.putRoutes(stay), f.deleteStale(stay), f.countGeneration()); err != nil {
 		return errors.Join(append(errs, err)...)
 	}
 	if err := f.removePorts(kept, doomed); err != nil {
@@ -97,6 +97,19 @@ func (f *Fabric) set(ctx context.Context, want desired) error {
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
+}
+
+// countGeneration tells the programs that what they judge by has been written:
+// what they remember of packets that passed holds no more (bpf/fabric_again.h).
+func (f *Fabric) countGeneration() error {
+	var n uint32
+	if err := f.objs.Generations.Lookup(uint32(0), &n); err != nil {
+		return fmt.Errorf("read the generation: %w", err)
+	}
+	if err := f.objs.Generations.Put(uint32(0), max(n+1, 1)); err != nil {
+		return fmt.Errorf("count the generation: %w", err)
+	}
+	return nil
 }
 
 // makeGuests makes the namespaces that are not there; it returns the inode of
@@ -167,6 +180,7 @@ func (f *Fabric) deleteStale(stay *contents) error {
 	// it led before, so it goes too.
 	return errors.Join(
 		deleteStale(f.objs.Mappings, f.seen.mappings, stay.mappings),
+		deleteStale(f.objs.Mappings6, f.seen.mapping6, stay.mapping6),
 		deleteStale(f.objs.Stations, f.seen.stations, stay.stations),
 		deleteStale(f.objs.Publics, f.seen.publics, stay.publics),
 		deleteStale(f.objs.Elastics, f.seen.elastics, stay.elastics),
@@ -176,8 +190,15 @@ func (f *Fabric) deleteStale(stay *contents) error {
 // putRoutes writes routes, the longest first, so that while they come no packet
 // follows a shorter one than it should.
 func (f *Fabric) putRoutes(want *contents) error {
-	for _, k := range slices.SortedFunc(maps.Keys(want.routes), func(a, b bpfgen.FabricRouteKey) int { return cmp.Compare(b.Prefixlen, a.Prefixlen) }) {
-		if err := putWanted(f.objs.Routes, f.seen.routes, map[bpfgen.FabricRouteKey]bpfgen.FabricRoute{k: want.routes[k]}); err != nil {
+	return errors.Join(
+		putRoutes(f.objs.Routes, f.seen.routes, want.routes),
+		putRoutes(f.objs.Routes6, f.seen.routes6, want.routes6),
+	)
+}
+
+func putRoutes(m *ebpf.Map, have, want map[bpfgen.FabricRouteKey]bpfgen.FabricRoute) error {
+	for _, k := range slices.SortedFunc(maps.Keys(want), func(a, b bpfgen.FabricRouteKey) int { return cmp.Compare(b.Prefixlen, a.Prefixlen) }) {
+		if err := putWanted(m, have, map[bpfgen.FabricRouteKey]bpfgen.FabricRoute{k: want[k]}); err != nil {
 			return err
 		}
 	}
@@ -186,14 +207,21 @@ func (f *Fabric) putRoutes(want *contents) error {
 
 // deleteRoutes deletes the routes that are not wanted, the shortest first.
 func (f *Fabric) deleteRoutes(want *contents) error {
-	for _, k := range slices.SortedFunc(maps.Keys(f.seen.routes), func(a, b bpfgen.FabricRouteKey) int { return cmp.Compare(a.Prefixlen, b.Prefixlen) }) {
-		if _, ok := want.routes[k]; ok {
+	return errors.Join(
+		deleteRoutes(f.objs.Routes, f.seen.routes, want.routes),
+		deleteRoutes(f.objs.Routes6, f.seen.routes6, want.routes6),
+	)
+}
+
+func deleteRoutes(m *ebpf.Map, have, want map[bpfgen.FabricRouteKey]bpfgen.FabricRoute) error {
+	for _, k := range slices.SortedFunc(maps.Keys(have), func(a, b bpfgen.FabricRouteKey) int { return cmp.Compare(a.Prefixlen, b.Prefixlen) }) {
+		if _, ok := want[k]; ok {
 			continue
 		}
-		if err := f.objs.Routes.Delete(k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			return fmt.Errorf("delete from map %s: %w", f.objs.Routes, err)
+		if err := m.Delete(k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("delete from map %s: %w", m, err)
 		}
-		delete(f.seen.routes, k)
+		delete(have, k)
 	}
 	return nil
 }
@@ -210,6 +238,7 @@ func (f *Fabric) putWanted(want desired, guests map[string]uint64, index map[vpc
 		putWanted(f.objs.Enis, f.seen.enis, enis),
 		putWanted(f.objs.Stations, f.seen.stations, come.stations),
 		putWanted(f.objs.Mappings, f.seen.mappings, come.mappings),
+		putWanted(f.objs.Mappings6, f.seen.mapping6, come.mapping6),
 		putWanted(f.objs.Elastics, f.seen.elastics, come.elastics),
 		putWanted(f.objs.Publics, f.seen.publics, come.publics),
 		f.deleteRoutes(come), // when no interface uses them
@@ -227,7 +256,14 @@ func (f *Fabric) forget(want desired, kept map[vpc.ENIID]int, adopted bool) erro
 	if err != nil {
 		return err
 	}
-	if _, err := f.acls.remove(func(k bpfgen.FabricSubnetKey) bool { _, ok := want.acls[k]; return ok }); err != nil {
+	if _, err := f.policies6.remove(func(i uint32) bool { return live[i] }); err != nil {
+		return err
+	}
+	stays := func(k bpfgen.FabricSubnetKey) bool { _, ok := want.acls[k]; return ok }
+	if _, err := f.acls.remove(stays); err != nil {
+		return err
+	}
+	if _, err := f.acls6.remove(stays); err != nil {
 		return err
 	}
 	if gone || adopted {
@@ -238,16 +274,19 @@ func (f *Fabric) forget(want desired, kept map[vpc.ENIID]int, adopted bool) erro
 
 // putRules gives fabric ends and subnets the rules that they are to have.
 func (f *Fabric) putRules(want desired, index map[vpc.ENIID]int) error {
-	policies := map[uint32]ruleSet{}
+	policies, policies6 := map[uint32]ruleSet{}, map[uint32]ruleSet{}
 	for id, i := range index {
 		p := want.ports[id].policy
 		policies[uint32(i)] = ruleSet{p.Version, p}
+		if six := want.ports[id].six; six != nil {
+			policies6[uint32(i)] = ruleSet{six.Version, six}
+		}
 	}
-	acls := map[bpfgen.FabricSubnetKey]ruleSet{}
+	acls, acls6 := map[bpfgen.FabricSubnetKey]ruleSet{}, map[bpfgen.FabricSubnetKey]ruleSet{}
 	for k, a := range want.acls {
-		acls[k] = ruleSet{a.Version, a}
+		acls[k], acls6[k] = ruleSet{a.four.Version, a.four}, ruleSet{a.six.Version, a.six}
 	}
-	return errors.Join(f.acls.put(acls), f.policies.put(policies))
+	return errors.Join(f.acls.put(acls), f.acls6.put(acls6), f.policies6.put(policies6), f.policies.put(policies))
 }
 
 // removePorts removes all that is not kept: devices, programs, records, counters,
@@ -458,6 +497,26 @@ func configure(p *port) error {
 				return fmt.Errorf("configure %s: %w", name, err)
 			}
 		}
+		if err := configure6(route, index, p); err != nil {
+			return fmt.Errorf("configure %s: %w", name, err)
+		}
 		return nil
 	})
+}
+
+// configure6 gives the guest's end its first IPv6 address, if it has one, and the
+// way to the router. A guest that has IPv6 switched off stays as it is.
+func configure6(route *rtnetlink, index int, p *port) error {
+	i := slices.IndexFunc(p.Addresses, func(a netip.Prefix) bool { return a.Addr().Is6() && a.IsSingleIP() })
+	if i < 0 || p.flags()&ipv6 == 0 {
+		return nil
+	}
+	err := route.addAddress6(index, p.Addresses[i].Addr())
+	if err == nil {
+		err = route.addDefault6(index)
+	}
+	if errors.Is(err, unix.EACCES) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EAFNOSUPPORT) {
+		return nil
+	}
+	return err
 }

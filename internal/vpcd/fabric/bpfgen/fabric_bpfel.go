@@ -20,6 +20,13 @@ type FabricAcl struct {
 	Entries [2][40]FabricAclEntry
 }
 
+type FabricAcl6 struct {
+	_       structs.HostLayout
+	Version uint64
+	Count   [2]uint32
+	Entries [2][40]FabricAclEntry6
+}
+
 type FabricAclEntry struct {
 	_            structs.HostLayout
 	Net          uint32
@@ -32,10 +39,29 @@ type FabricAclEntry struct {
 	Pad          uint8
 }
 
+type FabricAclEntry6 struct {
+	_            structs.HostLayout
+	Net          [4]uint32
+	Mask         [4]uint32
+	From         uint16
+	To           uint16
+	Protocol     uint8
+	AllProtocols uint8
+	Allow        uint8
+	Pad          uint8
+}
+
 type FabricAddress struct {
 	_    structs.HostLayout
 	Vni  uint32
 	Addr [16]uint8
+}
+
+type FabricAddress6 struct {
+	_    structs.HostLayout
+	Vni  uint32
+	Bits uint32
+	Addr [4]uint32
 }
 
 type FabricBucket struct {
@@ -63,7 +89,7 @@ type FabricCounters struct {
 	SkippedTxBytes   uint64
 	SkippedRxPackets uint64
 	SkippedRxBytes   uint64
-	Drops            [27]uint64
+	Drops            [31]uint64
 }
 
 type FabricDirection uint32
@@ -103,7 +129,11 @@ const (
 	FabricDropReasonDROP_IGW_PRIVATE         FabricDropReason = 24
 	FabricDropReasonDROP_NO_PUBLIC           FabricDropReason = 25
 	FabricDropReasonDROP_LINKLOCAL_ALLOWANCE FabricDropReason = 26
-	FabricDropReasonDROP_REASONS             FabricDropReason = 27
+	FabricDropReasonDROP_EXTENSION           FabricDropReason = 27
+	FabricDropReasonDROP_ND_SPOOFED          FabricDropReason = 28
+	FabricDropReasonDROP_ND_UNANSWERED       FabricDropReason = 29
+	FabricDropReasonDROP_GATEWAY_IPV6        FabricDropReason = 30
+	FabricDropReasonDROP_REASONS             FabricDropReason = 31
 )
 
 type FabricEni struct {
@@ -119,6 +149,10 @@ type FabricEni struct {
 	Table       uint64
 	Guest       uint64
 	Id          [32]int8
+	Subnet6     [4]uint32
+	Netmask6    [4]uint32
+	Mtu         uint16
+	Pad         [6]uint8
 }
 
 type FabricEniFlag uint32
@@ -127,15 +161,21 @@ const (
 	FabricEniFlagENI_SOURCE_DEST_CHECK FabricEniFlag = 1
 	FabricEniFlagENI_READY             FabricEniFlag = 2
 	FabricEniFlagENI_UNGATED           FabricEniFlag = 4
+	FabricEniFlagENI_IPV6              FabricEniFlag = 8
 )
 
 type FabricFlow struct {
-	_             structs.HostLayout
-	Expires       uint64
-	Created       uint64
-	Version       uint64
-	Packets       [2]uint64
-	Bytes         [2]uint64
+	_       structs.HostLayout
+	Expires uint64
+	Version uint64
+	Packets [2]uint64
+	Bytes   [2]uint64
+	Passed  uint64
+	Own     struct {
+		_   structs.HostLayout
+		Mac [6]uint8
+		Mtu uint16
+	}
 	TcpTimeout    uint32
 	UdpTimeout    uint32
 	StreamTimeout uint32
@@ -156,6 +196,18 @@ type FabricFlowKey struct {
 	Pad        [2]uint8
 }
 
+type FabricFlowKey6 struct {
+	_          structs.HostLayout
+	Ifindex    uint32
+	Local      [4]uint32
+	Remote     [4]uint32
+	LocalPort  uint16
+	RemotePort uint16
+	Protocol   uint8
+	Asked      uint8
+	Pad        [2]uint8
+}
+
 type FabricFragment struct {
 	_       structs.HostLayout
 	Expires uint64
@@ -163,6 +215,16 @@ type FabricFragment struct {
 	Dport   uint16
 	Query   uint8
 	Pad     [3]uint8
+}
+
+type FabricFragment6 struct {
+	_        structs.HostLayout
+	Expires  uint64
+	Sport    uint16
+	Dport    uint16
+	Headers  uint16
+	Protocol uint8
+	Query    uint8
 }
 
 type FabricFragmentKey struct {
@@ -175,12 +237,21 @@ type FabricFragmentKey struct {
 	Pad      uint8
 }
 
+type FabricFragmentKey6 struct {
+	_       structs.HostLayout
+	Ifindex uint32
+	Saddr   [4]uint32
+	Daddr   [4]uint32
+	Id      uint32
+}
+
 type FabricGatewayProgram uint32
 
 const (
 	FabricGatewayProgramTO_INTERNET      FabricGatewayProgram = 0
 	FabricGatewayProgramFROM_INTERNET    FabricGatewayProgram = 1
-	FabricGatewayProgramGATEWAY_PROGRAMS FabricGatewayProgram = 2
+	FabricGatewayProgramFROM_GUEST_IPV6  FabricGatewayProgram = 2
+	FabricGatewayProgramGATEWAY_PROGRAMS FabricGatewayProgram = 3
 )
 
 type FabricLogged struct {
@@ -219,6 +290,18 @@ type FabricPolicy struct {
 	Rules         [2][1000]FabricRule
 }
 
+type FabricPolicy6 struct {
+	_             structs.HostLayout
+	Version       uint64
+	TcpTimeout    uint32
+	UdpTimeout    uint32
+	StreamTimeout uint32
+	Open          [2]uint32
+	Count         [2]uint32
+	Pad           uint32
+	Rules         [2][1000]FabricRule6
+}
+
 type FabricPublic struct {
 	_       structs.HostLayout
 	Table   uint64
@@ -244,6 +327,19 @@ type FabricRecordKey struct {
 	Ifindex   uint32
 	Saddr     uint32
 	Daddr     uint32
+	Sport     uint16
+	Dport     uint16
+	Protocol  uint8
+	Direction uint8
+	Verdict   uint8
+	Path      uint8
+}
+
+type FabricRecordKey6 struct {
+	_         structs.HostLayout
+	Ifindex   uint32
+	Saddr     [4]uint32
+	Daddr     [4]uint32
 	Sport     uint16
 	Dport     uint16
 	Protocol  uint8
@@ -286,6 +382,19 @@ type FabricRule struct {
 	Protocol     uint8
 	AllProtocols uint8
 	Pad          [2]uint8
+}
+
+type FabricRule6 struct {
+	_            structs.HostLayout
+	Group        uint64
+	Net          [4]uint32
+	Mask         [4]uint32
+	From         uint16
+	To           uint16
+	Protocol     uint8
+	AllProtocols uint8
+	Everybody    uint8
+	Pad          uint8
 }
 
 type FabricSkip struct {
@@ -348,27 +457,38 @@ const (
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	FabricMapAcls                  = "acls"
+	FabricMapAcls6                 = "acls6"
 	FabricMapAllowances            = "allowances"
 	FabricMapBuckets               = "buckets"
 	FabricMapCounts                = "counts"
 	FabricMapElastics              = "elastics"
 	FabricMapEnis                  = "enis"
 	FabricMapFlows                 = "flows"
+	FabricMapFlows6                = "flows6"
 	FabricMapFragments             = "fragments"
+	FabricMapFragments6            = "fragments6"
 	FabricMapGateways              = "gateways"
+	FabricMapGenerations           = "generations"
 	FabricMapInternet              = "internet"
+	FabricMapJudges                = "judges"
 	FabricMapLoggedEnis            = "logged_enis"
 	FabricMapMappings              = "mappings"
+	FabricMapMappings6             = "mappings6"
 	FabricMapPieces                = "pieces"
 	FabricMapPolicies              = "policies"
+	FabricMapPolicies6             = "policies6"
 	FabricMapPublics               = "publics"
 	FabricMapRecords               = "records"
+	FabricMapRecords6              = "records6"
 	FabricMapRoutes                = "routes"
+	FabricMapRoutes6               = "routes6"
 	FabricMapSkips                 = "skips"
 	FabricMapStations              = "stations"
 	FabricProgCutForInternet       = "cut_for_internet"
 	FabricProgFromGuest            = "from_guest"
+	FabricProgFromGuestIpv6        = "from_guest_ipv6"
 	FabricProgFromInternet         = "from_internet"
+	FabricProgJudgeGuest           = "judge_guest"
 	FabricProgToGuest              = "to_guest"
 	FabricProgToInternet           = "to_internet"
 	FabricVarClockOffset           = "clock_offset"
@@ -385,9 +505,12 @@ const (
 	FabricVarOtherTimeout          = "other_timeout"
 	FabricVarRouterMac             = "router_mac"
 	FabricVarShownAcl              = "shown_acl"
+	FabricVarShownAcl6             = "shown_acl6"
 	FabricVarShownPolicy           = "shown_policy"
+	FabricVarShownPolicy6          = "shown_policy6"
 	FabricVarShownRecord           = "shown_record"
 	FabricVarShownRecordKey        = "shown_record_key"
+	FabricVarShownRecordKey6       = "shown_record_key6"
 	FabricVarTcpClosedTimeout      = "tcp_closed_timeout"
 	FabricVarTcpHandshakeTimeout   = "tcp_handshake_timeout"
 	FabricVarTrafficPaths          = "traffic_paths"
@@ -438,7 +561,9 @@ type FabricSpecs struct {
 type FabricProgramSpecs struct {
 	CutForInternet *ebpf.ProgramSpec `ebpf:"cut_for_internet"`
 	FromGuest      *ebpf.ProgramSpec `ebpf:"from_guest"`
+	FromGuestIpv6  *ebpf.ProgramSpec `ebpf:"from_guest_ipv6"`
 	FromInternet   *ebpf.ProgramSpec `ebpf:"from_internet"`
+	JudgeGuest     *ebpf.ProgramSpec `ebpf:"judge_guest"`
 	ToGuest        *ebpf.ProgramSpec `ebpf:"to_guest"`
 	ToInternet     *ebpf.ProgramSpec `ebpf:"to_internet"`
 }
@@ -447,25 +572,34 @@ type FabricProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type FabricMapSpecs struct {
-	Acls       *ebpf.MapSpec `ebpf:"acls"`
-	Allowances *ebpf.MapSpec `ebpf:"allowances"`
-	Buckets    *ebpf.MapSpec `ebpf:"buckets"`
-	Counts     *ebpf.MapSpec `ebpf:"counts"`
-	Elastics   *ebpf.MapSpec `ebpf:"elastics"`
-	Enis       *ebpf.MapSpec `ebpf:"enis"`
-	Flows      *ebpf.MapSpec `ebpf:"flows"`
-	Fragments  *ebpf.MapSpec `ebpf:"fragments"`
-	Gateways   *ebpf.MapSpec `ebpf:"gateways"`
-	Internet   *ebpf.MapSpec `ebpf:"internet"`
-	LoggedEnis *ebpf.MapSpec `ebpf:"logged_enis"`
-	Mappings   *ebpf.MapSpec `ebpf:"mappings"`
-	Pieces     *ebpf.MapSpec `ebpf:"pieces"`
-	Policies   *ebpf.MapSpec `ebpf:"policies"`
-	Publics    *ebpf.MapSpec `ebpf:"publics"`
-	Records    *ebpf.MapSpec `ebpf:"records"`
-	Routes     *ebpf.MapSpec `ebpf:"routes"`
-	Skips      *ebpf.MapSpec `ebpf:"skips"`
-	Stations   *ebpf.MapSpec `ebpf:"stations"`
+	Acls        *ebpf.MapSpec `ebpf:"acls"`
+	Acls6       *ebpf.MapSpec `ebpf:"acls6"`
+	Allowances  *ebpf.MapSpec `ebpf:"allowances"`
+	Buckets     *ebpf.MapSpec `ebpf:"buckets"`
+	Counts      *ebpf.MapSpec `ebpf:"counts"`
+	Elastics    *ebpf.MapSpec `ebpf:"elastics"`
+	Enis        *ebpf.MapSpec `ebpf:"enis"`
+	Flows       *ebpf.MapSpec `ebpf:"flows"`
+	Flows6      *ebpf.MapSpec `ebpf:"flows6"`
+	Fragments   *ebpf.MapSpec `ebpf:"fragments"`
+	Fragments6  *ebpf.MapSpec `ebpf:"fragments6"`
+	Gateways    *ebpf.MapSpec `ebpf:"gateways"`
+	Generations *ebpf.MapSpec `ebpf:"generations"`
+	Internet    *ebpf.MapSpec `ebpf:"internet"`
+	Judges      *ebpf.MapSpec `ebpf:"judges"`
+	LoggedEnis  *ebpf.MapSpec `ebpf:"logged_enis"`
+	Mappings    *ebpf.MapSpec `ebpf:"mappings"`
+	Mappings6   *ebpf.MapSpec `ebpf:"mappings6"`
+	Pieces      *ebpf.MapSpec `ebpf:"pieces"`
+	Policies    *ebpf.MapSpec `ebpf:"policies"`
+	Policies6   *ebpf.MapSpec `ebpf:"policies6"`
+	Publics     *ebpf.MapSpec `ebpf:"publics"`
+	Records     *ebpf.MapSpec `ebpf:"records"`
+	Records6    *ebpf.MapSpec `ebpf:"records6"`
+	Routes      *ebpf.MapSpec `ebpf:"routes"`
+	Routes6     *ebpf.MapSpec `ebpf:"routes6"`
+	Skips       *ebpf.MapSpec `ebpf:"skips"`
+	Stations    *ebpf.MapSpec `ebpf:"stations"`
 }
 
 // FabricVariableSpecs contains global variables before they are loaded into the kernel.
@@ -486,9 +620,12 @@ type FabricVariableSpecs struct {
 	OtherTimeout          *ebpf.VariableSpec `ebpf:"other_timeout"`
 	RouterMac             *ebpf.VariableSpec `ebpf:"router_mac"`
 	ShownAcl              *ebpf.VariableSpec `ebpf:"shown_acl"`
+	ShownAcl6             *ebpf.VariableSpec `ebpf:"shown_acl6"`
 	ShownPolicy           *ebpf.VariableSpec `ebpf:"shown_policy"`
+	ShownPolicy6          *ebpf.VariableSpec `ebpf:"shown_policy6"`
 	ShownRecord           *ebpf.VariableSpec `ebpf:"shown_record"`
 	ShownRecordKey        *ebpf.VariableSpec `ebpf:"shown_record_key"`
+	ShownRecordKey6       *ebpf.VariableSpec `ebpf:"shown_record_key6"`
 	TcpClosedTimeout      *ebpf.VariableSpec `ebpf:"tcp_closed_timeout"`
 	TcpHandshakeTimeout   *ebpf.VariableSpec `ebpf:"tcp_handshake_timeout"`
 	TrafficPaths          *ebpf.VariableSpec `ebpf:"traffic_paths"`
@@ -515,46 +652,64 @@ func (o *FabricObjects) Close() error {
 //
 // It can be passed to LoadFabricObjects or ebpf.CollectionSpec.LoadAndAssign.
 type FabricMaps struct {
-	Acls       *ebpf.Map `ebpf:"acls"`
-	Allowances *ebpf.Map `ebpf:"allowances"`
-	Buckets    *ebpf.Map `ebpf:"buckets"`
-	Counts     *ebpf.Map `ebpf:"counts"`
-	Elastics   *ebpf.Map `ebpf:"elastics"`
-	Enis       *ebpf.Map `ebpf:"enis"`
-	Flows      *ebpf.Map `ebpf:"flows"`
-	Fragments  *ebpf.Map `ebpf:"fragments"`
-	Gateways   *ebpf.Map `ebpf:"gateways"`
-	Internet   *ebpf.Map `ebpf:"internet"`
-	LoggedEnis *ebpf.Map `ebpf:"logged_enis"`
-	Mappings   *ebpf.Map `ebpf:"mappings"`
-	Pieces     *ebpf.Map `ebpf:"pieces"`
-	Policies   *ebpf.Map `ebpf:"policies"`
-	Publics    *ebpf.Map `ebpf:"publics"`
-	Records    *ebpf.Map `ebpf:"records"`
-	Routes     *ebpf.Map `ebpf:"routes"`
-	Skips      *ebpf.Map `ebpf:"skips"`
-	Stations   *ebpf.Map `ebpf:"stations"`
+	Acls        *ebpf.Map `ebpf:"acls"`
+	Acls6       *ebpf.Map `ebpf:"acls6"`
+	Allowances  *ebpf.Map `ebpf:"allowances"`
+	Buckets     *ebpf.Map `ebpf:"buckets"`
+	Counts      *ebpf.Map `ebpf:"counts"`
+	Elastics    *ebpf.Map `ebpf:"elastics"`
+	Enis        *ebpf.Map `ebpf:"enis"`
+	Flows       *ebpf.Map `ebpf:"flows"`
+	Flows6      *ebpf.Map `ebpf:"flows6"`
+	Fragments   *ebpf.Map `ebpf:"fragments"`
+	Fragments6  *ebpf.Map `ebpf:"fragments6"`
+	Gateways    *ebpf.Map `ebpf:"gateways"`
+	Generations *ebpf.Map `ebpf:"generations"`
+	Internet    *ebpf.Map `ebpf:"internet"`
+	Judges      *ebpf.Map `ebpf:"judges"`
+	LoggedEnis  *ebpf.Map `ebpf:"logged_enis"`
+	Mappings    *ebpf.Map `ebpf:"mappings"`
+	Mappings6   *ebpf.Map `ebpf:"mappings6"`
+	Pieces      *ebpf.Map `ebpf:"pieces"`
+	Policies    *ebpf.Map `ebpf:"policies"`
+	Policies6   *ebpf.Map `ebpf:"policies6"`
+	Publics     *ebpf.Map `ebpf:"publics"`
+	Records     *ebpf.Map `ebpf:"records"`
+	Records6    *ebpf.Map `ebpf:"records6"`
+	Routes      *ebpf.Map `ebpf:"routes"`
+	Routes6     *ebpf.Map `ebpf:"routes6"`
+	Skips       *ebpf.Map `ebpf:"skips"`
+	Stations    *ebpf.Map `ebpf:"stations"`
 }
 
 func (m *FabricMaps) Close() error {
 	return _FabricClose(
 		m.Acls,
+		m.Acls6,
 		m.Allowances,
 		m.Buckets,
 		m.Counts,
 		m.Elastics,
 		m.Enis,
 		m.Flows,
+		m.Flows6,
 		m.Fragments,
+		m.Fragments6,
 		m.Gateways,
+		m.Generations,
 		m.Internet,
+		m.Judges,
 		m.LoggedEnis,
 		m.Mappings,
+		m.Mappings6,
 		m.Pieces,
 		m.Policies,
+		m.Policies6,
 		m.Publics,
 		m.Records,
+		m.Records6,
 		m.Routes,
+		m.Routes6,
 		m.Skips,
 		m.Stations,
 	)
@@ -578,9 +733,12 @@ type FabricVariables struct {
 	OtherTimeout          *ebpf.Variable `ebpf:"other_timeout"`
 	RouterMac             *ebpf.Variable `ebpf:"router_mac"`
 	ShownAcl              *ebpf.Variable `ebpf:"shown_acl"`
+	ShownAcl6             *ebpf.Variable `ebpf:"shown_acl6"`
 	ShownPolicy           *ebpf.Variable `ebpf:"shown_policy"`
+	ShownPolicy6          *ebpf.Variable `ebpf:"shown_policy6"`
 	ShownRecord           *ebpf.Variable `ebpf:"shown_record"`
 	ShownRecordKey        *ebpf.Variable `ebpf:"shown_record_key"`
+	ShownRecordKey6       *ebpf.Variable `ebpf:"shown_record_key6"`
 	TcpClosedTimeout      *ebpf.Variable `ebpf:"tcp_closed_timeout"`
 	TcpHandshakeTimeout   *ebpf.Variable `ebpf:"tcp_handshake_timeout"`
 	TrafficPaths          *ebpf.Variable `ebpf:"traffic_paths"`
@@ -593,7 +751,9 @@ type FabricVariables struct {
 type FabricPrograms struct {
 	CutForInternet *ebpf.Program `ebpf:"cut_for_internet"`
 	FromGuest      *ebpf.Program `ebpf:"from_guest"`
+	FromGuestIpv6  *ebpf.Program `ebpf:"from_guest_ipv6"`
 	FromInternet   *ebpf.Program `ebpf:"from_internet"`
+	JudgeGuest     *ebpf.Program `ebpf:"judge_guest"`
 	ToGuest        *ebpf.Program `ebpf:"to_guest"`
 	ToInternet     *ebpf.Program `ebpf:"to_internet"`
 }
@@ -602,7 +762,9 @@ func (p *FabricPrograms) Close() error {
 	return _FabricClose(
 		p.CutForInternet,
 		p.FromGuest,
+		p.FromGuestIpv6,
 		p.FromInternet,
+		p.JudgeGuest,
 		p.ToGuest,
 		p.ToInternet,
 	)
