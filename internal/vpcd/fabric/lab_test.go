@@ -100,6 +100,7 @@ func child(lab string) error {
 			if err := f.EndInterval(); err != nil {
 				return err
 			}
+			fmt.Println("interval ended")
 		}
 	}
 }
@@ -433,8 +434,13 @@ func (p *process) set(t testing.TB, c Config) {
 	if err := p.config.Encode(c); err != nil {
 		t.Fatal(err)
 	}
-	if !p.said.Scan() || p.said.Text() != "set" {
-		t.Fatalf("child said %q (%v)", p.said.Text(), p.said.Err())
+	p.says(t, "set")
+}
+
+func (p *process) says(t testing.TB, what string) {
+	t.Helper()
+	if !p.said.Scan() || p.said.Text() != what {
+		t.Fatalf("child said %q (%v), want %q", p.said.Text(), p.said.Err(), what)
 	}
 }
 

@@ -462,6 +462,7 @@ func TestRecordsSurviveKills(t *testing.T) {
 	for range 6 {
 		p := l.spawn(endingIntervals)
 		p.set(t, l.cfg)
+		p.says(t, "interval ended")
 		<-time.After(time.Duration(random.IntN(40)) * time.Millisecond) // a random moment to be killed at
 		p.kill()
 	}
