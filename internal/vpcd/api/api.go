@@ -112,8 +112,8 @@ func (a *API) Handlers() map[string]query.Handler {
 	h := map[string]query.Handler{}
 	for _, add := range []func(map[string]query.Handler){
 		a.zoneHandlers, a.vpcHandlers, a.subnetHandlers, a.reservationHandlers, a.instanceHandlers, a.powerHandlers, a.instanceTypeHandlers,
-		a.eniHandlers, a.groupHandlers, a.tagHandlers, a.aclHandlers, a.routeTableHandlers, a.routeHandlers, a.prefixListHandlers, a.groupRefHandlers,
-		a.gatewayHandlers, a.elasticHandlers, a.natHandlers, a.natAddressHandlers, a.peeringHandlers, a.dhcpHandlers, a.flowLogHandlers, a.ipv6Handlers, a.egressOnlyHandlers,
+		a.eniHandlers, a.ipv6Handlers, a.egressOnlyHandlers, a.groupHandlers, a.tagHandlers, a.aclHandlers, a.routeTableHandlers, a.routeHandlers, a.prefixListHandlers, a.groupRefHandlers,
+		a.gatewayHandlers, a.elasticHandlers, a.natHandlers, a.natAddressHandlers, a.peeringHandlers, a.dhcpHandlers, a.flowLogHandlers,
 		a.groupVPCHandlers, a.resetHandlers,
 	} {
 		add(h)

@@ -84,9 +84,24 @@ var egressOnlyListing = listing[*store.EgressOnlyGateway]{
 	attrs:  attributes[*store.EgressOnlyGateway]{}, // by tags alone
 }
 
+// describeEgressOnly leaves out what is named and not there, where other Describe
+// calls answer NotFound: seen on EC2 (gardener-extension-provider-aws,
+// test/integration, the wait for a deletion).
 func (a *API) describeEgressOnly(_ context.Context, req *query.DescribeEgressOnlyInternetGatewaysRequest) (*query.DescribeEgressOnlyInternetGatewaysResponse, error) {
 	v := a.read()
-	found, next, err := egressOnlyListing.page(v, req.EgressOnlyInternetGatewayId, req.Filter, req.NextToken, req.MaxResults)
+	var there []string
+	for _, id := range req.EgressOnlyInternetGatewayId {
+		if err := checkID("eigw", id); err != nil {
+			return nil, err
+		}
+		if v.EgressOnly(vpc.EgressOnlyID(id)) != nil {
+			there = append(there, id)
+		}
+	}
+	if len(there) == 0 && len(req.EgressOnlyInternetGatewayId) > 0 {
+		return &query.DescribeEgressOnlyInternetGatewaysResponse{EgressOnlyInternetGatewaySet: []query.EgressOnlyInternetGateway{}}, nil
+	}
+	found, next, err := egressOnlyListing.page(v, there, req.Filter, req.NextToken, req.MaxResults)
 	if err != nil {
 		return nil, err
 	}

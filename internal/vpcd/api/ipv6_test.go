@@ -386,7 +386,8 @@ func TestIPv6Routes(t *testing.T) {
 	w.must("DeleteEgressOnlyInternetGateway", "EgressOnlyInternetGatewayId="+eigw)
 	w.want(route("::/0"), "state", "blackhole")
 	w.fails("InvalidEgressOnlyInternetGatewayId.NotFound", "DeleteEgressOnlyInternetGateway", "EgressOnlyInternetGatewayId="+eigw)
-	w.fails("InvalidEgressOnlyInternetGatewayId.NotFound", "DescribeEgressOnlyInternetGateways", "EgressOnlyInternetGatewayId.1="+eigw)
+	w.want(w.must("DescribeEgressOnlyInternetGateways", "EgressOnlyInternetGatewayId.1="+eigw), "egressOnlyInternetGatewaySet.egressOnlyInternetGatewayId", "")
+	w.fails("InvalidEgressOnlyInternetGatewayId.Malformed", "DescribeEgressOnlyInternetGateways", "EgressOnlyInternetGatewayId.1=igw-0")
 	w.restart()
 	w.want(route("::/0"), "egressOnlyInternetGatewayId", eigw)
 	w.must("DeleteRoute", to("::/0")...)
@@ -402,6 +403,7 @@ func TestIPv6Routes(t *testing.T) {
 	// A VPC does not go before its gateway.
 	bare, _ := w.vpc("10.5.0.0/16", "10.5.0.0/24")
 	g := w.must("CreateEgressOnlyInternetGateway", "VpcId="+bare).get("egressOnlyInternetGateway.egressOnlyInternetGatewayId")
+	w.want(w.must("DescribeEgressOnlyInternetGateways", "EgressOnlyInternetGatewayId.1="+eigw, "EgressOnlyInternetGatewayId.2="+g), "egressOnlyInternetGatewaySet.egressOnlyInternetGatewayId", g)
 	w.fails("EgressOnlyInternetGatewayLimitExceeded", "CreateEgressOnlyInternetGateway", "VpcId="+bare)
 	w.fails("InvalidParameterValue", "CreateRoute", to("2001:db8:1::/48", "EgressOnlyInternetGatewayId="+g)...)
 	w.must("DeleteSubnet", "SubnetId="+w.must("DescribeSubnets", "Filter.1.Name=vpc-id", "Filter.1.Value.1="+bare).get("subnetSet.subnetId"))

@@ -2,6 +2,7 @@ package api
 
 import (
 	"context"
+	"net/netip"
 	"time"
 
 	"github.com/underlay-cni/underlay/internal/vpc"
@@ -28,6 +29,9 @@ func (a *API) reservationHandlers(h map[string]query.Handler) {
 // subnet are inferred, and so is that any size will do: a range below a /28
 // serves no prefix.
 func (a *API) createSubnetCidrReservation(_ context.Context, req *query.CreateSubnetCidrReservationRequest) (*query.CreateSubnetCidrReservationResponse, error) {
+	if p, err := netip.ParsePrefix(*req.Cidr); err == nil && p.Addr().Is6() {
+		return nil, query.Errorf("UnsupportedOperation", "vpcd keeps no reservations of IPv6, and %s is one.", p)
+	}
 	cidr, err := parseCIDR(*req.Cidr)
 	if err != nil {
 		return nil, err

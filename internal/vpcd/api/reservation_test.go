@@ -47,6 +47,7 @@ func TestReservationLife(t *testing.T) {
 		{"InvalidParameterValue", "not within", []string{"SubnetId=" + subnet, "Cidr=10.0.1.0/28", "ReservationType=prefix"}},
 		{"InvalidParameterValue", "not within", []string{"SubnetId=" + subnet, "Cidr=10.0.0.0/23", "ReservationType=prefix"}},
 		{"InvalidParameterValue", "not a valid CIDR", []string{"SubnetId=" + subnet, "Cidr=10.0.0.0", "ReservationType=prefix"}},
+		{"UnsupportedOperation", "no reservations of IPv6", []string{"SubnetId=" + subnet, "Cidr=2001:db8:0:100:1::/80", "ReservationType=prefix"}},
 		{"InvalidParameterValue", "", []string{"SubnetId=" + subnet, "Cidr=10.0.0.0/28", "ReservationType=any"}},
 		{"MissingParameter", "", []string{"SubnetId=" + subnet, "Cidr=10.0.0.0/28"}},
 		{"InvalidSubnetID.NotFound", "", []string{"SubnetId=subnet-00000000000000000", "Cidr=10.0.0.0/28", "ReservationType=prefix"}},

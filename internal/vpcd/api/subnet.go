@@ -137,12 +137,6 @@ func (a *API) modifySubnetAttribute(_ context.Context, req *query.ModifySubnetAt
 			return err
 		}
 		n := *old // what else is accepted is as it was
-		if t := req.PrivateDnsHostnameTypeOnLaunch; t != nil {
-			n.HostType = *t
-		}
-		if b := req.EnableResourceNameDnsARecordOnLaunch; b != nil && b.Value != nil {
-			n.ResourceNameA = *b.Value
-		}
 		if b := req.MapPublicIpOnLaunch; b != nil && b.Value != nil {
 			n.MapPublicOnLaunch = *b.Value
 		}
@@ -151,6 +145,12 @@ func (a *API) modifySubnetAttribute(_ context.Context, req *query.ModifySubnetAt
 				return query.Errorf("InvalidParameterValue", "Invalid value 'true' for assign-ipv6-address-on-creation. Cannot set assign-ipv6-address-on-creation to true unless the subnet (%s) has an IPv6 CIDR block associated with it.", n.ID)
 			}
 			n.AssignIPv6 = *b.Value
+		}
+		if t := req.PrivateDnsHostnameTypeOnLaunch; t != nil {
+			n.HostType = *t
+		}
+		if b := req.EnableResourceNameDnsARecordOnLaunch; b != nil && b.Value != nil {
+			n.ResourceNameA = *b.Value
 		}
 		tx.PutSubnet(&n)
 		return nil

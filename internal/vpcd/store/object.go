@@ -32,20 +32,21 @@ type CIDRAssociation struct {
 
 // Subnet is one subnet of a VPC.
 type Subnet struct {
-	ID       vpc.SubnetID
-	VPC      vpc.VPCID
-	CIDR     netip.Prefix
-	IPv6     CIDRAssociation `json:",omitzero"` // a /64 of one of the VPC's IPv6 blocks; zero: none
-	Zone     string          // us-east-1a
-	HostType string          // ip-name or resource-name: how instances launched here are named
+	ID   vpc.SubnetID
+	VPC  vpc.VPCID
+	CIDR netip.Prefix
+
+	IPv6       CIDRAssociation `json:",omitzero"`  // a /64 of one of the VPC's IPv6 blocks; zero: none
+	AssignIPv6 bool            `json:",omitempty"` // each interface made here gets an IPv6 address
+
+	Zone     string // us-east-1a
+	HostType string // ip-name or resource-name: how instances launched here are named
 	// ResourceNameA says that the names of instances launched here resolve.
 	ResourceNameA bool `json:",omitempty"`
 	// MapPublicOnLaunch has instances launched here get a public address for their
 	// life, unless the launch says otherwise.
 	MapPublicOnLaunch bool `json:",omitempty"`
-	// AssignIPv6 gives each interface made here an IPv6 address.
-	AssignIPv6 bool `json:",omitempty"`
-	Created    time.Time
+	Created           time.Time
 }
 
 // Reservation sets addresses of a subnet aside: none of them is given to an
