@@ -22,6 +22,7 @@ type Features struct {
 	Internet  bool // internet gateways, Elastic IPs, edge tables, MTU
 	NAT       bool // NAT gateways
 	Records   bool // flow records
+	IPv6      bool // half of the worlds have blocks of IPv6
 }
 
 // Enforced are those that the fabric enforces. Whatever it learns is added here,
@@ -34,7 +35,7 @@ func (f Features) Missing() string {
 	for name, there := range map[string]bool{
 		"security groups": f.Groups, "prefix lists": f.Lists, "network ACLs": f.ACLs, "route tables": f.Tables,
 		"peerings": f.Peerings, "fragments": f.Fragments, "exempt services": f.Exempt, "idle timeouts": f.Clock,
-		"internet gateways": f.Internet, "NAT gateways": f.NAT, "flow records": f.Records,
+		"internet gateways": f.Internet, "NAT gateways": f.NAT, "flow records": f.Records, "IPv6": f.IPv6,
 	} {
 		if !there {
 			names = append(names, name)
@@ -48,6 +49,10 @@ func (f Features) Lacks(s vpcmodel.Script) string {
 	for _, st := range s {
 		needs, there := "", true
 		switch st := st.(type) {
+		case vpcmodel.MakeSubnet:
+			if st.CIDR6.IsValid() {
+				needs, there = "IPv6", f.IPv6
+			}
 		case vpcmodel.Allow:
 			needs, there = "security groups", f.Groups
 			if st.List != "" {

@@ -9,11 +9,14 @@ import (
 
 // services are the addresses that every VPC answers by itself: "Amazon DNS (.2,
 // 169.254.169.253), DHCP, IMDS, ECS task metadata 169.254.170.2, Windows KMS,
-// Time Sync 169.254.169.123, reserved VPC-router IPs".
+// Time Sync 169.254.169.123, reserved VPC-router IPs". Of IPv6 the facts name the
+// DNS, "fd00:ec2::253", IMDS, "[fd00:ec2::254]", and the router's link-local
+// address, "router also answers fe80:ec2::1".
 var services = []netip.Addr{
 	netip.AddrFrom4([4]byte{169, 254, 169, 253}), netip.AddrFrom4([4]byte{169, 254, 169, 254}),
 	netip.AddrFrom4([4]byte{169, 254, 170, 2}), netip.AddrFrom4([4]byte{169, 254, 169, 123}),
 	netip.AddrFrom4([4]byte{169, 254, 169, 250}), netip.AddrFrom4([4]byte{169, 254, 169, 251}),
+	netip.MustParseAddr("fd00:ec2::253"), netip.MustParseAddr("fd00:ec2::254"), netip.MustParseAddr("fe80:ec2::1"),
 }
 
 // service reports whether a is an address that the VPC itself answers, for an
@@ -25,14 +28,14 @@ func (w *World) service(s *Subnet, a netip.Addr) bool {
 		}
 	}
 	dns := w.VPCs[s.VPC].CIDRs[0].Masked().Addr().Next().Next()
-	return a == dns || a == vpc.Router(s.CIDR)
+	return a == dns || a == vpc.Router(s.CIDR) || s.CIDR6.IsValid() && a == s.CIDR6.Masked().Addr().Next()
 }
 
 // Send judges a packet, and remembers the flow that it begins or continues.
 func (w *World) Send(p *Packet) Verdict {
 	w.noted = nil
 	v := w.judge(p)
-	v.Records = w.noted
+	v.Records, v.IPv6 = w.noted, p.Src.Is6()
 	return v
 }
 
@@ -45,6 +48,11 @@ func (w *World) judge(p *Packet) Verdict {
 		return Verdict{Where: AtSender, Rule: "detached", Why: "the interface is not attached"}
 	}
 	s := w.Subnets[e.Subnet]
+	// As "the VPC answers ARP … from the mapping, no broadcast/multicast", so it
+	// does neighbour discovery: nobody else gets it, whatever the groups say [inf].
+	if p.discovery() {
+		return Verdict{Service: p.Dst, Rule: "neighbour discovery", Sender: Exempt}
+	}
 	// "Over-MTU packet: DF set -> dropped"; all packets here have it set unless
 	// they are fragments.
 	if p.Length > MTU {
