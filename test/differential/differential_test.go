@@ -103,7 +103,7 @@ func TestReplay(t *testing.T) {
 }
 
 // all is more than Enforced, for tests of the generator.
-var all = Features{Groups: true, Lists: true, ACLs: true, Tables: true, Peerings: true, Fragments: true, Exempt: true, Clock: true, Internet: true, NAT: true}
+var all = Features{Groups: true, Lists: true, ACLs: true, Tables: true, Peerings: true, Fragments: true, Exempt: true, Clock: true, Internet: true, NAT: true, IPv6: true}
 
 // The same seed makes the same script, which the model has a place for.
 func TestGenerate(t *testing.T) {
@@ -118,10 +118,10 @@ func TestGenerate(t *testing.T) {
 	}
 }
 
-// Over 20,000 packets each kind of rule is tried often enough.
+// Over 35,000 packets of both families each kind of rule is tried often enough.
 func TestGenerateTriesAll(t *testing.T) {
 	counts, n := Counts{}, 0
-	for seed := uint64(1); n < 20000; seed++ {
+	for seed := uint64(1); n < 35000; seed++ {
 		verdicts, _, err := Generate(seed, all, flowsPerWorld).Run(vpcmodel.Defaults())
 		if err != nil {
 			t.Fatal(err)
@@ -139,7 +139,7 @@ func TestGenerateTriesAll(t *testing.T) {
 
 // Shrink finds the statements that matter.
 func TestShrink(t *testing.T) {
-	s := Generate(1, all, 200)
+	s := Generate(3, all, 200)
 	// As if the fabric refused whatever e111 sends.
 	differs := func(c vpcmodel.Script) bool {
 		verdicts, _, err := c.Run(vpcmodel.Defaults())

@@ -22,7 +22,7 @@ type Features struct {
 	Internet  bool // internet gateways, Elastic IPs, edge tables, MTU
 	NAT       bool // NAT gateways
 	Records   bool // flow records
-	IPv6      bool // half of the worlds have blocks of IPv6
+	IPv6      bool // two of three worlds have blocks of IPv6
 }
 
 // Enforced are those that the fabric enforces. Whatever it learns is added here,
@@ -88,6 +88,12 @@ func (f Features) Lacks(s vpcmodel.Script) string {
 		}
 	}
 	return ""
+}
+
+// dual reports whether the VPCs of a seed's world have blocks of IPv6: two of
+// three, of each emphasis.
+func (f Features) dual(seed uint64) bool {
+	return f.IPv6 && (seed+seed/uint64(len(emphases)))%3 != 1
 }
 
 func sortedKeys[K ~string, V any](m map[K]V) []K { return slices.Sorted(maps.Keys(m)) }

@@ -153,17 +153,10 @@ type natPort struct {
 // addresses that the cloud gave, and the ports that NAT gateways chose.
 func (r *runner) real(p *vpcmodel.Packet) *vpcmodel.Packet {
 	q := *p
-	public := func(a *netip.Addr) {
-		if known, ok := r.cloud.publics[*a]; ok {
-			*a = known
-		}
-	}
-	public(&q.Src)
-	public(&q.Dst)
+	q.Src, q.Dst = r.cloud.real(q.Src), r.cloud.real(q.Dst)
 	if p.About != nil {
 		about := *p.About
-		public(&about.Src)
-		public(&about.Dst)
+		about.Src, about.Dst = r.cloud.real(about.Src), r.cloud.real(about.Dst)
 		q.About = &about
 	}
 	if p.From != vpcmodel.Internet {

@@ -115,10 +115,9 @@ func (w *World) Peek(p *Packet) Verdict {
 
 // clone copies flows, each by itself.
 func clone(flows []*flow) []*flow {
-	out := make([]*flow, len(flows))
+	copies, out := make([]flow, len(flows)), make([]*flow, len(flows))
 	for i, f := range flows {
-		c := *f
-		out[i] = &c
+		copies[i], out[i] = *f, &copies[i]
 	}
 	return out
 }
