@@ -96,6 +96,10 @@ func (g *generator) cut() bool {
 	}
 	p := pick(g, g.past)
 	v := g.world.Peek(&p.sent)
+	for tries := 0; tries < 3 && v.Sender != vpcmodel.Untracked && v.Receiver != vpcmodel.Untracked; tries++ {
+		p = pick(g, g.past)
+		v = g.world.Peek(&p.sent)
+	}
 	e, d := g.world.ENIs[p.to], vpcmodel.In
 	if e == nil || p.sent.From == vpcmodel.Internet {
 		return false

@@ -150,7 +150,11 @@ func (r *runner) flush() error {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	err := onOneCPU(func() error {
+	exempt, err := r.exempt(batch)
+	if err != nil {
+		return err
+	}
+	err = onOneCPU(func() error {
 		for _, b := range batch {
 			if err := r.sendOne(b); err != nil {
 				return fmt.Errorf("statement %d, %q: %w", b.index+1, b.Send, err)
@@ -164,7 +168,10 @@ func (r *runner) flush() error {
 	if err != nil {
 		return err
 	}
-	return r.collect(batch)
+	if err := r.collect(batch); err != nil {
+		return err
+	}
+	return exempt()
 }
 
 // refresh waits for the fabric and opens ports that are new.

@@ -67,6 +67,7 @@ func wanted(f Features) map[string]string {
 			w["v6 "+kind] = verdicts
 		}
 		w["v6 neighbour discovery"] = "-"
+		delete(w, "v6 service") // none is run
 	}
 	return w
 }
@@ -127,6 +128,9 @@ func wantedOfFamily(f Features) map[string]string {
 	}
 	if f.Fragments {
 		w["fragment"] = "-"
+	}
+	if f.Exempt {
+		w["service"] = "-"
 	}
 	return w
 }

@@ -2,6 +2,7 @@ package differential
 
 import (
 	"maps"
+	"net/netip"
 	"slices"
 	"strings"
 
@@ -27,7 +28,7 @@ type Features struct {
 
 // Enforced are those that the fabric enforces. Whatever it learns is added here,
 // and nowhere else.
-var Enforced = Features{Groups: true, Lists: true, ACLs: true, Tables: true, Peerings: true, Fragments: true, Internet: true, NAT: true, Records: true}
+var Enforced = Features{Groups: true, Lists: true, ACLs: true, Tables: true, Peerings: true, Fragments: true, Internet: true, NAT: true, Exempt: true, Records: true}
 
 // Missing names what is not enforced, for the summary of a run.
 func (f Features) Missing() string {
@@ -76,8 +77,11 @@ func (f Features) Lacks(s vpcmodel.Script) string {
 			if st.Fragments > 0 || st.Orphan {
 				needs, there = "fragments", f.Fragments
 			}
-			if strings.HasPrefix(st.Want, "service") {
+			if strings.HasPrefix(st.Want, "service") && !st.Packet.Discovery() {
 				needs, there = "exempt services", f.Exempt
+				if !served(st.Dst) {
+					needs, there = "somebody who serves at "+st.Dst.String(), false
+				}
 			}
 			if st.Length > vpcmodel.MTU {
 				needs, there = "an MTU below that of its links", false
@@ -88,6 +92,16 @@ func (f Features) Lacks(s vpcmodel.Script) string {
 		}
 	}
 	return ""
+}
+
+// unserved are addresses of services that vpcd does not run: of the others, only
+// the routers' are left out, which answer nothing but ARP and discovery.
+var unserved = []string{"169.254.170.2", "169.254.169.123", "169.254.169.250", "169.254.169.251", "fd00:ec2::253", "fd00:ec2::254", "fe80:ec2::1"}
+
+// served reports whether something answers at a service's address.
+func served(a netip.Addr) bool {
+	host := a.AsSlice()
+	return !slices.Contains(unserved, a.String()) && (a.IsLinkLocalUnicast() || host[len(host)-1] != 1)
 }
 
 // dual reports whether the VPCs of a seed's world have blocks of IPv6: two of

@@ -96,6 +96,10 @@ func (g *generator) newFlow() *vpcmodel.Packet {
 		p.Src = g.destination(from, six) // spoofed, or forwarded when the check is off
 	}
 	g.transport(p)
+	if isService(g.world.Peek(p)) {
+		g.ask(p)
+		return p
+	}
 	if six && g.chance(0.05) {
 		g.discovery(p)
 		return p
@@ -107,6 +111,14 @@ func (g *generator) newFlow() *vpcmodel.Packet {
 		}
 	}
 	return p
+}
+
+// ask makes a packet one that a service takes: whole, of TCP or UDP.
+func (g *generator) ask(p *vpcmodel.Packet) {
+	*p = vpcmodel.Packet{From: p.From, Src: p.Src, Dst: p.Dst, Proto: packet.ProtoUDP, SrcPort: uint16(40000 + g.IntN(4)), DstPort: 53}
+	if g.chance(0.5) {
+		p.Proto, p.Flags, p.DstPort = packet.ProtoTCP, vpcmodel.SYN, 80
+	}
 }
 
 // aimed is a packet for which a certain rule of a group or entry of an ACL is made,
@@ -280,6 +292,10 @@ func (g *generator) destination(from *vpcmodel.ENI, six bool) netip.Addr {
 	case n < 37:
 		return pick(g, hosts)
 	case n < 38:
+		if g.features.Exempt && g.chance(0.5) {
+			dns := g.world.VPCs[v].CIDRs[0].Addr().Next().Next()
+			return pick(g, []netip.Addr{dns, netip.MustParseAddr("169.254.169.253"), netip.MustParseAddr("169.254.169.254")})
+		}
 		return netip.MustParseAddr("169.254.168.9")
 	default: // an address that perhaps nobody has
 		a := g.world.Subnets[pick(g, g.subnets(pick(g, []vpc.VPCID{v, pick(g, g.vpcs)})))].CIDR.Addr().As4()

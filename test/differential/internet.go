@@ -284,6 +284,9 @@ func (p pieces) add(d []byte) ([]byte, error) {
 
 // expected is what the model says of a packet in the words of outcome.received.
 func expected(v vpcmodel.Verdict) string {
+	if isService(v) {
+		return toService
+	}
 	text := string(v.To)
 	if v.Told > 0 {
 		text += fmt.Sprintf(" told %d", v.Told)

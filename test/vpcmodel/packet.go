@@ -74,9 +74,9 @@ func (p *Packet) icmp() bool {
 	return p.Proto == packet.ProtoICMP || p.Proto == packet.ProtoICMPv6
 }
 
-// discovery reports whether p is neighbour discovery: a router or neighbour
+// Discovery reports whether p is neighbour discovery: a router or neighbour
 // solicitation or advertisement, or a redirect (RFC 4861, section 4).
-func (p *Packet) discovery() bool {
+func (p *Packet) Discovery() bool {
 	return p.Proto == packet.ProtoICMPv6 && 133 <= p.Type && p.Type <= 137
 }
 

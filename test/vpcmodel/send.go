@@ -50,7 +50,7 @@ func (w *World) judge(p *Packet) Verdict {
 	s := w.Subnets[e.Subnet]
 	// As "the VPC answers ARP … from the mapping, no broadcast/multicast", so it
 	// does neighbour discovery: nobody else gets it, whatever the groups say [inf].
-	if p.discovery() {
+	if p.Discovery() {
 		return Verdict{Service: p.Dst, Rule: "neighbour discovery", Sender: Exempt}
 	}
 	// "Over-MTU packet: DF set -> dropped"; all packets here have it set unless
@@ -93,20 +93,17 @@ func (w *World) judge(p *Packet) Verdict {
 
 // Peek is what Send would answer, without remembering anything.
 func (w *World) Peek(p *Packet) Verdict {
-	kept := map[*ENI][]*flow{}
-	for _, e := range w.ENIs {
-		kept[e] = e.flows
-		e.flows = clone(e.flows)
-	}
+	w.peeked = map[*ENI][]*flow{}
 	nats := map[*NAT]NAT{}
 	for _, n := range w.NATs {
 		nats[n] = *n
 		n.flows = n.cloned()
 	}
 	v := w.Send(p)
-	for e, flows := range kept {
+	for e, flows := range w.peeked {
 		e.flows = flows
 	}
+	w.peeked = nil
 	for n, was := range nats {
 		n.flows, n.port = was.flows, was.port
 	}

@@ -39,6 +39,8 @@ type World struct {
 
 	noted     []Record // of the packet that is on its way
 	tracksAll bool     // it comes from a NAT gateway
+
+	peeked map[*ENI][]*flow // during Peek: flows as they were, of interfaces that it has come to
 }
 
 // NewWorld returns an empty world.
