@@ -10,7 +10,8 @@
  * fabric's routing tables and neighbours have no part in delivery.
  *
  * Addresses are keys of 16 bytes, IPv4 mapped (::ffff:a.b.c.d); what a key
- * means depends on its VNI, the number of the VPC.
+ * means depends on its VNI, the number of the VPC. IPv6 (fabric_ipv6.h) has maps
+ * and a program of its own.
  */
 #include <stddef.h>
 
@@ -19,6 +20,7 @@
 #include <linux/if_packet.h>
 #include <linux/in.h>
 #include <linux/ip.h>
+#include <linux/ipv6.h>
 #include <linux/udp.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
@@ -36,7 +38,7 @@ enum drop_reason {
 	DROP_NO_TARGET, /* inside the VPC, but no ENI holds the address */
 	DROP_UNKNOWN_MAC, /* to a MAC that is neither router's nor an ENI's of the subnet */
 	DROP_MULTICAST, /* broadcast and multicast, other than an ARP request */
-	DROP_IPV6,
+	DROP_IPV6, /* IPv6 of or to an ENI whose subnet has no IPv6 block */
 	DROP_ETHERTYPE, /* neither IPv4, IPv6 nor ARP, or with a VLAN tag */
 	DROP_OVERSIZE, /* IP length above the MTU */
 	DROP_ARP_SPOOFED, /* ARP whose sender fields are not the ENI's */
@@ -53,6 +55,10 @@ enum drop_reason {
 	DROP_IGW_PRIVATE, /* between the internet and an address of RFC 1918 or RFC 6598 */
 	DROP_NO_PUBLIC, /* from the internet, to a public address that leads nowhere */
 	DROP_LINKLOCAL_ALLOWANCE, /* more packets to link-local services than an ENI may send */
+	DROP_EXTENSION, /* IPv6 extension headers that no gate can judge */
+	DROP_ND_SPOOFED, /* neighbour discovery from an address that is not the ENI's */
+	DROP_ND_UNANSWERED, /* neighbour discovery to which no answer is due */
+	DROP_GATEWAY_IPV6, /* IPv6 to an internet gateway, which carries none here */
 	DROP_REASONS, /* how many there are */
 };
 
@@ -60,6 +66,7 @@ enum eni_flag {
 	ENI_SOURCE_DEST_CHECK = 1,
 	ENI_READY = 2, /* made whole: what Set looks for, nothing to the programs */
 	ENI_UNGATED = 4, /* a NAT gateway's: no security group judges what it sends and receives */
+	ENI_IPV6 = 8, /* its subnet has an IPv6 block */
 };
 
 enum route_kind {
@@ -97,6 +104,8 @@ struct eni {
 	__u64 table; /* number of its subnet's route table */
 	__u64 guest; /* inode of the guest's namespace when the pair was made */
 	char id[32]; /* "eni-…", for who reads the map */
+	__be32 subnet6[4]; /* its subnet's IPv6 block; ENI_IPV6 */
+	__be32 netmask6[4];
 };
 
 /* A MAC is looked up within its subnet. */
@@ -129,7 +138,7 @@ struct public {
 
 /*
  * From the guest's point of view: tx is what the fabric accepted from it, rx
- * what the fabric handed to it; IPv4 only. A packet is one on the wire, so a
+ * what the fabric handed to it; neither ARP nor neighbour discovery. A packet is one on the wire, so a
  * GSO frame counts its segments; bytes are IP lengths, without Ethernet header.
  * Of these, exempt is what flow logs leave out by definition, and skipped what
  * they had no room for; the rest is in flow records that say ACCEPT.
@@ -268,6 +277,7 @@ static __always_inline int drop(__u32 ifindex, enum drop_reason reason)
 #include "fabric_gate.h"
 #include "fabric_acl.h"
 #include "fabric_log.h"
+#include "fabric_ipv6_gate.h"
 
 static __always_inline void set_address(struct address *a, __u32 vni, __be32 ip)
 {
@@ -645,6 +655,7 @@ static __always_inline void count_exempt(__u32 ifindex, enum direction direction
 
 #include "fabric_mtu.h"
 #include "fabric_nat.h"
+#include "fabric_ipv6.h"
 
 static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct eni *self)
 {
@@ -754,6 +765,7 @@ int from_guest(struct __sk_buff *skb)
 	case bpf_htons(ETH_P_ARP):
 		return from_guest_arp(skb, self);
 	case bpf_htons(ETH_P_IPV6):
+		bpf_tail_call(skb, &gateways, FROM_GUEST_IPV6);
 		return drop(ifindex, DROP_IPV6);
 	}
 	if (eth->h_dest[0] & 1)

@@ -59,13 +59,13 @@ static __always_inline int must_tell(struct __sk_buff *skb)
  * checksum_done makes the kernel take the checksum behind the IP header for the
  * sender's own, where it was left to the device (CHECKSUM_PARTIAL): it does when
  * what the checksum begins with is taken away. It is put back then. The frame
- * has no GSO and IP_FRONT bytes behind the header's first 20.
+ * has no GSO, and IP_FRONT bytes behind at, where the IP header without options
+ * ends.
  */
 #define IP_FRONT 40
 
-static __noinline int checksum_done(struct __sk_buff *skb)
+static __noinline int checksum_done(struct __sk_buff *skb, __u32 at)
 {
-	__u32 at = ETH_HLEN + sizeof(struct iphdr);
 	__u8 front[IP_FRONT];
 
 	return bpf_skb_load_bytes(skb, at, front, sizeof(front)) ||
@@ -148,7 +148,7 @@ static __noinline int complete_checksum(struct __sk_buff *skb)
 	sum = fold(s.sum);
 	if (!sum)
 		sum = 0xffff;
-	return bpf_skb_store_bytes(skb, at, &sum, sizeof(sum), 0) || checksum_done(skb);
+	return bpf_skb_store_bytes(skb, at, &sum, sizeof(sum), 0) || checksum_done(skb, l4);
 }
 
 /*
@@ -187,7 +187,7 @@ __noinline int refuse_length(struct __sk_buff *skb, __u32 limit)
 	sender = iph->saddr;
 	router = self->subnet + bpf_htonl(1);
 	if (skb->len < ETH_HLEN + QUOTED || bpf_skb_change_tail(skb, ETH_HLEN + QUOTED, 0) ||
-	    checksum_done(skb) ||
+	    checksum_done(skb, ETH_HLEN + sizeof(*iph)) ||
 	    bpf_skb_adjust_room(skb, sizeof(*iph) + sizeof(*icmp), BPF_ADJ_ROOM_MAC, 0) ||
 	    bpf_skb_pull_data(skb, ETH_HLEN + sizeof(*iph) + sizeof(*icmp) + QUOTED))
 		return TCX_DROP;

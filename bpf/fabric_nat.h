@@ -100,12 +100,13 @@ __noinline int translate(struct __sk_buff *skb, __u32 at, __be32 from, __be32 to
 }
 
 /*
- * The two ways through a gateway are programs, not functions: they have a stack
- * of their own. The array is pinned, or it would lose them with vpcd.
+ * The two ways through a gateway, and that of IPv6, are programs, not functions:
+ * they have a stack of their own. The array is pinned, or it would lose them with vpcd.
  */
 enum gateway_program {
 	TO_INTERNET,
 	FROM_INTERNET,
+	FROM_GUEST_IPV6,
 	GATEWAY_PROGRAMS, /* how many there are */
 };
 

@@ -9,6 +9,9 @@ import (
 // PrefixBits is the length of a delegated IPv4 prefix (EC2 knows no other).
 const PrefixBits = 28
 
+// IPv6PrefixBits is the length of a delegated IPv6 prefix (likewise).
+const IPv6PrefixBits = 80
+
 // ENI is an elastic network interface as EC2 describes it.
 type ENI struct {
 	ID             ENIID

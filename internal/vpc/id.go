@@ -19,6 +19,7 @@ type (
 	RouteTableID    string // rtb-0123456789abcdef0
 	NetworkACLID    string // acl-0123456789abcdef0
 	GatewayID       string // igw-0123456789abcdef0
+	EgressOnlyID    string // eigw-0123456789abcdef0
 	NATGatewayID    string // nat-0123456789abcdef0
 	AllocationID    string // eipalloc-0123456789abcdef0
 	PeeringID       string // pcx-0123456789abcdef0

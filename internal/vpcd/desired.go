@@ -210,7 +210,7 @@ func table(state *store.State, t *store.RouteTable) fabric.RouteTable {
 	out := fabric.RouteTable{ID: t.ID}
 	seen := map[netip.Prefix]bool{}
 	add := func(to netip.Prefix, r store.Route) {
-		if seen[to] {
+		if seen[to] || to.Addr().Is6() { // the fabric has no routes of IPv6
 			return
 		}
 		seen[to] = true

@@ -1,8 +1,6 @@
 package fabric
 
 import (
-	"crypto/sha256"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -20,8 +18,8 @@ type ACL struct {
 	Egress  []ACLEntry
 }
 
-// ACLEntry allows or denies a protocol from or to the addresses of CIDR. IPv4
-// only, as Rule.
+// ACLEntry allows or denies a protocol from or to the addresses of CIDR, which
+// is of IPv4 or of IPv6.
 type ACLEntry struct {
 	Protocol int // as in Rule
 	From, To int // as in Rule
@@ -31,12 +29,18 @@ type ACLEntry struct {
 
 const maxACLEntries = len(bpfgen.FabricAcl{}.Entries[0])
 
+// aclOf is an ACL in the programs' form.
+type aclOf struct {
+	four *bpfgen.FabricAcl
+	six  *bpfgen.FabricAcl6
+}
+
 // checkACLs turns ACLs into the programs' form. An entry that is not valid, or
 // one too many, ends its direction there: what an entry behind it allows, it
 // may have denied.
-func checkACLs(acls []ACL) (map[vpc.NetworkACLID]*bpfgen.FabricAcl, []error) {
+func checkACLs(acls []ACL) (map[vpc.NetworkACLID]*aclOf, []error) {
 	var errs []error
-	out := map[vpc.NetworkACLID]*bpfgen.FabricAcl{}
+	out := map[vpc.NetworkACLID]*aclOf{}
 	for _, l := range acls {
 		err := vpc.CheckID("acl", string(l.ID))
 		if err == nil && out[l.ID] != nil {
@@ -46,42 +50,44 @@ func checkACLs(acls []ACL) (map[vpc.NetworkACLID]*bpfgen.FabricAcl, []error) {
 			errs = append(errs, fmt.Errorf("network ACL %s: %w", l.ID, err))
 			continue
 		}
-		a := &bpfgen.FabricAcl{}
+		a, a6 := &bpfgen.FabricAcl{}, &bpfgen.FabricAcl6{}
 		for direction, entries := range map[bpfgen.FabricDirection][]ACLEntry{egress: l.Egress, ingress: l.Ingress} {
-			n := 0
+			n, n6 := 0, 0
 			for _, e := range entries {
-				compiled, err := compile(Rule{Protocol: e.Protocol, From: e.From, To: e.To, Peers: []netip.Prefix{e.CIDR}})
-				if err == nil && n+len(compiled) > maxACLEntries {
+				compiled, six, err := compile(Rule{Protocol: e.Protocol, From: e.From, To: e.To, Peers: []netip.Prefix{e.CIDR}})
+				if err == nil && (n+len(compiled) > maxACLEntries || n6+len(six) > maxACLEntries) {
 					err = fmt.Errorf("is behind entry %d", maxACLEntries)
 				}
 				if err != nil {
 					errs = append(errs, fmt.Errorf("network ACL %s: entry %+v: %w; it and what follows are left out", l.ID, e, err))
 					break
 				}
-				for _, r := range compiled { // none for IPv6
-					one := bpfgen.FabricAclEntry{Net: r.Net, Mask: r.Mask, From: r.From, To: r.To, Protocol: r.Protocol, AllProtocols: r.AllProtocols}
-					if e.Allow {
-						one.Allow = 1
+				for _, r := range compiled {
+					a.Entries[direction][n] = bpfgen.FabricAclEntry{
+						Net: r.Net, Mask: r.Mask, From: r.From, To: r.To, Protocol: r.Protocol, AllProtocols: r.AllProtocols, Allow: b2u(e.Allow),
 					}
-					a.Entries[direction][n] = one
 					n++
 				}
+				for _, r := range six {
+					a6.Entries[direction][n6] = bpfgen.FabricAclEntry6{
+						Net: r.Net, Mask: r.Mask, From: r.From, To: r.To, Protocol: r.Protocol, AllProtocols: r.AllProtocols, Allow: b2u(e.Allow),
+					}
+					n6++
+				}
 			}
-			a.Count[direction] = uint32(n)
+			a.Count[direction], a6.Count[direction] = uint32(n), uint32(n6)
 		}
-		a.Version = aclVersion(a)
-		out[l.ID] = a
+		a.Version = version(a.Count, a.Entries)
+		a6.Version = version(a6.Count, a6.Entries)
+		out[l.ID] = &aclOf{a, a6}
 	}
 	return out, errs
 }
 
-func aclVersion(a *bpfgen.FabricAcl) uint64 {
-	h := sha256.New()
-	if err := binary.Write(h, binary.LittleEndian, struct {
-		Count   [2]uint32
-		Entries [2][maxACLEntries]bpfgen.FabricAclEntry
-	}{a.Count, a.Entries}); err != nil {
-		panic(err) // a hash takes everything, and these have a fixed size
+// b2u is a bool as C has it.
+func b2u(b bool) uint8 {
+	if b {
+		return 1
 	}
-	return max(1, binary.LittleEndian.Uint64(h.Sum(nil)))
+	return 0
 }

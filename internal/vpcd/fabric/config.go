@@ -53,9 +53,12 @@ type Config struct {
 // Subnet is one that interfaces are in. Without an ACL nothing leaves or enters
 // it, without a route table nothing finds its way out of it.
 type Subnet struct {
-	ID    vpc.SubnetID
-	VNI   uint32 // one number per VPC, > 0
-	CIDR  netip.Prefix
+	ID   vpc.SubnetID
+	VNI  uint32 // one number per VPC, > 0
+	CIDR netip.Prefix
+	// CIDR6 is its IPv6 block, the zero Prefix: it has none, and its interfaces
+	// neither send nor receive IPv6.
+	CIDR6 netip.Prefix
 	Table vpc.RouteTableID
 	ACL   vpc.NetworkACLID
 	// Resolver is the address that the VPC's DNS resolver has beside
@@ -79,16 +82,16 @@ type Interface struct {
 	Guest           string // a Guest's Netns
 	DeviceIndex     int    // it is called eth%d inside
 	Primary         netip.Addr
-	Addresses       []netip.Prefix // each /32 and /28, Primary included
+	Addresses       []netip.Prefix // each /32 and /28, Primary included; of IPv6 each /128 and /80
 	SourceDestCheck bool
 	Groups          []vpc.SecurityGroupID // without any, nothing passes but the fabric's services
 	Timeouts        IdleTimeouts
 	Owner           Owner
 	Ungated         bool // no security group judges it: a NAT gateway's
 	MTU             int  // IP length that it takes; 0 is MTU
-	// Configure gives the guest's end Primary, the default route and the MTU, as
-	// DHCP would, when the interface is made and never again. Without it
-	// the link appears down.
+	// Configure gives the guest's end Primary, the first IPv6 address if there
+	// is one, the default routes and the MTU, as DHCP would, when the interface is
+	// made and never again. Without it the link appears down.
 	Configure bool
 }
 
@@ -98,7 +101,8 @@ type port struct {
 	subnet Subnet
 	device string // name of the fabric end
 	policy *bpfgen.FabricPolicy
-	table  uint64 // number of the subnet's route table, 0: none
+	six    *bpfgen.FabricPolicy6 // nil: it has no IPv6
+	table  uint64                // number of the subnet's route table, 0: none
 }
 
 // desired is a Config that check has gone through: only what is valid.
@@ -107,7 +111,7 @@ type desired struct {
 	ports  map[vpc.ENIID]*port
 	order  []*port            // as in the Config, so that Set works in a stable order
 	routes map[uint64][]Route // by number of the table
-	acls   map[bpfgen.FabricSubnetKey]*bpfgen.FabricAcl
+	acls   map[bpfgen.FabricSubnetKey]*aclOf
 
 	internet bool
 	publics  map[uint32]bpfgen.FabricPublic  // by public address
@@ -178,7 +182,7 @@ func device(id vpc.ENIID) (string, error) {
 // check turns a Config into what can be applied; the error joins what it left out.
 func check(n namespaces, c Config) (desired, error) {
 	d := desired{
-		guests: map[string]bool{}, ports: map[vpc.ENIID]*port{}, acls: map[bpfgen.FabricSubnetKey]*bpfgen.FabricAcl{},
+		guests: map[string]bool{}, ports: map[vpc.ENIID]*port{}, acls: map[bpfgen.FabricSubnetKey]*aclOf{},
 		internet: c.Internet, nats: map[string]NAT{},
 	}
 	tables, routes, errs := checkTables(c.Tables)
@@ -195,7 +199,7 @@ func check(n namespaces, c Config) (desired, error) {
 			errs = append(errs, fmt.Errorf("subnet %s: %w", s.ID, err))
 			continue
 		}
-		s.CIDR = s.CIDR.Masked()
+		s.CIDR, s.CIDR6 = s.CIDR.Masked(), s.CIDR6.Masked()
 		if tables[s.Table] == 0 {
 			errs = append(errs, fmt.Errorf("subnet %s: its route table %q is not there or not valid", s.ID, s.Table))
 		}
@@ -237,7 +241,9 @@ func check(n namespaces, c Config) (desired, error) {
 	groups, bad := checkGroups(c.Groups)
 	errs = append(errs, bad...)
 	policies := map[string]*bpfgen.FabricPolicy{} // interfaces with the same groups share one
+	policies6 := map[string]*bpfgen.FabricPolicy6{}
 	holder := map[held]vpc.ENIID{}
+	holders6 := newHolders6()
 	names := map[named]vpc.ENIID{}
 	macs := map[station]vpc.ENIID{}
 	for _, i := range c.Interfaces {
@@ -255,6 +261,9 @@ func check(n namespaces, c Config) (desired, error) {
 					break
 				}
 			}
+			if err == nil {
+				err = holders6.check(i)
+			}
 		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("interface %s: %w", i.ID, err))
@@ -265,11 +274,20 @@ func check(n namespaces, c Config) (desired, error) {
 		for a := range each(i.Addresses) {
 			holder[held{i.VNI, a}] = i.ID
 		}
+		holders6.add(i)
 		key := fmt.Sprint(slices.Sorted(slices.Values(i.Groups)), i.Timeouts)
 		if policies[key] == nil {
 			if policies[key], err = policyOf(i.Groups, i.Timeouts, groups); err != nil {
 				errs = append(errs, fmt.Errorf("interface %s: %w", i.ID, err))
 			}
+		}
+		if p.flags()&ipv6 != 0 && policies6[key] == nil {
+			if policies6[key], err = policy6Of(i.Groups, i.Timeouts, groups); err != nil {
+				errs = append(errs, fmt.Errorf("interface %s: %w", i.ID, err))
+			}
+		}
+		if p.flags()&ipv6 != 0 {
+			p.six = policies6[key]
 		}
 		p.policy, p.table = policies[key], tables[p.subnet.Table]
 		d.ports[i.ID] = p
@@ -289,12 +307,18 @@ func checkSubnet(s Subnet, seen map[vpc.SubnetID]Subnet) error {
 	if !s.CIDR.IsValid() || !s.CIDR.Addr().Is4() || s.CIDR.Bits() < 16 || s.CIDR.Bits() > 28 {
 		return fmt.Errorf("CIDR %s is not IPv4 of /16 to /28", s.CIDR)
 	}
+	if s.CIDR6.IsValid() && !isBlock6(s.CIDR6) {
+		return fmt.Errorf("CIDR %s is not IPv6 of /44 to /64 in steps of 4", s.CIDR6)
+	}
 	if s.Resolver.IsValid() && !s.Resolver.Is4() {
 		return fmt.Errorf("resolver %s is no IPv4 address", s.Resolver)
 	}
 	for _, other := range seen {
 		if other.VNI == s.VNI && other.CIDR.Overlaps(s.CIDR) {
 			return fmt.Errorf("CIDR %s overlaps %s of %s", s.CIDR, other.CIDR, other.ID)
+		}
+		if other.VNI == s.VNI && s.CIDR6.IsValid() && other.CIDR6.IsValid() && other.CIDR6.Overlaps(s.CIDR6) {
+			return fmt.Errorf("CIDR %s overlaps %s of %s", s.CIDR6, other.CIDR6, other.ID)
 		}
 	}
 	return nil
@@ -333,8 +357,17 @@ func checkInterface(i Interface, subnets map[vpc.SubnetID]Subnet, d desired) (*p
 		return nil, fmt.Errorf("MTU %d is not within 68 and %d", i.MTU, MTU)
 	}
 	i.MTU = cmp.Or(i.MTU, MTU)
+	if s.CIDR6.IsValid() && !i.Ungated && i.MTU < minMTU6 {
+		return nil, fmt.Errorf("MTU %d is below IPv6's least, %d", i.MTU, minMTU6)
+	}
 	hasPrimary := false
 	for _, a := range i.Addresses {
+		if a.IsValid() && a.Addr().Is6() {
+			if err := checkAddress6(a, s); err != nil {
+				return nil, err
+			}
+			continue
+		}
 		if !a.IsValid() || !a.Addr().Is4() || a.Bits() != 32 && a.Bits() != vpc.PrefixBits || a != a.Masked() {
 			return nil, fmt.Errorf("address %s is neither a /32 nor an aligned /%d", a, vpc.PrefixBits)
 		}
@@ -349,10 +382,13 @@ func checkInterface(i Interface, subnets map[vpc.SubnetID]Subnet, d desired) (*p
 	return &port{Interface: i, subnet: s, device: name}, nil
 }
 
-// each yields every single address of the prefixes.
+// each yields every single IPv4 address of the prefixes.
 func each(prefixes []netip.Prefix) func(yield func(netip.Addr) bool) {
 	return func(yield func(netip.Addr) bool) {
 		for _, p := range prefixes {
+			if !p.Addr().Is4() {
+				continue
+			}
 			for a := p.Addr(); p.Contains(a); a = a.Next() {
 				if !yield(a) {
 					return

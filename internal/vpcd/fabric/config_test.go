@@ -28,6 +28,16 @@ func valid() Config {
 	}
 }
 
+// hold6 gives the subnet an IPv6 block, and its interfaces an address of it each.
+func (c *Config) hold6(first, second string) {
+	c.Subnets[0].CIDR6 = netip.MustParsePrefix("fd00::/64")
+	for i, a := range []string{first, second} {
+		if a != "" {
+			c.Interfaces[i].Addresses = append(c.Interfaces[i].Addresses, netip.MustParsePrefix(a))
+		}
+	}
+}
+
 func TestCheck(t *testing.T) {
 	n := namespaces{"demo"}
 	if d, err := check(n, valid()); err != nil || len(d.ports) != 2 {
@@ -84,8 +94,21 @@ func TestCheck(t *testing.T) {
 		"prefix of another length": {func(c *Config) { c.Interfaces[0].Addresses[1] = p("10.0.0.16/29") }, "neither", 1},
 		"prefix not aligned":       {func(c *Config) { c.Interfaces[0].Addresses[1] = p("10.0.0.17/28") }, "neither", 1},
 		"address outside":          {func(c *Config) { c.Interfaces[0].Addresses[1] = p("10.0.1.16/28") }, "not in its subnet", 1},
-		"address of IPv6":          {func(c *Config) { c.Interfaces[0].Addresses[1] = p("fd00::1/128") }, "neither", 1},
-		"address held by another":  {func(c *Config) { c.Interfaces[1].Addresses = append(c.Interfaces[1].Addresses, p("10.0.0.20/32")) }, "held by eni-00000000000000001", 1},
+		"address of IPv6":          {func(c *Config) { c.Interfaces[0].Addresses[1] = p("fd00::1/128") }, "not in its subnet's IPv6 block", 1},
+		"IPv6 block of /66":        {func(c *Config) { c.Subnets[0].CIDR6 = p("fd00::/66") }, "not IPv6 of /44", 0},
+		"IPv6 block of IPv4":       {func(c *Config) { c.Subnets[0].CIDR6 = p("10.0.0.0/16") }, "not IPv6 of /44", 0},
+		"IPv6 blocks overlap": {func(c *Config) {
+			c.Subnets[0].CIDR6 = p("fd00::/60")
+			c.Subnets = append(c.Subnets, c.Subnets[0])
+			c.Subnets[1].ID, c.Subnets[1].CIDR, c.Subnets[1].CIDR6 = subnetB, p("10.0.1.0/24"), p("fd00::/64")
+		}, "overlaps", 2},
+		"IPv6 prefix of another length": {func(c *Config) { c.hold6("fd00::/96", "") }, "neither", 1},
+		"IPv6 prefix not aligned":       {func(c *Config) { c.hold6("fd00::1/80", "") }, "neither", 1},
+		"IPv6 address outside":          {func(c *Config) { c.hold6("fd00:1::1/128", "") }, "not in its subnet's IPv6 block", 1},
+		"IPv6 address twice":            {func(c *Config) { c.hold6("fd00::1/128", "fd00::1/128") }, "held by eni-00000000000000001", 1},
+		"IPv6 address in a prefix":      {func(c *Config) { c.hold6("fd00::/80", "fd00::1/128") }, "held by eni-00000000000000001", 1},
+		"IPv6 prefix around an address": {func(c *Config) { c.hold6("fd00::1/128", "fd00::/80") }, "held by eni-00000000000000001", 1},
+		"address held by another":       {func(c *Config) { c.Interfaces[1].Addresses = append(c.Interfaces[1].Addresses, p("10.0.0.20/32")) }, "held by eni-00000000000000001", 1},
 	} {
 		t.Run(name, func(t *testing.T) {
 			cfg := valid()
@@ -243,8 +266,9 @@ func TestBadEntryEndsACL(t *testing.T) {
 	bad.From = 3
 	six := ACLEntry{Protocol: AllProtocols, CIDR: netip.MustParsePrefix("::/0")}
 	got, errs := checkACLs([]ACL{{ID: aclOpen, Egress: []ACLEntry{six, allow, bad, allow}, Ingress: []ACLEntry{allow, six, allow}}})
-	if len(errs) != 1 || got[aclOpen].Count != [2]uint32{egress: 1, ingress: 2} {
-		t.Errorf("%d errors, %v entries", len(errs), got[aclOpen].Count)
+	four, six6 := got[aclOpen].four.Count, got[aclOpen].six.Count
+	if len(errs) != 1 || four != [2]uint32{egress: 1, ingress: 2} || six6 != [2]uint32{1, 1} {
+		t.Errorf("%d errors, %v entries of IPv4, %v of IPv6", len(errs), four, six6)
 	}
 }
 

@@ -24,7 +24,7 @@ const (
 	NoTarget      DropReason = "no_target"      // no ENI holds the address
 	UnknownMAC    DropReason = "unknown_mac"    // neither router's nor an ENI's of the subnet
 	Multicast     DropReason = "multicast"      // broadcast and multicast, except ARP requests
-	IPv6          DropReason = "ipv6"
+	IPv6          DropReason = "ipv6"           // of or to an ENI whose subnet has no IPv6 block
 	EtherType     DropReason = "ethertype"      // neither IPv4, IPv6 nor ARP, or with a VLAN tag
 	Oversize      DropReason = "oversize"       // IP length above MTU
 	ARPSpoofed    DropReason = "arp_spoofed"    // sender fields are not the ENI's
@@ -40,6 +40,11 @@ const (
 	IGWSource     DropReason = "igw_source"     // to the internet, from an address without a public one
 	IGWPrivate    DropReason = "igw_private"    // between the internet and an address of RFC 1918 or RFC 6598
 	NoPublic      DropReason = "no_public"      // from the internet, to a public address that leads nowhere
+
+	Extension    DropReason = "extension_headers" // IPv6 extension headers that no gate can judge
+	NDSpoofed    DropReason = "nd_spoofed"        // neighbour discovery from an address that is not the ENI's
+	NDUnanswered DropReason = "nd_unanswered"     // unknown or own address, advertisement, redirect
+	GatewayIPv6  DropReason = "gateway_ipv6"      // IPv6 to an internet gateway, which carries none here
 
 	// LinkLocalAllowance has the name of the counter of AWS's network driver.
 	LinkLocalAllowance DropReason = "linklocal_allowance_exceeded" // more to link-local services than an ENI may send
@@ -74,11 +79,17 @@ var dropReasons = [bpfgen.FabricDropReasonDROP_REASONS]DropReason{
 	bpfgen.FabricDropReasonDROP_NO_PUBLIC:      NoPublic,
 
 	bpfgen.FabricDropReasonDROP_LINKLOCAL_ALLOWANCE: LinkLocalAllowance,
+
+	bpfgen.FabricDropReasonDROP_EXTENSION:     Extension,
+	bpfgen.FabricDropReasonDROP_ND_SPOOFED:    NDSpoofed,
+	bpfgen.FabricDropReasonDROP_ND_UNANSWERED: NDUnanswered,
+	bpfgen.FabricDropReasonDROP_GATEWAY_IPV6:  GatewayIPv6,
 }
 
 // Counters are an ENI's, from its guest's point of view, since it was attached.
-// Packets and bytes are of IPv4 and as on the wire: a GSO frame counts its
-// segments, and bytes are IP lengths (no Ethernet header).
+// Packets and bytes are of IPv4 and IPv6, without neighbour discovery, and as on
+// the wire: a GSO frame counts its segments, and bytes are IP lengths (no Ethernet
+// header).
 type Counters struct {
 	TxPackets uint64 `json:"txPackets"` // accepted from the guest
 	TxBytes   uint64 `json:"txBytes"`

@@ -27,7 +27,7 @@ import (
 // the numbers of drop reasons, of the names of links. Another version's pins
 // are not adopted: Open removes them and Set makes every interface anew, at the
 // price of a short interruption.
-const layout = "v4"
+const layout = "v5"
 
 // Options say which lab's fabric it is, and where its state is pinned.
 type Options struct {
@@ -59,9 +59,11 @@ type Fabric struct {
 	route *rtnetlink // in the fabric's namespace
 	// seen is what the maps hold; nil when it must be read from them. Nobody
 	// else writes to them, so it is read once and kept.
-	seen     *contents
-	policies ruleMaps[uint32]                 // by ifindex
-	acls     ruleMaps[bpfgen.FabricSubnetKey] // by subnet
+	seen *contents
+	// Rules of security groups, by ifindex, and network ACLs, by subnet; those for
+	// IPv6 apart.
+	policies, policies6 ruleMaps[uint32]
+	acls, acls6         ruleMaps[bpfgen.FabricSubnetKey]
 	// taps are the pinned links, by ENI; those towards the internet are
 	// internetName's.
 	taps map[vpc.ENIID]*tap
@@ -163,19 +165,37 @@ func (f *Fabric) open(o Options) error {
 			return a.Version, err
 		},
 	}
+	f.policies6 = ruleMaps[uint32]{
+		what: "the rules of security groups for IPv6", outer: f.objs.Policies6, size: uint32(unsafe.Sizeof(bpfgen.FabricPolicy6{})), kept: map[uint64]*ebpf.Map{},
+		version: func(m *ebpf.Map) (uint64, error) {
+			var p bpfgen.FabricPolicy6
+			err := m.Lookup(uint32(0), &p)
+			return p.Version, err
+		},
+	}
+	f.acls6 = ruleMaps[bpfgen.FabricSubnetKey]{
+		what: "a network ACL for IPv6", outer: f.objs.Acls6, size: uint32(unsafe.Sizeof(bpfgen.FabricAcl6{})), kept: map[uint64]*ebpf.Map{},
+		version: func(m *ebpf.Map) (uint64, error) {
+			var a bpfgen.FabricAcl6
+			err := m.Lookup(uint32(0), &a)
+			return a.Version, err
+		},
+	}
 	for i, p := range map[bpfgen.FabricGatewayProgram]*ebpf.Program{
 		bpfgen.FabricGatewayProgramTO_INTERNET:   f.objs.ToInternet,
 		bpfgen.FabricGatewayProgramFROM_INTERNET: f.objs.FromInternet,
+
+		bpfgen.FabricGatewayProgramFROM_GUEST_IPV6: f.objs.FromGuestIpv6,
 	} {
 		if err := f.objs.Gateways.Put(uint32(i), p); err != nil {
-			return fmt.Errorf("put the gateway's programs in place: %w", err)
+			return fmt.Errorf("put the programs that others call in place: %w", err)
 		}
 	}
 	// Key 0 counts what comes from no ENI.
 	if err := addCounter(f.objs.Counts, 0); err != nil {
 		return err
 	}
-	if err := f.openIntervals(spec.Maps[bpfgen.FabricMapRecords].InnerMap, o.Records); err != nil {
+	if err := f.openIntervals(spec.Maps[bpfgen.FabricMapRecords].InnerMap, spec.Maps[bpfgen.FabricMapRecords6].InnerMap, o.Records); err != nil {
 		return err
 	}
 	return f.adoptTaps()
@@ -354,7 +374,7 @@ func (f *Fabric) Close() error {
 		errs = append(errs, t.close())
 	}
 	f.taps = nil
-	errs = append(errs, f.policies.close(), f.acls.close(), f.intervals.close())
+	errs = append(errs, f.policies.close(), f.policies6.close(), f.acls.close(), f.acls6.close(), f.intervals.close())
 	if f.route != nil {
 		f.route.Close()
 		f.route = nil

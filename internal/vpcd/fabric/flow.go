@@ -17,8 +17,8 @@ const flowBatch = 4096
 
 // eachFlow calls fn with every flow that is in the map, and some that come or
 // go meanwhile.
-func eachFlow(m *ebpf.Map, fn func(k bpfgen.FabricFlowKey, v bpfgen.FabricFlow) error) error {
-	keys := make([]bpfgen.FabricFlowKey, flowBatch)
+func eachFlow[K any](m *ebpf.Map, fn func(k K, v bpfgen.FabricFlow) error) error {
+	keys := make([]K, flowBatch)
 	values := make([]bpfgen.FabricFlow, flowBatch)
 	var cursor ebpf.MapBatchCursor
 	for {
@@ -51,8 +51,17 @@ func (f *Fabric) ExpireFlows() (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	var expired []bpfgen.FabricFlowKey
-	err = eachFlow(f.objs.Flows, func(k bpfgen.FabricFlowKey, v bpfgen.FabricFlow) error {
+	removed, err := expireFlows[bpfgen.FabricFlowKey](f.objs.Flows, now)
+	if err != nil {
+		return removed, err
+	}
+	removed6, err := expireFlows[bpfgen.FabricFlowKey6](f.objs.Flows6, now)
+	return removed + removed6, err
+}
+
+func expireFlows[K any](m *ebpf.Map, now uint64) (removed int, err error) {
+	var expired []K
+	err = eachFlow(m, func(k K, v bpfgen.FabricFlow) error {
 		if v.Expires <= now {
 			expired = append(expired, k)
 		}
@@ -61,10 +70,9 @@ func (f *Fabric) ExpireFlows() (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	removed := 0
 	for _, k := range expired {
 		var v bpfgen.FabricFlow
-		err := f.objs.Flows.LookupAndDelete(k, &v)
+		err := m.LookupAndDelete(k, &v)
 		if errors.Is(err, ebpf.ErrKeyNotExist) {
 			continue
 		}
@@ -77,7 +85,7 @@ func (f *Fabric) ExpireFlows() (int, error) {
 		}
 		// The same tuple has begun anew in between: put it back, unless it has
 		// done that once more.
-		if err := f.objs.Flows.Update(k, v, ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
+		if err := m.Update(k, v, ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
 			return removed, fmt.Errorf("expire flow: %w", err)
 		}
 	}
@@ -87,9 +95,16 @@ func (f *Fabric) ExpireFlows() (int, error) {
 // purgeFlows removes the flows of interfaces that are gone, so that whoever
 // gets their ifindex does not get them too.
 func (f *Fabric) purgeFlows(live map[uint32]bool) error {
-	var gone []bpfgen.FabricFlowKey
-	err := eachFlow(f.objs.Flows, func(k bpfgen.FabricFlowKey, _ bpfgen.FabricFlow) error {
-		if !live[k.Ifindex] {
+	return errors.Join(
+		purgeFlows(f.objs.Flows, func(k bpfgen.FabricFlowKey) bool { return !live[k.Ifindex] }),
+		purgeFlows(f.objs.Flows6, func(k bpfgen.FabricFlowKey6) bool { return !live[k.Ifindex] }),
+	)
+}
+
+func purgeFlows[K any](m *ebpf.Map, dead func(K) bool) error {
+	var gone []K
+	err := eachFlow(m, func(k K, _ bpfgen.FabricFlow) error {
+		if dead(k) {
 			gone = append(gone, k)
 		}
 		return nil
@@ -98,7 +113,7 @@ func (f *Fabric) purgeFlows(live map[uint32]bool) error {
 		return err
 	}
 	for _, k := range gone {
-		if err := f.objs.Flows.Delete(k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		if err := m.Delete(k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			return fmt.Errorf("remove flow of an interface that is gone: %w", err)
 		}
 	}

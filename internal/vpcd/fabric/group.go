@@ -30,12 +30,12 @@ const AllProtocols = -1
 // Any is a From or To that means all: all ports, all ICMP types, all codes.
 const Any = -1
 
-// Rule allows a protocol from or to peers. IPv4 only: peers and protocols of
-// IPv6 match nothing here.
+// Rule allows a protocol from or to peers, of IPv4 or IPv6.
 type Rule struct {
 	Protocol int // IP protocol number, or AllProtocols
-	// TCP and UDP: the destination ports From to To, or Any in both. ICMP: the
-	// type From and the code To, Any each. Other protocols: without meaning.
+	// TCP and UDP: the destination ports From to To, or Any in both. ICMP and
+	// ICMPv6 (58): the type From and the code To, Any each. Other protocols:
+	// without meaning.
 	From, To int
 	// Peers are CIDR blocks (one, or those of a prefix list), none if Group is
 	// set.
@@ -78,6 +78,8 @@ const (
 	protoICMP = 1
 	protoTCP  = 6
 	protoUDP  = 17
+
+	protoICMPv6 = 58
 )
 
 // groupNumber is by which the programs know a group: the last 16 hexadecimal
@@ -101,6 +103,7 @@ func groupNumber(id vpc.SecurityGroupID) (uint64, error) {
 type ruleset struct {
 	number uint64
 	rules  [2][]bpfgen.FabricRule // by direction
+	rules6 [2][]bpfgen.FabricRule6
 }
 
 // checkGroups turns groups into rulesets. Rules that are not valid are left
@@ -125,12 +128,13 @@ func checkGroups(groups []Group) (map[vpc.SecurityGroupID]*ruleset, []error) {
 		s := &ruleset{number: n}
 		for direction, rules := range map[bpfgen.FabricDirection][]Rule{egress: g.Egress, ingress: g.Ingress} {
 			for _, r := range rules {
-				compiled, err := compile(r)
+				compiled, six, err := compile(r)
 				if err != nil {
 					errs = append(errs, fmt.Errorf("security group %s: rule %+v: %w", g.ID, r, err))
 					continue
 				}
 				s.rules[direction] = append(s.rules[direction], compiled...)
+				s.rules6[direction] = append(s.rules6[direction], six...)
 			}
 		}
 		out[g.ID] = s
@@ -138,25 +142,26 @@ func checkGroups(groups []Group) (map[vpc.SecurityGroupID]*ruleset, []error) {
 	return out, errs
 }
 
-// compile returns a rule in the programs' form, one for each peer.
-func compile(r Rule) ([]bpfgen.FabricRule, error) {
+// compile returns a rule in the programs' form, one for each peer: those of IPv4
+// and those of IPv6. One for a group is of both.
+func compile(r Rule) ([]bpfgen.FabricRule, []bpfgen.FabricRule6, error) {
 	var head bpfgen.FabricRule
 	switch {
 	case r.Protocol == AllProtocols:
 		head.AllProtocols = 1
 	case r.Protocol < 0 || r.Protocol > 255:
-		return nil, errors.New("no such protocol")
+		return nil, nil, errors.New("no such protocol")
 	case r.Protocol == protoTCP || r.Protocol == protoUDP:
 		head.Protocol = uint8(r.Protocol)
 		head.From, head.To = 0, 65535
 		if r.From != Any || r.To != Any {
 			if r.From < 0 || r.To > 65535 || r.From > r.To {
-				return nil, errors.New("no such ports")
+				return nil, nil, errors.New("no such ports")
 			}
 			head.From, head.To = uint16(r.From), uint16(r.To)
 		}
-	case r.Protocol == protoICMP:
-		head.Protocol = protoICMP
+	case r.Protocol == protoICMP || r.Protocol == protoICMPv6:
+		head.Protocol = uint8(r.Protocol)
 		for _, v := range []struct {
 			in  int
 			out *uint16
@@ -165,7 +170,7 @@ func compile(r Rule) ([]bpfgen.FabricRule, error) {
 			case v.in == Any:
 				*v.out = anyPort
 			case v.in < 0 || v.in > 255:
-				return nil, errors.New("no such ICMP type or code")
+				return nil, nil, errors.New("no such ICMP type or code")
 			default:
 				*v.out = uint16(v.in)
 			}
@@ -175,28 +180,32 @@ func compile(r Rule) ([]bpfgen.FabricRule, error) {
 	}
 	if r.Group != "" {
 		if len(r.Peers) > 0 {
-			return nil, errors.New("has a group and CIDR blocks as peers")
+			return nil, nil, errors.New("has a group and CIDR blocks as peers")
 		}
 		n, err := groupNumber(r.Group)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		head.Group = n
-		return []bpfgen.FabricRule{head}, nil
+		return []bpfgen.FabricRule{head}, []bpfgen.FabricRule6{rule6(head)}, nil
 	}
 	var out []bpfgen.FabricRule
+	var six []bpfgen.FabricRule6
 	for _, p := range r.Peers {
 		if !p.IsValid() {
-			return nil, errors.New("has a CIDR block that is none")
+			return nil, nil, errors.New("has a CIDR block that is none")
 		}
 		if !p.Addr().Is4() {
+			one := rule6(head)
+			one.Net, one.Mask, one.Everybody = words(p.Masked().Addr()), netmask6(p), b2u(p.Bits() == 0)
+			six = append(six, one)
 			continue
 		}
 		one := head
 		one.Net, one.Mask = be32(p.Masked().Addr()), netmask(p)
 		out = append(out, one)
 	}
-	return out, nil
+	return out, six, nil
 }
 
 // anywhere tells whether the rule is for 0.0.0.0/0.
@@ -280,8 +289,13 @@ func seconds(d, otherwise time.Duration) uint32 { return uint32(cmp.Or(d, otherw
 
 // digest is a policy's version: the same for equal policies, in each process.
 func digest(p *bpfgen.FabricPolicy) uint64 {
+	return version(p.Groups, p.TcpTimeout, p.UdpTimeout, p.StreamTimeout, p.Count, p.Rules[egress][:p.Count[egress]], p.Rules[ingress][:p.Count[ingress]])
+}
+
+// version is a digest of values of fixed size, never 0.
+func version(values ...any) uint64 {
 	h := sha256.New()
-	for _, v := range []any{p.Groups, p.TcpTimeout, p.UdpTimeout, p.StreamTimeout, p.Count, p.Rules[egress][:p.Count[egress]], p.Rules[ingress][:p.Count[ingress]]} {
+	for _, v := range values {
 		if err := binary.Write(h, binary.LittleEndian, v); err != nil {
 			panic(err) // a hash takes everything, and these have a fixed size
 		}

@@ -130,7 +130,7 @@ func TestOpenTo(t *testing.T) {
 		{Rule{Protocol: 1, From: Any, To: Any, Peers: prefixes("0.0.0.0/0")}, 0},
 		{Rule{Protocol: AllProtocols, Peers: prefixes("::/0")}, 0},
 	} {
-		rules, err := compile(c.rule)
+		rules, _, err := compile(c.rule)
 		if err != nil {
 			t.Fatal(err)
 		}

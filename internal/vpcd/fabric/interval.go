@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -21,12 +22,15 @@ import (
 // intervals are the maps of flow records: the one that programs write to, and
 // those that have ended and are kept until somebody has them in a safe place.
 // Each is pinned by its number, before programs see it and until it is
-// discarded, so that records outlive the process.
+// discarded, so that records outlive the process. An interval has two maps, one
+// for IPv4 and one for IPv6, which is put in place first: if only that one is,
+// the process died in between, and the next goes on.
 //
-//	begin: made ─▶ pinned ─▶ in map records ─▶ (another takes its place) ended ─▶ discarded
+//	begin: made ─▶ pinned ─▶ in maps records6 and records ─▶ (another takes its place) ended ─▶ discarded
 type intervals struct {
 	mu      sync.Mutex
 	spec    *ebpf.MapSpec
+	spec6   *ebpf.MapSpec
 	running interval
 	ended   []interval // oldest first
 	// departed are interfaces that were gone before an interval ended, by the
@@ -38,7 +42,12 @@ type interval struct {
 	number uint64
 	start  time.Time
 	m      *ebpf.Map
+	six    *ebpf.Map // records of IPv6
 }
+
+// suffix6 is behind an interval's number in the name of the pin of its records
+// of IPv6.
+const suffix6 = "-6"
 
 // recordBatch is how many records one system call reads. It must hold the
 // longest chain of the hash table.
@@ -54,14 +63,16 @@ func (f *Fabric) intervalPin(number uint64) string {
 
 // openIntervals adopts the intervals that are there, and begins the first if
 // there is none.
-func (f *Fabric) openIntervals(spec *ebpf.MapSpec, room int) error {
+func (f *Fabric) openIntervals(spec, spec6 *ebpf.MapSpec, room int) error {
 	iv := &f.intervals
 	iv.mu.Lock()
 	defer iv.mu.Unlock()
-	iv.spec = spec.Copy()
-	iv.spec.Name, iv.spec.Pinning = "interval", ebpf.PinNone
-	if room > 0 {
-		iv.spec.MaxEntries = uint32(room)
+	iv.spec, iv.spec6 = spec.Copy(), spec6.Copy()
+	for _, s := range []*ebpf.MapSpec{iv.spec, iv.spec6} {
+		s.Name, s.Pinning = "interval", ebpf.PinNone
+		if room > 0 {
+			s.MaxEntries = uint32(room)
+		}
 	}
 	iv.departed = map[uint32]uint64{}
 	found, err := f.pinnedIntervals()
@@ -69,13 +80,13 @@ func (f *Fabric) openIntervals(spec *ebpf.MapSpec, room int) error {
 		return err
 	}
 	var inPlace uint32
-	if err := f.objs.Records.Lookup(uint32(0), &inPlace); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+	if err := f.objs.Records6.Lookup(uint32(0), &inPlace); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 		return fmt.Errorf("look for the interval that runs: %w", err)
 	}
 	last := uint64(0)
 	for _, i := range found {
 		last = i.number
-		info, err := i.m.Info()
+		info, err := i.six.Info()
 		if err != nil {
 			return fmt.Errorf("look at interval %d: %w", i.number, err)
 		}
@@ -96,8 +107,17 @@ func (f *Fabric) openIntervals(spec *ebpf.MapSpec, room int) error {
 	}
 	// The process before may have died while it waited for the programs: wait
 	// for them again.
-	if err := f.objs.Records.Put(uint32(0), iv.running.m); err != nil {
-		return fmt.Errorf("put the interval in place: %w", err)
+	return f.putInterval(iv.running)
+}
+
+// putInterval makes programs write to an interval. The updates wait for them
+// (maybe_wait_bpf_programs in kernel/bpf/syscall.c).
+func (f *Fabric) putInterval(i interval) error {
+	if err := f.objs.Records6.Put(uint32(0), i.six); err != nil {
+		return fmt.Errorf("put interval %d in place: %w", i.number, err)
+	}
+	if err := f.objs.Records.Put(uint32(0), i.m); err != nil {
+		return fmt.Errorf("put interval %d in place: %w", i.number, err)
 	}
 	return nil
 }
@@ -113,24 +133,38 @@ func (f *Fabric) pinnedIntervals() ([]interval, error) {
 		return nil, fmt.Errorf("read intervals: %w", err)
 	}
 	var out []interval
+	names := map[string]bool{}
 	for _, e := range entries {
-		path := filepath.Join(dir, e.Name())
-		number, err := strconv.ParseUint(e.Name(), 16, 64)
-		if err != nil {
+		names[e.Name()] = true
+	}
+	for name := range names {
+		path := filepath.Join(dir, name)
+		number, err := strconv.ParseUint(strings.TrimSuffix(name, suffix6), 16, 64)
+		// Of IPv4 it is pinned last, and unpinned first.
+		if err != nil || strings.HasSuffix(name, suffix6) && !names[strings.TrimSuffix(name, suffix6)] {
 			if err := os.Remove(path); err != nil {
 				return nil, fmt.Errorf("remove stray pin: %w", err)
 			}
 			continue
 		}
-		m, err := ebpf.LoadPinnedMap(path, nil)
-		if err != nil {
-			return nil, fmt.Errorf("open interval %s: %w", path, err)
+		if strings.HasSuffix(name, suffix6) {
+			continue
+		}
+		i := interval{number: number}
+		for _, m := range []struct {
+			path string
+			to   **ebpf.Map
+		}{{path, &i.m}, {path + suffix6, &i.six}} {
+			if *m.to, err = ebpf.LoadPinnedMap(m.path, nil); err != nil {
+				return nil, errors.Join(fmt.Errorf("open interval %s: %w", m.path, err), i.close())
+			}
 		}
 		var about bpfgen.FabricRecord
-		if err := m.Lookup(bpfgen.FabricRecordKey{}, &about); err != nil {
-			return nil, errors.Join(fmt.Errorf("read interval %s: %w", path, err), m.Close())
+		if err := i.m.Lookup(bpfgen.FabricRecordKey{}, &about); err != nil {
+			return nil, errors.Join(fmt.Errorf("read interval %s: %w", path, err), i.close())
 		}
-		out = append(out, interval{number, time.Unix(0, int64(about.First)), m})
+		i.start = time.Unix(0, int64(about.First))
+		out = append(out, i)
 	}
 	slices.SortFunc(out, func(a, b interval) int { return cmp.Compare(a.number, b.number) })
 	return out, nil
@@ -141,25 +175,35 @@ func (f *Fabric) pinnedIntervals() ([]interval, error) {
 func (f *Fabric) begin(number uint64) error {
 	iv := &f.intervals
 	i := interval{number: number, start: time.Now()}
-	err := nl.AwaitMemory(func() (err error) {
-		i.m, err = ebpf.NewMap(iv.spec)
-		return err
-	})
-	if err != nil {
-		return fmt.Errorf("make an interval of flow records: %w", err)
+	for _, m := range []struct {
+		spec *ebpf.MapSpec
+		to   **ebpf.Map
+	}{{iv.spec, &i.m}, {iv.spec6, &i.six}} {
+		err := nl.AwaitMemory(func() (err error) {
+			*m.to, err = ebpf.NewMap(m.spec)
+			return err
+		})
+		if err != nil {
+			return errors.Join(fmt.Errorf("make an interval of flow records: %w", err), i.close())
+		}
 	}
 	about := bpfgen.FabricRecord{Packets: number, First: uint64(i.start.UnixNano())}
 	path := f.intervalPin(number)
-	if err := i.m.Put(bpfgen.FabricRecordKey{}, about); err != nil {
-		return errors.Join(fmt.Errorf("number interval %d: %w", number, err), i.m.Close())
+	if err := errors.Join(i.m.Put(bpfgen.FabricRecordKey{}, about), i.six.Put(bpfgen.FabricRecordKey6{}, about)); err != nil {
+		return errors.Join(fmt.Errorf("number interval %d: %w", number, err), i.close())
 	}
-	if err := i.m.Pin(path); err != nil {
-		return errors.Join(fmt.Errorf("pin interval %d: %w", number, err), i.m.Close())
+	err := i.six.Pin(path + suffix6)
+	if err == nil {
+		err = i.m.Pin(path)
 	}
-	// The update waits for the programs (maybe_wait_bpf_programs in
-	// kernel/bpf/syscall.c).
-	if err := f.objs.Records.Put(uint32(0), i.m); err != nil {
-		return errors.Join(fmt.Errorf("put interval %d in place: %w", number, err), i.discard(path))
+	if err != nil {
+		return errors.Join(fmt.Errorf("pin interval %d: %w", number, err), i.close())
+	}
+	if err := f.putInterval(i); err != nil {
+		if iv.running.m != nil {
+			err = errors.Join(err, f.putInterval(iv.running))
+		}
+		return errors.Join(err, i.discard(path))
 	}
 	if iv.running.m != nil {
 		iv.ended = append(iv.ended, iv.running)
@@ -170,10 +214,22 @@ func (f *Fabric) begin(number uint64) error {
 
 // discard removes an interval that nobody writes to any more.
 func (i interval) discard(pin string) error {
-	if err := os.Remove(pin); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return errors.Join(fmt.Errorf("unpin interval %d: %w", i.number, err), i.m.Close())
+	for _, p := range []string{pin, pin + suffix6} {
+		if err := os.Remove(p); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return errors.Join(fmt.Errorf("unpin interval %d: %w", i.number, err), i.close())
+		}
 	}
-	if err := i.m.Close(); err != nil {
+	return i.close()
+}
+
+func (i interval) close() error {
+	var errs []error
+	for _, m := range []*ebpf.Map{i.m, i.six} {
+		if m != nil {
+			errs = append(errs, m.Close())
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("close interval %d: %w", i.number, err)
 	}
 	return nil
@@ -277,7 +333,7 @@ func (f *Fabric) RunningSince() time.Time {
 }
 
 // IntervalFill returns how many records the running interval has, and how many
-// it has room for.
+// it has room for: of IPv4 or of IPv6, whichever has less room left.
 func (f *Fabric) IntervalFill() (records, room int, err error) {
 	f.life.RLock()
 	defer f.life.RUnlock()
@@ -286,11 +342,16 @@ func (f *Fabric) IntervalFill() (records, room int, err error) {
 	if f.objs.Records == nil || f.intervals.running.m == nil {
 		return 0, 0, fmt.Errorf("look at the running interval: %w", ErrNoInterval)
 	}
-	var about bpfgen.FabricRecord
-	if err := f.intervals.running.m.Lookup(bpfgen.FabricRecordKey{}, &about); err != nil {
+	var about, about6 bpfgen.FabricRecord
+	running := f.intervals.running
+	if err := errors.Join(running.m.Lookup(bpfgen.FabricRecordKey{}, &about), running.six.Lookup(bpfgen.FabricRecordKey6{}, &about6)); err != nil {
 		return 0, 0, fmt.Errorf("look at the running interval: %w", err)
 	}
-	return int(about.Bytes), int(f.intervals.running.m.MaxEntries()) - 1, nil
+	room, room6 := int(running.m.MaxEntries())-1, int(running.six.MaxEntries())-1
+	if int(about6.Bytes)*room > int(about.Bytes)*room6 {
+		return int(about6.Bytes), room6, nil
+	}
+	return int(about.Bytes), room, nil
 }
 
 func (f *Fabric) readInterval(i interval) (*Interval, error) {
@@ -305,23 +366,20 @@ func (f *Fabric) readInterval(i interval) (*Interval, error) {
 	wallNow := time.Now()
 	wall := func(t uint64) time.Time { return wallNow.Add(time.Duration(int64(t - now))) }
 	out := &Interval{Number: i.number, Start: i.start, Attached: attached}
-	keys := make([]bpfgen.FabricRecordKey, recordBatch)
-	values := make([]bpfgen.FabricRecord, recordBatch)
-	var cursor ebpf.MapBatchCursor
-	for {
-		n, err := i.m.BatchLookup(&cursor, keys, values, nil)
-		last := errors.Is(err, ebpf.ErrKeyNotExist)
-		if err != nil && !last {
-			return nil, fmt.Errorf("read interval %d: %w", i.number, err)
-		}
-		for j := range n {
-			if keys[j].Ifindex != 0 && known[keys[j].Ifindex] != nil {
-				out.Records = append(out.Records, record(keys[j], values[j], known, wall))
+	err = errors.Join(
+		eachRecord(i.m, func(k bpfgen.FabricRecordKey, v bpfgen.FabricRecord) {
+			if k.Ifindex != 0 && known[k.Ifindex] != nil {
+				out.Records = append(out.Records, record(k, v, known, wall))
 			}
-		}
-		if last {
-			break
-		}
+		}),
+		eachRecord(i.six, func(k bpfgen.FabricRecordKey6, v bpfgen.FabricRecord) {
+			if k.Ifindex != 0 && known[k.Ifindex] != nil {
+				out.Records = append(out.Records, record6(k, v, known, wall))
+			}
+		}),
+	)
+	if err != nil {
+		return nil, fmt.Errorf("read interval %d: %w", i.number, err)
 	}
 	var skips map[bpfgen.FabricSkipKey]bpfgen.FabricSkip
 	if err := readMap(f.objs.Skips, &skips); err != nil {
@@ -335,6 +393,26 @@ func (f *Fabric) readInterval(i interval) (*Interval, error) {
 		}
 	}
 	return out, nil
+}
+
+// eachRecord calls fn with every record of an interval's map.
+func eachRecord[K any](m *ebpf.Map, fn func(K, bpfgen.FabricRecord)) error {
+	keys := make([]K, recordBatch)
+	values := make([]bpfgen.FabricRecord, recordBatch)
+	var cursor ebpf.MapBatchCursor
+	for {
+		n, err := m.BatchLookup(&cursor, keys, values, nil)
+		last := errors.Is(err, ebpf.ErrKeyNotExist)
+		if err != nil && !last {
+			return err
+		}
+		for j := range n {
+			fn(keys[j], values[j])
+		}
+		if last {
+			return nil
+		}
+	}
 }
 
 // DiscardInterval forgets the oldest interval that has ended.
@@ -380,9 +458,7 @@ func (iv *intervals) close() error {
 	defer iv.mu.Unlock()
 	var errs []error
 	for _, i := range append(iv.ended, iv.running) {
-		if i.m != nil {
-			errs = append(errs, i.m.Close())
-		}
+		errs = append(errs, i.close())
 	}
 	iv.ended, iv.running = nil, interval{}
 	return errors.Join(errs...)

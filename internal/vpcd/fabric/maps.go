@@ -16,6 +16,7 @@ const (
 	flagCheck  = bpfgen.FabricEniFlagENI_SOURCE_DEST_CHECK
 	flagReady  = bpfgen.FabricEniFlagENI_READY
 	ungated    = bpfgen.FabricEniFlagENI_UNGATED
+	ipv6       = bpfgen.FabricEniFlagENI_IPV6
 	routeLocal = bpfgen.FabricRouteKindROUTE_LOCAL
 	routeENI   = bpfgen.FabricRouteKindROUTE_ENI
 	routeIGW   = bpfgen.FabricRouteKindROUTE_IGW
@@ -27,8 +28,10 @@ const (
 type contents struct {
 	enis     map[uint32]bpfgen.FabricEni
 	mappings map[bpfgen.FabricAddress]bpfgen.FabricTarget
+	mapping6 map[bpfgen.FabricAddress6]bpfgen.FabricTarget
 	stations map[bpfgen.FabricStation]bpfgen.FabricTarget
 	routes   map[bpfgen.FabricRouteKey]bpfgen.FabricRoute
+	routes6  map[bpfgen.FabricRouteKey]bpfgen.FabricRoute
 	publics  map[uint32]bpfgen.FabricPublic
 	elastics map[bpfgen.FabricAddress]uint32
 	internet bpfgen.FabricTarget
@@ -40,13 +43,17 @@ func (f *Fabric) read() (*contents, error) {
 	err := errors.Join(
 		readMap(f.objs.Enis, &c.enis),
 		readMap(f.objs.Mappings, &c.mappings),
+		readMap(f.objs.Mappings6, &c.mapping6),
 		readMap(f.objs.Stations, &c.stations),
 		readMap(f.objs.Routes, &c.routes),
+		readMap(f.objs.Routes6, &c.routes6),
 		readMap(f.objs.Publics, &c.publics),
 		readMap(f.objs.Elastics, &c.elastics),
 		f.objs.Internet.Lookup(uint32(0), &c.internet),
 		f.policies.read(),
+		f.policies6.read(),
 		f.acls.read(),
+		f.acls6.read(),
 	)
 	if err != nil {
 		return nil, err
@@ -102,8 +109,10 @@ func putWanted[K, V comparable](m *ebpf.Map, have, want map[K]V) error {
 func forwarding(d desired, index map[vpc.ENIID]int) *contents {
 	c := &contents{
 		mappings: map[bpfgen.FabricAddress]bpfgen.FabricTarget{},
+		mapping6: map[bpfgen.FabricAddress6]bpfgen.FabricTarget{},
 		stations: map[bpfgen.FabricStation]bpfgen.FabricTarget{},
 		routes:   map[bpfgen.FabricRouteKey]bpfgen.FabricRoute{},
+		routes6:  map[bpfgen.FabricRouteKey]bpfgen.FabricRoute{},
 		publics:  d.publics,
 		elastics: d.elastics,
 	}
@@ -114,6 +123,11 @@ func forwarding(d desired, index map[vpc.ENIID]int) *contents {
 		targets[id] = t
 		for a := range each(p.Addresses) {
 			c.mappings[bpfgen.FabricAddress{Vni: p.VNI, Addr: a.As16()}] = t
+		}
+		for _, a := range p.Addresses {
+			if a.Addr().Is6() && p.flags()&ipv6 != 0 {
+				c.mapping6[mapping6(p.VNI, a)] = t
+			}
 		}
 		c.stations[bpfgen.FabricStation{Vni: p.VNI, Subnet: t.Subnet, Mac: t.Mac}] = t
 	}
@@ -130,7 +144,11 @@ func forwarding(d desired, index map[vpc.ENIID]int) *contents {
 			case attached:
 				to.Kind, to.Target = routeENI, t
 			}
-			c.routes[routeKey(table, r.CIDR)] = to
+			if r.CIDR.Addr().Is4() {
+				c.routes[routeKey(table, r.CIDR)] = to
+			} else {
+				c.routes6[routeKey(table, r.CIDR)] = to
+			}
 		}
 	}
 	return c
@@ -143,6 +161,10 @@ func (p *port) flags() (f bpfgen.FabricEniFlag) {
 	}
 	if p.Ungated {
 		f |= ungated
+	}
+	// A NAT gateway has no IPv6.
+	if p.subnet.CIDR6.IsValid() && !p.Ungated {
+		f |= ipv6
 	}
 	return f
 }
@@ -163,6 +185,9 @@ func (p *port) record(guest uint64) bpfgen.FabricEni {
 	if p.subnet.Resolver.IsValid() {
 		r.Resolver = be32(p.subnet.Resolver)
 	}
+	if r.Flags&ipv6 != 0 {
+		r.Subnet6, r.Netmask6 = words(p.subnet.CIDR6.Addr()), netmask6(p.subnet.CIDR6)
+	}
 	if p.Configure {
 		r.Configured = be32(p.Primary)
 	}
@@ -175,10 +200,11 @@ func (p *port) record(guest uint64) bpfgen.FabricEni {
 // sameIdentity tells whether two records differ in nothing but what can be
 // changed in place.
 func sameIdentity(a, b bpfgen.FabricEni) bool {
-	const changes = flagCheck | ungated
+	const changes = flagCheck | ungated | ipv6
 	a.Flags = a.Flags&^changes | b.Flags&changes
 	a.Table = b.Table
 	a.Resolver = b.Resolver
+	a.Subnet6, a.Netmask6 = b.Subnet6, b.Netmask6
 	return a == b
 }
 

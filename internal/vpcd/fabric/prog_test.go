@@ -317,7 +317,7 @@ func TestSharedWithC(t *testing.T) {
 	for name, sizes := range map[string][2]int{
 		"address":    {binary.Size(bpfgen.FabricAddress{}), 20},
 		"target":     {binary.Size(bpfgen.FabricTarget{}), 20},
-		"eni":        {binary.Size(bpfgen.FabricEni{}), 80},
+		"eni":        {binary.Size(bpfgen.FabricEni{}), 112},
 		"station":    {binary.Size(bpfgen.FabricStation{}), 16},
 		"route_key":  {binary.Size(bpfgen.FabricRouteKey{}), 28},
 		"route":      {binary.Size(bpfgen.FabricRoute{}), 28},
@@ -335,6 +335,16 @@ func TestSharedWithC(t *testing.T) {
 		"skip":       {binary.Size(bpfgen.FabricSkip{}), 16},
 		"logged":     {binary.Size(bpfgen.FabricLogged{}), 168},
 		"fragment":   {binary.Size(bpfgen.FabricFragment{}), 16},
+
+		"address6":      {binary.Size(bpfgen.FabricAddress6{}), 24},
+		"rule6":         {binary.Size(bpfgen.FabricRule6{}), 48},
+		"policy6":       {binary.Size(bpfgen.FabricPolicy6{}), 40 + 2*1000*48},
+		"flow_key6":     {binary.Size(bpfgen.FabricFlowKey6{}), 44},
+		"acl_entry6":    {binary.Size(bpfgen.FabricAclEntry6{}), 40},
+		"acl6":          {binary.Size(bpfgen.FabricAcl6{}), 16 + 2*40*40},
+		"record_key6":   {binary.Size(bpfgen.FabricRecordKey6{}), 44},
+		"fragment_key6": {binary.Size(bpfgen.FabricFragmentKey6{}), 40},
+		"fragment6":     {binary.Size(bpfgen.FabricFragment6{}), 16},
 	} {
 		if sizes[0] != sizes[1] {
 			t.Errorf("struct %s has %d bytes, layout %s has %d: give it a new version", name, sizes[0], layout, sizes[1])

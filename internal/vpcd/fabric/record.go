@@ -83,6 +83,15 @@ type Interval struct {
 	Attached []*Logged
 }
 
+// record6 reads a record of IPv6.
+func record6(k bpfgen.FabricRecordKey6, v bpfgen.FabricRecord, known map[uint32]*Logged, wall func(uint64) time.Time) Record {
+	r := record(bpfgen.FabricRecordKey{
+		Ifindex: k.Ifindex, Sport: k.Sport, Dport: k.Dport, Protocol: k.Protocol, Direction: k.Direction, Verdict: k.Verdict, Path: k.Path,
+	}, v, known, wall)
+	r.Source, r.Destination = address6(k.Saddr), address6(k.Daddr)
+	return r
+}
+
 // record reads a record; known tells the interfaces.
 func record(k bpfgen.FabricRecordKey, v bpfgen.FabricRecord, known map[uint32]*Logged, wall func(uint64) time.Time) Record {
 	r := Record{

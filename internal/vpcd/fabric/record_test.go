@@ -240,6 +240,15 @@ func (l *lab) difference() string {
 				add(k.Ifindex, k.Direction, v.Packets, v.Bytes)
 			}
 		}
+		var six map[bpfgen.FabricRecordKey6]bpfgen.FabricRecord
+		if err := readMap(i.six, &six); err != nil {
+			l.t.Fatal(err)
+		}
+		for k, v := range six {
+			if k.Ifindex != 0 && k.Verdict == 0 {
+				add(k.Ifindex, k.Direction, v.Packets, v.Bytes)
+			}
+		}
 	}
 	it := l.objs.Counts.Iterate()
 	var (

@@ -22,7 +22,8 @@ type Route struct {
 	CIDR netip.Prefix
 	// One of these, or none. Local delivers to whatever interface holds the
 	// address, Peer does in the VPC of that number. Internet leads to the VPC's
-	// internet gateway. ENI leads to an interface, whose address that of the
+	// internet gateway, which carries no IPv6 (nor does an egress-only one,
+	// which is Internet too: both drop it under a reason of its own). ENI leads to an interface, whose address that of the
 	// packet need not be. A route with none of them, or to an interface that is
 	// not attached, drops what follows it.
 	Local    bool
@@ -82,10 +83,8 @@ func checkTables(tables []RouteTable) (numbers map[vpc.RouteTableID]uint64, rout
 				err = errors.New("has more than one target")
 			default:
 				seen[r.CIDR.Masked()] = true
-				if r.CIDR.Addr().Is4() {
-					r.CIDR = r.CIDR.Masked()
-					routes[n] = append(routes[n], r)
-				}
+				r.CIDR = r.CIDR.Masked()
+				routes[n] = append(routes[n], r)
 				continue
 			}
 			// Without it, a shorter route might be followed: nothing is.
@@ -97,8 +96,11 @@ func checkTables(tables []RouteTable) (numbers map[vpc.RouteTableID]uint64, rout
 	return numbers, routes, errs
 }
 
-// routeKey is where a route stands in map routes.
+// routeKey is where a route stands in map routes, or routes6.
 func routeKey(table uint64, to netip.Prefix) bpfgen.FabricRouteKey {
-	// 64 bits of table, 96 of the mapping prefix ::ffff:0:0.
-	return bpfgen.FabricRouteKey{Prefixlen: uint32(64 + 96 + to.Bits()), Table: [2]uint32{uint32(table), uint32(table >> 32)}, Addr: to.Addr().As16()}
+	bits := 64 + to.Bits() // 64 of table
+	if to.Addr().Is4() {
+		bits += 96 // of the mapping prefix ::ffff:0:0
+	}
+	return bpfgen.FabricRouteKey{Prefixlen: uint32(bits), Table: [2]uint32{uint32(table), uint32(table >> 32)}, Addr: to.Addr().As16()}
 }

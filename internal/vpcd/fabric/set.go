@@ -167,6 +167,7 @@ func (f *Fabric) deleteStale(stay *contents) error {
 	// it led before, so it goes too.
 	return errors.Join(
 		deleteStale(f.objs.Mappings, f.seen.mappings, stay.mappings),
+		deleteStale(f.objs.Mappings6, f.seen.mapping6, stay.mapping6),
 		deleteStale(f.objs.Stations, f.seen.stations, stay.stations),
 		deleteStale(f.objs.Publics, f.seen.publics, stay.publics),
 		deleteStale(f.objs.Elastics, f.seen.elastics, stay.elastics),
@@ -176,8 +177,15 @@ func (f *Fabric) deleteStale(stay *contents) error {
 // putRoutes writes routes, the longest first, so that while they come no packet
 // follows a shorter one than it should.
 func (f *Fabric) putRoutes(want *contents) error {
-	for _, k := range slices.SortedFunc(maps.Keys(want.routes), func(a, b bpfgen.FabricRouteKey) int { return cmp.Compare(b.Prefixlen, a.Prefixlen) }) {
-		if err := putWanted(f.objs.Routes, f.seen.routes, map[bpfgen.FabricRouteKey]bpfgen.FabricRoute{k: want.routes[k]}); err != nil {
+	return errors.Join(
+		putRoutes(f.objs.Routes, f.seen.routes, want.routes),
+		putRoutes(f.objs.Routes6, f.seen.routes6, want.routes6),
+	)
+}
+
+func putRoutes(m *ebpf.Map, have, want map[bpfgen.FabricRouteKey]bpfgen.FabricRoute) error {
+	for _, k := range slices.SortedFunc(maps.Keys(want), func(a, b bpfgen.FabricRouteKey) int { return cmp.Compare(b.Prefixlen, a.Prefixlen) }) {
+		if err := putWanted(m, have, map[bpfgen.FabricRouteKey]bpfgen.FabricRoute{k: want[k]}); err != nil {
 			return err
 		}
 	}
@@ -186,14 +194,21 @@ func (f *Fabric) putRoutes(want *contents) error {
 
 // deleteRoutes deletes the routes that are not wanted, the shortest first.
 func (f *Fabric) deleteRoutes(want *contents) error {
-	for _, k := range slices.SortedFunc(maps.Keys(f.seen.routes), func(a, b bpfgen.FabricRouteKey) int { return cmp.Compare(a.Prefixlen, b.Prefixlen) }) {
-		if _, ok := want.routes[k]; ok {
+	return errors.Join(
+		deleteRoutes(f.objs.Routes, f.seen.routes, want.routes),
+		deleteRoutes(f.objs.Routes6, f.seen.routes6, want.routes6),
+	)
+}
+
+func deleteRoutes(m *ebpf.Map, have, want map[bpfgen.FabricRouteKey]bpfgen.FabricRoute) error {
+	for _, k := range slices.SortedFunc(maps.Keys(have), func(a, b bpfgen.FabricRouteKey) int { return cmp.Compare(a.Prefixlen, b.Prefixlen) }) {
+		if _, ok := want[k]; ok {
 			continue
 		}
-		if err := f.objs.Routes.Delete(k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			return fmt.Errorf("delete from map %s: %w", f.objs.Routes, err)
+		if err := m.Delete(k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("delete from map %s: %w", m, err)
 		}
-		delete(f.seen.routes, k)
+		delete(have, k)
 	}
 	return nil
 }
@@ -210,6 +225,7 @@ func (f *Fabric) putWanted(want desired, guests map[string]uint64, index map[vpc
 		putWanted(f.objs.Enis, f.seen.enis, enis),
 		putWanted(f.objs.Stations, f.seen.stations, come.stations),
 		putWanted(f.objs.Mappings, f.seen.mappings, come.mappings),
+		putWanted(f.objs.Mappings6, f.seen.mapping6, come.mapping6),
 		putWanted(f.objs.Elastics, f.seen.elastics, come.elastics),
 		putWanted(f.objs.Publics, f.seen.publics, come.publics),
 		f.deleteRoutes(come), // when no interface uses them
@@ -227,7 +243,14 @@ func (f *Fabric) forget(want desired, kept map[vpc.ENIID]int, adopted bool) erro
 	if err != nil {
 		return err
 	}
-	if _, err := f.acls.remove(func(k bpfgen.FabricSubnetKey) bool { _, ok := want.acls[k]; return ok }); err != nil {
+	if _, err := f.policies6.remove(func(i uint32) bool { return live[i] }); err != nil {
+		return err
+	}
+	stays := func(k bpfgen.FabricSubnetKey) bool { _, ok := want.acls[k]; return ok }
+	if _, err := f.acls.remove(stays); err != nil {
+		return err
+	}
+	if _, err := f.acls6.remove(stays); err != nil {
 		return err
 	}
 	if gone || adopted {
@@ -238,16 +261,19 @@ func (f *Fabric) forget(want desired, kept map[vpc.ENIID]int, adopted bool) erro
 
 // putRules gives fabric ends and subnets the rules that they are to have.
 func (f *Fabric) putRules(want desired, index map[vpc.ENIID]int) error {
-	policies := map[uint32]ruleSet{}
+	policies, policies6 := map[uint32]ruleSet{}, map[uint32]ruleSet{}
 	for id, i := range index {
 		p := want.ports[id].policy
 		policies[uint32(i)] = ruleSet{p.Version, p}
+		if six := want.ports[id].six; six != nil {
+			policies6[uint32(i)] = ruleSet{six.Version, six}
+		}
 	}
-	acls := map[bpfgen.FabricSubnetKey]ruleSet{}
+	acls, acls6 := map[bpfgen.FabricSubnetKey]ruleSet{}, map[bpfgen.FabricSubnetKey]ruleSet{}
 	for k, a := range want.acls {
-		acls[k] = ruleSet{a.Version, a}
+		acls[k], acls6[k] = ruleSet{a.four.Version, a.four}, ruleSet{a.six.Version, a.six}
 	}
-	return errors.Join(f.acls.put(acls), f.policies.put(policies))
+	return errors.Join(f.acls.put(acls), f.acls6.put(acls6), f.policies6.put(policies6), f.policies.put(policies))
 }
 
 // removePorts removes all that is not kept: devices, programs, records, counters,

@@ -14,6 +14,15 @@ type InternetGateway struct {
 	Created time.Time
 }
 
+// EgressOnlyGateway is an egress-only internet gateway: connections of IPv6 go
+// out by it, none come in.
+type EgressOnlyGateway struct {
+	ID          vpc.EgressOnlyID
+	VPC         vpc.VPCID // it is attached all its life
+	ClientToken string
+	Created     time.Time
+}
+
 // ElasticPool is where Elastic IP addresses are from: a block for documentation
 // (TEST-NET-2, RFC 5737), which nobody on the real internet has.
 var ElasticPool = netip.MustParsePrefix("198.51.100.0/24")
@@ -94,9 +103,10 @@ type Peering struct {
 
 // PeeringSide is one VPC of a peering connection.
 type PeeringSide struct {
-	VPC   vpc.VPCID
-	CIDRs []netip.Prefix // as they were when the request was made
-	DNS   bool           // AllowDnsResolutionFromRemoteVpc
+	VPC       vpc.VPCID
+	CIDRs     []netip.Prefix // as they were when the request was made
+	IPv6CIDRs []netip.Prefix `json:",omitempty"` // likewise
+	DNS       bool           // AllowDnsResolutionFromRemoteVpc
 }
 
 // Other returns the VPC at the other end, or "".

@@ -40,7 +40,7 @@ func (t *RouteTable) Main() *RouteAssociation {
 
 // Route is one route. One of CIDR and PrefixList is set.
 type Route struct {
-	CIDR       netip.Prefix
+	CIDR       netip.Prefix // of IPv4 or IPv6
 	PrefixList vpc.PrefixListID
 	Target     Target
 	Made       bool // by CreateRoute; else it came with the table
@@ -59,11 +59,17 @@ type Target struct {
 	NAT     vpc.NATGatewayID // a NAT gateway
 	ENI     vpc.ENIID        // an interface: the packets go to its MAC
 	Peering vpc.PeeringID
+	// EgressOnly is an egress-only internet gateway, of a route of IPv6.
+	EgressOnly vpc.EgressOnlyID `json:",omitempty"`
 }
 
 // LastRule is the number of the entry that each network ACL ends with and that
 // denies all. It is not stored.
 const LastRule = 32767
+
+// LastRuleIPv6 is that of the entry that denies all of IPv6, which a network ACL
+// of a VPC with an IPv6 block has.
+const LastRuleIPv6 = 32768
 
 // NetworkACL is a network ACL. Each subnet is tied to exactly one.
 type NetworkACL struct {

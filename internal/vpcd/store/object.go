@@ -11,7 +11,8 @@ import (
 type VPC struct {
 	ID             vpc.VPCID
 	VNI            uint32            // number of the VPC on the fabric, > 0, never reused
-	CIDRs          []CIDRAssociation // the primary block first
+	CIDRs          []CIDRAssociation // of IPv4, the primary block first
+	IPv6CIDRs      []CIDRAssociation `json:",omitempty"` // /56s of IPv6Pool, in the order of association
 	Tenancy        string
 	DNSSupport     bool
 	DNSHostnames   bool
@@ -22,9 +23,9 @@ type VPC struct {
 	Created        time.Time
 }
 
-// CIDRAssociation is one address block of a VPC.
+// CIDRAssociation is one address block of a VPC or, of IPv6, of a subnet.
 type CIDRAssociation struct {
-	ID   string // vpc-cidr-assoc-…
+	ID   string // vpc-cidr-assoc-…, subnet-cidr-assoc-…
 	CIDR netip.Prefix
 }
 
@@ -33,11 +34,14 @@ type Subnet struct {
 	ID       vpc.SubnetID
 	VPC      vpc.VPCID
 	CIDR     netip.Prefix
-	Zone     string // us-east-1a
-	HostType string // ip-name or resource-name: how instances launched here are named
+	IPv6     CIDRAssociation `json:",omitzero"` // a /64 of one of the VPC's IPv6 blocks; zero: none
+	Zone     string          // us-east-1a
+	HostType string          // ip-name or resource-name: how instances launched here are named
 	// ResourceNameA says that the names of instances launched here resolve.
 	ResourceNameA bool `json:",omitempty"`
-	Created       time.Time
+	// AssignIPv6 gives each interface made here an IPv6 address.
+	AssignIPv6 bool `json:",omitempty"`
+	Created    time.Time
 }
 
 // Reservation sets addresses of a subnet aside: none of them is given to an
@@ -145,6 +149,8 @@ type ENI struct {
 	Primary          netip.Addr
 	Secondary        []netip.Addr   // in the order of assignment
 	Prefixes         []netip.Prefix // /28s, in the order of assignment
+	IPv6             []netip.Addr   `json:",omitempty"` // in the order of assignment
+	IPv6Prefixes     []netip.Prefix `json:",omitempty"` // /80s, in the order of assignment
 	Groups           []vpc.SecurityGroupID
 	Description      string
 	SourceDestCheck  bool
@@ -166,6 +172,10 @@ type Conntrack struct {
 // Slots returns how many of the instance type's addresses per interface the
 // interface takes: the primary, each secondary, and one for each prefix.
 func (e *ENI) Slots() int { return 1 + len(e.Secondary) + len(e.Prefixes) }
+
+// IPv6Slots returns how many of the instance type's IPv6 addresses per interface
+// the interface takes.
+func (e *ENI) IPv6Slots() int { return len(e.IPv6) + len(e.IPv6Prefixes) }
 
 // Group is a security group.
 type Group struct {

@@ -14,11 +14,15 @@ const (
 	RouteBlackhole = "blackhole"
 )
 
-// RouteTable, ACL, Gateway, Address, NAT, Peering, PrefixList, DHCP and FlowLog
-// return the object with this id, or nil.
+// RouteTable, ACL, Gateway, EgressOnly, Address, NAT, Peering, PrefixList, DHCP and
+// FlowLog return the object with this id, or nil.
 func (s *State) RouteTable(id vpc.RouteTableID) *RouteTable { v, _ := s.RouteTables.Get(id); return v }
 func (s *State) ACL(id vpc.NetworkACLID) *NetworkACL        { v, _ := s.ACLs.Get(id); return v }
 func (s *State) Gateway(id vpc.GatewayID) *InternetGateway  { v, _ := s.Gateways.Get(id); return v }
+func (s *State) EgressOnly(id vpc.EgressOnlyID) *EgressOnlyGateway {
+	v, _ := s.EgressOnlyGateways.Get(id)
+	return v
+}
 func (s *State) Address(id vpc.AllocationID) *Address       { v, _ := s.Addresses.Get(id); return v }
 func (s *State) NAT(id vpc.NATGatewayID) *NATGateway        { v, _ := s.NATs.Get(id); return v }
 func (s *State) Peering(id vpc.PeeringID) *Peering          { v, _ := s.Peerings.Get(id); return v }
@@ -63,7 +67,7 @@ func (s *State) RoutesOf(t *RouteTable) []Route {
 	if v == nil {
 		return nil
 	}
-	for _, c := range v.CIDRs {
+	for _, c := range slices.Concat(v.CIDRs, v.IPv6CIDRs) {
 		if !slices.ContainsFunc(t.Routes, func(r Route) bool { return r.CIDR == c.CIDR }) {
 			out = append(out, Route{CIDR: c.CIDR, Target: Target{Local: true}})
 		}
@@ -86,6 +90,9 @@ func (s *State) reachable(t *RouteTable, to Target) bool {
 		return true
 	case to.Gateway != "":
 		g := s.Gateway(to.Gateway)
+		return g != nil && g.VPC == t.VPC
+	case to.EgressOnly != "":
+		g := s.EgressOnly(to.EgressOnly)
 		return g != nil && g.VPC == t.VPC
 	case to.NAT != "":
 		n := s.NAT(to.NAT)

@@ -35,9 +35,13 @@ type State struct {
 	tokens       Table[string, *Token]
 	lastVNI      uint32
 
+	EgressOnlyGateways Table[vpc.EgressOnlyID, *EgressOnlyGateway]
+
 	// Derived from the above.
 	space       Table[vpc.SubnetID, *Space]
 	owners      Table[addrKey, vpc.ENIID]
+	space6      Table[vpc.SubnetID, space6] // of the subnets that have an IPv6 block
+	owners6     Table[addrKey, owner6]
 	macs        Table[macKey, vpc.ENIID]
 	attachments Table[vpc.AttachmentID, vpc.ENIID]
 	held        Table[heldKey, *ENI]
@@ -100,10 +104,12 @@ func emptyState(now time.Time) *State {
 		FlowLogs:     newTable[string, *FlowLog](),
 		tokens:       Table[string, *Token]{cmp: strings.Compare},
 
-		space: Table[vpc.SubnetID, *Space]{cmp: cmp.Compare[vpc.SubnetID]},
-		owners: Table[addrKey, vpc.ENIID]{cmp: func(a, b addrKey) int {
-			return cmp.Or(cmp.Compare(a.subnet, b.subnet), a.addr.Compare(b.addr))
-		}},
+		EgressOnlyGateways: newTable[vpc.EgressOnlyID, *EgressOnlyGateway](),
+
+		space:   Table[vpc.SubnetID, *Space]{cmp: cmp.Compare[vpc.SubnetID]},
+		owners:  Table[addrKey, vpc.ENIID]{cmp: compareAddrs},
+		space6:  newTable[vpc.SubnetID, space6](),
+		owners6: Table[addrKey, owner6]{cmp: compareAddrs},
 		macs: Table[macKey, vpc.ENIID]{cmp: func(a, b macKey) int {
 			return cmp.Or(cmp.Compare(a.vpc, b.vpc), cmp.Compare(a.mac, b.mac))
 		}},
@@ -126,6 +132,10 @@ func emptyState(now time.Time) *State {
 			return cmp.Or(cmp.Compare(a.eni, b.eni), a.private.Compare(b.private))
 		}},
 	}
+}
+
+func compareAddrs(a, b addrKey) int {
+	return cmp.Or(cmp.Compare(a.subnet, b.subnet), a.addr.Compare(b.addr))
 }
 
 func newTable[K cmp.Ordered, V any]() Table[K, V] { return Table[K, V]{cmp: cmp.Compare[K]} }
@@ -178,6 +188,10 @@ func (s *State) ByMAC(id vpc.VPCID, mac string) *ENI {
 // ByAddress returns the interface of the subnet that holds a, alone or within
 // a prefix, or nil.
 func (s *State) ByAddress(subnet vpc.SubnetID, a netip.Addr) *ENI {
+	if a.Is6() {
+		o, _ := s.owner6(subnet, a)
+		return s.ENI(o.eni)
+	}
 	id, ok := s.owners.Get(addrKey{subnet, a})
 	if !ok {
 		if id, ok = s.owners.Get(addrKey{subnet, netip.PrefixFrom(a, vpc.PrefixBits).Masked().Addr()}); !ok {

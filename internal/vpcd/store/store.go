@@ -18,8 +18,9 @@ import (
 //
 //	1  VPCs, subnets, instances, interfaces, security groups, services
 //	2  also route tables, network ACLs and all that routes lead to
+//	3  also IPv6: blocks of VPCs and subnets, addresses, egress-only gateways
 const (
-	format       = 2
+	format       = 3
 	oldestFormat = 1
 )
 
@@ -35,6 +36,7 @@ const (
 	bucketRouteTable  = "routetable"
 	bucketACL         = "acl"
 	bucketGateway     = "igw"
+	bucketEgressOnly  = "eigw"
 	bucketAddress     = "address"
 	bucketNAT         = "nat"
 	bucketPeering     = "peering"
@@ -49,7 +51,7 @@ const (
 )
 
 var buckets = []string{bucketMeta, bucketVPC, bucketSubnet, bucketReservation, bucketInstance, bucketENI, bucketGroup, bucketService, bucketTags, bucketToken,
-	bucketRouteTable, bucketACL, bucketGateway, bucketAddress, bucketNAT, bucketPeering, bucketPrefixList, bucketDHCP, bucketFlowLog}
+	bucketRouteTable, bucketACL, bucketGateway, bucketEgressOnly, bucketAddress, bucketNAT, bucketPeering, bucketPrefixList, bucketDHCP, bucketFlowLog}
 
 // Store is the store.
 type Store struct {
@@ -295,6 +297,7 @@ func (t *Tx) loadTables(b *bbolt.Tx) error {
 		each(b, bucketRouteTable, func(_ string, v *RouteTable) { t.addRouteTable(v) }),
 		each(b, bucketACL, func(_ string, v *NetworkACL) { t.addACL(v) }),
 		each(b, bucketGateway, func(_ string, v *InternetGateway) { t.addGateway(v) }),
+		each(b, bucketEgressOnly, func(_ string, v *EgressOnlyGateway) { t.EgressOnlyGateways = t.EgressOnlyGateways.with(v.ID, v) }),
 		each(b, bucketAddress, func(_ string, v *Address) { t.addAddress(v) }),
 		each(b, bucketNAT, func(_ string, v *NATGateway) { t.addNAT(v) }),
 		each(b, bucketPeering, func(_ string, v *Peering) { t.addPeering(v) }),

@@ -76,6 +76,7 @@ func objects(s *State) map[string]any {
 	collect(out, s.RouteTables)
 	collect(out, s.ACLs)
 	collect(out, s.Gateways)
+	collect(out, s.EgressOnlyGateways)
 	collect(out, s.Addresses)
 	collect(out, s.NATs)
 	collect(out, s.Peerings)

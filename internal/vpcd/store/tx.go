@@ -86,8 +86,9 @@ func (t *Tx) DeleteVPC(id vpc.VPCID) {
 	t.SetTags(string(id), nil)
 }
 
-// PutSubnet adds or replaces a subnet. The CIDR of a subnet never changes. A new
-// one is tied to the default network ACL of its VPC.
+// PutSubnet adds or replaces a subnet. The IPv4 block of a subnet never changes,
+// and that of IPv6 only while no interface has an address of it. A new one is
+// tied to the default network ACL of its VPC.
 func (t *Tx) PutSubnet(s *Subnet) {
 	t.addSubnet(s)
 	t.put(bucketSubnet, string(s.ID), s)
@@ -98,6 +99,7 @@ func (t *Tx) addSubnet(s *Subnet) {
 	if _, ok := t.space.Get(s.ID); !ok {
 		t.space = t.space.with(s.ID, newSpace(s.CIDR))
 	}
+	t.setSpace6(s.ID, s.IPv6.CIDR)
 	t.Subnets = t.Subnets.with(s.ID, s)
 }
 
@@ -139,6 +141,7 @@ func (t *Tx) DeleteSubnet(id vpc.SubnetID) {
 	t.dropSubnet(id)
 	t.Subnets = t.Subnets.without(id)
 	t.space = t.space.without(id)
+	t.space6 = t.space6.without(id)
 	delete(t.own, id)
 	t.put(bucketSubnet, string(id), nil)
 	t.SetTags(string(id), nil)
@@ -246,6 +249,7 @@ func (t *Tx) DeleteENI(id vpc.ENIID) {
 	if old := t.ENI(id); old != nil {
 		t.interfaces = t.interfaces.with(old.Zone, t.InterfacesIn(old.Zone)-1)
 		t.releaseAddrs(old, nil)
+		t.releaseAddrs6(old, nil)
 		t.unindexENI(old)
 	}
 	t.dropElastics(id, nil)
@@ -258,12 +262,14 @@ func (t *Tx) addENI(e *ENI) {
 	old := t.ENI(e.ID)
 	if old != nil {
 		t.releaseAddrs(old, e)
+		t.releaseAddrs6(old, e)
 		t.unindexENI(old)
 	}
 	if old == nil {
 		t.interfaces = t.interfaces.with(e.Zone, t.InterfacesIn(e.Zone)+1)
 	}
 	t.claimAddrs(e, old)
+	t.claimAddrs6(e, old)
 	mac := macKey{e.VPC, e.MAC}
 	if _, ok := t.macs.Get(mac); ok {
 		t.conflict("MAC %s of %s", e.MAC, e.ID)
@@ -303,7 +309,7 @@ func (t *Tx) unindexENI(e *ENI) {
 	}
 }
 
-// ranges calls fn for each address and prefix of e: its first address and the
+// ranges calls fn for each IPv4 address and prefix of e: its first address and the
 // number of addresses.
 func ranges(e *ENI, fn func(first netip.Addr, n int)) {
 	if e == nil {

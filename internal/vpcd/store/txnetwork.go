@@ -189,6 +189,20 @@ func (t *Tx) DeleteGateway(id vpc.GatewayID) {
 	t.SetTags(string(id), nil)
 }
 
+// PutEgressOnly adds or replaces an egress-only internet gateway.
+func (t *Tx) PutEgressOnly(g *EgressOnlyGateway) {
+	t.EgressOnlyGateways = t.EgressOnlyGateways.with(g.ID, g)
+	t.put(bucketEgressOnly, string(g.ID), g)
+}
+
+// DeleteEgressOnly removes an egress-only internet gateway and its tags. Routes
+// to it stay, and lead nowhere.
+func (t *Tx) DeleteEgressOnly(id vpc.EgressOnlyID) {
+	t.EgressOnlyGateways = t.EgressOnlyGateways.without(id)
+	t.put(bucketEgressOnly, string(id), nil)
+	t.SetTags(string(id), nil)
+}
+
 // DropEdge takes an internet gateway from its route table.
 func (t *Tx) DropEdge(id vpc.GatewayID) {
 	if old := t.ExplicitTable(string(id)); old != nil {

@@ -20,6 +20,13 @@ type FabricAcl struct {
 	Entries [2][40]FabricAclEntry
 }
 
+type FabricAcl6 struct {
+	_       structs.HostLayout
+	Version uint64
+	Count   [2]uint32
+	Entries [2][40]FabricAclEntry6
+}
+
 type FabricAclEntry struct {
 	_            structs.HostLayout
 	Net          uint32
@@ -32,10 +39,29 @@ type FabricAclEntry struct {
 	Pad          uint8
 }
 
+type FabricAclEntry6 struct {
+	_            structs.HostLayout
+	Net          [4]uint32
+	Mask         [4]uint32
+	From         uint16
+	To           uint16
+	Protocol     uint8
+	AllProtocols uint8
+	Allow        uint8
+	Pad          uint8
+}
+
 type FabricAddress struct {
 	_    structs.HostLayout
 	Vni  uint32
 	Addr [16]uint8
+}
+
+type FabricAddress6 struct {
+	_    structs.HostLayout
+	Vni  uint32
+	Bits uint32
+	Addr [4]uint32
 }
 
 type FabricBucket struct {
@@ -63,7 +89,7 @@ type FabricCounters struct {
 	SkippedTxBytes   uint64
 	SkippedRxPackets uint64
 	SkippedRxBytes   uint64
-	Drops            [26]uint64
+	Drops            [30]uint64
 }
 
 type FabricDirection uint32
@@ -102,7 +128,11 @@ const (
 	FabricDropReasonDROP_IGW_PRIVATE         FabricDropReason = 23
 	FabricDropReasonDROP_NO_PUBLIC           FabricDropReason = 24
 	FabricDropReasonDROP_LINKLOCAL_ALLOWANCE FabricDropReason = 25
-	FabricDropReasonDROP_REASONS             FabricDropReason = 26
+	FabricDropReasonDROP_EXTENSION           FabricDropReason = 26
+	FabricDropReasonDROP_ND_SPOOFED          FabricDropReason = 27
+	FabricDropReasonDROP_ND_UNANSWERED       FabricDropReason = 28
+	FabricDropReasonDROP_GATEWAY_IPV6        FabricDropReason = 29
+	FabricDropReasonDROP_REASONS             FabricDropReason = 30
 )
 
 type FabricEni struct {
@@ -118,6 +148,8 @@ type FabricEni struct {
 	Table       uint64
 	Guest       uint64
 	Id          [32]int8
+	Subnet6     [4]uint32
+	Netmask6    [4]uint32
 }
 
 type FabricEniFlag uint32
@@ -126,6 +158,7 @@ const (
 	FabricEniFlagENI_SOURCE_DEST_CHECK FabricEniFlag = 1
 	FabricEniFlagENI_READY             FabricEniFlag = 2
 	FabricEniFlagENI_UNGATED           FabricEniFlag = 4
+	FabricEniFlagENI_IPV6              FabricEniFlag = 8
 )
 
 type FabricFlow struct {
@@ -155,6 +188,18 @@ type FabricFlowKey struct {
 	Pad        [2]uint8
 }
 
+type FabricFlowKey6 struct {
+	_          structs.HostLayout
+	Ifindex    uint32
+	Local      [4]uint32
+	Remote     [4]uint32
+	LocalPort  uint16
+	RemotePort uint16
+	Protocol   uint8
+	Asked      uint8
+	Pad        [2]uint8
+}
+
 type FabricFragment struct {
 	_       structs.HostLayout
 	Expires uint64
@@ -162,6 +207,16 @@ type FabricFragment struct {
 	Dport   uint16
 	Query   uint8
 	Pad     [3]uint8
+}
+
+type FabricFragment6 struct {
+	_        structs.HostLayout
+	Expires  uint64
+	Sport    uint16
+	Dport    uint16
+	Headers  uint16
+	Protocol uint8
+	Query    uint8
 }
 
 type FabricFragmentKey struct {
@@ -174,12 +229,21 @@ type FabricFragmentKey struct {
 	Pad      uint8
 }
 
+type FabricFragmentKey6 struct {
+	_       structs.HostLayout
+	Ifindex uint32
+	Saddr   [4]uint32
+	Daddr   [4]uint32
+	Id      uint32
+}
+
 type FabricGatewayProgram uint32
 
 const (
 	FabricGatewayProgramTO_INTERNET      FabricGatewayProgram = 0
 	FabricGatewayProgramFROM_INTERNET    FabricGatewayProgram = 1
-	FabricGatewayProgramGATEWAY_PROGRAMS FabricGatewayProgram = 2
+	FabricGatewayProgramFROM_GUEST_IPV6  FabricGatewayProgram = 2
+	FabricGatewayProgramGATEWAY_PROGRAMS FabricGatewayProgram = 3
 )
 
 type FabricLogged struct {
@@ -218,6 +282,18 @@ type FabricPolicy struct {
 	Rules         [2][1000]FabricRule
 }
 
+type FabricPolicy6 struct {
+	_             structs.HostLayout
+	Version       uint64
+	TcpTimeout    uint32
+	UdpTimeout    uint32
+	StreamTimeout uint32
+	Open          [2]uint32
+	Count         [2]uint32
+	Pad           uint32
+	Rules         [2][1000]FabricRule6
+}
+
 type FabricPublic struct {
 	_       structs.HostLayout
 	Table   uint64
@@ -243,6 +319,19 @@ type FabricRecordKey struct {
 	Ifindex   uint32
 	Saddr     uint32
 	Daddr     uint32
+	Sport     uint16
+	Dport     uint16
+	Protocol  uint8
+	Direction uint8
+	Verdict   uint8
+	Path      uint8
+}
+
+type FabricRecordKey6 struct {
+	_         structs.HostLayout
+	Ifindex   uint32
+	Saddr     [4]uint32
+	Daddr     [4]uint32
 	Sport     uint16
 	Dport     uint16
 	Protocol  uint8
@@ -285,6 +374,19 @@ type FabricRule struct {
 	Protocol     uint8
 	AllProtocols uint8
 	Pad          [2]uint8
+}
+
+type FabricRule6 struct {
+	_            structs.HostLayout
+	Group        uint64
+	Net          [4]uint32
+	Mask         [4]uint32
+	From         uint16
+	To           uint16
+	Protocol     uint8
+	AllProtocols uint8
+	Everybody    uint8
+	Pad          uint8
 }
 
 type FabricSkip struct {
@@ -347,25 +449,33 @@ const (
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	FabricMapAcls                  = "acls"
+	FabricMapAcls6                 = "acls6"
 	FabricMapBuckets               = "buckets"
 	FabricMapCounts                = "counts"
 	FabricMapElastics              = "elastics"
 	FabricMapEnis                  = "enis"
 	FabricMapFlows                 = "flows"
+	FabricMapFlows6                = "flows6"
 	FabricMapFragments             = "fragments"
+	FabricMapFragments6            = "fragments6"
 	FabricMapGateways              = "gateways"
 	FabricMapInternet              = "internet"
 	FabricMapLoggedEnis            = "logged_enis"
 	FabricMapMappings              = "mappings"
+	FabricMapMappings6             = "mappings6"
 	FabricMapPieces                = "pieces"
 	FabricMapPolicies              = "policies"
+	FabricMapPolicies6             = "policies6"
 	FabricMapPublics               = "publics"
 	FabricMapRecords               = "records"
+	FabricMapRecords6              = "records6"
 	FabricMapRoutes                = "routes"
+	FabricMapRoutes6               = "routes6"
 	FabricMapSkips                 = "skips"
 	FabricMapStations              = "stations"
 	FabricProgCutForInternet       = "cut_for_internet"
 	FabricProgFromGuest            = "from_guest"
+	FabricProgFromGuestIpv6        = "from_guest_ipv6"
 	FabricProgFromInternet         = "from_internet"
 	FabricProgToGuest              = "to_guest"
 	FabricProgToInternet           = "to_internet"
@@ -382,9 +492,12 @@ const (
 	FabricVarOtherTimeout          = "other_timeout"
 	FabricVarRouterMac             = "router_mac"
 	FabricVarShownAcl              = "shown_acl"
+	FabricVarShownAcl6             = "shown_acl6"
 	FabricVarShownPolicy           = "shown_policy"
+	FabricVarShownPolicy6          = "shown_policy6"
 	FabricVarShownRecord           = "shown_record"
 	FabricVarShownRecordKey        = "shown_record_key"
+	FabricVarShownRecordKey6       = "shown_record_key6"
 	FabricVarTcpClosedTimeout      = "tcp_closed_timeout"
 	FabricVarTcpHandshakeTimeout   = "tcp_handshake_timeout"
 	FabricVarTrafficPaths          = "traffic_paths"
@@ -435,6 +548,7 @@ type FabricSpecs struct {
 type FabricProgramSpecs struct {
 	CutForInternet *ebpf.ProgramSpec `ebpf:"cut_for_internet"`
 	FromGuest      *ebpf.ProgramSpec `ebpf:"from_guest"`
+	FromGuestIpv6  *ebpf.ProgramSpec `ebpf:"from_guest_ipv6"`
 	FromInternet   *ebpf.ProgramSpec `ebpf:"from_internet"`
 	ToGuest        *ebpf.ProgramSpec `ebpf:"to_guest"`
 	ToInternet     *ebpf.ProgramSpec `ebpf:"to_internet"`
@@ -445,21 +559,28 @@ type FabricProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type FabricMapSpecs struct {
 	Acls       *ebpf.MapSpec `ebpf:"acls"`
+	Acls6      *ebpf.MapSpec `ebpf:"acls6"`
 	Buckets    *ebpf.MapSpec `ebpf:"buckets"`
 	Counts     *ebpf.MapSpec `ebpf:"counts"`
 	Elastics   *ebpf.MapSpec `ebpf:"elastics"`
 	Enis       *ebpf.MapSpec `ebpf:"enis"`
 	Flows      *ebpf.MapSpec `ebpf:"flows"`
+	Flows6     *ebpf.MapSpec `ebpf:"flows6"`
 	Fragments  *ebpf.MapSpec `ebpf:"fragments"`
+	Fragments6 *ebpf.MapSpec `ebpf:"fragments6"`
 	Gateways   *ebpf.MapSpec `ebpf:"gateways"`
 	Internet   *ebpf.MapSpec `ebpf:"internet"`
 	LoggedEnis *ebpf.MapSpec `ebpf:"logged_enis"`
 	Mappings   *ebpf.MapSpec `ebpf:"mappings"`
+	Mappings6  *ebpf.MapSpec `ebpf:"mappings6"`
 	Pieces     *ebpf.MapSpec `ebpf:"pieces"`
 	Policies   *ebpf.MapSpec `ebpf:"policies"`
+	Policies6  *ebpf.MapSpec `ebpf:"policies6"`
 	Publics    *ebpf.MapSpec `ebpf:"publics"`
 	Records    *ebpf.MapSpec `ebpf:"records"`
+	Records6   *ebpf.MapSpec `ebpf:"records6"`
 	Routes     *ebpf.MapSpec `ebpf:"routes"`
+	Routes6    *ebpf.MapSpec `ebpf:"routes6"`
 	Skips      *ebpf.MapSpec `ebpf:"skips"`
 	Stations   *ebpf.MapSpec `ebpf:"stations"`
 }
@@ -481,9 +602,12 @@ type FabricVariableSpecs struct {
 	OtherTimeout          *ebpf.VariableSpec `ebpf:"other_timeout"`
 	RouterMac             *ebpf.VariableSpec `ebpf:"router_mac"`
 	ShownAcl              *ebpf.VariableSpec `ebpf:"shown_acl"`
+	ShownAcl6             *ebpf.VariableSpec `ebpf:"shown_acl6"`
 	ShownPolicy           *ebpf.VariableSpec `ebpf:"shown_policy"`
+	ShownPolicy6          *ebpf.VariableSpec `ebpf:"shown_policy6"`
 	ShownRecord           *ebpf.VariableSpec `ebpf:"shown_record"`
 	ShownRecordKey        *ebpf.VariableSpec `ebpf:"shown_record_key"`
+	ShownRecordKey6       *ebpf.VariableSpec `ebpf:"shown_record_key6"`
 	TcpClosedTimeout      *ebpf.VariableSpec `ebpf:"tcp_closed_timeout"`
 	TcpHandshakeTimeout   *ebpf.VariableSpec `ebpf:"tcp_handshake_timeout"`
 	TrafficPaths          *ebpf.VariableSpec `ebpf:"traffic_paths"`
@@ -511,21 +635,28 @@ func (o *FabricObjects) Close() error {
 // It can be passed to LoadFabricObjects or ebpf.CollectionSpec.LoadAndAssign.
 type FabricMaps struct {
 	Acls       *ebpf.Map `ebpf:"acls"`
+	Acls6      *ebpf.Map `ebpf:"acls6"`
 	Buckets    *ebpf.Map `ebpf:"buckets"`
 	Counts     *ebpf.Map `ebpf:"counts"`
 	Elastics   *ebpf.Map `ebpf:"elastics"`
 	Enis       *ebpf.Map `ebpf:"enis"`
 	Flows      *ebpf.Map `ebpf:"flows"`
+	Flows6     *ebpf.Map `ebpf:"flows6"`
 	Fragments  *ebpf.Map `ebpf:"fragments"`
+	Fragments6 *ebpf.Map `ebpf:"fragments6"`
 	Gateways   *ebpf.Map `ebpf:"gateways"`
 	Internet   *ebpf.Map `ebpf:"internet"`
 	LoggedEnis *ebpf.Map `ebpf:"logged_enis"`
 	Mappings   *ebpf.Map `ebpf:"mappings"`
+	Mappings6  *ebpf.Map `ebpf:"mappings6"`
 	Pieces     *ebpf.Map `ebpf:"pieces"`
 	Policies   *ebpf.Map `ebpf:"policies"`
+	Policies6  *ebpf.Map `ebpf:"policies6"`
 	Publics    *ebpf.Map `ebpf:"publics"`
 	Records    *ebpf.Map `ebpf:"records"`
+	Records6   *ebpf.Map `ebpf:"records6"`
 	Routes     *ebpf.Map `ebpf:"routes"`
+	Routes6    *ebpf.Map `ebpf:"routes6"`
 	Skips      *ebpf.Map `ebpf:"skips"`
 	Stations   *ebpf.Map `ebpf:"stations"`
 }
@@ -533,21 +664,28 @@ type FabricMaps struct {
 func (m *FabricMaps) Close() error {
 	return _FabricClose(
 		m.Acls,
+		m.Acls6,
 		m.Buckets,
 		m.Counts,
 		m.Elastics,
 		m.Enis,
 		m.Flows,
+		m.Flows6,
 		m.Fragments,
+		m.Fragments6,
 		m.Gateways,
 		m.Internet,
 		m.LoggedEnis,
 		m.Mappings,
+		m.Mappings6,
 		m.Pieces,
 		m.Policies,
+		m.Policies6,
 		m.Publics,
 		m.Records,
+		m.Records6,
 		m.Routes,
+		m.Routes6,
 		m.Skips,
 		m.Stations,
 	)
@@ -570,9 +708,12 @@ type FabricVariables struct {
 	OtherTimeout          *ebpf.Variable `ebpf:"other_timeout"`
 	RouterMac             *ebpf.Variable `ebpf:"router_mac"`
 	ShownAcl              *ebpf.Variable `ebpf:"shown_acl"`
+	ShownAcl6             *ebpf.Variable `ebpf:"shown_acl6"`
 	ShownPolicy           *ebpf.Variable `ebpf:"shown_policy"`
+	ShownPolicy6          *ebpf.Variable `ebpf:"shown_policy6"`
 	ShownRecord           *ebpf.Variable `ebpf:"shown_record"`
 	ShownRecordKey        *ebpf.Variable `ebpf:"shown_record_key"`
+	ShownRecordKey6       *ebpf.Variable `ebpf:"shown_record_key6"`
 	TcpClosedTimeout      *ebpf.Variable `ebpf:"tcp_closed_timeout"`
 	TcpHandshakeTimeout   *ebpf.Variable `ebpf:"tcp_handshake_timeout"`
 	TrafficPaths          *ebpf.Variable `ebpf:"traffic_paths"`
@@ -585,6 +726,7 @@ type FabricVariables struct {
 type FabricPrograms struct {
 	CutForInternet *ebpf.Program `ebpf:"cut_for_internet"`
 	FromGuest      *ebpf.Program `ebpf:"from_guest"`
+	FromGuestIpv6  *ebpf.Program `ebpf:"from_guest_ipv6"`
 	FromInternet   *ebpf.Program `ebpf:"from_internet"`
 	ToGuest        *ebpf.Program `ebpf:"to_guest"`
 	ToInternet     *ebpf.Program `ebpf:"to_internet"`
@@ -594,6 +736,7 @@ func (p *FabricPrograms) Close() error {
 	return _FabricClose(
 		p.CutForInternet,
 		p.FromGuest,
+		p.FromGuestIpv6,
 		p.FromInternet,
 		p.ToGuest,
 		p.ToInternet,
