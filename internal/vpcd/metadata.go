@@ -101,17 +101,23 @@ func (m *metadata) iface(state *store.State, e *store.ENI) imds.Interface {
 	n := imds.Interface{
 		ID: e.ID, MAC: e.MAC, Device: e.Attachment.DeviceIndex, Card: e.Attachment.NetworkCard,
 		Subnet: e.Subnet, VPC: e.VPC, Primary: e.Primary, Secondary: e.Secondary, Prefixes: e.Prefixes,
-		GroupIDs: e.Groups, OwnerID: m.account,
+		GroupIDs: e.Groups, OwnerID: m.account, IPv6: e.IPv6, IPv6Prefixes: e.IPv6Prefixes,
 	}
 	for x := range state.ElasticsOf(e.ID) {
 		n.Elastic = append(n.Elastic, imds.Elastic{Public: x.Public, Private: x.Private})
 	}
 	if s := state.Subnet(e.Subnet); s != nil {
 		n.SubnetCIDR = s.CIDR
+		if s.IPv6.CIDR.IsValid() {
+			n.SubnetIPv6 = append(n.SubnetIPv6, s.IPv6.CIDR)
+		}
 	}
 	if v := state.VPC(e.VPC); v != nil {
 		for _, a := range v.CIDRs {
 			n.VPCCIDRs = append(n.VPCCIDRs, a.CIDR)
+		}
+		for _, a := range v.IPv6CIDRs {
+			n.VPCIPv6 = append(n.VPCIPv6, a.CIDR)
 		}
 	}
 	for _, id := range e.Groups {

@@ -271,16 +271,21 @@ func (a *API) replaceNetworkACLAssociation(_ context.Context, req *query.Replace
 	return &query.ReplaceNetworkAclAssociationResponse{NewAssociationId: &made.ID}, nil
 }
 
-// denyAll is how the last entry of a network ACL is described.
-func denyAll(egress bool) store.ACLEntry {
-	return store.ACLEntry{Number: store.LastRule, Egress: egress, Protocol: -1, CIDR: anywhere, ICMPType: -1, ICMPCode: -1}
+// denyAll is how the last entries of a network ACL are described: that of IPv4,
+// and that of IPv6 if its VPC has a block of it.
+func (v view) denyAll(l *store.NetworkACL, egress bool) []store.ACLEntry {
+	out := []store.ACLEntry{{Number: store.LastRule, Egress: egress, Protocol: -1, CIDR: anywhere, ICMPType: -1, ICMPCode: -1}}
+	if o := v.VPC(l.VPC); o != nil && len(o.IPv6CIDRs) > 0 {
+		out = append(out, store.ACLEntry{Number: store.LastRuleIPv6, Egress: egress, Protocol: -1, CIDR: anywhereIPv6, ICMPType: -1, ICMPCode: -1})
+	}
+	return out
 }
 
 // shownEntries returns the entries of a network ACL as EC2 describes them:
 // egress first, and with those that deny all.
-func shownEntries(_ view, l *store.NetworkACL) []store.ACLEntry {
+func shownEntries(v view, l *store.NetworkACL) []store.ACLEntry {
 	i, _ := entryAt(l.Entries, true, 0)
-	return slices.Concat(l.Entries[i:], []store.ACLEntry{denyAll(true)}, l.Entries[:i], []store.ACLEntry{denyAll(false)})
+	return slices.Concat(l.Entries[i:], v.denyAll(l, true), l.Entries[:i], v.denyAll(l, false))
 }
 
 func ruleAction(e store.ACLEntry) string {

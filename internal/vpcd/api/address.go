@@ -280,8 +280,15 @@ func slotLimit(s *store.State, e *store.ENI) (limit int, prefixes bool) {
 	return maxSlots, true
 }
 
+// The codes of an interface with more addresses than it may have: of one that is
+// there, and of one that is launched.
+const (
+	limitExceeded       = "PrivateIpAddressLimitExceeded"
+	launchLimitExceeded = "InvalidInterface.IpAddressLimitExceeded"
+)
+
 func tooManyAddresses() error {
-	return query.Errorf("PrivateIpAddressLimitExceeded", "Number of private addresses will exceed limit.")
+	return query.Errorf(limitExceeded, "Number of private addresses will exceed limit.")
 }
 
 // noPrefixes answers a request for prefixes on a type that cannot have them.

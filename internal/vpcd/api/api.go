@@ -113,7 +113,7 @@ func (a *API) Handlers() map[string]query.Handler {
 	for _, add := range []func(map[string]query.Handler){
 		a.zoneHandlers, a.vpcHandlers, a.subnetHandlers, a.reservationHandlers, a.instanceHandlers, a.powerHandlers, a.instanceTypeHandlers,
 		a.eniHandlers, a.groupHandlers, a.tagHandlers, a.aclHandlers, a.routeTableHandlers, a.routeHandlers, a.prefixListHandlers, a.groupRefHandlers,
-		a.gatewayHandlers, a.elasticHandlers, a.natHandlers, a.natAddressHandlers, a.peeringHandlers, a.dhcpHandlers, a.flowLogHandlers,
+		a.gatewayHandlers, a.elasticHandlers, a.natHandlers, a.natAddressHandlers, a.peeringHandlers, a.dhcpHandlers, a.flowLogHandlers, a.ipv6Handlers, a.egressOnlyHandlers,
 	} {
 		add(h)
 	}

@@ -108,6 +108,9 @@ func (a *API) attachNetworkInterface(_ context.Context, req *query.AttachNetwork
 		if old.Slots() > l.IPv4PerENI {
 			return tooManyAddresses()
 		}
+		if err := fitsIPv6(l, len(old.IPv6), len(old.IPv6Prefixes), limitExceeded); err != nil {
+			return err
+		}
 		if len(old.Prefixes) > 0 && !l.Nitro() {
 			return noPrefixes(i.Type)
 		}

@@ -18,7 +18,8 @@ import (
 
 func (a *API) eniHandlers(h map[string]query.Handler) {
 	h["CreateNetworkInterface"] = handle("CreateNetworkInterface",
-		"SubnetId Description PrivateIpAddress PrivateIpAddresses SecondaryPrivateIpAddressCount Ipv4Prefix Ipv4PrefixCount SecurityGroupId TagSpecification ClientToken ConnectionTrackingSpecification", a.createNetworkInterface)
+		"SubnetId Description PrivateIpAddress PrivateIpAddresses SecondaryPrivateIpAddressCount Ipv4Prefix Ipv4PrefixCount"+
+			" Ipv6Addresses.Ipv6Address Ipv6AddressCount Ipv6Prefix Ipv6PrefixCount SecurityGroupId TagSpecification ClientToken ConnectionTrackingSpecification", a.createNetworkInterface)
 	h["DeleteNetworkInterface"] = handle("DeleteNetworkInterface", "NetworkInterfaceId", a.deleteNetworkInterface)
 	h["DescribeNetworkInterfaces"] = handle("DescribeNetworkInterfaces", "NetworkInterfaceId Filter NextToken MaxResults", a.describeNetworkInterfaces)
 	h["DescribeNetworkInterfaceAttribute"] = handle("DescribeNetworkInterfaceAttribute", "NetworkInterfaceId Attribute", a.describeNetworkInterfaceAttribute)
@@ -55,6 +56,7 @@ func newMAC(s *store.State, v vpc.VPCID) string {
 // spec is what a request says about an interface to be made.
 type spec struct {
 	addrs       wanted
+	ipv6        wantedIPv6
 	groups      []string
 	description string
 	conntrack   store.Conntrack
@@ -113,9 +115,16 @@ func (a *API) makeENI(tx *store.Tx, n *store.Subnet, s spec) (*store.ENI, error)
 	if err != nil {
 		return nil, err
 	}
+	if s.ipv6.unsaid && n.AssignIPv6 {
+		s.ipv6.addrCount = 1
+	}
+	w6, err := a.allocateIPv6(tx, n, s.ipv6)
+	if err != nil {
+		return nil, err
+	}
 	return &store.ENI{
 		ID: vpc.ENIID(vpc.NewID("eni")), VPC: n.VPC, Subnet: n.ID, Zone: n.Zone, MAC: newMAC(&tx.State, n.VPC),
-		Primary: w.primary, Secondary: w.secondary, Prefixes: w.prefixes, Groups: groups,
+		Primary: w.primary, Secondary: w.secondary, Prefixes: w.prefixes, IPv6: w6.addrs, IPv6Prefixes: w6.prefixes, Groups: groups,
 		Description: s.description, SourceDestCheck: true, RequesterID: a.account, Conntrack: s.conntrack, Created: a.now(),
 	}, nil
 }
@@ -127,6 +136,9 @@ func (a *API) createNetworkInterface(_ context.Context, req *query.CreateNetwork
 	}
 	s, err := parseSpec(w, req.SecurityGroupId, req.Description, req.ConnectionTrackingSpecification)
 	if err != nil {
+		return nil, err
+	}
+	if s.ipv6, err = parseWantedIPv6(req.Ipv6Addresses, req.Ipv6AddressCount, req.Ipv6Prefix, req.Ipv6PrefixCount); err != nil {
 		return nil, err
 	}
 	tags, err := specified(req.TagSpecification, "network-interface")
@@ -149,7 +161,7 @@ func (a *API) createNetworkInterface(_ context.Context, req *query.CreateNetwork
 			e, err = findENI(&tx.State, before[0])
 			return err
 		}
-		if 1+w.slots() > maxSlots {
+		if 1+w.slots() > maxSlots || s.ipv6.slots() > maxIPv6Slots {
 			return tooManyAddresses()
 		}
 		if e, err = a.makeENI(tx, n, s); err != nil {
@@ -229,6 +241,7 @@ var eniAttributes = attributes[*store.ENI]{
 	"group-id": func(_ view, e *store.ENI) []string {
 		return collect(e.Groups, func(g vpc.SecurityGroupID) string { return string(g) })
 	},
+	"ipv6-addresses.ipv6-address":     func(_ view, e *store.ENI) []string { return collect(e.IPv6, netip.Addr.String) },
 	"interface-type":                  func(_ view, e *store.ENI) []string { return []string{interfaceType(e)} },
 	"association.allocation-id":       associations(false, func(x *query.NetworkInterfaceAssociation) *string { return x.AllocationId }),
 	"association.association-id":      associations(false, func(x *query.NetworkInterfaceAssociation) *string { return x.AssociationId }),
@@ -315,7 +328,9 @@ func (v view) eni(e *store.ENI) query.NetworkInterface {
 		Description:           new(e.Description),
 		GroupSet:              v.groupSet(e.Groups),
 		InterfaceType:         new(interfaceType(e)),
-		Ipv6AddressesSet:      []query.NetworkInterfaceIpv6Address{},
+		Ipv6Address:           firstIPv6(e),
+		Ipv6AddressesSet:      ipv6Addresses(e),
+		Ipv6PrefixSet:         ipv6Prefixes(e),
 		MacAddress:            text(e.MAC),
 		NetworkInterfaceId:    text(e.ID),
 		OwnerId:               &v.api.account,

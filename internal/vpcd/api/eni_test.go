@@ -127,7 +127,7 @@ func TestENIErrors(t *testing.T) {
 		{"InvalidGroupId.Malformed", "CreateNetworkInterface", []string{"SubnetId=" + subnet, "SecurityGroupId.1=default"}},
 		{"PrivateIpAddressLimitExceeded", "CreateNetworkInterface", []string{"SubnetId=" + subnet, "SecondaryPrivateIpAddressCount=200"}},
 		{"UnsupportedOperation", "CreateNetworkInterface", []string{"SubnetId=" + subnet, "InterfaceType=trunk"}},
-		{"UnsupportedOperation", "CreateNetworkInterface", []string{"SubnetId=" + subnet, "Ipv6AddressCount=1"}},
+		{"UnsupportedOperation", "CreateNetworkInterface", []string{"SubnetId=" + subnet, "EnablePrimaryIpv6=true"}},
 		{"InvalidParameterValue", "CreateNetworkInterface", []string{"SubnetId=" + subnet, "ConnectionTrackingSpecification.UdpTimeout=5"}},
 		{"InvalidNetworkInterfaceId.Malformed", "DeleteNetworkInterface", []string{"NetworkInterfaceId=eni-attach-00000000000000000"}},
 		{"InvalidParameterValue", "DeleteNetworkInterface", []string{"NetworkInterfaceId=" + eni0}},

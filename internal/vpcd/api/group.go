@@ -2,6 +2,7 @@ package api
 
 import (
 	"context"
+	"net/netip"
 	"slices"
 	"strings"
 
@@ -20,12 +21,22 @@ func (a *API) groupHandlers(h map[string]query.Handler) {
 	a.ruleHandlers(h)
 }
 
-// newGroup makes a group as EC2 does: nothing comes in, everything goes out.
-func newGroup(v vpc.VPCID, name, description string) *store.Group {
-	return &store.Group{
-		ID: vpc.SecurityGroupID(vpc.NewID("sg")), VPC: v, Name: name, Description: description,
-		Rules: []store.Rule{{ID: vpc.NewID("sgr"), Egress: true, Protocol: "-1", From: -1, To: -1, CIDR: anywhere}},
+// newGroup makes a group as EC2 does: nothing comes in, everything goes out, of
+// IPv6 if the VPC has a block of it.
+func newGroup(v *store.VPC, name, description string) *store.Group {
+	g := &store.Group{
+		ID: vpc.SecurityGroupID(vpc.NewID("sg")), VPC: v.ID, Name: name, Description: description,
+		Rules: []store.Rule{allOut(anywhere)},
 	}
+	if len(v.IPv6CIDRs) > 0 {
+		g.Rules = append(g.Rules, allOut(anywhereIPv6))
+	}
+	return g
+}
+
+// allOut is the rule that allows everything to go out to a block.
+func allOut(to netip.Prefix) store.Rule {
+	return store.Rule{ID: vpc.NewID("sgr"), Egress: true, Protocol: "-1", From: -1, To: -1, CIDR: to}
 }
 
 // groupText reports whether s is a legal name or description of a group.
@@ -65,7 +76,7 @@ func (a *API) createSecurityGroup(_ context.Context, req *query.CreateSecurityGr
 				return query.Errorf("InvalidGroup.Duplicate", "The security group '%s' already exists for VPC '%s'", name, v.ID)
 			}
 		}
-		g = newGroup(v.ID, name, description)
+		g = newGroup(v, name, description)
 		tx.PutGroup(g)
 		tx.SetTags(string(g.ID), tags["security-group"])
 		return nil

@@ -33,6 +33,9 @@ var malformed = map[string]string{
 	"pl":             "InvalidPrefixListId.Malformed",
 	"dopt":           "InvalidDhcpOptionsId.Malformed",
 	"fl":             "InvalidFlowLogId.Malformed",
+
+	"subnet-cidr-assoc": "InvalidSubnetCidrBlockAssociationId.Malformed",
+	"eigw":              "InvalidEgressOnlyInternetGatewayId.Malformed",
 }
 
 func checkID(prefix, id string) error {
@@ -153,6 +156,16 @@ func findGateway(s *store.State, id string) (*store.InternetGateway, error) {
 		return g, nil
 	}
 	return nil, query.Errorf("InvalidInternetGatewayID.NotFound", "The internetGateway ID '%s' does not exist", id)
+}
+
+func findEgressOnly(s *store.State, id string) (*store.EgressOnlyGateway, error) {
+	if err := checkID("eigw", id); err != nil {
+		return nil, err
+	}
+	if g := s.EgressOnly(vpc.EgressOnlyID(id)); g != nil {
+		return g, nil
+	}
+	return nil, query.Errorf("InvalidEgressOnlyInternetGatewayId.NotFound", "The egress only internet gateway ID '%s' does not exist", id)
 }
 
 func findNAT(s *store.State, id string) (*store.NATGateway, error) {

@@ -21,6 +21,7 @@ func (a *API) instanceHandlers(h map[string]query.Handler) {
 			" NetworkInterface.DeviceIndex NetworkInterface.NetworkCardIndex NetworkInterface.NetworkInterfaceId NetworkInterface.SubnetId"+
 			" NetworkInterface.SecurityGroupId NetworkInterface.Description NetworkInterface.DeleteOnTermination"+
 			" NetworkInterface.PrivateIpAddress NetworkInterface.PrivateIpAddresses NetworkInterface.SecondaryPrivateIpAddressCount"+
+			" Ipv6AddressCount Ipv6Address.Ipv6Address NetworkInterface.Ipv6AddressCount NetworkInterface.Ipv6Addresses.Ipv6Address NetworkInterface.Ipv6Prefix NetworkInterface.Ipv6PrefixCount"+
 			" NetworkInterface.Ipv4Prefix NetworkInterface.Ipv4PrefixCount NetworkInterface.ConnectionTrackingSpecification", a.runInstances)
 	h["DescribeInstances"] = handle("DescribeInstances", "InstanceId Filter NextToken MaxResults", a.describeInstances)
 	h["DescribeInstanceStatus"] = handle("DescribeInstanceStatus", "InstanceId Filter NextToken MaxResults IncludeAllInstances", a.describeInstanceStatus)
@@ -119,6 +120,7 @@ func (v view) instance(i *store.Instance) query.Instance {
 	}
 	if e := v.primary(i.ID); e != nil {
 		out.PrivateIpAddress = new(e.Primary.String())
+		out.Ipv6Address = firstIPv6(e)
 		if x := v.instanceAssociation(e, e.Primary); x != nil {
 			out.IpAddress, out.DnsName = x.PublicIp, x.PublicDnsName
 		}
@@ -168,7 +170,8 @@ func (v view) instanceNIC(e *store.ENI) query.InstanceNetworkInterface {
 		},
 		Description:                     new(e.Description),
 		GroupSet:                        v.groupSet(e.Groups),
-		Ipv6AddressesSet:                []query.Ipv6Address{},
+		Ipv6AddressesSet:                instanceIPv6Addresses(e),
+		Ipv6PrefixSet:                   ipv6Prefixes(e),
 		MacAddress:                      text(e.MAC),
 		NetworkInterfaceId:              text(e.ID),
 		OwnerId:                         &v.api.account,
@@ -299,6 +302,14 @@ var instanceAttributes = func() attributes[*store.Instance] {
 		"network-interface.group-name":                            nicValues(groupNames),
 		"network-interface.ipv4-prefixes.ipv4-prefix": nicValues(func(_ view, e *store.ENI) []string {
 			return collect(e.Prefixes, netip.Prefix.String)
+		}),
+		"ipv6-address":                   primaryValue(eniAttributes["ipv6-addresses.ipv6-address"]),
+		"network-interface.ipv6-address": nicValues(eniAttributes["ipv6-addresses.ipv6-address"]),
+		"network-interface.ipv6-addresses.is-primary-ipv6": nicValues(func(_ view, e *store.ENI) []string {
+			return collect(e.IPv6, func(netip.Addr) string { return "false" })
+		}),
+		"network-interface.ipv6-prefixes.ipv6-prefix": nicValues(func(_ view, e *store.ENI) []string {
+			return collect(e.IPv6Prefixes, netip.Prefix.String)
 		}),
 		"network-interface.private-ip-address": nicValues(func(_ view, e *store.ENI) []string { return []string{e.Primary.String()} }),
 		"network-interface.tag-key": nicValues(func(v view, e *store.ENI) []string {

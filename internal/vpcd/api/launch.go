@@ -122,7 +122,14 @@ func parseNICs(req *query.RunInstancesRequest) ([]nic, error) {
 		if w.named() && *req.MaxCount > 1 {
 			return nil, oneAtATime("a private IP address")
 		}
-		return []nic{{subnet: *req.SubnetId, spec: spec{addrs: w, groups: req.SecurityGroupId}, deleteOnTermination: true}}, nil
+		w6, err := parseWantedIPv6(req.Ipv6Address, req.Ipv6AddressCount, nil, nil)
+		if err != nil {
+			return nil, err
+		}
+		if len(w6.addrs) > 0 && *req.MaxCount > 1 {
+			return nil, oneAtATime("IPv6 addresses")
+		}
+		return []nic{{subnet: *req.SubnetId, spec: spec{addrs: w, ipv6: w6, groups: req.SecurityGroupId}, deleteOnTermination: true}}, nil
 	}
 	switch {
 	case req.SubnetId != nil:
@@ -131,6 +138,8 @@ func parseNICs(req *query.RunInstancesRequest) ([]nic, error) {
 		return nil, query.Errorf("InvalidParameterCombination", "Network interfaces and an instance-level security groups may not be specified on the same request")
 	case req.PrivateIpAddress != nil:
 		return nil, query.Errorf("InvalidParameterCombination", "Network interfaces and an instance-level private IP address may not be specified on the same request")
+	case len(req.Ipv6Address) > 0 || req.Ipv6AddressCount != nil:
+		return nil, query.Errorf("InvalidParameterCombination", "Network interfaces and instance-level IPv6 addresses may not be specified on the same request")
 	}
 	var nics []nic
 	for i := range req.NetworkInterface {
@@ -166,12 +175,18 @@ func parseNIC(r *query.RunInstancesNetworkInterface, maxCount int64) (nic, error
 	if n.spec, err = parseSpec(w, r.SecurityGroupId, r.Description, r.ConnectionTrackingSpecification); err != nil {
 		return n, err
 	}
+	if n.spec.ipv6, err = parseWantedIPv6(r.Ipv6Addresses, r.Ipv6AddressCount, r.Ipv6Prefix, r.Ipv6PrefixCount); err != nil {
+		return n, err
+	}
 	if n.existing == "" {
 		if n.subnet == "" {
 			return n, query.Errorf("MissingInput", "No subnets found for the default VPC. Please specify a subnet.")
 		}
 		if w.named() && maxCount > 1 {
 			return n, oneAtATime("private IP addresses or prefixes")
+		}
+		if n.spec.ipv6.named() && maxCount > 1 {
+			return n, oneAtATime("IPv6 addresses or prefixes")
 		}
 		n.deleteOnTermination = r.DeleteOnTermination == nil || *r.DeleteOnTermination
 		return n, nil
@@ -182,7 +197,7 @@ func parseNIC(r *query.RunInstancesNetworkInterface, maxCount int64) (nic, error
 	for name, given := range map[string]bool{
 		"a subnet ID": n.subnet != "", "security groups": len(r.SecurityGroupId) > 0, "a description": r.Description != nil,
 		"private IP addresses or prefixes": w.named() || w.slots() > 0, "delete on termination": deref(r.DeleteOnTermination),
-		"connection tracking": r.ConnectionTrackingSpecification != nil,
+		"connection tracking": r.ConnectionTrackingSpecification != nil, "IPv6 addresses or prefixes": !n.spec.ipv6.unsaid,
 	} {
 		if given {
 			return n, query.Errorf("InvalidParameterCombination", "A network interface may not specify both a network interface ID and %s", name)
@@ -251,10 +266,13 @@ func (a *API) launchOne(tx *store.Tx, l launch, n int) (*store.Instance, error) 
 			return nil, err
 		}
 		if e.Slots() > l.limits.IPv4PerENI {
-			return nil, query.Errorf("InvalidInterface.IpAddressLimitExceeded", "Number of private addresses will exceed limit.")
+			return nil, query.Errorf(launchLimitExceeded, "Number of private addresses will exceed limit.")
 		}
 		if len(e.Prefixes) > 0 && !l.limits.Nitro() {
 			return nil, noPrefixes(i.Type)
+		}
+		if err := fitsIPv6(l.limits, len(e.IPv6), len(e.IPv6Prefixes), launchLimitExceeded); err != nil {
+			return nil, err
 		}
 		if k == 0 {
 			i.VPC, i.Subnet, i.Zone = e.VPC, e.Subnet, e.Zone
@@ -297,7 +315,11 @@ func (a *API) launchNIC(tx *store.Tx, l launch, want nic) (*store.ENI, error) {
 	}
 	if 1+want.spec.addrs.slots() > l.limits.IPv4PerENI {
 		// Before they are looked for: the subnet may not have so many.
-		return nil, query.Errorf("InvalidInterface.IpAddressLimitExceeded", "Number of private addresses will exceed limit.")
+		return nil, query.Errorf(launchLimitExceeded, "Number of private addresses will exceed limit.")
+	}
+	w6 := want.spec.ipv6
+	if err := fitsIPv6(l.limits, len(w6.addrs)+w6.addrCount, len(w6.prefixes)+w6.prefixCount, launchLimitExceeded); err != nil {
+		return nil, err
 	}
 	n, err := findSubnet(&tx.State, want.subnet)
 	if err != nil {

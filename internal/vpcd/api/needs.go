@@ -32,6 +32,8 @@ var makes = map[string][]string{
 	"CreateVpcPeeringConnection":    {"vpc-peering-connection"},
 	"CreateDhcpOptions":             {"dhcp-options"},
 	"CreateFlowLogs":                {"vpc-flow-log"},
+
+	"CreateEgressOnlyInternetGateway": {"egress-only-internet-gateway"},
 }
 
 // Needs returns the IAM permissions that a call needs (Service Authorization
@@ -96,6 +98,18 @@ func associated(s *store.State, id string) []string {
 		for _, l := range s.ACLs.All() {
 			if i := slices.IndexFunc(l.Associations, func(x store.ACLAssociation) bool { return x.ID == id }); i >= 0 {
 				return []string{string(l.ID), string(l.Associations[i].Subnet)}
+			}
+		}
+	case "vpc-cidr-assoc":
+		for _, v := range s.VPCs.All() {
+			if slices.ContainsFunc(slices.Concat(v.CIDRs, v.IPv6CIDRs), func(c store.CIDRAssociation) bool { return c.ID == id }) {
+				return []string{string(v.ID)}
+			}
+		}
+	case "subnet-cidr-assoc":
+		for _, n := range s.Subnets.All() {
+			if n.IPv6.ID == id {
+				return []string{string(n.ID)}
 			}
 		}
 	case "eipassoc":

@@ -36,6 +36,10 @@ var harmless = map[string]map[string]string{
 		"PrivateDnsNameOptions.EnableResourceNameDnsAAAARecord=false": "the default",
 		"RamdiskId":               "the kernel is the host's",
 		"EnablePrimaryIpv6=false": "the default",
+
+		"Ipv6Address.IsPrimaryIpv6=false":                    "the default",
+		"NetworkInterface.Ipv6Addresses.IsPrimaryIpv6=false": "the default",
+		"NetworkInterface.PrimaryIpv6=false":                 "the default",
 	},
 	"TerminateInstances": {
 		"Force":          "a namespace always goes",
@@ -76,17 +80,10 @@ var harmless = map[string]map[string]string{
 	"DescribeRegions": {
 		"AllRegions": "there is no region that is not opted in",
 	},
-	"CreateVpc": {
-		"AmazonProvidedIpv6CidrBlock=false": "the default",
-	},
-	"AssociateVpcCidrBlock": {
-		"AmazonProvidedIpv6CidrBlock=false": "the default",
-	},
 	"CreateSubnet": {
 		"Ipv6Native=false": "the default",
 	},
 	"ModifySubnetAttribute": {
-		"AssignIpv6AddressOnCreation.Value=false":             "the default",
 		"MapPublicIpOnLaunch.Value=false":                     "the default; the only public addresses are Elastic IPs",
 		"MapCustomerOwnedIpOnLaunch.Value=false":              "the default",
 		"EnableDns64.Value=false":                             "the default",
@@ -95,6 +92,8 @@ var harmless = map[string]map[string]string{
 	"CreateNetworkInterface": {
 		"InterfaceType=interface": "the default",
 		"EnablePrimaryIpv6=false": "the default",
+
+		"Ipv6Addresses.IsPrimaryIpv6=false": "the default",
 	},
 	"ModifyNetworkInterfaceAttribute": {
 		"AssociatePublicIpAddress=false": "the default; the only public addresses are Elastic IPs",

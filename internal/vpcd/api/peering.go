@@ -34,6 +34,10 @@ func blocks(v *store.VPC) []netip.Prefix {
 	return collect(v.CIDRs, func(c store.CIDRAssociation) netip.Prefix { return c.CIDR })
 }
 
+func ipv6Blocks(v *store.VPC) []netip.Prefix {
+	return collect(v.IPv6CIDRs, func(c store.CIDRAssociation) netip.Prefix { return c.CIDR })
+}
+
 func overlap(a, b []netip.Prefix) bool {
 	for _, x := range a {
 		for _, y := range b {
@@ -92,8 +96,8 @@ func (a *API) createPeering(_ context.Context, req *query.CreateVpcPeeringConnec
 				return query.Errorf("VpcPeeringConnectionAlreadyExists", "A VPC peering connection between %s and %s already exists: %s", one.ID, other.ID, o.ID)
 			}
 		}
-		p.Requester = store.PeeringSide{VPC: one.ID, CIDRs: blocks(one)}
-		p.Accepter = store.PeeringSide{VPC: other.ID, CIDRs: blocks(other)}
+		p.Requester = store.PeeringSide{VPC: one.ID, CIDRs: blocks(one), IPv6CIDRs: ipv6Blocks(one)}
+		p.Accepter = store.PeeringSide{VPC: other.ID, CIDRs: blocks(other), IPv6CIDRs: ipv6Blocks(other)}
 		if overlap(p.Requester.CIDRs, p.Accepter.CIDRs) {
 			fail(p, now)
 		} else if most := a.quota(chaos.QuotaPendingPeerings); peeringsOf(&tx.State, one.ID, store.PeeringPending) >= most {
@@ -145,7 +149,7 @@ func (a *API) acceptPeering(_ context.Context, req *query.AcceptVpcPeeringConnec
 			if v == nil {
 				return false, noVPC(string(side.VPC))
 			}
-			side.CIDRs = blocks(v) // they may have got more since
+			side.CIDRs, side.IPv6CIDRs = blocks(v), ipv6Blocks(v) // they may have got more since
 			if most := a.quota(chaos.QuotaPeerings); peeringsOf(&tx.State, v.ID, store.PeeringActive) >= most {
 				return false, quotaReached("ActiveVpcPeeringConnectionPerVpcLimitExceeded", "active VPC peering connections of the VPC", most)
 			}
@@ -231,13 +235,17 @@ func (a *API) modifyPeeringOptions(_ context.Context, req *query.ModifyVpcPeerin
 }
 
 func (v view) peeringSide(s store.PeeringSide) *query.VpcPeeringConnectionVpcInfo {
-	return &query.VpcPeeringConnectionVpcInfo{
+	out := &query.VpcPeeringConnectionVpcInfo{
 		VpcId: text(s.VPC), OwnerId: &v.api.account, Region: &v.api.region, CidrBlock: new(s.CIDRs[0].String()),
 		CidrBlockSet: collect(s.CIDRs, func(p netip.Prefix) query.CidrBlock { return query.CidrBlock{CidrBlock: new(p.String())} }),
 		PeeringOptions: &query.PeeringOptions{
 			AllowDnsResolutionFromRemoteVpc: new(s.DNS), AllowEgressFromLocalClassicLinkToRemoteVpc: new(false), AllowEgressFromLocalVpcToRemoteClassicLink: new(false),
 		},
 	}
+	for _, p := range s.IPv6CIDRs {
+		out.Ipv6CidrBlockSet = append(out.Ipv6CidrBlockSet, query.Ipv6CidrBlock{Ipv6CidrBlock: new(p.String())})
+	}
+	return out
 }
 
 func (v view) peering(p *store.Peering) query.VpcPeeringConnection {

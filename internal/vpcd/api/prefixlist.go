@@ -267,7 +267,7 @@ func changeList(p *store.PrefixList, req *query.ModifyManagedPrefixListRequest) 
 // have with it, or "".
 func (a *API) fullWith(s *store.State, p *store.PrefixList) string {
 	for _, id := range listUsers(s, p.ID) {
-		if t := s.RouteTable(vpc.RouteTableID(id)); t != nil && routeSlots(s, s.RoutesOf(t)) > a.quota(chaos.QuotaRoutes) {
+		if t := s.RouteTable(vpc.RouteTableID(id)); t != nil && routeSlots(s, s.RoutesOf(t), p.V6) > a.quota(chaos.QuotaRoutes) {
 			return id
 		}
 		if g := s.Group(vpc.SecurityGroupID(id)); g != nil {

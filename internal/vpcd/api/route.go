@@ -12,43 +12,63 @@ import (
 )
 
 func (a *API) routeHandlers(h map[string]query.Handler) {
-	const route = "RouteTableId DestinationCidrBlock DestinationPrefixListId GatewayId InstanceId NetworkInterfaceId VpcPeeringConnectionId NatGatewayId"
+	const route = "RouteTableId DestinationCidrBlock DestinationIpv6CidrBlock DestinationPrefixListId" +
+		" GatewayId EgressOnlyInternetGatewayId InstanceId NetworkInterfaceId VpcPeeringConnectionId NatGatewayId"
 	h["CreateRoute"] = handle("CreateRoute", route, a.createRoute)
 	h["ReplaceRoute"] = handle("ReplaceRoute", route+" LocalTarget", a.replaceRoute)
-	h["DeleteRoute"] = handle("DeleteRoute", "RouteTableId DestinationCidrBlock DestinationPrefixListId", a.deleteRoute)
+	h["DeleteRoute"] = handle("DeleteRoute", "RouteTableId DestinationCidrBlock DestinationIpv6CidrBlock DestinationPrefixListId", a.deleteRoute)
 }
 
 // reservedRoutes may not be the destination of a route: within lie the services
 // that the VPC itself answers for. A wider route is accepted and leads nobody
 // there.
-var reservedRoutes = netip.MustParsePrefix("169.254.168.0/22")
+var reservedRoutes = []netip.Prefix{netip.MustParsePrefix("169.254.168.0/22"), netip.MustParsePrefix("fd00:ec2::/32")}
 
-// parseDestination reads where a route goes to.
-func parseDestination(s *store.State, cidr, list *string) (store.Route, error) {
+// parseDestination reads where a route goes to: to a block of IPv4 or IPv6, or to
+// what is in a prefix list.
+func parseDestination(s *store.State, cidr, ipv6, list *string) (store.Route, error) {
 	var r store.Route
-	switch {
-	case (cidr == nil) == (list == nil):
-		return r, query.Errorf("InvalidParameterCombination", "The request must contain exactly one of the parameters destinationCidrBlock, destinationPrefixListId")
-	case list != nil:
+	given := 0
+	for _, p := range []*string{cidr, ipv6, list} {
+		if p != nil {
+			given++
+		}
+	}
+	if given != 1 {
+		return r, query.Errorf("InvalidParameterCombination",
+			"The request must contain exactly one of the parameters destinationCidrBlock, destinationIpv6CidrBlock, destinationPrefixListId")
+	}
+	if list != nil {
 		p, err := findPrefixList(s, *list)
 		if err != nil {
 			return r, err
 		}
-		if p.V6 {
-			return r, query.Errorf("UnsupportedOperation", "The prefix list %s is of IPv6, which vpcd does not route.", p.ID)
-		}
 		r.PrefixList = p.ID
 		return r, nil
 	}
-	p, err := netip.ParsePrefix(*cidr)
-	if err != nil || !p.Addr().Is4() {
-		return r, query.Errorf("InvalidParameterValue", "Value (%s) for parameter destinationCidrBlock is invalid. This is not a valid CIDR block.", *cidr)
+	name, text := "destinationCidrBlock", deref(cidr)
+	if ipv6 != nil {
+		name, text = "destinationIpv6CidrBlock", *ipv6
+	}
+	p, err := netip.ParsePrefix(text)
+	if err != nil || p.Addr().Is4() != (ipv6 == nil) || p.Addr().Is4In6() {
+		return r, query.Errorf("InvalidParameterValue", "Value (%s) for parameter %s is invalid. This is not a valid CIDR block.", text, name)
 	}
 	r.CIDR = p.Masked()
-	if r.CIDR.Bits() >= reservedRoutes.Bits() && reservedRoutes.Contains(r.CIDR.Addr()) {
-		return r, query.Errorf("InvalidParameterValue", "Value (%s) for parameter destinationCidrBlock is invalid. It is within the reserved range %s.", r.CIDR, reservedRoutes)
+	for _, not := range reservedRoutes {
+		if r.CIDR.Bits() >= not.Bits() && not.Contains(r.CIDR.Addr()) {
+			return r, query.Errorf("InvalidParameterValue", "Value (%s) for parameter %s is invalid. It is within the reserved range %s.", r.CIDR, name, not)
+		}
 	}
 	return r, nil
+}
+
+// isIPv6 reports whether a route is of IPv6.
+func isIPv6(s *store.State, r store.Route) bool {
+	if p := s.PrefixList(r.PrefixList); p != nil {
+		return p.V6
+	}
+	return r.CIDR.IsValid() && r.CIDR.Addr().Is6()
 }
 
 // destination says where a route goes to, for messages.
@@ -61,15 +81,15 @@ func destination(r store.Route) string {
 
 // targets are the parameters that say where a route leads.
 type targets struct {
-	gateway, instance, eni, peering, nat *string
-	local                                bool
+	gateway, instance, eni, peering, nat, egressOnly *string
+	local                                            bool
 }
 
 // parseTarget reads where a route of a table leads.
 func (a *API) parseTarget(s *store.State, t *store.RouteTable, to targets) (store.Target, error) {
 	var out store.Target
 	given := 0
-	for _, p := range []*string{to.gateway, to.instance, to.eni, to.peering, to.nat} {
+	for _, p := range []*string{to.gateway, to.instance, to.eni, to.peering, to.nat, to.egressOnly} {
 		if p != nil {
 			given++
 		}
@@ -79,7 +99,7 @@ func (a *API) parseTarget(s *store.State, t *store.RouteTable, to targets) (stor
 	}
 	if given != 1 {
 		return out, query.Errorf("InvalidParameterCombination",
-			"The request must contain exactly one of gatewayId, natGatewayId, networkInterfaceId, vpcPeeringConnectionId or instanceId")
+			"The request must contain exactly one of gatewayId, egressOnlyInternetGatewayId, natGatewayId, networkInterfaceId, vpcPeeringConnectionId or instanceId")
 	}
 	table := "route table " + string(t.ID)
 	switch {
@@ -91,6 +111,15 @@ func (a *API) parseTarget(s *store.State, t *store.RouteTable, to targets) (stor
 			return out, err
 		}
 		out.Gateway = g.ID
+	case to.egressOnly != nil:
+		g, err := findEgressOnly(s, *to.egressOnly)
+		if err != nil {
+			return out, err
+		}
+		if g.VPC != t.VPC {
+			return out, twoNetworks(table, "egress-only internet gateway "+string(g.ID))
+		}
+		out.EgressOnly = g.ID
 	case to.nat != nil:
 		n, err := findNAT(s, *to.nat)
 		if err != nil {
@@ -176,12 +205,12 @@ func (a *API) attachedGateway(s *store.State, id string, t *store.RouteTable) (*
 
 // isLocal reports whether a destination is a block of the VPC.
 func isLocal(v *store.VPC, p netip.Prefix) bool {
-	return slices.ContainsFunc(v.CIDRs, func(c store.CIDRAssociation) bool { return c.CIDR == p })
+	return slices.ContainsFunc(slices.Concat(v.CIDRs, v.IPv6CIDRs), func(c store.CIDRAssociation) bool { return c.CIDR == p })
 }
 
 func isSubnet(s *store.State, id vpc.VPCID, p netip.Prefix) bool {
 	for _, n := range s.Subnets.All() {
-		if n.VPC == id && n.CIDR == p {
+		if n.VPC == id && (n.CIDR == p || n.IPv6.CIDR == p) {
 			return true
 		}
 	}
@@ -191,13 +220,21 @@ func isSubnet(s *store.State, id vpc.VPCID, p netip.Prefix) bool {
 // checkDestination returns an error if a table may not have a route with this
 // target to this destination: what is more specific than the local route must
 // be a whole subnet and lead to an interface or a NAT gateway (VPC User Guide,
-// "Routing for a middlebox appliance", read 2026).
+// "Routing for a middlebox appliance", read 2026). Nor may the target be of the
+// other address family: an egress-only internet gateway has IPv6 alone, and a NAT
+// gateway here IPv4 alone, as there is no NAT64.
 func checkDestination(s *store.State, t *store.RouteTable, r store.Route) error {
 	v := s.VPC(t.VPC)
 	if v == nil {
 		return noVPC(string(t.VPC))
 	}
-	within := r.CIDR.IsValid() && slices.ContainsFunc(v.CIDRs, func(c store.CIDRAssociation) bool {
+	switch v6 := isIPv6(s, r); {
+	case v6 && r.Target.NAT != "":
+		return query.Errorf("UnsupportedOperation", "The route %s is of IPv6, which the NAT gateways of vpcd do not translate. Lead it to an egress-only internet gateway.", destination(r))
+	case !v6 && r.Target.EgressOnly != "":
+		return query.Errorf("InvalidParameterValue", "The route %s is not of IPv6. That to an egress-only internet gateway must be.", destination(r))
+	}
+	within := r.CIDR.IsValid() && slices.ContainsFunc(slices.Concat(v.CIDRs, v.IPv6CIDRs), func(c store.CIDRAssociation) bool {
 		return c.CIDR.Bits() <= r.CIDR.Bits() && c.CIDR.Contains(r.CIDR.Addr())
 	})
 	if within && !r.Target.Local {
@@ -229,10 +266,14 @@ func checkEdgeRoute(s *store.State, t *store.RouteTable, r store.Route) error {
 	return nil
 }
 
-// routeSlots returns how many of a table's routes some routes count for.
-func routeSlots(s *store.State, routes []store.Route) int {
+// routeSlots returns how many of a table's routes those of one address family
+// count for.
+func routeSlots(s *store.State, routes []store.Route, v6 bool) int {
 	n := 0
 	for _, r := range routes {
+		if isIPv6(s, r) != v6 {
+			continue
+		}
 		if p := s.PrefixList(r.PrefixList); p != nil {
 			n += p.MaxEntries
 		} else {
@@ -248,12 +289,12 @@ func (a *API) createRoute(_ context.Context, req *query.CreateRouteRequest) (*qu
 		if err != nil {
 			return err
 		}
-		r, err := parseDestination(&tx.State, req.DestinationCidrBlock, req.DestinationPrefixListId)
+		r, err := parseDestination(&tx.State, req.DestinationCidrBlock, req.DestinationIpv6CidrBlock, req.DestinationPrefixListId)
 		if err != nil {
 			return err
 		}
 		r.Made = true
-		if r.Target, err = a.parseTarget(&tx.State, old, targets{req.GatewayId, req.InstanceId, req.NetworkInterfaceId, req.VpcPeeringConnectionId, req.NatGatewayId, false}); err != nil {
+		if r.Target, err = a.parseTarget(&tx.State, old, targets{req.GatewayId, req.InstanceId, req.NetworkInterfaceId, req.VpcPeeringConnectionId, req.NatGatewayId, req.EgressOnlyInternetGatewayId, false}); err != nil {
 			return err
 		}
 		all := tx.RoutesOf(old)
@@ -263,7 +304,7 @@ func (a *API) createRoute(_ context.Context, req *query.CreateRouteRequest) (*qu
 		if err := checkDestination(&tx.State, old, r); err != nil {
 			return err
 		}
-		if most := a.quota(chaos.QuotaRoutes); routeSlots(&tx.State, append(all, r)) > most {
+		if most := a.quota(chaos.QuotaRoutes); routeSlots(&tx.State, append(all, r), isIPv6(&tx.State, r)) > most {
 			return quotaReached("RouteLimitExceeded", "routes of the route table", most)
 		}
 		t := *old
@@ -278,7 +319,14 @@ func (a *API) createRoute(_ context.Context, req *query.CreateRouteRequest) (*qu
 }
 
 func noRoute(t *store.RouteTable, r store.Route) error {
-	return query.Errorf("InvalidRoute.NotFound", "no route with destination-cidr-block %s in route table %s", destination(r), t.ID)
+	kind := "destination-cidr-block"
+	switch {
+	case r.PrefixList != "":
+		kind = "destination-prefix-list-id"
+	case r.CIDR.Addr().Is6():
+		kind = "destination-ipv6-cidr-block"
+	}
+	return query.Errorf("InvalidRoute.NotFound", "no route with %s %s in route table %s", kind, destination(r), t.ID)
 }
 
 // replaceRoute gives a route another target. That to a block of the VPC may
@@ -289,11 +337,11 @@ func (a *API) replaceRoute(_ context.Context, req *query.ReplaceRouteRequest) (*
 		if err != nil {
 			return err
 		}
-		r, err := parseDestination(&tx.State, req.DestinationCidrBlock, req.DestinationPrefixListId)
+		r, err := parseDestination(&tx.State, req.DestinationCidrBlock, req.DestinationIpv6CidrBlock, req.DestinationPrefixListId)
 		if err != nil {
 			return err
 		}
-		to := targets{req.GatewayId, req.InstanceId, req.NetworkInterfaceId, req.VpcPeeringConnectionId, req.NatGatewayId, deref(req.LocalTarget)}
+		to := targets{req.GatewayId, req.InstanceId, req.NetworkInterfaceId, req.VpcPeeringConnectionId, req.NatGatewayId, req.EgressOnlyInternetGatewayId, deref(req.LocalTarget)}
 		if r.Target, err = a.parseTarget(&tx.State, old, to); err != nil {
 			return err
 		}
@@ -332,7 +380,7 @@ func (a *API) deleteRoute(_ context.Context, req *query.DeleteRouteRequest) (*qu
 		if err != nil {
 			return err
 		}
-		r, err := parseDestination(&tx.State, req.DestinationCidrBlock, req.DestinationPrefixListId)
+		r, err := parseDestination(&tx.State, req.DestinationCidrBlock, req.DestinationIpv6CidrBlock, req.DestinationPrefixListId)
 		if err != nil {
 			return err
 		}
@@ -353,9 +401,10 @@ func (a *API) deleteRoute(_ context.Context, req *query.DeleteRouteRequest) (*qu
 
 func (v view) route(t *store.RouteTable, r store.Route) query.Route {
 	out := query.Route{
-		DestinationCidrBlock: text(cidrOf(r.CIDR, true)), DestinationPrefixListId: text(r.PrefixList),
+		DestinationCidrBlock: text(cidrOf(r.CIDR, true)), DestinationIpv6CidrBlock: text(cidrOf(r.CIDR, false)), DestinationPrefixListId: text(r.PrefixList),
 		NatGatewayId: text(r.Target.NAT), NetworkInterfaceId: text(r.Target.ENI), VpcPeeringConnectionId: text(r.Target.Peering), GatewayId: text(r.Target.Gateway),
-		Origin: new("CreateRouteTable"), State: new(v.RouteState(t, r)),
+		EgressOnlyInternetGatewayId: text(r.Target.EgressOnly),
+		Origin:                      new("CreateRouteTable"), State: new(v.RouteState(t, r)),
 	}
 	if r.Target.Local {
 		out.GatewayId = new("local")

@@ -114,7 +114,6 @@ func TestRoutes(t *testing.T) {
 		{"InvalidPrefixListID.NotFound", []string{"RouteTableId=" + table, "DestinationPrefixListId=pl-00000000000000000", "InstanceId=" + i}},
 		{"InvalidRouteTableID.NotFound", []string{"RouteTableId=rtb-00000000000000000", "DestinationCidrBlock=1.0.0.0/8", "InstanceId=" + i}},
 		{"UnsupportedOperation", to("1.0.0.0/8", "TransitGatewayId=tgw-1")},
-		{"UnsupportedOperation", []string{"RouteTableId=" + table, "DestinationIpv6CidrBlock=::/0", "InstanceId=" + i}},
 	} {
 		w.fails(c.code, "CreateRoute", c.params...)
 	}

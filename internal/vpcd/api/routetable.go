@@ -260,6 +260,9 @@ var routeTableListing = listing[*store.RouteTable]{
 		"route.vpc-peering-connection-id":  routeValues(func(r query.Route) *string { return r.VpcPeeringConnectionId }),
 		"route.origin":                     routeValues(func(r query.Route) *string { return r.Origin }),
 		"route.state":                      routeValues(func(r query.Route) *string { return r.State }),
+
+		"route.destination-ipv6-cidr-block":     routeValues(func(r query.Route) *string { return r.DestinationIpv6CidrBlock }),
+		"route.egress-only-internet-gateway-id": routeValues(func(r query.Route) *string { return r.EgressOnlyInternetGatewayId }),
 	},
 }
 

@@ -16,7 +16,10 @@ import (
 	"github.com/underlay-cni/underlay/internal/vpcd/store"
 )
 
-var anywhere = netip.MustParsePrefix("0.0.0.0/0")
+var (
+	anywhere     = netip.MustParsePrefix("0.0.0.0/0")
+	anywhereIPv6 = netip.MustParsePrefix("::/0")
+)
 
 func (a *API) ruleHandlers(h map[string]query.Handler) {
 	const flat = " CidrIp FromPort ToPort IpProtocol "
@@ -200,7 +203,7 @@ func (a *API) groupPeer(s *store.State, g *store.Group, r *store.Rule, x query.U
 
 func ruleBlock(s string, v4 bool) (netip.Prefix, error) {
 	p, err := netip.ParsePrefix(s)
-	if err != nil || p.Addr().Is4() != v4 {
+	if err != nil || p.Addr().Is4() != v4 || p.Addr().Is4In6() {
 		return p, query.Errorf("InvalidParameterValue", "CIDR block %s is malformed", s)
 	}
 	return p.Masked(), nil

@@ -19,10 +19,10 @@ const (
 )
 
 func (a *API) subnetHandlers(h map[string]query.Handler) {
-	h["CreateSubnet"] = handle("CreateSubnet", "VpcId CidrBlock AvailabilityZone AvailabilityZoneId TagSpecification", a.createSubnet)
+	h["CreateSubnet"] = handle("CreateSubnet", "VpcId CidrBlock Ipv6CidrBlock AvailabilityZone AvailabilityZoneId TagSpecification", a.createSubnet)
 	h["DeleteSubnet"] = handle("DeleteSubnet", "SubnetId", a.deleteSubnet)
 	h["DescribeSubnets"] = handle("DescribeSubnets", "SubnetId Filter NextToken MaxResults", a.describeSubnets)
-	h["ModifySubnetAttribute"] = handle("ModifySubnetAttribute", "SubnetId PrivateDnsHostnameTypeOnLaunch EnableResourceNameDnsARecordOnLaunch", a.modifySubnetAttribute)
+	h["ModifySubnetAttribute"] = handle("ModifySubnetAttribute", "SubnetId AssignIpv6AddressOnCreation PrivateDnsHostnameTypeOnLaunch EnableResourceNameDnsARecordOnLaunch", a.modifySubnetAttribute)
 }
 
 // pickZone returns the zone that a request names, by name or id, or the first.
@@ -66,7 +66,13 @@ func (a *API) createSubnet(_ context.Context, req *query.CreateSubnetRequest) (*
 	if err != nil {
 		return nil, err
 	}
-	n := &store.Subnet{ID: vpc.SubnetID(vpc.NewID("subnet")), CIDR: cidr, Zone: z.name, HostType: ipName, Created: a.now()}
+	var ipv6 store.CIDRAssociation
+	if req.Ipv6CidrBlock != nil {
+		if ipv6, err = newSubnetIPv6(*req.Ipv6CidrBlock); err != nil {
+			return nil, err
+		}
+	}
+	n := &store.Subnet{ID: vpc.SubnetID(vpc.NewID("subnet")), CIDR: cidr, IPv6: ipv6, Zone: z.name, HostType: ipName, Created: a.now()}
 	after, err := a.update(func(tx *store.Tx) error {
 		v, err := findVPC(&tx.State, *req.VpcId)
 		if err != nil {
@@ -89,6 +95,11 @@ func (a *API) createSubnet(_ context.Context, req *query.CreateSubnetRequest) (*
 		if most := a.quota(chaos.QuotaSubnets); beside >= most {
 			return quotaReached("SubnetLimitExceeded", "subnets of the VPC", most)
 		}
+		if ipv6.CIDR.IsValid() {
+			if err := checkSubnetIPv6(&tx.State, v, ipv6.CIDR); err != nil {
+				return err
+			}
+		}
 		n.VPC = v.ID
 		tx.PutSubnet(n)
 		tx.SetTags(string(n.ID), tags["subnet"])
@@ -97,7 +108,9 @@ func (a *API) createSubnet(_ context.Context, req *query.CreateSubnetRequest) (*
 	if err != nil {
 		return nil, err
 	}
-	return &query.CreateSubnetResponse{Subnet: new(after.subnet(n))}, nil
+	out := after.subnet(n)
+	out.Ipv6CidrBlockAssociationSet = subnetIPv6(n, "associating")
+	return &query.CreateSubnetResponse{Subnet: &out}, nil
 }
 
 func (a *API) deleteSubnet(_ context.Context, req *query.DeleteSubnetRequest) (*query.DeleteSubnetResponse, error) {
@@ -130,6 +143,12 @@ func (a *API) modifySubnetAttribute(_ context.Context, req *query.ModifySubnetAt
 		if b := req.EnableResourceNameDnsARecordOnLaunch; b != nil && b.Value != nil {
 			n.ResourceNameA = *b.Value
 		}
+		if b := req.AssignIpv6AddressOnCreation; b != nil && b.Value != nil {
+			if *b.Value && !n.IPv6.CIDR.IsValid() {
+				return query.Errorf("InvalidParameterValue", "Invalid value 'true' for assign-ipv6-address-on-creation. Cannot set assign-ipv6-address-on-creation to true unless the subnet (%s) has an IPv6 CIDR block associated with it.", n.ID)
+			}
+			n.AssignIPv6 = *b.Value
+		}
 		tx.PutSubnet(&n)
 		return nil
 	})
@@ -156,6 +175,10 @@ var subnetAttributes = attributes[*store.Subnet]{
 	"private-dns-name-options-on-launch.hostname-type":                        func(_ view, n *store.Subnet) []string { return []string{n.HostType} },
 	"private-dns-name-options-on-launch.enable-resource-name-dns-a-record":    func(_ view, n *store.Subnet) []string { return []string{strconv.FormatBool(n.ResourceNameA)} },
 	"private-dns-name-options-on-launch.enable-resource-name-dns-aaaa-record": no,
+
+	"ipv6-cidr-block-association.ipv6-cidr-block": ofSubnetIPv6(func(x query.SubnetIpv6CidrBlockAssociation) *string { return x.Ipv6CidrBlock }),
+	"ipv6-cidr-block-association.association-id":  ofSubnetIPv6(func(x query.SubnetIpv6CidrBlockAssociation) *string { return x.AssociationId }),
+	"ipv6-cidr-block-association.state":           ofSubnetIPv6(func(x query.SubnetIpv6CidrBlockAssociation) *string { return x.Ipv6CidrBlockState.State }),
 }
 
 func (a *API) describeSubnets(_ context.Context, req *query.DescribeSubnetsRequest) (*query.DescribeSubnetsResponse, error) {
@@ -189,7 +212,8 @@ func (v view) subnet(n *store.Subnet) query.Subnet {
 		DefaultForAz:                new(false),
 		MapPublicIpOnLaunch:         new(false),
 		MapCustomerOwnedIpOnLaunch:  new(false),
-		AssignIpv6AddressOnCreation: new(false),
+		AssignIpv6AddressOnCreation: &n.AssignIPv6,
+		Ipv6CidrBlockAssociationSet: subnetIPv6(n, "associated"),
 		EnableDns64:                 new(false),
 		Ipv6Native:                  new(false),
 		OwnerId:                     &v.api.account,

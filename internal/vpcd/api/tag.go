@@ -34,6 +34,7 @@ var resourceTypes = map[string]string{
 	"pl":     "prefix-list",
 
 	"igw":      "internet-gateway",
+	"eigw":     "egress-only-internet-gateway",
 	"eipalloc": "elastic-ip",
 	"nat":      "natgateway",
 	"pcx":      "vpc-peering-connection",
@@ -73,6 +74,8 @@ func resource(s *store.State, id string) error {
 		_, err = findPrefixList(s, id)
 	case "igw":
 		_, err = findGateway(s, id)
+	case "eigw":
+		_, err = findEgressOnly(s, id)
 	case "eipalloc":
 		_, err = findAddress(s, id)
 	case "nat":

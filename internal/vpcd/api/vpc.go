@@ -13,12 +13,12 @@ import (
 )
 
 func (a *API) vpcHandlers(h map[string]query.Handler) {
-	h["CreateVpc"] = handle("CreateVpc", "CidrBlock InstanceTenancy TagSpecification", a.createVpc)
+	h["CreateVpc"] = handle("CreateVpc", "CidrBlock AmazonProvidedIpv6CidrBlock InstanceTenancy TagSpecification", a.createVpc)
 	h["DeleteVpc"] = handle("DeleteVpc", "VpcId", a.deleteVpc)
 	h["DescribeVpcs"] = handle("DescribeVpcs", "VpcId Filter NextToken MaxResults", a.describeVpcs)
 	h["ModifyVpcAttribute"] = handle("ModifyVpcAttribute", "VpcId EnableDnsHostnames EnableDnsSupport EnableNetworkAddressUsageMetrics", a.modifyVpcAttribute)
 	h["DescribeVpcAttribute"] = handle("DescribeVpcAttribute", "VpcId Attribute", a.describeVpcAttribute)
-	h["AssociateVpcCidrBlock"] = handle("AssociateVpcCidrBlock", "VpcId CidrBlock", a.associateVpcCidrBlock)
+	h["AssociateVpcCidrBlock"] = handle("AssociateVpcCidrBlock", "VpcId CidrBlock AmazonProvidedIpv6CidrBlock", a.associateVpcCidrBlock)
 	h["DisassociateVpcCidrBlock"] = handle("DisassociateVpcCidrBlock", "AssociationId", a.disassociateVpcCidrBlock)
 }
 
@@ -76,10 +76,18 @@ func (a *API) createVpc(_ context.Context, req *query.CreateVpcRequest) (*query.
 			}
 		}
 		v.DHCPOptions = cmp.Or(v.DHCPOptions, vpc.NewID("dopt"))
-		g := newGroup(v.ID, defaultGroupName, "default VPC security group")
+		if deref(req.AmazonProvidedIpv6CidrBlock) {
+			c, err := newIPv6Block(&tx.State)
+			if err != nil {
+				return err
+			}
+			v.IPv6CIDRs = append(v.IPv6CIDRs, c)
+		}
+		g := newGroup(v, defaultGroupName, "default VPC security group")
 		g.Rules = append(g.Rules, store.Rule{ID: vpc.NewID("sgr"), Protocol: "-1", From: -1, To: -1, Group: g.ID, GroupOwner: a.account})
 		v.DefaultGroup = g.ID
 		tx.PutVPC(v)
+		allowIPv6(tx, v)
 		tx.PutGroup(g)
 		tx.SetTags(string(v.ID), tags["vpc"])
 		return nil
@@ -87,7 +95,11 @@ func (a *API) createVpc(_ context.Context, req *query.CreateVpcRequest) (*query.
 	if err != nil {
 		return nil, err
 	}
-	return &query.CreateVpcResponse{Vpc: new(after.vpc(v, "pending"))}, nil
+	out := after.vpc(v, "pending")
+	out.Ipv6CidrBlockAssociationSet = collect(v.IPv6CIDRs, func(c store.CIDRAssociation) query.VpcIpv6CidrBlockAssociation {
+		return *after.ipv6Association(c, "associating")
+	})
+	return &query.CreateVpcResponse{Vpc: &out}, nil
 }
 
 func (a *API) deleteVpc(_ context.Context, req *query.DeleteVpcRequest) (*query.DeleteVpcResponse, error) {
@@ -117,6 +129,11 @@ func (a *API) deleteVpc(_ context.Context, req *query.DeleteVpcRequest) (*query.
 				return depends
 			}
 		}
+		for _, g := range tx.EgressOnlyGateways.All() {
+			if g.VPC == v.ID {
+				return depends
+			}
+		}
 		if tx.GatewayOf(v.ID) != nil || peeringsOf(&tx.State, v.ID, store.PeeringActive)+peeringsOf(&tx.State, v.ID, store.PeeringPending) > 0 {
 			return depends
 		}
@@ -142,6 +159,18 @@ var vpcAttributes = attributes[*store.VPC]{
 	},
 	"cidr-block-association.association-id": func(_ view, o *store.VPC) []string {
 		return collect(o.CIDRs, func(c store.CIDRAssociation) string { return c.ID })
+	},
+	"ipv6-cidr-block-association.ipv6-cidr-block": func(_ view, o *store.VPC) []string {
+		return collect(o.IPv6CIDRs, func(c store.CIDRAssociation) string { return c.CIDR.String() })
+	},
+	"ipv6-cidr-block-association.association-id": func(_ view, o *store.VPC) []string {
+		return collect(o.IPv6CIDRs, func(c store.CIDRAssociation) string { return c.ID })
+	},
+	"ipv6-cidr-block-association.ipv6-pool": func(_ view, o *store.VPC) []string {
+		return collect(o.IPv6CIDRs, func(store.CIDRAssociation) string { return amazonPool })
+	},
+	"ipv6-cidr-block-association.state": func(_ view, o *store.VPC) []string {
+		return collect(o.IPv6CIDRs, func(store.CIDRAssociation) string { return "associated" })
 	},
 }
 
@@ -191,6 +220,10 @@ func (v view) vpc(o *store.VPC, state string) query.Vpc {
 		State:                   &state,
 		CidrBlock:               new(o.CIDRs[0].CIDR.String()),
 		DhcpOptionsId:           text(o.DHCPOptions),
+
+		Ipv6CidrBlockAssociationSet: collect(o.IPv6CIDRs, func(c store.CIDRAssociation) query.VpcIpv6CidrBlockAssociation {
+			return *v.ipv6Association(c, "associated")
+		}),
 	}
 }
 
@@ -262,6 +295,12 @@ func familyOf(p netip.Prefix) int {
 }
 
 func (a *API) associateVpcCidrBlock(_ context.Context, req *query.AssociateVpcCidrBlockRequest) (*query.AssociateVpcCidrBlockResponse, error) {
+	if deref(req.AmazonProvidedIpv6CidrBlock) {
+		if req.CidrBlock != nil {
+			return nil, query.Errorf("InvalidParameterCombination", "The parameters cidrBlock and amazonProvidedIpv6CidrBlock exclude each other")
+		}
+		return a.associateIPv6(*req.VpcId)
+	}
 	cidr, err := parseVPCBlock(req.CidrBlock)
 	if err != nil {
 		return nil, err
@@ -288,12 +327,8 @@ func (a *API) associateVpcCidrBlock(_ context.Context, req *query.AssociateVpcCi
 				return query.Errorf("CidrConflict", "The CIDR '%s' overlaps a CIDR of '%s', which VPC peering connection '%s' leads to", cidr, o.ID, p.ID)
 			}
 		}
-		for _, t := range tx.RouteTables.All() {
-			for _, r := range t.Routes {
-				if t.VPC == old.ID && r.CIDR.IsValid() && cidr.Bits() <= r.CIDR.Bits() && cidr.Contains(r.CIDR.Addr()) {
-					return query.Errorf("CidrConflict", "The CIDR '%s' conflicts with the route %s of route table '%s'. Delete it first.", cidr, r.CIDR, t.ID)
-				}
-			}
+		if err := checkRoutes(&tx.State, old, cidr); err != nil {
+			return err
 		}
 		v := *old
 		v.CIDRs = append(slices.Clone(old.CIDRs), c)
@@ -305,6 +340,31 @@ func (a *API) associateVpcCidrBlock(_ context.Context, req *query.AssociateVpcCi
 	return &query.AssociateVpcCidrBlockResponse{VpcId: req.VpcId, CidrBlockAssociation: association(c, "associating")}, nil
 }
 
+// checkRoutes returns an error if a VPC may not have a block because there are
+// routes of its own within.
+func checkRoutes(s *store.State, v *store.VPC, cidr netip.Prefix) error {
+	for _, t := range s.RouteTables.All() {
+		for _, r := range t.Routes {
+			if t.VPC == v.ID && r.CIDR.IsValid() && cidr.Bits() <= r.CIDR.Bits() && cidr.Contains(r.CIDR.Addr()) {
+				return query.Errorf("CidrConflict", "The CIDR '%s' conflicts with the route %s of route table '%s'. Delete it first.", cidr, r.CIDR, t.ID)
+			}
+		}
+	}
+	return nil
+}
+
+// dropLocal takes the route to a block that a VPC has no more from its route
+// tables, of those where it had another target.
+func dropLocal(tx *store.Tx, v *store.VPC, cidr netip.Prefix) {
+	for _, t := range tx.RouteTables.All() {
+		if k := slices.IndexFunc(t.Routes, func(r store.Route) bool { return r.CIDR == cidr }); k >= 0 && t.VPC == v.ID {
+			without := *t
+			without.Routes = slices.Delete(slices.Clone(t.Routes), k, k+1)
+			tx.PutRouteTable(&without)
+		}
+	}
+}
+
 func (a *API) disassociateVpcCidrBlock(_ context.Context, req *query.DisassociateVpcCidrBlockRequest) (*query.DisassociateVpcCidrBlockResponse, error) {
 	id := *req.AssociationId
 	if err := checkID("vpc-cidr-assoc", id); err != nil {
@@ -313,6 +373,11 @@ func (a *API) disassociateVpcCidrBlock(_ context.Context, req *query.Disassociat
 	resp := &query.DisassociateVpcCidrBlockResponse{}
 	_, err := a.update(func(tx *store.Tx) error {
 		for _, old := range tx.VPCs.All() {
+			if i := slices.IndexFunc(old.IPv6CIDRs, func(c store.CIDRAssociation) bool { return c.ID == id }); i >= 0 {
+				c := old.IPv6CIDRs[i]
+				resp.VpcId, resp.Ipv6CidrBlockAssociation = text(old.ID), a.fresh(&tx.State).ipv6Association(c, "disassociating")
+				return disassociateIPv6(tx, old, i)
+			}
 			i := slices.IndexFunc(old.CIDRs, func(c store.CIDRAssociation) bool { return c.ID == id })
 			if i < 0 {
 				continue
@@ -326,13 +391,7 @@ func (a *API) disassociateVpcCidrBlock(_ context.Context, req *query.Disassociat
 					return query.Errorf("DependencyViolation", "The vpc CIDR block with association ID %s has a subnet, '%s'. Delete it first.", id, n.ID)
 				}
 			}
-			for _, t := range tx.RouteTables.All() {
-				if k := slices.IndexFunc(t.Routes, func(r store.Route) bool { return r.CIDR == c.CIDR }); k >= 0 && t.VPC == old.ID {
-					without := *t
-					without.Routes = slices.Delete(slices.Clone(t.Routes), k, k+1)
-					tx.PutRouteTable(&without)
-				}
-			}
+			dropLocal(tx, old, c.CIDR)
 			v := *old
 			v.CIDRs = slices.Delete(slices.Clone(old.CIDRs), i, i+1)
 			tx.PutVPC(&v)

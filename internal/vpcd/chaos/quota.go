@@ -21,7 +21,7 @@ const (
 	QuotaGroupsPerInterface Quota = "groups-per-interface"
 	QuotaRules              Quota = "rules-per-group" // per direction and address family
 	QuotaRouteTables        Quota = "route-tables-per-vpc"
-	QuotaRoutes             Quota = "routes-per-table" // of IPv4; a prefix list counts as many as it may have
+	QuotaRoutes             Quota = "routes-per-table" // per address family; a prefix list counts as many as it may have
 	QuotaACLs               Quota = "acls-per-vpc"
 	QuotaACLRules           Quota = "rules-per-acl" // per direction and address family
 	QuotaPrefixLists        Quota = "prefix-lists"
@@ -31,6 +31,9 @@ const (
 	QuotaNATs               Quota = "nat-gateways-per-zone"
 	QuotaPeerings           Quota = "peerings-per-vpc"         // active ones
 	QuotaPendingPeerings    Quota = "pending-peerings-per-vpc" // that it asked for
+
+	QuotaIPv6CIDRs  Quota = "ipv6-cidrs-per-vpc"
+	QuotaEgressOnly Quota = "egress-only-internet-gateways"
 )
 
 // quotas are the limits of an account that never asked for another, and what
@@ -42,6 +45,7 @@ var quotas = map[Quota]struct{ first, most int }{
 	QuotaVPCs:               {5, 0},
 	QuotaSubnets:            {200, 0},
 	QuotaCIDRs:              {5, 50},
+	QuotaIPv6CIDRs:          {5, 50},
 	QuotaGroups:             {2500, 0},
 	QuotaGroupsPerInterface: {5, 16},
 	QuotaRules:              {60, 1000},
@@ -52,6 +56,7 @@ var quotas = map[Quota]struct{ first, most int }{
 	QuotaPrefixLists:        {100, 0},
 	QuotaListEntries:        {1000, 0},
 	QuotaGateways:           {5, 0},
+	QuotaEgressOnly:         {5, 0},
 	QuotaElastic:            {5, 0},
 	QuotaNATs:               {5, 0},
 	QuotaPeerings:           {50, 125},

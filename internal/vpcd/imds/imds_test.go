@@ -176,6 +176,42 @@ func TestItems(t *testing.T) {
 	}
 }
 
+func TestItemsOfIPv6(t *testing.T) {
+	f := setup(t)
+	const eth0, eth1 = "/latest/meta-data/network/interfaces/macs/02:00:00:00:00:01", "/latest/meta-data/network/interfaces/macs/02:00:00:00:00:02"
+	items := []string{"/ipv6s", "/ipv6-prefix", "/subnet-ipv6-cidr-blocks", "/vpc-ipv6-cidr-blocks"}
+	for _, item := range items {
+		if got := f.get(eth0 + item); got != "404 Not Found" {
+			t.Errorf("without IPv6, %s: %q", item, got)
+		}
+	}
+	if got := f.get("/latest/meta-data/ipv6"); got != "404 Not Found" {
+		t.Errorf("without IPv6, ipv6: %q", got)
+	}
+	n := &f.i.Interfaces[1]
+	n.IPv6 = []netip.Addr{netip.MustParseAddr("2001:db8:0:101::6")}
+	if got := f.get("/latest/meta-data/ipv6"); got != "404 Not Found" {
+		t.Errorf("of the second interface, ipv6: %q", got)
+	}
+	n = &f.i.Interfaces[0]
+	n.IPv6 = []netip.Addr{netip.MustParseAddr("2001:db8:0:101::9"), netip.MustParseAddr("2001:db8:0:101::4")}
+	n.IPv6Prefixes = []netip.Prefix{netip.MustParsePrefix("2001:db8:0:101:1::/80")}
+	n.SubnetIPv6 = []netip.Prefix{netip.MustParsePrefix("2001:db8:0:101::/64")}
+	n.VPCIPv6 = []netip.Prefix{netip.MustParsePrefix("2001:db8:0:100::/56"), netip.MustParsePrefix("2001:db8:0:200::/56")}
+	for path, want := range map[string]string{
+		"/latest/meta-data/ipv6":          "2001:db8:0:101::9",
+		eth0 + "/ipv6s":                   "2001:db8:0:101::9\n2001:db8:0:101::4",
+		eth0 + "/ipv6-prefix":             "2001:db8:0:101:1::/80",
+		eth0 + "/subnet-ipv6-cidr-blocks": "2001:db8:0:101::/64",
+		eth0 + "/vpc-ipv6-cidr-blocks":    "2001:db8:0:100::/56\n2001:db8:0:200::/56",
+		eth1 + "/ipv6s":                   "2001:db8:0:101::6",
+	} {
+		if got := f.get(path); got != want {
+			t.Errorf("%s: %q, want %q", path, got, want)
+		}
+	}
+}
+
 // Every item of the listings is there, and every directory is listed.
 func TestListingsAreTrue(t *testing.T) {
 	f := setup(t)

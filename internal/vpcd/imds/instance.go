@@ -63,6 +63,11 @@ type Interface struct {
 	OwnerID     string
 	Description string
 	Elastic     []Elastic // by private address
+
+	IPv6         []netip.Addr
+	IPv6Prefixes []netip.Prefix
+	SubnetIPv6   []netip.Prefix // none or one
+	VPCIPv6      []netip.Prefix
 }
 
 // Elastic is an Elastic IP address that leads to an address of an interface.

@@ -114,6 +114,9 @@ func (s *Server) metadata(i *Instance) dir {
 		d["hostname"], d["local-hostname"] = name, name
 		d["local-ipv4"] = p.Primary.String()
 		d["mac"] = p.MAC
+		if len(p.IPv6) > 0 {
+			d["ipv6"] = p.IPv6[0].String()
+		}
 		d["security-groups"] = strings.Join(p.GroupNames, "\n")
 		for _, x := range p.Elastic {
 			if x.Private == p.Primary {
@@ -173,6 +176,16 @@ func (i *Instance) network(n *Interface) dir {
 	}
 	if len(n.Prefixes) > 0 {
 		d["ipv4-prefix"] = printed(n.Prefixes)
+	}
+	if len(n.IPv6) > 0 {
+		d["ipv6s"] = printed(n.IPv6)
+	}
+	for item, blocks := range map[string][]netip.Prefix{
+		"ipv6-prefix": n.IPv6Prefixes, "subnet-ipv6-cidr-blocks": n.SubnetIPv6, "vpc-ipv6-cidr-blocks": n.VPCIPv6,
+	} {
+		if len(blocks) > 0 {
+			d[item] = printed(blocks)
+		}
 	}
 	return d
 }
