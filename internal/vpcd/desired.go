@@ -43,7 +43,7 @@ func desired(n names, state, mapping *store.State) (fabric.Config, error) {
 			errs = append(errs, fmt.Errorf("subnet %s is of VPC %s, which does not exist", s.ID, s.VPC))
 			continue
 		}
-		sub := fabric.Subnet{ID: s.ID, VNI: v.VNI, CIDR: s.CIDR}
+		sub := fabric.Subnet{ID: s.ID, VNI: v.VNI, CIDR: s.CIDR, CIDR6: s.IPv6.CIDR}
 		if t := state.TableOf(s.ID); t != nil {
 			sub.Table = t.ID
 		}
@@ -155,8 +155,29 @@ func iface(n names, state, mapping *store.State, primaries map[addrOf]vpc.ENIID,
 				i.Addresses = append(i.Addresses, p)
 			}
 		}
+		i.Addresses = append(i.Addresses, addresses6(state, e, old)...)
 	}
 	return i, nil
+}
+
+// addresses6 are the IPv6 addresses and prefixes that an interface had in an
+// older snapshot, as far as its subnet still has their block.
+func addresses6(state *store.State, e, old *store.ENI) (out []netip.Prefix) {
+	s := state.Subnet(e.Subnet)
+	if s == nil || !s.IPv6.CIDR.IsValid() {
+		return nil // the block has gone, and with it all addresses
+	}
+	for _, a := range old.IPv6 {
+		if s.IPv6.CIDR.Contains(a) {
+			out = append(out, single(a))
+		}
+	}
+	for _, p := range old.IPv6Prefixes {
+		if s.IPv6.CIDR.Contains(p.Addr()) {
+			out = append(out, p)
+		}
+	}
+	return out
 }
 
 func timeouts(c store.Conntrack) fabric.IdleTimeouts {
@@ -210,7 +231,7 @@ func table(state *store.State, t *store.RouteTable) fabric.RouteTable {
 	out := fabric.RouteTable{ID: t.ID}
 	seen := map[netip.Prefix]bool{}
 	add := func(to netip.Prefix, r store.Route) {
-		if seen[to] || to.Addr().Is6() { // the fabric has no routes of IPv6
+		if seen[to] {
 			return
 		}
 		seen[to] = true
@@ -242,8 +263,10 @@ func target(state *store.State, t *store.RouteTable, to store.Target, f *fabric.
 	switch {
 	case to.ENI != "":
 		f.ENI = to.ENI
-	case to.Gateway != "":
+	case to.Gateway != "", to.EgressOnly != "":
 		f.Internet = true
+	case to.NAT != "" && f.CIDR.Addr().Is6():
+		// A NAT gateway here carries no IPv6: nothing goes there.
 	case to.NAT != "":
 		f.ENI = state.NAT(to.NAT).ENI // attached once it is available
 	case to.Peering != "":
@@ -268,7 +291,7 @@ func acl(l *store.NetworkACL) fabric.ACL {
 	out := fabric.ACL{ID: l.ID}
 	for _, e := range l.Entries { // by direction and number
 		f := fabric.ACLEntry{Protocol: e.Protocol, From: e.From, To: e.To, CIDR: e.CIDR, Allow: e.Allow}
-		if e.Protocol == protoICMP {
+		if e.Protocol == protoICMP || e.Protocol == protoICMPv6 {
 			f.From, f.To = e.ICMPType, e.ICMPCode
 		}
 		if e.Egress {
@@ -280,7 +303,10 @@ func acl(l *store.NetworkACL) fabric.ACL {
 	return out
 }
 
-const protoICMP = 1
+const (
+	protoICMP   = 1
+	protoICMPv6 = 58
+)
 
 // group is a security group as the fabric should have it.
 func group(state *store.State, g *store.Group) fabric.Group {
@@ -312,7 +338,7 @@ func protocol(name string) int {
 	case "icmp":
 		return protoICMP
 	case "icmpv6":
-		return 58
+		return protoICMPv6
 	}
 	n, err := strconv.Atoi(name) // "-1" is fabric.AllProtocols
 	if err != nil {

@@ -196,6 +196,7 @@ type host struct {
 	ns   string
 	eni  vpc.ENIID
 	addr netip.Addr
+	six  netip.Addr // of IPv6, see add6
 	mac  net.HardwareAddr
 }
 

@@ -244,6 +244,32 @@ func (r *rtnetlink) addAddress(index int, a netip.Prefix, scope uint8) error {
 	return nil
 }
 
+// addAddress6 adds an IPv6 address without asking whether somebody has it
+// already (RFC 4862, 5.4): the VPC knows that nobody has, and it can be used at
+// once.
+func (r *rtnetlink) addAddress6(index int, a netip.Addr) error {
+	m := rtnl.NewIfAddrmsg(unix.AF_INET6)
+	m.Index, m.Prefixlen, m.Flags = uint32(index), 128, unix.IFA_F_NODAD
+	err := r.do(unix.RTM_NEWADDR, unix.NLM_F_CREATE|unix.NLM_F_EXCL, m, rtnl.NewRtAttr(unix.IFA_LOCAL, a.AsSlice()))
+	if err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("add address %s: %w", a, err)
+	}
+	return nil
+}
+
+// addDefault6 adds the default route that the router advertises, before it does,
+// and with a metric of its own, so that neither is in the other's way.
+func (r *rtnetlink) addDefault6(index int) error {
+	m := rtnl.NewRtMsg()
+	m.Family, m.Protocol = unix.AF_INET6, unix.RTPROT_DHCP
+	err := r.do(unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_EXCL, m, rtnl.NewRtAttr(unix.RTA_OIF, word(uint32(index))),
+		rtnl.NewRtAttr(unix.RTA_GATEWAY, RouterAddr6.AsSlice()), rtnl.NewRtAttr(unix.RTA_PRIORITY, word(512)))
+	if err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("add default route via %s: %w", RouterAddr6, err)
+	}
+	return nil
+}
+
 // addDefault adds the default route that a DHCP client would; one that is
 // there already is no error. Without a gateway (the zero Addr) everything is on
 // the link.

@@ -484,6 +484,26 @@ func configure(p *port) error {
 				return fmt.Errorf("configure %s: %w", name, err)
 			}
 		}
+		if err := configure6(route, index, p); err != nil {
+			return fmt.Errorf("configure %s: %w", name, err)
+		}
 		return nil
 	})
+}
+
+// configure6 gives the guest's end its first IPv6 address, if it has one, and the
+// way to the router. A guest that has IPv6 switched off stays as it is.
+func configure6(route *rtnetlink, index int, p *port) error {
+	i := slices.IndexFunc(p.Addresses, func(a netip.Prefix) bool { return a.Addr().Is6() && a.IsSingleIP() })
+	if i < 0 || p.flags()&ipv6 == 0 {
+		return nil
+	}
+	err := route.addAddress6(index, p.Addresses[i].Addr())
+	if err == nil {
+		err = route.addDefault6(index)
+	}
+	if errors.Is(err, unix.EACCES) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EAFNOSUPPORT) {
+		return nil
+	}
+	return err
 }

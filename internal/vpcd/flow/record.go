@@ -50,6 +50,8 @@ type Record struct {
 	RefusedBy string
 }
 
+func (r *Record) ipv6() bool { return r.Source.Is6() }
+
 // absent is how a text record shows a field that does not apply.
 const absent = "-"
 
@@ -85,13 +87,14 @@ func (r *Record) Value(field string) any {
 	switch field {
 	case "srcaddr":
 		// The interface's side shows its primary address, whatever the packet
-		// has: a secondary one, or one that is not the interface's.
-		if r.Egress {
+		// has: a secondary one, or one that is not the interface's. Only an IPv4
+		// address is one.
+		if r.Egress && !r.ipv6() {
 			return r.Primary.String()
 		}
 		return r.Source.String()
 	case "dstaddr":
-		if !r.Egress {
+		if !r.Egress && !r.ipv6() {
 			return r.Primary.String()
 		}
 		return r.Destination.String()
@@ -114,6 +117,9 @@ func (r *Record) Value(field string) any {
 	case "tcp-flags":
 		return int32(r.TCPFlags)
 	case "type":
+		if r.ipv6() {
+			return "IPv6"
+		}
 		return "IPv4"
 	case "flow-direction":
 		if r.Egress {
