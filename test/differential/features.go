@@ -28,7 +28,7 @@ type Features struct {
 
 // Enforced are those that the fabric enforces. Whatever it learns is added here,
 // and nowhere else.
-var Enforced = Features{Groups: true, Lists: true, ACLs: true, Tables: true, Peerings: true, Fragments: true, Internet: true, NAT: true, Exempt: true, Records: true}
+var Enforced = Features{Groups: true, Lists: true, ACLs: true, Tables: true, Peerings: true, Fragments: true, Internet: true, NAT: true, Exempt: true, Records: true, IPv6: true}
 
 // Missing names what is not enforced, for the summary of a run.
 func (f Features) Missing() string {
