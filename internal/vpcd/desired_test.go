@@ -404,3 +404,77 @@ func TestDomainOf(t *testing.T) {
 		}
 	}
 }
+
+// TestDesiredIPv6: blocks, addresses, routes, entries and rules of IPv6 come to
+// the fabric, addresses as late as those of IPv4.
+func TestDesiredIPv6(t *testing.T) {
+	w := newWorld(t)
+	w.change(func(tx *store.Tx) {
+		v := *tx.VPC(testVPC)
+		v.IPv6CIDRs = []store.CIDRAssociation{{ID: "vpc-cidr-assoc-6", CIDR: prefix("2001:db8:0:100::/56")}}
+		tx.PutVPC(&v)
+		s := *tx.Subnet(testSubnet)
+		s.IPv6 = store.CIDRAssociation{ID: "subnet-cidr-assoc-6", CIDR: prefix("2001:db8:0:101::/64")}
+		tx.PutSubnet(&s)
+		main, def := *tx.MainTable(testVPC), *tx.DefaultACL(testVPC)
+		tx.PutEgressOnly(&store.EgressOnlyGateway{ID: "eigw-1", VPC: testVPC})
+		main.Routes = []store.Route{
+			{CIDR: prefix("::/0"), Target: store.Target{EgressOnly: "eigw-1"}},
+			{CIDR: prefix("2001:db8:9::/48"), Target: store.Target{ENI: "eni-00000000000000001"}},
+		}
+		tx.PutRouteTable(&main)
+		def.Entries = []store.ACLEntry{{Number: 1, Protocol: 58, ICMPType: 128, ICMPCode: -1, CIDR: prefix("::/0"), Allow: true}}
+		tx.PutACL(&def)
+		tx.PutGroup(&store.Group{ID: "sg-1", VPC: testVPC, Name: "web", Rules: []store.Rule{
+			{ID: "sgr-1", Protocol: "icmpv6", From: 128, To: -1, CIDR: prefix("2001:db8::/32")},
+		}})
+	})
+	before := w.View()
+	w.change(func(tx *store.Tx) {
+		e := *tx.ENI("eni-00000000000000001")
+		e.IPv6, e.IPv6Prefixes = []netip.Addr{addr("2001:db8:0:101::4")}, []netip.Prefix{prefix("2001:db8:0:101:1::/80")}
+		tx.PutENI(&e)
+	})
+	c, err := desired(names{"demo"}, w.View(), w.View())
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := fabric.Config{Subnets: c.Subnets, Tables: c.Tables, ACLs: c.ACLs, Groups: c.Groups}
+	want := fabric.Config{
+		Subnets: []fabric.Subnet{{ID: testSubnet, VNI: 7, CIDR: prefix("10.0.1.0/24"), CIDR6: prefix("2001:db8:0:101::/64"), Table: w.View().MainTable(testVPC).ID, ACL: w.View().DefaultACL(testVPC).ID}},
+		Tables: []fabric.RouteTable{{ID: w.View().MainTable(testVPC).ID, Routes: []fabric.Route{
+			{CIDR: prefix("10.0.0.0/16"), Local: true}, {CIDR: prefix("100.64.0.0/16"), Local: true}, {CIDR: prefix("2001:db8:0:100::/56"), Local: true},
+			{CIDR: prefix("::/0"), Internet: true}, {CIDR: prefix("2001:db8:9::/48"), ENI: "eni-00000000000000001"},
+		}}},
+		ACLs: []fabric.ACL{{ID: w.View().DefaultACL(testVPC).ID, Ingress: []fabric.ACLEntry{{Protocol: 58, From: 128, To: -1, CIDR: prefix("::/0"), Allow: true}}}},
+	}
+	for _, g := range c.Groups {
+		if g.ID == "sg-1" {
+			want.Groups = append(want.Groups, fabric.Group{ID: "sg-1", Ingress: []fabric.Rule{{Protocol: 58, From: 128, To: -1, Peers: []netip.Prefix{prefix("2001:db8::/32")}}}})
+		} else {
+			want.Groups = append(want.Groups, g)
+		}
+	}
+	if diff := cmp.Diff(want, got, compareNetip); diff != "" {
+		t.Errorf("desired (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff([]netip.Prefix{prefix("10.0.1.10/32"), prefix("2001:db8:0:101::4/128"), prefix("2001:db8:0:101:1::/80")}, c.Interfaces[0].Addresses, compareNetip); diff != "" {
+		t.Errorf("addresses (-want +got):\n%s", diff)
+	}
+	late, err := desired(names{"demo"}, w.View(), before)
+	if err != nil || len(late.Interfaces[0].Addresses) != 1 {
+		t.Errorf("by an older snapshot %v, %v; want the primary address alone", late.Interfaces[0].Addresses, err)
+	}
+	// The subnet's block goes, and with it what an older snapshot has.
+	old := w.View()
+	w.change(func(tx *store.Tx) {
+		e, s := *tx.ENI("eni-00000000000000001"), *tx.Subnet(testSubnet)
+		e.IPv6, e.IPv6Prefixes, s.IPv6 = nil, nil, store.CIDRAssociation{}
+		tx.PutENI(&e)
+		tx.PutSubnet(&s)
+	})
+	gone, err := desired(names{"demo"}, w.View(), old)
+	if err != nil || len(gone.Interfaces[0].Addresses) != 1 || gone.Subnets[0].CIDR6.IsValid() {
+		t.Errorf("without a block %v, %v; want the primary address alone", gone.Interfaces[0].Addresses, err)
+	}
+}

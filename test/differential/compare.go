@@ -208,7 +208,7 @@ func (r *runner) sendOne(b sending) error {
 			to = packet.MAC(p.mac)
 		}
 	}
-	if b.Dst.Is6() && b.Dst.IsMulticast() {
+	if b.Dst.Is6() && b.Dst.IsMulticast() && b.Direct == "" {
 		to = multicastMAC(b.Dst)
 	}
 	r.number++

@@ -104,7 +104,7 @@ func (g *generator) newFlow() *vpcmodel.Packet {
 		g.discovery(p)
 		return p
 	}
-	if g.chance(0.05) {
+	if g.chance(0.05) && !p.Dst.IsMulticast() {
 		p.Direct = pick(g, g.enis(g.world.Subnets[from.Subnet].VPC))
 		if p.Direct == from.ID {
 			p.Direct = ""

@@ -7,6 +7,7 @@
 //	 eth0 ──veth── e5k2… ── from_guest: source check, route,  ──redirect_peer──▶ eth0
 //	                        mapping, egress gate, ACLs, destination
 //	                        check, ingress gate, MACs
+//	 eth0 ──veth── e5k2… ── from_guest ─▶ from_guest_ipv6: the same for IPv6 ──redirect_peer──▶ eth0
 //	 eth0 ──veth── e5k2… ── from_guest ─▶ stack ─▶ socket bound to e5k2…
 //	      ◀─────────────── to_guest ◀── (169.254.169.254, 169.254.171.24)
 //	 eth0 ──veth── e5k2… ── from_guest ─▶ to_internet: one address for another ─▶ ul-LAB-internet
@@ -14,8 +15,8 @@
 //
 // It owns everything of a lab in the kernel that is not inside a node: the
 // fabric's namespace, the guests' namespaces, the internet's, the pairs, and what is pinned
-// below Options.BPFFS (maps in v4/, one TCX link per pair and direction in
-// v4/links/). It shares no judgement with the node: what a VPC delivers is
+// below Options.BPFFS (maps in v5/, one TCX link per pair and direction in
+// v5/links/). It shares no judgement with the node: what a VPC delivers is
 // decided here alone.
 //
 // # Invariants

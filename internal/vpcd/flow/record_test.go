@@ -177,3 +177,27 @@ func TestKey(t *testing.T) {
 	p.Hive, p.Parquet = true, true
 	check("AWSLogs/aws-account-id=123456789012/aws-service=vpcflowlogs/aws-region=us-east-1/year=2026/month=03/day=04/hour=04/123456789012_vpcflowlogs_us-east-1_fl-1_20260304T0406Z_HASH.log.parquet")
 }
+
+// TestIPv6: a record of IPv6 shows the packets' addresses on both sides.
+func TestIPv6(t *testing.T) {
+	a := netip.MustParseAddr
+	r := Record{Interface: "eni-1", Primary: a("10.0.0.4"), Status: OK, Egress: true, Source: a("2001:db8::7"), Destination: a("2001:db8:1::4"), Protocol: 58, Action: Accept, TrafficPath: 1}
+	var file bytes.Buffer
+	in := r
+	in.Egress, in.Source, in.Destination = false, r.Destination, r.Source
+	if err := WriteText(&file, parse(t, "${srcaddr} ${dstaddr} ${pkt-srcaddr} ${pkt-dstaddr} ${type} ${protocol} ${flow-direction} ${traffic-path}"), []Record{r, in}); err != nil {
+		t.Fatal(err)
+	}
+	z, err := gzip.NewReader(&file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := io.ReadAll(z)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := "2001:db8::7 2001:db8:1::4 2001:db8::7 2001:db8:1::4 IPv6 58 egress 1\n2001:db8:1::4 2001:db8::7 2001:db8:1::4 2001:db8::7 IPv6 58 ingress -\n"
+	if _, got, _ := strings.Cut(string(b), "\n"); got != want {
+		t.Errorf("records\n%s, want\n%s", got, want)
+	}
+}
