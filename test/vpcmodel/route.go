@@ -33,7 +33,7 @@ func (w *World) route(s *Subnet, p *Packet) hop {
 	if p.Dst.IsMulticast() || p.Dst == netip.AddrFrom4([4]byte{255, 255, 255, 255}) {
 		return hop{rule: "multicast", why: "no broadcast, no multicast"}
 	}
-	if p.Dst.IsLinkLocalUnicast() && (p.Dst.Is6() || !w.Settings.LinkLocalRouted) {
+	if p.Dst.IsLinkLocalUnicast() && (p.Dst.Is6() || !w.Settings.LinkLocalRouted) || p.Src.Is6() && p.Src.IsLinkLocalUnicast() {
 		return hop{rule: "link-local", why: "no router forwards link-local addresses"}
 	}
 	for _, c := range unforwarded {

@@ -60,7 +60,8 @@ func (w *World) judge(p *Packet) Verdict {
 	}
 	// "Source/dest check (default on): … egress dropped unless src is one of them
 	// [the ENI's IPs (prefixes included)]".
-	if !e.NoCheck && !e.holds(p.Src, true) {
+	// A multicast address is nobody's, whatever the check.
+	if !e.NoCheck && !e.holds(p.Src, true) || p.Src.IsMulticast() {
 		return Verdict{Where: AtSource, Rule: "source check", Why: "the source address is not the interface's"}
 	}
 	// "Not filtered by SG …. NACLs equally cannot block DNS .2 or IMDS".
