@@ -140,12 +140,12 @@ func (v *vpcdAlone) complete(t *testing.T, unknown ...string) {
 	}
 }
 
-// TestBoto3DrivesEveryHandler runs testdata/clients.py and networks.py.
+// TestBoto3DrivesEveryHandler runs testdata/clients.py, networks.py and ipv6.py.
 func TestBoto3DrivesEveryHandler(t *testing.T) {
 	testenv.Require(t, "boto3")
 	t.Parallel()
 	v := startVPCD(t)
-	for _, script := range []string{"clients.py", "networks.py"} {
+	for _, script := range []string{"clients.py", "networks.py", "ipv6.py"} {
 		cmd := exec.Command(testenv.Tool("python3"), "-B", "testdata/"+script, v.URL)
 		cmd.Env = append(os.Environ(), "AWS_EC2_METADATA_DISABLED=true")
 		if out, err := cmd.CombinedOutput(); err != nil {
@@ -233,6 +233,7 @@ func TestAWSCLIDrivesEveryHandler(t *testing.T) {
 		t.Run("gateways", func(t *testing.T) { t.Parallel(); cliGateways(cli{t, v.URL}) })
 		t.Run("peerings", func(t *testing.T) { t.Parallel(); cliPeerings(cli{t, v.URL}) })
 		t.Run("routing", func(t *testing.T) { t.Parallel(); cliRouting(cli{t, v.URL}) })
+		t.Run("ipv6", func(t *testing.T) { t.Parallel(); cliIPv6(cli{t, v.URL}) })
 	})
 	v.complete(t, newer...)
 }
@@ -523,6 +524,7 @@ func TestGoSDKDrivesEveryHandler(t *testing.T) {
 	sdkRouting(t, c)
 	sdkGroups(t, c)
 	sdkGateways(t, c)
+	sdkIPv6(t, c)
 	v.complete(t)
 }
 

@@ -187,17 +187,26 @@ func (a *API) createNetworkACLEntry(_ context.Context, req *query.CreateNetworkA
 		if ok {
 			return nil, query.Errorf("NetworkAclEntryAlreadyExists", "The network acl entry identified by %d already exists.", e.Number)
 		}
-		beside := 0
-		for _, o := range all {
-			if o.Egress == e.Egress && o.CIDR.Addr().Is4() == e.CIDR.Addr().Is4() {
-				beside++
-			}
-		}
-		if most := a.quota(chaos.QuotaACLRules); beside >= most {
-			return nil, quotaReached("NetworkAclEntryLimitExceeded", "entries per direction of the network ACL", most)
+		if err := a.roomFor(all, e); err != nil {
+			return nil, err
 		}
 		return slices.Insert(all, i, e), nil
 	})
+}
+
+// roomFor returns an error if entries have as many of the direction and address
+// family of e as they may have.
+func (a *API) roomFor(all []store.ACLEntry, e store.ACLEntry) error {
+	beside := 0
+	for _, o := range all {
+		if o.Egress == e.Egress && o.CIDR.Addr().Is4() == e.CIDR.Addr().Is4() {
+			beside++
+		}
+	}
+	if most := a.quota(chaos.QuotaACLRules); beside >= most {
+		return quotaReached("NetworkAclEntryLimitExceeded", "entries per direction of the network ACL", most)
+	}
+	return nil
 }
 
 func noEntry(n int) error {
@@ -213,6 +222,11 @@ func (a *API) replaceNetworkACLEntry(_ context.Context, req *query.ReplaceNetwor
 		i, ok := entryAt(all, e.Egress, e.Number)
 		if !ok {
 			return nil, noEntry(e.Number)
+		}
+		if all[i].CIDR.Addr().Is4() != e.CIDR.Addr().Is4() {
+			if err := a.roomFor(all, e); err != nil {
+				return nil, err
+			}
 		}
 		all[i] = e
 		return all, nil

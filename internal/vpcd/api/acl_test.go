@@ -101,4 +101,6 @@ func TestNetworkACLQuotas(t *testing.T) {
 	w.fails("NetworkAclEntryLimitExceeded", "CreateNetworkAclEntry", entry("2", "false", "CidrBlock=10.0.0.0/8")...)
 	w.must("CreateNetworkAclEntry", entry("2", "false", "Ipv6CidrBlock=::/0")...) // each family and direction has its own
 	w.must("CreateNetworkAclEntry", entry("2", "true", "CidrBlock=10.0.0.0/8")...)
+	w.fails("NetworkAclEntryLimitExceeded", "ReplaceNetworkAclEntry", entry("1", "false", "Ipv6CidrBlock=2001:db8::/32")...)
+	w.must("ReplaceNetworkAclEntry", entry("2", "false", "Ipv6CidrBlock=2001:db8::/32")...)
 }

@@ -20,7 +20,7 @@
 //
 // # Addresses
 //
-// Addresses and /28 prefixes are allocated lowest first, so that a run can be
+// Addresses, /28 prefixes and, of IPv6, /80 prefixes are allocated lowest first, so that a run can be
 // repeated and a freed address comes back at once: what is wrong with a reuse
 // shows. EC2 promises no order, and in the field its single addresses lie all
 // over a subnet, until no /28 is whole: the setting Addresses scatters them.

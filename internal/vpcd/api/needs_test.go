@@ -15,6 +15,8 @@ import (
 func TestNeeds(t *testing.T) {
 	w := newWorld(t)
 	vpcID, subnet := w.vpc("10.0.0.0/16", "10.0.0.0/24")
+	block := w.store.View().VPC(vpc.VPCID(vpcID))
+	_, six := w.vpc6("10.9.0.0/16", "10.9.0.0/24")
 	i := w.instance(subnet, "m5.large")
 	e := w.eni(subnet)
 	at := w.must("AttachNetworkInterface", "NetworkInterfaceId="+e, "InstanceId="+i, "DeviceIndex=1").get("attachmentId")
@@ -46,6 +48,11 @@ func TestNeeds(t *testing.T) {
 		{"DisassociateAddress", []string{"AssociationId=eipassoc-00000000000000000"}, "DisassociateAddress *"},
 		{"CreateNatGateway", []string{"SubnetId=" + subnet, "AllocationId=" + address}, "CreateNatGateway elastic-ip/" + address + ", CreateNatGateway natgateway/*, CreateNatGateway subnet/" + subnet},
 		{"CreateVpc", []string{"CidrBlock=10.0.0.0/16"}, "CreateVpc vpc/*"},
+		{"AssignIpv6Addresses", []string{"NetworkInterfaceId=" + e, "Ipv6AddressCount=1"}, "AssignIpv6Addresses " + eni},
+		{"CreateEgressOnlyInternetGateway", []string{"VpcId=" + vpcID}, "CreateEgressOnlyInternetGateway egress-only-internet-gateway/*, CreateEgressOnlyInternetGateway vpc/" + vpcID},
+		{"DeleteEgressOnlyInternetGateway", []string{"EgressOnlyInternetGatewayId=eigw-00000000000000000"}, "DeleteEgressOnlyInternetGateway egress-only-internet-gateway/eigw-00000000000000000"},
+		{"DisassociateVpcCidrBlock", []string{"AssociationId=" + block.CIDRs[0].ID}, "DisassociateVpcCidrBlock vpc/" + vpcID},
+		{"DisassociateSubnetCidrBlock", []string{"AssociationId=" + w.store.View().Subnet(vpc.SubnetID(six)).IPv6.ID}, "DisassociateSubnetCidrBlock subnet/" + six},
 		{"DetachNetworkInterface", []string{"AttachmentId=eni-attach-00000000000000000"}, "DetachNetworkInterface *"},
 	} {
 		values := url.Values{}

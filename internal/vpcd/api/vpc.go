@@ -209,7 +209,7 @@ func (a *API) describeVpcs(_ context.Context, req *query.DescribeVpcsRequest) (*
 }
 
 func (v view) vpc(o *store.VPC, state string) query.Vpc {
-	return query.Vpc{
+	out := query.Vpc{
 		OwnerId:                 &v.api.account,
 		InstanceTenancy:         &o.Tenancy,
 		CidrBlockAssociationSet: collect(o.CIDRs, func(c store.CIDRAssociation) query.VpcCidrBlockAssociation { return *association(c, "associated") }),
@@ -220,11 +220,11 @@ func (v view) vpc(o *store.VPC, state string) query.Vpc {
 		State:                   &state,
 		CidrBlock:               new(o.CIDRs[0].CIDR.String()),
 		DhcpOptionsId:           text(o.DHCPOptions),
-
-		Ipv6CidrBlockAssociationSet: collect(o.IPv6CIDRs, func(c store.CIDRAssociation) query.VpcIpv6CidrBlockAssociation {
-			return *v.ipv6Association(c, "associated")
-		}),
 	}
+	for _, c := range o.IPv6CIDRs { // without any EC2 leaves the list out
+		out.Ipv6CidrBlockAssociationSet = append(out.Ipv6CidrBlockAssociationSet, *v.ipv6Association(c, "associated"))
+	}
+	return out
 }
 
 func association(c store.CIDRAssociation, state string) *query.VpcCidrBlockAssociation {

@@ -38,13 +38,14 @@ func (s *State) FreeIPv6Block() (netip.Prefix, bool) {
 	return netip.PrefixFrom(a, VPCIPv6Bits), IPv6Pool.Contains(a)
 }
 
-// space6 says where to begin to look for what is free in a subnet's IPv6 block:
-// below are none. Which addresses are in use is in owners6: a /64 is too large
-// for the bits of a Space.
-type space6 struct {
-	cidr  netip.Prefix
-	addr  uint64 // offset of an address
-	block uint64 // offset of a /80
+// gapKey is the last address of a range of free addresses of a subnet's IPv6
+// block: as offset within its /64.
+//
+// A /64 is too large for the bits of a Space. What is free is a table of ranges,
+// no two of which touch; what is not in it and not reserved is in owners6.
+type gapKey struct {
+	subnet vpc.SubnetID
+	last   uint64
 }
 
 // owner6 is who has an address, or the /80 that begins there.
@@ -56,11 +57,10 @@ type owner6 struct {
 // Offsets within a /64. As of IPv4, nobody has the first four addresses nor the
 // last (VPC User Guide, "Subnet sizing for IPv6", 2026).
 const (
-	firstAddr6  = 4
-	lastAddr6   = 1<<64 - 2
-	block6Size  = 1 << (128 - vpc.IPv6PrefixBits)
-	firstBlock6 = block6Size
-	lastBlock6  = 1<<64 - 2*block6Size
+	firstAddr6 = 4
+	lastAddr6  = 1<<64 - 2
+	block6Size = 1 << (128 - vpc.IPv6PrefixBits)
+	lastBlock6 = 1<<64 - 2*block6Size
 )
 
 func offset6(a netip.Addr) uint64 {
@@ -68,8 +68,9 @@ func offset6(a netip.Addr) uint64 {
 	return binary.BigEndian.Uint64(b[8:])
 }
 
-func (s space6) at(offset uint64) netip.Addr {
-	b := s.cidr.Addr().As16()
+// at6 returns the address at an offset of a block.
+func at6(block netip.Prefix, offset uint64) netip.Addr {
+	b := block.Addr().As16()
 	binary.BigEndian.PutUint64(b[8:], offset)
 	return netip.AddrFrom16(b)
 }
@@ -87,13 +88,19 @@ func (s *State) owner6(id vpc.SubnetID, a netip.Addr) (owner6, bool) {
 	return o, ok && o.prefix
 }
 
-// nextOwned6 returns the first address or prefix at a or above that somebody of
-// the subnet has, or false.
-func (s *State) nextOwned6(id vpc.SubnetID, a netip.Addr) (netip.Addr, owner6, bool) {
-	for k, o := range s.owners6.From(addrKey{id, a}) {
-		return k.addr, o, k.subnet == id
+// gap6 returns the first range of free addresses that ends at the offset or
+// above, or false.
+func (s *State) gap6(id vpc.SubnetID, offset uint64) (first, last uint64, ok bool) {
+	for k, first := range s.gaps6.From(gapKey{id, offset}) {
+		return first, k.last, k.subnet == id
 	}
-	return netip.Addr{}, owner6{}, false
+	return 0, 0, false
+}
+
+// free6 reports whether all addresses between two offsets are free.
+func (s *State) free6(id vpc.SubnetID, first, last uint64) bool {
+	from, to, ok := s.gap6(id, first)
+	return ok && from <= first && last <= to
 }
 
 // IPv6Reserved reports whether a is one of the five addresses of a subnet's IPv6
@@ -106,109 +113,98 @@ func IPv6Reserved(a netip.Addr) bool {
 // IPv6InUse reports whether an IPv6 address is taken, reserved, or none of the
 // subnet.
 func (s *State) IPv6InUse(id vpc.SubnetID, a netip.Addr) bool {
-	p, ok := s.space6.Get(id)
-	if !ok || !p.cidr.Contains(a) || IPv6Reserved(a) {
-		return true
-	}
-	_, taken := s.owner6(id, a)
-	return taken
+	n := s.Subnet(id)
+	return n == nil || !n.IPv6.CIDR.Contains(a) || !s.free6(id, offset6(a), offset6(a))
 }
 
 // IPv6BlockInUse reports whether any address of a /80 is taken, reserved, or none
 // of the subnet.
 func (s *State) IPv6BlockInUse(id vpc.SubnetID, p netip.Prefix) bool {
-	sp, ok := s.space6.Get(id)
-	if !ok || !sp.cidr.Contains(p.Addr()) {
-		return true
-	}
-	if o := offset6(p.Addr()); o < firstBlock6 || o > lastBlock6 {
-		return true
-	}
-	next, _, ok := s.nextOwned6(id, p.Addr())
-	return ok && p.Contains(next)
+	n := s.Subnet(id)
+	return n == nil || !n.IPv6.CIDR.Contains(p.Addr()) || !s.free6(id, offset6(p.Addr()), offset6(p.Addr())+block6Size-1)
 }
 
 // FreeIPv6 iterates over the free addresses of a subnet's IPv6 block: upwards
 // from offset start to the last, and then from the first on.
 func (s *State) FreeIPv6(id vpc.SubnetID, start uint64) iter.Seq[netip.Addr] {
 	return func(yield func(netip.Addr) bool) {
-		p, ok := s.space6.Get(id)
-		if !ok {
+		n := s.Subnet(id)
+		if n == nil {
 			return
 		}
-		start = min(max(start, p.addr), lastAddr6)
-		if s.freeAddrs6(id, p, start, lastAddr6, yield) && start > p.addr {
-			s.freeAddrs6(id, p, p.addr, start-1, yield)
-		}
-	}
-}
-
-// freeAddrs6 iterates over the free addresses from first to last, which is not
-// the end of the block, until yield says false.
-func (s *State) freeAddrs6(id vpc.SubnetID, p space6, first, last uint64, yield func(netip.Addr) bool) bool {
-	for at := first; at <= last; {
-		if o, ok := s.owners6.Get(addrKey{id, blockOf6(p.at(at))}); ok && o.prefix {
-			at = at&^(block6Size-1) + block6Size // not 0: nobody has the last /80
-			continue
-		}
-		until := last
-		next, _, ok := s.nextOwned6(id, p.at(at))
-		if ok && offset6(next) <= last {
-			until = offset6(next) - 1 // of offset 0 there is no owner
-		}
-		for ; at <= until; at++ {
-			if !yield(p.at(at)) {
-				return false
-			}
-		}
-		if until < last {
-			at = until + 1
-			if o, _ := s.owners6.Get(addrKey{id, next}); !o.prefix {
-				at++
+		for first, last := range s.ranges6(id, start) {
+			for at := first; at <= last; at++ { // the last address of all is in no range
+				if !yield(at6(n.IPv6.CIDR, at)) {
+					return
+				}
 			}
 		}
 	}
-	return true
 }
 
 // FreeIPv6Blocks iterates over the /80s of a subnet's IPv6 block that are free
 // altogether, in the order of FreeIPv6.
 func (s *State) FreeIPv6Blocks(id vpc.SubnetID, start uint64) iter.Seq[netip.Prefix] {
 	return func(yield func(netip.Prefix) bool) {
-		p, ok := s.space6.Get(id)
-		if !ok {
+		n := s.Subnet(id)
+		if n == nil {
 			return
 		}
-		start = min(max(start&^(block6Size-1), p.block), lastBlock6)
-		if s.freeBlocks6(id, p, start, lastBlock6, yield) && start > p.block {
-			s.freeBlocks6(id, p, p.block, start-block6Size, yield)
+		for first, last := range s.ranges6(id, start&^(block6Size-1)) {
+			if first > lastBlock6 {
+				continue
+			}
+			for at := (first + block6Size - 1) &^ (block6Size - 1); at <= lastBlock6 && at+block6Size-1 <= last; at += block6Size {
+				if !yield(netip.PrefixFrom(at6(n.IPv6.CIDR, at), vpc.IPv6PrefixBits)) {
+					return
+				}
+			}
 		}
 	}
 }
 
-func (s *State) freeBlocks6(id vpc.SubnetID, p space6, first, last uint64, yield func(netip.Prefix) bool) bool {
-	for at := first; at <= last; at += block6Size {
-		block := netip.PrefixFrom(p.at(at), vpc.IPv6PrefixBits)
-		if !s.IPv6BlockInUse(id, block) && !yield(block) {
-			return false
+// ranges6 iterates over the ranges of free addresses: upwards from offset start,
+// and then from the first to it.
+func (s *State) ranges6(id vpc.SubnetID, start uint64) iter.Seq2[uint64, uint64] {
+	return func(yield func(first, last uint64) bool) {
+		for k, first := range s.gaps6.From(gapKey{id, start}) {
+			if k.subnet != id {
+				break
+			}
+			if !yield(max(first, start), k.last) {
+				return
+			}
+		}
+		for k, first := range s.gaps6.From(gapKey{subnet: id}) {
+			if k.subnet != id || first >= start || !yield(first, min(k.last, start-1)) {
+				return
+			}
 		}
 	}
-	return true
 }
 
-// setSpace6 gives a subnet its IPv6 block, another, or none.
+// setSpace6 gives a subnet its IPv6 block, another, or none, of which all is free.
 func (t *Tx) setSpace6(id vpc.SubnetID, cidr netip.Prefix) {
-	old, ok := t.space6.Get(id)
-	switch {
-	case !cidr.IsValid() && ok:
-		t.space6 = t.space6.without(id)
-	case cidr.IsValid() && old.cidr != cidr:
-		t.space6 = t.space6.with(id, space6{cidr: cidr, addr: firstAddr6, block: firstBlock6})
+	if old := t.Subnet(id); old != nil && old.IPv6.CIDR == cidr || old == nil && !cidr.IsValid() {
+		return
+	}
+	t.dropSpace6(id)
+	if cidr.IsValid() {
+		t.gaps6 = t.gaps6.with(gapKey{id, lastAddr6}, firstAddr6)
 	}
 }
 
-// ranges6 calls fn for each IPv6 address and /80 of e.
-func ranges6(e *ENI, fn func(first netip.Addr, prefix bool)) {
+func (t *Tx) dropSpace6(id vpc.SubnetID) {
+	for k := range t.gaps6.From(gapKey{subnet: id}) {
+		if k.subnet != id {
+			return
+		}
+		t.gaps6 = t.gaps6.without(k)
+	}
+}
+
+// each6 calls fn for each IPv6 address and /80 of e.
+func each6(e *ENI, fn func(first netip.Addr, prefix bool)) {
 	if e == nil {
 		return
 	}
@@ -232,44 +228,52 @@ func has6(e *ENI, first netip.Addr, prefix bool) bool {
 
 // releaseAddrs6 frees what of IPv6 old has and next does not.
 func (t *Tx) releaseAddrs6(old, next *ENI) {
-	ranges6(old, func(first netip.Addr, prefix bool) {
-		if has6(next, first, prefix) {
+	each6(old, func(a netip.Addr, prefix bool) {
+		if has6(next, a, prefix) {
 			return
 		}
-		t.owners6 = t.owners6.without(addrKey{old.Subnet, first})
-		p, ok := t.space6.Get(old.Subnet)
-		if !ok {
-			return
+		t.owners6 = t.owners6.without(addrKey{old.Subnet, a})
+		first, last := span6(a, prefix)
+		if from, ok := t.gaps6.Get(gapKey{old.Subnet, first - 1}); ok { // what ends before it
+			t.gaps6 = t.gaps6.without(gapKey{old.Subnet, first - 1})
+			first = from
 		}
-		p.addr = min(p.addr, max(offset6(first), firstAddr6))
-		p.block = min(p.block, max(offset6(blockOf6(first)), firstBlock6))
-		t.space6 = t.space6.with(old.Subnet, p)
+		if from, to, ok := t.gap6(old.Subnet, last+1); ok && from == last+1 { // what begins behind it
+			last = to
+		}
+		t.gaps6 = t.gaps6.with(gapKey{old.Subnet, last}, first)
 	})
 }
 
 // claimAddrs6 takes what of IPv6 e has and old had not.
 func (t *Tx) claimAddrs6(e, old *ENI) {
-	ranges6(e, func(first netip.Addr, prefix bool) {
-		if has6(old, first, prefix) {
+	each6(e, func(a netip.Addr, prefix bool) {
+		if has6(old, a, prefix) {
 			return
 		}
-		if prefix && t.IPv6BlockInUse(e.Subnet, netip.PrefixFrom(first, vpc.IPv6PrefixBits)) || !prefix && t.IPv6InUse(e.Subnet, first) {
-			t.conflict("address %s of %s", first, e.ID)
+		if prefix && t.IPv6BlockInUse(e.Subnet, netip.PrefixFrom(a, vpc.IPv6PrefixBits)) || !prefix && t.IPv6InUse(e.Subnet, a) {
+			t.conflict("address %s of %s", a, e.ID)
 			return
 		}
-		t.owners6 = t.owners6.with(addrKey{e.Subnet, first}, owner6{e.ID, prefix})
-		p, _ := t.space6.Get(e.Subnet)
-		was := p
-		for a := range t.FreeIPv6(e.Subnet, p.addr) {
-			p.addr = offset6(a)
-			break
+		t.owners6 = t.owners6.with(addrKey{e.Subnet, a}, owner6{e.ID, prefix})
+		first, last := span6(a, prefix)
+		from, to, _ := t.gap6(e.Subnet, first)
+		if last < to {
+			t.gaps6 = t.gaps6.with(gapKey{e.Subnet, to}, last+1)
+		} else {
+			t.gaps6 = t.gaps6.without(gapKey{e.Subnet, to})
 		}
-		for b := range t.FreeIPv6Blocks(e.Subnet, p.block) {
-			p.block = offset6(b.Addr())
-			break
-		}
-		if p != was {
-			t.space6 = t.space6.with(e.Subnet, p)
+		if from < first {
+			t.gaps6 = t.gaps6.with(gapKey{e.Subnet, first - 1}, from)
 		}
 	})
+}
+
+// span6 returns the first and the last offset of an address or the /80 there.
+func span6(a netip.Addr, prefix bool) (first, last uint64) {
+	first = offset6(a)
+	if prefix {
+		return first, first + block6Size - 1
+	}
+	return first, first
 }

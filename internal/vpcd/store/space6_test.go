@@ -72,11 +72,11 @@ func TestSpace6AgainstASlowOne(t *testing.T) {
 			if r.IntN(2) == 0 {
 				start = block6Size*r.Uint64N(4) + r.Uint64N(3)
 			}
-			want := space6{cidr: testIPv6}.at(max(start, firstAddr6))
+			want := at6(testIPv6, max(start, firstAddr6))
 			for taken(want) {
 				// Within a prefix all is taken.
 				if o, ok := st.owner6(testSubnet, want); ok && o.prefix {
-					want = space6{cidr: testIPv6}.at(offset6(blockOf6(want)) + block6Size)
+					want = at6(testIPv6, offset6(blockOf6(want))+block6Size)
 				} else {
 					want = want.Next()
 				}
@@ -89,8 +89,8 @@ func TestSpace6AgainstASlowOne(t *testing.T) {
 			if taken(b.Addr()) || st.IPv6BlockInUse(testSubnet, b) {
 				t.Fatalf("%s is not free", b)
 			}
-			for o := uint64(firstBlock6); o < offset6(b.Addr()); o += block6Size {
-				below := netip.PrefixFrom(space6{cidr: testIPv6}.at(o), vpc.IPv6PrefixBits)
+			for o := uint64(block6Size); o < offset6(b.Addr()); o += block6Size {
+				below := netip.PrefixFrom(at6(testIPv6, o), vpc.IPv6PrefixBits)
 				if !slices.ContainsFunc(held, func(e *ENI) bool {
 					return e != nil && (slices.Contains(e.IPv6Prefixes, below) || slices.ContainsFunc(e.IPv6, below.Contains))
 				}) {

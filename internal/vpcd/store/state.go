@@ -40,7 +40,7 @@ type State struct {
 	// Derived from the above.
 	space       Table[vpc.SubnetID, *Space]
 	owners      Table[addrKey, vpc.ENIID]
-	space6      Table[vpc.SubnetID, space6] // of the subnets that have an IPv6 block
+	gaps6       Table[gapKey, uint64] // first offsets of what is free in IPv6 blocks
 	owners6     Table[addrKey, owner6]
 	macs        Table[macKey, vpc.ENIID]
 	attachments Table[vpc.AttachmentID, vpc.ENIID]
@@ -108,8 +108,10 @@ func emptyState(now time.Time) *State {
 
 		space:   Table[vpc.SubnetID, *Space]{cmp: cmp.Compare[vpc.SubnetID]},
 		owners:  Table[addrKey, vpc.ENIID]{cmp: compareAddrs},
-		space6:  newTable[vpc.SubnetID, space6](),
 		owners6: Table[addrKey, owner6]{cmp: compareAddrs},
+		gaps6: Table[gapKey, uint64]{cmp: func(a, b gapKey) int {
+			return cmp.Or(cmp.Compare(a.subnet, b.subnet), cmp.Compare(a.last, b.last))
+		}},
 		macs: Table[macKey, vpc.ENIID]{cmp: func(a, b macKey) int {
 			return cmp.Or(cmp.Compare(a.vpc, b.vpc), cmp.Compare(a.mac, b.mac))
 		}},

@@ -141,7 +141,7 @@ func (t *Tx) DeleteSubnet(id vpc.SubnetID) {
 	t.dropSubnet(id)
 	t.Subnets = t.Subnets.without(id)
 	t.space = t.space.without(id)
-	t.space6 = t.space6.without(id)
+	t.dropSpace6(id)
 	delete(t.own, id)
 	t.put(bucketSubnet, string(id), nil)
 	t.SetTags(string(id), nil)
