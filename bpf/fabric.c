@@ -106,6 +106,8 @@ struct eni {
 	char id[32]; /* "eni-…", for who reads the map */
 	__be32 subnet6[4]; /* its subnet's IPv6 block; ENI_IPV6 */
 	__be32 netmask6[4];
+	__u16 mtu; /* IP length of what it takes */
+	__u8 pad[6];
 };
 
 /* A MAC is looked up within its subnet. */
@@ -656,6 +658,7 @@ static __always_inline void count_exempt(__u32 ifindex, enum direction direction
 #include "fabric_mtu.h"
 #include "fabric_nat.h"
 #include "fabric_ipv6.h"
+#include "fabric_again.h"
 
 static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct eni *self)
 {
@@ -730,6 +733,7 @@ static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct e
 	reason = may_enter(&packet, owner ? ifindex : 0, &way, crosses);
 	if (reason)
 		return drop(way.to->ifindex, reason);
+	note_passed(&packet, self, ifindex, &way, skb->cb[0]);
 	if (packet.first_fragment)
 		remember_fragment(ifindex, &packet);
 	if (limit)
@@ -738,12 +742,13 @@ static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct e
 }
 
 SEC("tcx/ingress")
-int from_guest(struct __sk_buff *skb)
+int judge_guest(struct __sk_buff *skb)
 {
 	__u32 ifindex = skb->ifindex;
 	struct ethhdr *eth;
 	struct eni *self;
 
+	skb->cb[0] = generation(); /* before all that Set writes is read */
 	self = bpf_map_lookup_elem(&enis, &ifindex);
 	if (!self)
 		return drop(0, DROP_NO_INTERFACE);
@@ -771,6 +776,17 @@ int from_guest(struct __sk_buff *skb)
 	if (eth->h_dest[0] & 1)
 		return drop(ifindex, DROP_MULTICAST);
 	return drop(ifindex, DROP_ETHERTYPE);
+}
+
+SEC("tcx/ingress")
+int from_guest(struct __sk_buff *skb)
+{
+	int action = pass_again(skb);
+
+	if (action)
+		return action;
+	bpf_tail_call(skb, &judges, 0);
+	return drop(skb->ifindex, DROP_BLACKHOLE);
 }
 
 /*

@@ -90,12 +90,19 @@ struct flow_key {
 	__u8 pad[2];
 };
 
+/* A fabric end's own. Neither changes while it stands. */
+struct own {
+	__u8 mac[6];
+	__u16 mtu; /* IP length of what it takes; 0: not noted */
+};
+
 struct flow {
 	__u64 expires; /* ns of the monotonic clock */
-	__u64 created;
 	__u64 version; /* untracked: of the policy that allows it; tracked: 0 */
 	__u64 packets[2]; /* by direction, as on the wire */
 	__u64 bytes[2]; /* IP lengths */
+	__u64 passed; /* where the last one went that the ENI sent, 0: nowhere (fabric_again.h) */
+	struct own own;
 	__u32 tcp_timeout; /* s; the policy's when the flow began */
 	__u32 udp_timeout;
 	__u32 stream_timeout;
@@ -611,7 +618,6 @@ __noinline int gate(struct packet *p, __u32 ifindex, __u32 which, __u32 peer)
 	if (p->tuple.protocol == IPPROTO_ICMP && p->tuple.query != QUERY_REQUEST)
 		return 0;
 
-	begun.created = now;
 	begun.tcp_timeout = policy->tcp_timeout;
 	begun.udp_timeout = policy->udp_timeout;
 	begun.stream_timeout = policy->stream_timeout;

@@ -296,15 +296,62 @@ static __always_inline int is_syn6(const struct packet6 *p)
 	return (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
 }
 
+/* allowed6 asks the rules of a direction, one after the other. It and begin6 are not inlined, for their stacks. */
+static __noinline int allowed6(const struct packet6 *p, const struct policy6 *policy,
+			       __u32 direction, __u32 peer)
+{
+	struct question6 q = {};
+
+	q.rules = policy->rules[direction & INGRESS];
+	q.count = policy->count[direction & INGRESS];
+	copy6(q.address, direction == EGRESS ? p->tuple.daddr : p->tuple.saddr);
+	q.peer = peer ? policy_of(peer) : 0;
+	q.dport = p->tuple.dport;
+	q.protocol = p->tuple.protocol;
+	q.type = p->icmp_type;
+	q.code = p->icmp_code;
+	bpf_loop(RULES / RULES_PER_TURN, match6, &q, 0);
+	return q.allowed;
+}
+
+/*
+ * begin6 tracks the flow that a packet begins; version is the policy's if that
+ * is one without tracking, else 0.
+ */
+static __noinline int begin6(const struct packet6 *p, const struct policy6 *policy,
+			     const struct flow_key6 *key, __u32 direction, __u64 version)
+{
+	struct flow begun = {.version = version};
+
+	begun.tcp_timeout = policy->tcp_timeout;
+	begun.udp_timeout = policy->udp_timeout;
+	begun.stream_timeout = policy->stream_timeout;
+	if (direction == EGRESS) {
+		begun.packets[EGRESS] = p->packets;
+		begun.bytes[EGRESS] = p->bytes;
+		begun.flags[EGRESS] = p->tcp_flags;
+		begun.opener = EGRESS;
+	} else {
+		begun.packets[INGRESS] = p->packets;
+		begun.bytes[INGRESS] = p->bytes;
+		begun.flags[INGRESS] = p->tcp_flags;
+		begun.opener = INGRESS;
+	}
+	begun.expires = expiry6(&begun, p);
+	/* An untracked flow is only spared the rules here: it needs no entry. */
+	if (bpf_map_update_elem(&flows6, key, &begun, BPF_ANY) && !begun.version)
+		return DROP_FLOWS_FULL;
+	return 0;
+}
+
 /* gate6 as gate. */
 __noinline int gate6(struct packet6 *p, __u32 ifindex, __u32 which, __u32 peer)
 {
 	__u32 direction = which & INGRESS; /* 0 or 1, as the verifier sees */
 	enum drop_reason refused = direction == EGRESS ? DROP_SG_EGRESS : DROP_SG_INGRESS;
 	struct policy6 *policy = 0;
-	struct question6 q = {};
-	struct flow begun = {};
 	struct flow_key6 key;
+	__u64 version = 0;
 	struct flow *f;
 
 	if (!p)
@@ -339,43 +386,15 @@ __noinline int gate6(struct packet6 *p, __u32 ifindex, __u32 which, __u32 peer)
 		set_flow_key6(&key, ifindex, direction, &p->tuple);
 	}
 
-	q.rules = policy->rules[direction];
-	q.count = policy->count[direction];
-	copy6(q.address, direction == EGRESS ? p->tuple.daddr : p->tuple.saddr);
-	q.peer = peer ? policy_of(peer) : 0;
-	q.dport = p->tuple.dport;
-	q.protocol = p->tuple.protocol;
-	q.type = p->icmp_type;
-	q.code = p->icmp_code;
-	bpf_loop(RULES / RULES_PER_TURN, match6, &q, 0);
-	if (!q.allowed)
+	if (!allowed6(p, policy, direction, peer))
 		return refused;
 	/* An error, or an answer that nobody asked for, has no answer itself. */
 	if (p->tuple.protocol == IPPROTO_ICMPV6 && p->tuple.query != QUERY_REQUEST)
 		return 0;
 
-	begun.created = p->now;
-	begun.tcp_timeout = policy->tcp_timeout;
-	begun.udp_timeout = policy->udp_timeout;
-	begun.stream_timeout = policy->stream_timeout;
-	if (direction == EGRESS) {
-		begun.packets[EGRESS] = p->packets;
-		begun.bytes[EGRESS] = p->bytes;
-		begun.flags[EGRESS] = p->tcp_flags;
-		begun.opener = EGRESS;
-	} else {
-		begun.packets[INGRESS] = p->packets;
-		begun.bytes[INGRESS] = p->bytes;
-		begun.flags[INGRESS] = p->tcp_flags;
-		begun.opener = INGRESS;
-	}
 	if (untracked6(policy, direction, &p->tuple, is_syn6(p)))
-		begun.version = policy->version;
-	begun.expires = expiry6(&begun, p);
-	/* An untracked flow is only spared the rules here: it needs no entry. */
-	if (bpf_map_update_elem(&flows6, &key, &begun, BPF_ANY) && !begun.version)
-		return DROP_FLOWS_FULL;
-	return 0;
+		version = policy->version;
+	return begin6(p, policy, &key, direction, version);
 }
 
 /* As acl_entry. */

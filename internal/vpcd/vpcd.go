@@ -167,6 +167,8 @@ var enforced = []string{
 	"ModifySecurityGroupRules", "ModifyManagedPrefixList", "ModifyNetworkInterfaceAttribute", "ModifyVpcAttribute",
 	"CreateNetworkAclEntry", "ReplaceNetworkAclEntry", "DeleteNetworkAclEntry", "ReplaceNetworkAclAssociation",
 	"AssignPrivateIpAddresses", "UnassignPrivateIpAddresses", "AttachNetworkInterface", "DetachNetworkInterface",
+	"AssignIpv6Addresses", "UnassignIpv6Addresses", "AssociateVpcCidrBlock", "DisassociateVpcCidrBlock",
+	"AssociateSubnetCidrBlock", "DisassociateSubnetCidrBlock",
 	"CreateRoute", "ReplaceRoute", "DeleteRoute", "AssociateRouteTable", "DisassociateRouteTable", "ReplaceRouteTableAssociation",
 	"AttachInternetGateway", "DetachInternetGateway", "AssociateAddress", "DisassociateAddress", "DeleteNatGateway",
 	"AcceptVpcPeeringConnection", "DeleteVpcPeeringConnection",

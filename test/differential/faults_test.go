@@ -54,6 +54,7 @@ var faults = []fault{
 	{name: "no ACL at the receiver's subnet", on: onACLs, file: "fabric.c", old: "if (crosses && !acl_allows(p, w->vni, w->to->subnet, INGRESS))", new: "if (0)"},
 	{name: "ACLs allow what no entry matches", on: onACLs, file: "fabric_acl.h", old: "struct acl_question q = {};", new: "struct acl_question q = {.allow = 1};"},
 	{name: "the sender's address compared by egress ACLs", on: onACLs, file: "fabric_acl.h", old: "direction == EGRESS ? p->tuple.daddr : p->tuple.saddr", new: "p->tuple.saddr"},
+	{name: "what has passed is not judged anew after a change", on: onACLs, file: "fabric_again.h", old: "(__u32)passed != generation()", new: "0"},
 	{name: "routes hold within the subnet", on: onRoutes, file: "fabric.c", old: "if ((iph->daddr & self->netmask) == self->subnet)", new: "if (0)"},
 	{name: "no destination check", on: onRoutes, file: "fabric.c", old: "if (!w->held && (w->to->flags & ENI_SOURCE_DEST_CHECK))", new: "if (0)"},
 	{name: "no source check", on: onRoutes, file: "fabric.c", old: "if (!owner && (self->flags & ENI_SOURCE_DEST_CHECK))", new: "if (0)"},

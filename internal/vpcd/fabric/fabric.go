@@ -195,6 +195,13 @@ func (f *Fabric) open(o Options) error {
 	if err := addCounter(f.objs.Counts, 0); err != nil {
 		return err
 	}
+	if err := f.objs.Judges.Put(uint32(0), f.objs.JudgeGuest); err != nil {
+		return fmt.Errorf("put the program that judges in place: %w", err)
+	}
+	// These programs may judge otherwise than those before.
+	if err := f.countGeneration(); err != nil {
+		return err
+	}
 	if err := f.openIntervals(spec.Maps[bpfgen.FabricMapRecords].InnerMap, spec.Maps[bpfgen.FabricMapRecords6].InnerMap, o.Records); err != nil {
 		return err
 	}

@@ -181,6 +181,7 @@ func (p *port) record(guest uint64) bpfgen.FabricEni {
 		DeviceIndex: uint16(p.DeviceIndex),
 		Table:       p.table,
 		Guest:       guest,
+		Mtu:         uint16(p.MTU),
 	}
 	if p.subnet.Resolver.IsValid() {
 		r.Resolver = be32(p.subnet.Resolver)

@@ -317,7 +317,7 @@ func TestSharedWithC(t *testing.T) {
 	for name, sizes := range map[string][2]int{
 		"address":    {binary.Size(bpfgen.FabricAddress{}), 20},
 		"target":     {binary.Size(bpfgen.FabricTarget{}), 20},
-		"eni":        {binary.Size(bpfgen.FabricEni{}), 112},
+		"eni":        {binary.Size(bpfgen.FabricEni{}), 120},
 		"station":    {binary.Size(bpfgen.FabricStation{}), 16},
 		"route_key":  {binary.Size(bpfgen.FabricRouteKey{}), 28},
 		"route":      {binary.Size(bpfgen.FabricRoute{}), 28},
@@ -326,7 +326,7 @@ func TestSharedWithC(t *testing.T) {
 		"rule":       {binary.Size(bpfgen.FabricRule{}), 24},
 		"policy":     {binary.Size(bpfgen.FabricPolicy{}), 168 + 2*1000*24},
 		"flow_key":   {binary.Size(bpfgen.FabricFlowKey{}), 20},
-		"flow":       {binary.Size(bpfgen.FabricFlow{}), 72},
+		"flow":       {binary.Size(bpfgen.FabricFlow{}), 80},
 		"acl_entry":  {binary.Size(bpfgen.FabricAclEntry{}), 16},
 		"acl":        {binary.Size(bpfgen.FabricAcl{}), 16 + 2*40*16},
 		"record_key": {binary.Size(bpfgen.FabricRecordKey{}), 20},

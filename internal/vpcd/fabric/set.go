@@ -34,7 +34,7 @@ func (f *Fabric) Set(ctx context.Context, c Config) error {
 	if f.route == nil {
 		return errors.New("set fabric: it is closed")
 	}
-	err := f.set(ctx, want)
+	err := errors.Join(f.set(ctx, want), f.countGeneration())
 	if err != nil {
 		f.seen = nil // who knows what was written: read it again
 	}
@@ -73,7 +73,7 @@ func (f *Fabric) set(ctx context.Context, want desired) error {
 	// and last something leads to it. An address that moves from one ENI to
 	// another that stays is rewritten in place.
 	stay := forwarding(want, kept)
-	if err := errors.Join(f.putRoutes(stay), f.deleteStale(stay)); err != nil {
+	if err := errors.Join(f.putRoutes(stay), f.deleteStale(stay), f.countGeneration()); err != nil {
 		return errors.Join(append(errs, err)...)
 	}
 	if err := f.removePorts(kept, doomed); err != nil {
@@ -97,6 +97,19 @@ func (f *Fabric) set(ctx context.Context, want desired) error {
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
+}
+
+// countGeneration tells the programs that what they judge by has been written:
+// what they remember of packets that passed holds no more (bpf/fabric_again.h).
+func (f *Fabric) countGeneration() error {
+	var n uint32
+	if err := f.objs.Generations.Lookup(uint32(0), &n); err != nil {
+		return fmt.Errorf("read the generation: %w", err)
+	}
+	if err := f.objs.Generations.Put(uint32(0), max(n+1, 1)); err != nil {
+		return fmt.Errorf("count the generation: %w", err)
+	}
+	return nil
 }
 
 // makeGuests makes the namespaces that are not there; it returns the inode of

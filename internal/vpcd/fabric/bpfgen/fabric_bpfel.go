@@ -150,6 +150,8 @@ type FabricEni struct {
 	Id          [32]int8
 	Subnet6     [4]uint32
 	Netmask6    [4]uint32
+	Mtu         uint16
+	Pad         [6]uint8
 }
 
 type FabricEniFlag uint32
@@ -162,12 +164,17 @@ const (
 )
 
 type FabricFlow struct {
-	_             structs.HostLayout
-	Expires       uint64
-	Created       uint64
-	Version       uint64
-	Packets       [2]uint64
-	Bytes         [2]uint64
+	_       structs.HostLayout
+	Expires uint64
+	Version uint64
+	Packets [2]uint64
+	Bytes   [2]uint64
+	Passed  uint64
+	Own     struct {
+		_   structs.HostLayout
+		Mac [6]uint8
+		Mtu uint16
+	}
 	TcpTimeout    uint32
 	UdpTimeout    uint32
 	StreamTimeout uint32
@@ -459,7 +466,9 @@ const (
 	FabricMapFragments             = "fragments"
 	FabricMapFragments6            = "fragments6"
 	FabricMapGateways              = "gateways"
+	FabricMapGenerations           = "generations"
 	FabricMapInternet              = "internet"
+	FabricMapJudges                = "judges"
 	FabricMapLoggedEnis            = "logged_enis"
 	FabricMapMappings              = "mappings"
 	FabricMapMappings6             = "mappings6"
@@ -477,6 +486,7 @@ const (
 	FabricProgFromGuest            = "from_guest"
 	FabricProgFromGuestIpv6        = "from_guest_ipv6"
 	FabricProgFromInternet         = "from_internet"
+	FabricProgJudgeGuest           = "judge_guest"
 	FabricProgToGuest              = "to_guest"
 	FabricProgToInternet           = "to_internet"
 	FabricVarClockOffset           = "clock_offset"
@@ -550,6 +560,7 @@ type FabricProgramSpecs struct {
 	FromGuest      *ebpf.ProgramSpec `ebpf:"from_guest"`
 	FromGuestIpv6  *ebpf.ProgramSpec `ebpf:"from_guest_ipv6"`
 	FromInternet   *ebpf.ProgramSpec `ebpf:"from_internet"`
+	JudgeGuest     *ebpf.ProgramSpec `ebpf:"judge_guest"`
 	ToGuest        *ebpf.ProgramSpec `ebpf:"to_guest"`
 	ToInternet     *ebpf.ProgramSpec `ebpf:"to_internet"`
 }
@@ -558,31 +569,33 @@ type FabricProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type FabricMapSpecs struct {
-	Acls       *ebpf.MapSpec `ebpf:"acls"`
-	Acls6      *ebpf.MapSpec `ebpf:"acls6"`
-	Buckets    *ebpf.MapSpec `ebpf:"buckets"`
-	Counts     *ebpf.MapSpec `ebpf:"counts"`
-	Elastics   *ebpf.MapSpec `ebpf:"elastics"`
-	Enis       *ebpf.MapSpec `ebpf:"enis"`
-	Flows      *ebpf.MapSpec `ebpf:"flows"`
-	Flows6     *ebpf.MapSpec `ebpf:"flows6"`
-	Fragments  *ebpf.MapSpec `ebpf:"fragments"`
-	Fragments6 *ebpf.MapSpec `ebpf:"fragments6"`
-	Gateways   *ebpf.MapSpec `ebpf:"gateways"`
-	Internet   *ebpf.MapSpec `ebpf:"internet"`
-	LoggedEnis *ebpf.MapSpec `ebpf:"logged_enis"`
-	Mappings   *ebpf.MapSpec `ebpf:"mappings"`
-	Mappings6  *ebpf.MapSpec `ebpf:"mappings6"`
-	Pieces     *ebpf.MapSpec `ebpf:"pieces"`
-	Policies   *ebpf.MapSpec `ebpf:"policies"`
-	Policies6  *ebpf.MapSpec `ebpf:"policies6"`
-	Publics    *ebpf.MapSpec `ebpf:"publics"`
-	Records    *ebpf.MapSpec `ebpf:"records"`
-	Records6   *ebpf.MapSpec `ebpf:"records6"`
-	Routes     *ebpf.MapSpec `ebpf:"routes"`
-	Routes6    *ebpf.MapSpec `ebpf:"routes6"`
-	Skips      *ebpf.MapSpec `ebpf:"skips"`
-	Stations   *ebpf.MapSpec `ebpf:"stations"`
+	Acls        *ebpf.MapSpec `ebpf:"acls"`
+	Acls6       *ebpf.MapSpec `ebpf:"acls6"`
+	Buckets     *ebpf.MapSpec `ebpf:"buckets"`
+	Counts      *ebpf.MapSpec `ebpf:"counts"`
+	Elastics    *ebpf.MapSpec `ebpf:"elastics"`
+	Enis        *ebpf.MapSpec `ebpf:"enis"`
+	Flows       *ebpf.MapSpec `ebpf:"flows"`
+	Flows6      *ebpf.MapSpec `ebpf:"flows6"`
+	Fragments   *ebpf.MapSpec `ebpf:"fragments"`
+	Fragments6  *ebpf.MapSpec `ebpf:"fragments6"`
+	Gateways    *ebpf.MapSpec `ebpf:"gateways"`
+	Generations *ebpf.MapSpec `ebpf:"generations"`
+	Internet    *ebpf.MapSpec `ebpf:"internet"`
+	Judges      *ebpf.MapSpec `ebpf:"judges"`
+	LoggedEnis  *ebpf.MapSpec `ebpf:"logged_enis"`
+	Mappings    *ebpf.MapSpec `ebpf:"mappings"`
+	Mappings6   *ebpf.MapSpec `ebpf:"mappings6"`
+	Pieces      *ebpf.MapSpec `ebpf:"pieces"`
+	Policies    *ebpf.MapSpec `ebpf:"policies"`
+	Policies6   *ebpf.MapSpec `ebpf:"policies6"`
+	Publics     *ebpf.MapSpec `ebpf:"publics"`
+	Records     *ebpf.MapSpec `ebpf:"records"`
+	Records6    *ebpf.MapSpec `ebpf:"records6"`
+	Routes      *ebpf.MapSpec `ebpf:"routes"`
+	Routes6     *ebpf.MapSpec `ebpf:"routes6"`
+	Skips       *ebpf.MapSpec `ebpf:"skips"`
+	Stations    *ebpf.MapSpec `ebpf:"stations"`
 }
 
 // FabricVariableSpecs contains global variables before they are loaded into the kernel.
@@ -634,31 +647,33 @@ func (o *FabricObjects) Close() error {
 //
 // It can be passed to LoadFabricObjects or ebpf.CollectionSpec.LoadAndAssign.
 type FabricMaps struct {
-	Acls       *ebpf.Map `ebpf:"acls"`
-	Acls6      *ebpf.Map `ebpf:"acls6"`
-	Buckets    *ebpf.Map `ebpf:"buckets"`
-	Counts     *ebpf.Map `ebpf:"counts"`
-	Elastics   *ebpf.Map `ebpf:"elastics"`
-	Enis       *ebpf.Map `ebpf:"enis"`
-	Flows      *ebpf.Map `ebpf:"flows"`
-	Flows6     *ebpf.Map `ebpf:"flows6"`
-	Fragments  *ebpf.Map `ebpf:"fragments"`
-	Fragments6 *ebpf.Map `ebpf:"fragments6"`
-	Gateways   *ebpf.Map `ebpf:"gateways"`
-	Internet   *ebpf.Map `ebpf:"internet"`
-	LoggedEnis *ebpf.Map `ebpf:"logged_enis"`
-	Mappings   *ebpf.Map `ebpf:"mappings"`
-	Mappings6  *ebpf.Map `ebpf:"mappings6"`
-	Pieces     *ebpf.Map `ebpf:"pieces"`
-	Policies   *ebpf.Map `ebpf:"policies"`
-	Policies6  *ebpf.Map `ebpf:"policies6"`
-	Publics    *ebpf.Map `ebpf:"publics"`
-	Records    *ebpf.Map `ebpf:"records"`
-	Records6   *ebpf.Map `ebpf:"records6"`
-	Routes     *ebpf.Map `ebpf:"routes"`
-	Routes6    *ebpf.Map `ebpf:"routes6"`
-	Skips      *ebpf.Map `ebpf:"skips"`
-	Stations   *ebpf.Map `ebpf:"stations"`
+	Acls        *ebpf.Map `ebpf:"acls"`
+	Acls6       *ebpf.Map `ebpf:"acls6"`
+	Buckets     *ebpf.Map `ebpf:"buckets"`
+	Counts      *ebpf.Map `ebpf:"counts"`
+	Elastics    *ebpf.Map `ebpf:"elastics"`
+	Enis        *ebpf.Map `ebpf:"enis"`
+	Flows       *ebpf.Map `ebpf:"flows"`
+	Flows6      *ebpf.Map `ebpf:"flows6"`
+	Fragments   *ebpf.Map `ebpf:"fragments"`
+	Fragments6  *ebpf.Map `ebpf:"fragments6"`
+	Gateways    *ebpf.Map `ebpf:"gateways"`
+	Generations *ebpf.Map `ebpf:"generations"`
+	Internet    *ebpf.Map `ebpf:"internet"`
+	Judges      *ebpf.Map `ebpf:"judges"`
+	LoggedEnis  *ebpf.Map `ebpf:"logged_enis"`
+	Mappings    *ebpf.Map `ebpf:"mappings"`
+	Mappings6   *ebpf.Map `ebpf:"mappings6"`
+	Pieces      *ebpf.Map `ebpf:"pieces"`
+	Policies    *ebpf.Map `ebpf:"policies"`
+	Policies6   *ebpf.Map `ebpf:"policies6"`
+	Publics     *ebpf.Map `ebpf:"publics"`
+	Records     *ebpf.Map `ebpf:"records"`
+	Records6    *ebpf.Map `ebpf:"records6"`
+	Routes      *ebpf.Map `ebpf:"routes"`
+	Routes6     *ebpf.Map `ebpf:"routes6"`
+	Skips       *ebpf.Map `ebpf:"skips"`
+	Stations    *ebpf.Map `ebpf:"stations"`
 }
 
 func (m *FabricMaps) Close() error {
@@ -674,7 +689,9 @@ func (m *FabricMaps) Close() error {
 		m.Fragments,
 		m.Fragments6,
 		m.Gateways,
+		m.Generations,
 		m.Internet,
+		m.Judges,
 		m.LoggedEnis,
 		m.Mappings,
 		m.Mappings6,
@@ -728,6 +745,7 @@ type FabricPrograms struct {
 	FromGuest      *ebpf.Program `ebpf:"from_guest"`
 	FromGuestIpv6  *ebpf.Program `ebpf:"from_guest_ipv6"`
 	FromInternet   *ebpf.Program `ebpf:"from_internet"`
+	JudgeGuest     *ebpf.Program `ebpf:"judge_guest"`
 	ToGuest        *ebpf.Program `ebpf:"to_guest"`
 	ToInternet     *ebpf.Program `ebpf:"to_internet"`
 }
@@ -738,6 +756,7 @@ func (p *FabricPrograms) Close() error {
 		p.FromGuest,
 		p.FromGuestIpv6,
 		p.FromInternet,
+		p.JudgeGuest,
 		p.ToGuest,
 		p.ToInternet,
 	)
