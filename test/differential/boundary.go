@@ -58,6 +58,9 @@ func (c *cloud) destination(r vpcmodel.Route) []string {
 	if r.List != "" {
 		return []string{"DestinationPrefixListId", id(c, r.List)}
 	}
+	if r.CIDR.Addr().Is6() {
+		return []string{"DestinationIpv6CidrBlock", c.block(r.CIDR).String()}
+	}
 	return []string{"DestinationCidrBlock", r.CIDR.String()}
 }
 
@@ -84,11 +87,16 @@ func (c *cloud) addEntry(s vpcmodel.AddEntry) error {
 		action = "allow"
 	}
 	params := []string{"NetworkAclId", id(c, s.ACL), "RuleNumber", strconv.Itoa(s.Number), "Protocol", protocolOf(s.Proto),
-		"RuleAction", action, "Egress", strconv.FormatBool(bool(s.Dir)), "CidrBlock", s.CIDR.String()}
+		"RuleAction", action, "Egress", strconv.FormatBool(bool(s.Dir))}
+	if s.CIDR.Addr().Is6() {
+		params = append(params, "Ipv6CidrBlock", c.block(s.CIDR).String())
+	} else {
+		params = append(params, "CidrBlock", s.CIDR.String())
+	}
 	switch s.Proto {
 	case 6, 17:
 		params = append(params, "PortRange.From", strconv.Itoa(s.From), "PortRange.To", strconv.Itoa(s.To))
-	case 1:
+	case 1, 58:
 		params = append(params, "Icmp.Type", strconv.Itoa(s.From), "Icmp.Code", strconv.Itoa(s.To))
 	}
 	return c.do("CreateNetworkAclEntry", params...)

@@ -29,7 +29,7 @@ func (g *generator) tryChange() bool {
 		return g.gatewayChange()
 	}
 	if f.Groups && (g.emphasis == onGroups || g.emphasis == onAll) && g.chance(0.5) {
-		if g.chance(0.3) {
+		if g.chance(0.4) {
 			return g.openPort(pick(g, g.groups("")))
 		}
 		return g.cut()
@@ -83,7 +83,7 @@ func (g *generator) tryChange() bool {
 		case n < 1:
 			return f.Peerings && g.world.Peerings["x1"].Active && g.do(vpcmodel.DeletePeering{ID: "x1"})
 		case n < 8:
-			return f.Lists && !g.routed() && g.setList(pick(g, []vpcmodel.ListID{"p1", "p2"}))
+			return f.Lists && !g.routed() && g.setList(pick(g, g.lists()))
 		}
 		return g.address2(e)
 	}
@@ -96,6 +96,10 @@ func (g *generator) cut() bool {
 	}
 	p := pick(g, g.past)
 	v := g.world.Peek(&p.sent)
+	for tries := 0; tries < 3 && v.Sender != vpcmodel.Untracked && v.Receiver != vpcmodel.Untracked; tries++ {
+		p = pick(g, g.past)
+		v = g.world.Peek(&p.sent)
+	}
 	e, d := g.world.ENIs[p.to], vpcmodel.In
 	if e == nil || p.sent.From == vpcmodel.Internet {
 		return false
@@ -108,7 +112,7 @@ func (g *generator) cut() bool {
 	done := false
 	for _, id := range e.Groups {
 		for _, r := range slices.Clone(g.world.Groups[id].Rules[d]) {
-			if id != g.open[g.world.Groups[id].VPC] && r.CIDR.IsValid() && r.CIDR.Bits() == 0 && (r.Proto == -1 || r.Proto == int(p.packet.Proto)) {
+			if id != g.open[g.world.Groups[id].VPC] && r.CIDR.IsValid() && r.CIDR.Bits() == 0 && r.CIDR.Addr().Is6() == p.packet.Src.Is6() && (r.Proto == -1 || r.Proto == int(p.packet.Proto)) {
 				done = g.do(vpcmodel.Revoke{Group: id, Dir: d, Rule: r}) || done
 			}
 		}
@@ -139,6 +143,9 @@ func (g *generator) address2(id vpc.ENIID) bool {
 	e := g.world.ENIs[id]
 	if len(e.Others) > 0 && g.chance(0.5) {
 		return g.do(vpcmodel.Unassign{ENI: id, CIDR: pick(g, e.Others)})
+	}
+	if g.six() {
+		return g.do(vpcmodel.Assign{ENI: id, CIDR: g.assigned6(e)})
 	}
 	base := g.world.Subnets[e.Subnet].CIDR.Addr().As4()
 	base[3] = byte(200 + g.IntN(8))

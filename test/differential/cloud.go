@@ -33,6 +33,7 @@ type cloud struct {
 	listIs     map[vpcmodel.ListID]listState
 	silent     map[vpc.VPCID]string          // a group without rules, for interfaces without groups
 	publics    map[netip.Addr]netip.Addr     // Elastic IPs: EC2's by the script's
+	blocks     map[netip.Prefix]netip.Prefix // IPv6 blocks of VPCs: EC2's by the script's
 	attachedTo map[vpcmodel.GatewayID]string // VPCs, by the script's name
 	lists      int
 	peerings   []string
@@ -52,7 +53,7 @@ func newCloud(ctx context.Context, endpoint string) *cloud {
 		ctx: ctx, endpoint: endpoint, ids: map[string]string{}, world: vpcmodel.NewWorld(vpcmodel.Defaults()),
 		macs: map[vpc.ENIID]string{}, devices: map[vpc.InstanceID]int{},
 		tableOf: map[vpc.SubnetID]string{}, aclOf: map[vpc.SubnetID]string{}, listIs: map[vpcmodel.ListID]listState{},
-		silent: map[vpc.VPCID]string{}, publics: map[netip.Addr]netip.Addr{}, attachedTo: map[vpcmodel.GatewayID]string{},
+		silent: map[vpc.VPCID]string{}, publics: map[netip.Addr]netip.Addr{}, blocks: map[netip.Prefix]netip.Prefix{}, attachedTo: map[vpcmodel.GatewayID]string{},
 	}
 }
 
@@ -174,6 +175,8 @@ func (c *cloud) permission(group vpc.SecurityGroupID, r vpcmodel.Rule) []string 
 		params = append(params, head+"Groups.1.GroupId", id(c, r.Group))
 	case r.List != "":
 		params = append(params, head+"PrefixListIds.1.PrefixListId", id(c, r.List))
+	case r.CIDR.Addr().Is6():
+		params = append(params, head+"Ipv6Ranges.1.CidrIpv6", c.block(r.CIDR).String())
 	default:
 		params = append(params, head+"IpRanges.1.CidrIp", r.CIDR.String())
 	}
@@ -192,17 +195,27 @@ func (c *cloud) apply(st vpcmodel.Statement) error {
 func (c *cloud) make(st vpcmodel.Statement) error {
 	switch s := st.(type) {
 	case vpcmodel.MakeVPC:
-		if err := c.create(string(s.ID), []string{"vpc", "vpcId"}, "CreateVpc", "CidrBlock", s.CIDRs[0].String()); err != nil {
+		if err := c.create(string(s.ID), []string{"vpc", "vpcId"}, "CreateVpc", "CidrBlock", s.CIDRs[0].String(), "AmazonProvidedIpv6CidrBlock", strconv.FormatBool(c.hasIPv6(s.ID))); err != nil {
 			return err
 		}
 		for _, more := range s.CIDRs[1:] {
+			if more.Addr().Is6() {
+				if err := c.learnBlock(s.ID, more); err != nil {
+					return err
+				}
+				continue
+			}
 			if err := c.do("AssociateVpcCidrBlock", "VpcId", id(c, s.ID), "CidrBlock", more.String()); err != nil {
 				return err
 			}
 		}
 		return nil
 	case vpcmodel.MakeSubnet:
-		return c.create(string(s.ID), []string{"subnet", "subnetId"}, "CreateSubnet", "VpcId", id(c, s.VPC), "CidrBlock", s.CIDR.String(), "AvailabilityZone", "us-east-1a")
+		params := []string{"VpcId", id(c, s.VPC), "CidrBlock", s.CIDR.String(), "AvailabilityZone", "us-east-1a"}
+		if s.CIDR6.IsValid() {
+			params = append(params, "Ipv6CidrBlock", c.block(s.CIDR6).String())
+		}
+		return c.create(string(s.ID), []string{"subnet", "subnetId"}, "CreateSubnet", params...)
 	case vpcmodel.MakeENI:
 		return c.makeENI(s)
 	case vpcmodel.MakeGroup:
@@ -231,9 +244,9 @@ func (c *cloud) make(st vpcmodel.Statement) error {
 			"ConnectionTrackingSpecification.UdpStreamTimeout", strconv.Itoa(int(s.UDPStream.Seconds())),
 			"ConnectionTrackingSpecification.UdpTimeout", strconv.Itoa(int(s.UDP.Seconds())))
 	case vpcmodel.Assign:
-		return c.assign("AssignPrivateIpAddresses", s.ENI, s.CIDR)
+		return c.assign("Assign", s.ENI, s.CIDR)
 	case vpcmodel.Unassign:
-		return c.assign("UnassignPrivateIpAddresses", s.ENI, s.CIDR)
+		return c.assign("Unassign", s.ENI, s.CIDR)
 	case vpcmodel.Detach:
 		return c.detach(s.ENI)
 	case vpcmodel.Attach:
@@ -263,7 +276,16 @@ func (c *cloud) makeGroup(s vpcmodel.MakeGroup) error {
 	if err != nil || s.As == "newgroup" {
 		return err
 	}
-	return c.do("RevokeSecurityGroupEgress", "GroupId", id(c, s.ID), "IpPermissions.1.IpProtocol", "-1", "IpPermissions.1.IpRanges.1.CidrIp", "0.0.0.0/0")
+	return c.allowNothing(s.VPC, id(c, s.ID))
+}
+
+// allowNothing revokes what a new group allows.
+func (c *cloud) allowNothing(v vpc.VPCID, group string) error {
+	params := []string{"GroupId", group, "IpPermissions.1.IpProtocol", "-1", "IpPermissions.1.IpRanges.1.CidrIp", "0.0.0.0/0"}
+	if c.hasIPv6(v) {
+		params = append(params, "IpPermissions.2.IpProtocol", "-1", "IpPermissions.2.Ipv6Ranges.1.CidrIpv6", "::/0")
+	}
+	return c.do("RevokeSecurityGroupEgress", params...)
 }
 
 // silentGroup is a group of a VPC that allows nothing.
@@ -274,7 +296,7 @@ func (c *cloud) silentGroup(v vpc.VPCID) (string, error) {
 			return "", err
 		}
 		c.silent[v] = c.ids[name]
-		if err := c.do("RevokeSecurityGroupEgress", "GroupId", c.silent[v], "IpPermissions.1.IpProtocol", "-1", "IpPermissions.1.IpRanges.1.CidrIp", "0.0.0.0/0"); err != nil {
+		if err := c.allowNothing(v, c.silent[v]); err != nil {
 			return "", err
 		}
 	}
@@ -296,7 +318,7 @@ func (c *cloud) makeENI(s vpcmodel.MakeENI) error {
 	eni := a.text("networkInterface", "networkInterfaceId")
 	c.ids[string(s.ID)], c.macs[s.ID] = eni, a.text("networkInterface", "macAddress")
 	for _, o := range s.Others {
-		if err := c.assign("AssignPrivateIpAddresses", s.ID, o); err != nil {
+		if err := c.assign("Assign", s.ID, o); err != nil {
 			return err
 		}
 	}
@@ -339,11 +361,18 @@ func (c *cloud) setGroups(s vpcmodel.SetGroups) error {
 	return c.do("ModifyNetworkInterfaceAttribute", params...)
 }
 
-func (c *cloud) assign(action string, eni vpc.ENIID, cidr netip.Prefix) error {
-	if cidr.IsSingleIP() {
-		return c.do(action, "NetworkInterfaceId", id(c, eni), "PrivateIpAddress.1", cidr.Addr().String())
+// assign assigns an address or a prefix, or unassigns it: what is "Assign" or
+// "Unassign".
+func (c *cloud) assign(what string, eni vpc.ENIID, cidr netip.Prefix) error {
+	action, one, many := what+"PrivateIpAddresses", "PrivateIpAddress.1", "Ipv4Prefix.1"
+	if cidr.Addr().Is6() {
+		action, one, many = what+"Ipv6Addresses", "Ipv6Addresses.1", "Ipv6Prefix.1"
+		cidr = c.block(cidr)
 	}
-	return c.do(action, "NetworkInterfaceId", id(c, eni), "Ipv4Prefix.1", cidr.String())
+	if cidr.IsSingleIP() {
+		return c.do(action, "NetworkInterfaceId", id(c, eni), one, cidr.Addr().String())
+	}
+	return c.do(action, "NetworkInterfaceId", id(c, eni), many, cidr.String())
 }
 
 func (c *cloud) detach(eni vpc.ENIID) error {
@@ -358,9 +387,13 @@ func (c *cloud) setList(s vpcmodel.SetList) error {
 	old, made := c.listIs[s.ID]
 	if !made {
 		c.lists++
-		params := []string{"PrefixListName", string(s.ID), "MaxEntries", "10", "AddressFamily", "IPv4"}
+		family := "IPv4"
+		if s.CIDRs[0].Addr().Is6() {
+			family = "IPv6"
+		}
+		params := []string{"PrefixListName", string(s.ID), "MaxEntries", "10", "AddressFamily", family}
 		for i, cidr := range s.CIDRs {
-			params = append(params, fmt.Sprintf("Entry.%d.Cidr", i+1), cidr.String())
+			params = append(params, fmt.Sprintf("Entry.%d.Cidr", i+1), c.block(cidr).String())
 		}
 		if err := c.create(string(s.ID), []string{"prefixList", "prefixListId"}, "CreateManagedPrefixList", params...); err != nil {
 			return err
@@ -374,10 +407,10 @@ func (c *cloud) setList(s vpcmodel.SetList) error {
 		return nil
 	}
 	for i, cidr := range added {
-		params = append(params, fmt.Sprintf("AddEntry.%d.Cidr", i+1), cidr.String())
+		params = append(params, fmt.Sprintf("AddEntry.%d.Cidr", i+1), c.block(cidr).String())
 	}
 	for i, cidr := range removed {
-		params = append(params, fmt.Sprintf("RemoveEntry.%d.Cidr", i+1), cidr.String())
+		params = append(params, fmt.Sprintf("RemoveEntry.%d.Cidr", i+1), c.block(cidr).String())
 	}
 	if err := c.do("ModifyManagedPrefixList", params...); err != nil {
 		return err

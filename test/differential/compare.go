@@ -150,7 +150,11 @@ func (r *runner) flush() error {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	err := onOneCPU(func() error {
+	exempt, err := r.exempt(batch)
+	if err != nil {
+		return err
+	}
+	err = onOneCPU(func() error {
 		for _, b := range batch {
 			if err := r.sendOne(b); err != nil {
 				return fmt.Errorf("statement %d, %q: %w", b.index+1, b.Send, err)
@@ -164,7 +168,10 @@ func (r *runner) flush() error {
 	if err != nil {
 		return err
 	}
-	return r.collect(batch)
+	if err := r.collect(batch); err != nil {
+		return err
+	}
+	return exempt()
 }
 
 // refresh waits for the fabric and opens ports that are new.
@@ -201,6 +208,9 @@ func (r *runner) sendOne(b sending) error {
 			to = packet.MAC(p.mac)
 		}
 	}
+	if b.Dst.Is6() && b.Dst.IsMulticast() && b.Direct == "" {
+		to = multicastMAC(b.Dst)
+	}
 	r.number++
 	real := r.real(&b.Packet)
 	parts := datagrams(real, r.number)
@@ -231,7 +241,7 @@ func (r *runner) sendOne(b sending) error {
 		}
 	}
 	for _, d := range parts {
-		if err := from.send(packet.Frame(packet.MAC(from.mac), to, packet.EtherTypeIPv4, d)); err != nil {
+		if err := from.send(frame(packet.MAC(from.mac), to, d)); err != nil {
 			return fmt.Errorf("send: %w", err)
 		}
 	}
@@ -241,6 +251,9 @@ func (r *runner) sendOne(b sending) error {
 // reassembled is the datagram that fragments make.
 func reassembled(parts [][]byte) []byte {
 	first := parts[0]
+	if first[0]>>4 == 6 {
+		return reassembled6(parts)
+	}
 	var body []byte
 	for _, p := range parts {
 		body = append(body, p[20:]...)
@@ -266,7 +279,7 @@ func (r *runner) collect(batch []sending) error {
 			if frame == nil {
 				break
 			}
-			if len(frame) < 34 {
+			if len(frame) < 34 || frame[14]>>4 == 6 && len(frame) < 14+headerLength6 {
 				continue
 			}
 			f, how, err := r.whose(name, frame[14:])
@@ -309,6 +322,9 @@ func (r *runner) collect(batch []sending) error {
 func (r *runner) whose(name string, d []byte) (f fragment, how string, err error) {
 	if f, ok := r.sent[string(d)]; ok {
 		return f, "", nil
+	}
+	if d[0]>>4 == 6 {
+		return r.whose6(d), r.otherwise(d), nil
 	}
 	if mtu, from, about := told(d); mtu > 0 {
 		i, ok := r.numbers[binary.BigEndian.Uint16(about[4:])]

@@ -25,14 +25,18 @@ func (c Counts) add(kind string, pass bool) {
 // Add counts a verdict under the kinds of rule that let the packet pass, or the
 // kind that dropped it.
 func (c Counts) Add(v vpcmodel.Verdict) {
+	family := ""
+	if v.IPv6 {
+		family = "v6 "
+	}
 	for _, r := range v.Rules {
 		for _, kind := range kinds(r) {
-			c.add(kind, true)
+			c.add(family+kind, true)
 		}
 	}
 	if !v.Delivered() {
 		for _, kind := range kinds(v.Rule) {
-			c.add(kind, false)
+			c.add(family+kind, false)
 		}
 	}
 }
@@ -56,6 +60,19 @@ func kinds(rule string) []string {
 // wanted are the kinds of rule that a run must have tried in the verdicts that they
 // can have: "+" pass, "-" drop.
 func wanted(f Features) map[string]string {
+	w := wantedOfFamily(f)
+	if f.IPv6 {
+		f.Internet, f.NAT = false, false // neither carries IPv6
+		for kind, verdicts := range wantedOfFamily(f) {
+			w["v6 "+kind] = verdicts
+		}
+		w["v6 neighbour discovery"] = "-"
+		delete(w, "v6 service") // none is run
+	}
+	return w
+}
+
+func wantedOfFamily(f Features) map[string]string {
 	w := map[string]string{
 		"route local": "+-", "route same subnet": "+-", "route direct": "+-", "route none": "-",
 		"source check": "-", "destination check": "-",
@@ -111,6 +128,9 @@ func wanted(f Features) map[string]string {
 	}
 	if f.Fragments {
 		w["fragment"] = "-"
+	}
+	if f.Exempt {
+		w["service"] = "-"
 	}
 	return w
 }

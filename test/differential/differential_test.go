@@ -12,7 +12,7 @@ import (
 )
 
 var (
-	flows  = flag.Int("flows", 6000, "packets of TestRandom, at least")
+	flows  = flag.Int("flows", 9000, "packets of TestRandom, at least")
 	seed   = flag.Uint64("seed", 1, "seed of the first world; 0 takes one by the clock, and prints it")
 	replay = flag.String("replay", "", "script that TestReplay sends")
 	tries  = flag.Int("tries", 200, "scripts that are tried to find a smaller one that differs")
@@ -20,7 +20,7 @@ var (
 
 // flowsPerWorld is how many packets share a world: to make one takes as long as
 // to send thousands.
-const flowsPerWorld = 400
+const flowsPerWorld = 600
 
 // Model and fabric say the same of packets in worlds made up at random.
 func TestRandom(t *testing.T) {
@@ -61,8 +61,8 @@ func TestRandom(t *testing.T) {
 	}
 	t.Logf("%d packets in %d worlds from -seed %d: %d delivered, %d dropped; %d frames of others\n%s", sent, worlds, first, delivered, sent-delivered, noise, counts)
 	least := 50
-	if sent < 20000 {
-		least = max(1, sent/1000) // a short run is not as even
+	if sent < 35000 {
+		least = max(1, sent/4000) // a short run is not as even
 	}
 	if lacking := counts.Lacking(Enforced, least); len(lacking) > 0 {
 		t.Errorf("fewer than %d packets of these kinds: %q", least, lacking)
@@ -103,7 +103,7 @@ func TestReplay(t *testing.T) {
 }
 
 // all is more than Enforced, for tests of the generator.
-var all = Features{Groups: true, Lists: true, ACLs: true, Tables: true, Peerings: true, Fragments: true, Exempt: true, Clock: true, Internet: true, NAT: true}
+var all = Features{Groups: true, Lists: true, ACLs: true, Tables: true, Peerings: true, Fragments: true, Exempt: true, Clock: true, Internet: true, NAT: true, IPv6: true}
 
 // The same seed makes the same script, which the model has a place for.
 func TestGenerate(t *testing.T) {
@@ -118,10 +118,10 @@ func TestGenerate(t *testing.T) {
 	}
 }
 
-// Over 20,000 packets each kind of rule is tried often enough.
+// Over 38,000 packets of both families each kind of rule is tried often enough.
 func TestGenerateTriesAll(t *testing.T) {
 	counts, n := Counts{}, 0
-	for seed := uint64(1); n < 20000; seed++ {
+	for seed := uint64(1); n < 38000; seed++ {
 		verdicts, _, err := Generate(seed, all, flowsPerWorld).Run(vpcmodel.Defaults())
 		if err != nil {
 			t.Fatal(err)
@@ -139,7 +139,7 @@ func TestGenerateTriesAll(t *testing.T) {
 
 // Shrink finds the statements that matter.
 func TestShrink(t *testing.T) {
-	s := Generate(1, all, 200)
+	s := Generate(3, all, 200)
 	// As if the fabric refused whatever e111 sends.
 	differs := func(c vpcmodel.Script) bool {
 		verdicts, _, err := c.Run(vpcmodel.Defaults())

@@ -15,8 +15,9 @@
 // sent by one thread on one CPU, whose queue keeps their order.
 //
 // The internet's end is one more port. What gateways translate is known by the
-// number that each packet carries; public addresses and the ports of NAT gateways
-// are the cloud's choice, so a script has its own for them (runner.real). At the end
+// number that each packet carries; public addresses, VPCs' blocks of IPv6 and the
+// ports of NAT gateways are the cloud's choice, so a script has its own for them
+// (runner.real). At the end
 // of a script the flow records of its interfaces must be what the model adds up
 // (runner.compareRecords).
 //

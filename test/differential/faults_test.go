@@ -4,6 +4,7 @@ package differential
 
 import (
 	"bytes"
+	"flag"
 	"fmt"
 	"net/netip"
 	"os"
@@ -21,9 +22,12 @@ import (
 // or of what the compiler of rules gives to the kernel.
 type fault struct {
 	name     string
-	on       emphasis // the worlds that are likely to show it
-	file     string   // below bpf/
-	old, new string   // old occurs exactly once
+	on       emphasis  // the worlds that are likely to show it
+	file     string    // below bpf/
+	old, new string    // old occurs exactly once
+	also     [2]string // another old and new, or none
+	dual     bool      // it shows in worlds with IPv6 alone
+	more     bool      // it is planted with -more-faults alone
 	config   func(*fabric.Config)
 }
 
@@ -68,6 +72,32 @@ var faults = []fault{
 	{name: "identifiers of ICMP are logged as ports", on: onGroups, file: "fabric_log.h", old: "if (key.protocol == IPPROTO_TCP || key.protocol == IPPROTO_UDP) {", new: "if (1) {"},
 	{name: "what is received is not logged", on: onRoutes, file: "fabric.c", old: "log_packet(p, w->to->ifindex, INGRESS, reason, PATH_NONE);", new: ""},
 	{name: "a peering's traffic path is the VPC's", on: onRoutes, file: "fabric.c", old: "return PATH_PEERING;", new: "return PATH_VPC;"},
+
+	{name: "no egress gate for IPv6", on: onGroups, dual: true, more: true, file: "fabric_ipv6.h", old: "gate6(p, ifindex, EGRESS, named)", new: "0"},
+	{name: "IPv6 CIDRs of rules compared on 64 bits", on: onGroups, dual: true, file: "fabric_ipv6_gate.h", old: "if (within6(q->address, r->net, r->mask))", new: "if (!(((q->address[0] & r->mask[0]) ^ r->net[0]) | ((q->address[1] & r->mask[1]) ^ r->net[1])))"},
+	{name: "IPv6 CIDRs of ACLs compared on 64 bits", on: onACLs, dual: true, more: true, file: "fabric_ipv6_gate.h", old: "if (!within6(q->address, e->net, e->mask))", new: "if (((q->address[0] & e->mask[0]) ^ e->net[0]) | ((q->address[1] & e->mask[1]) ^ e->net[1]))"},
+	{name: "ICMPv6 type ignored", on: onGroups, dual: true, file: "fabric_ipv6_gate.h", old: "return (r->from == ANY || r->from == q->type) &&", new: "return"},
+	{name: "ICMPv6 type ignored by ACLs", on: onACLs, dual: true, more: true, file: "fabric_ipv6_gate.h", old: "return (e->from == ANY || e->from == q->type) &&", new: "return"},
+	{name: "references mean IPv4 alone", on: onGroups, dual: true, file: "fabric_ipv6_gate.h", old: "q.peer = peer ? policy_of(peer) : 0;", new: "q.peer = peer >> 30 ? policy_of(peer) : 0;"},
+	{name: "untracked flows of IPv6 outlive their rule", on: onGroups, dual: true, more: true, file: "fabric_ipv6_gate.h", old: "if (policy && (policy->version == f->version ||", new: "if (policy && (1 ||"},
+	{name: "ICMPv6 errors belong to no flow", on: onGroups, dual: true, file: "fabric_ipv6.h", old: "\tp->is_error = 1;", new: "\tp->is_error = 0;"},
+	{name: "later fragments of IPv6 without their first pass", on: onGroups, dual: true, file: "fabric_ipv6.h", old: "if (!first || first->expires <= p->now || c.start < first->headers)\n\t\t\treturn DROP_FRAGMENT;", new: "if (!first)\n\t\t\treturn 0;"},
+	{name: "delegated prefixes of IPv6 are nobody's", on: onRoutes, dual: true, file: "fabric_ipv6.h", old: "key.addr[2] &= bpf_htonl(0xffff0000);", new: "key.addr[2] = 0;"},
+	{name: "routes of IPv6 hold within the subnet", on: onRoutes, dual: true, more: true, file: "fabric_ipv6.h", old: "if (in_subnet6(self, t->daddr))", new: "if (0)"},
+	{name: "no ACL for IPv6 at the receiver's subnet", on: onACLs, dual: true, file: "fabric_ipv6.h", old: "if (crosses && !acl_allows6(p, w->vni, w->to->subnet, INGRESS))", new: "if (0)"},
+	{name: "no source check of IPv6", on: onRoutes, dual: true, more: true, file: "fabric_ipv6.h", old: "((self->flags & ENI_SOURCE_DEST_CHECK) &&\n\t\t\t!own_link_local(self->mac, packet.tuple.saddr))", new: "0"},
+	{name: "discovery goes to others", on: onRoutes, dual: true, file: "fabric_ipv6.h", old: "\t\tif (neighbour_discovery(type))\n\t\t\treturn from_guest_nd(skb);", new: "", also: [2]string{"if (neighbour_discovery(l4[0]))\n\t\treturn DROP_EXTENSION;", ""}},
+	{name: "ICMPv6 is logged with ports", on: onGroups, dual: true, more: true, file: "fabric_ipv6_gate.h", old: "if (key.protocol == IPPROTO_TCP || key.protocol == IPPROTO_UDP) {", new: "if (1) {"},
+	{name: "rules of IPv4 for everybody are for IPv6", on: onGroups, dual: true, config: eachRule(func(r *fabric.Rule) {
+		if slices.Contains(r.Peers, prefix("0.0.0.0/0")) {
+			r.Peers = append(r.Peers, prefix("::/0"))
+		}
+	})},
+	{name: "delegated prefixes of IPv6 are not delivered to", on: onRoutes, dual: true, more: true, config: func(c *fabric.Config) {
+		for i := range c.Interfaces {
+			c.Interfaces[i].Addresses = slices.DeleteFunc(slices.Clone(c.Interfaces[i].Addresses), func(p netip.Prefix) bool { return p.Bits() == 80 })
+		}
+	}},
 
 	{name: "only primary addresses have public ones", on: onGateways, config: func(c *fabric.Config) {
 		c.Publics = slices.DeleteFunc(slices.Clone(c.Publics), func(p fabric.Public) bool {
@@ -156,10 +186,14 @@ func (f fault) object(t *testing.T) []byte {
 			t.Fatal(err)
 		}
 		if filepath.Base(path) == f.file {
-			if n := bytes.Count(source, []byte(f.old)); n != 1 {
-				t.Fatalf("%s has %q %d times: the fault must be planted elsewhere by now", f.file, f.old, n)
+			for _, change := range [][2]string{{f.old, f.new}, f.also} {
+				if n := bytes.Count(source, []byte(change[0])); n != 1 && change[0] != "" {
+					t.Fatalf("%s has %q %d times: the fault must be planted elsewhere by now", f.file, change[0], n)
+				}
+				if change[0] != "" {
+					source = bytes.ReplaceAll(source, []byte(change[0]), []byte(change[1]))
+				}
 			}
-			source = bytes.ReplaceAll(source, []byte(f.old), []byte(f.new))
 		}
 		if err := os.WriteFile(filepath.Join(dir, filepath.Base(path)), source, 0o600); err != nil {
 			t.Fatal(err)
@@ -177,6 +211,8 @@ func (f fault) object(t *testing.T) []byte {
 	return object
 }
 
+var moreFaults = flag.Bool("more-faults", false, "TestFaults plants those of IPv6 too that are as one of IPv4")
+
 // worldsPerFault bounds how many worlds a fault may stay unseen in.
 const worldsPerFault = 24
 
@@ -184,12 +220,15 @@ const worldsPerFault = 24
 func TestFaults(t *testing.T) {
 	testenv.Require(t, "root", "bpf", "clang")
 	for _, f := range faults {
+		if f.more && !*moreFaults {
+			continue
+		}
 		t.Run(f.name, func(t *testing.T) {
 			t.Parallel()
 			s := newStandWith(t, func(lab string) { fabric.Plant(lab, fabric.Fault{Object: f.object(t), Config: f.config}) })
 			sent, seed := 0, uint64(0)
 			for range worldsPerFault {
-				for emphases[seed%uint64(len(emphases))] != f.on {
+				for emphases[seed%uint64(len(emphases))] != f.on || f.dual && !Enforced.dual(seed) {
 					seed++
 				}
 				o, err := s.run(Generate(seed, Enforced, 250))

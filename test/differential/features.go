@@ -2,6 +2,7 @@ package differential
 
 import (
 	"maps"
+	"net/netip"
 	"slices"
 	"strings"
 
@@ -22,11 +23,12 @@ type Features struct {
 	Internet  bool // internet gateways, Elastic IPs, edge tables, MTU
 	NAT       bool // NAT gateways
 	Records   bool // flow records
+	IPv6      bool // two of three worlds have blocks of IPv6
 }
 
 // Enforced are those that the fabric enforces. Whatever it learns is added here,
 // and nowhere else.
-var Enforced = Features{Groups: true, Lists: true, ACLs: true, Tables: true, Peerings: true, Fragments: true, Internet: true, NAT: true, Records: true}
+var Enforced = Features{Groups: true, Lists: true, ACLs: true, Tables: true, Peerings: true, Fragments: true, Internet: true, NAT: true, Exempt: true, Records: true, IPv6: true}
 
 // Missing names what is not enforced, for the summary of a run.
 func (f Features) Missing() string {
@@ -34,7 +36,7 @@ func (f Features) Missing() string {
 	for name, there := range map[string]bool{
 		"security groups": f.Groups, "prefix lists": f.Lists, "network ACLs": f.ACLs, "route tables": f.Tables,
 		"peerings": f.Peerings, "fragments": f.Fragments, "exempt services": f.Exempt, "idle timeouts": f.Clock,
-		"internet gateways": f.Internet, "NAT gateways": f.NAT, "flow records": f.Records,
+		"internet gateways": f.Internet, "NAT gateways": f.NAT, "flow records": f.Records, "IPv6": f.IPv6,
 	} {
 		if !there {
 			names = append(names, name)
@@ -48,6 +50,10 @@ func (f Features) Lacks(s vpcmodel.Script) string {
 	for _, st := range s {
 		needs, there := "", true
 		switch st := st.(type) {
+		case vpcmodel.MakeSubnet:
+			if st.CIDR6.IsValid() {
+				needs, there = "IPv6", f.IPv6
+			}
 		case vpcmodel.Allow:
 			needs, there = "security groups", f.Groups
 			if st.List != "" {
@@ -71,8 +77,11 @@ func (f Features) Lacks(s vpcmodel.Script) string {
 			if st.Fragments > 0 || st.Orphan {
 				needs, there = "fragments", f.Fragments
 			}
-			if strings.HasPrefix(st.Want, "service") {
+			if strings.HasPrefix(st.Want, "service") && !st.Packet.Discovery() {
 				needs, there = "exempt services", f.Exempt
+				if !served(st.Dst) {
+					needs, there = "somebody who serves at "+st.Dst.String(), false
+				}
 			}
 			if st.Length > vpcmodel.MTU {
 				needs, there = "an MTU below that of its links", false
@@ -83,6 +92,22 @@ func (f Features) Lacks(s vpcmodel.Script) string {
 		}
 	}
 	return ""
+}
+
+// unserved are addresses of services that vpcd does not run: of the others, only
+// the routers' are left out, which answer nothing but ARP and discovery.
+var unserved = []string{"169.254.170.2", "169.254.169.123", "169.254.169.250", "169.254.169.251", "fd00:ec2::253", "fd00:ec2::254", "fe80:ec2::1"}
+
+// served reports whether something answers at a service's address.
+func served(a netip.Addr) bool {
+	host := a.AsSlice()
+	return !slices.Contains(unserved, a.String()) && (a.IsLinkLocalUnicast() || host[len(host)-1] != 1)
+}
+
+// dual reports whether the VPCs of a seed's world have blocks of IPv6: two of
+// three, of each emphasis.
+func (f Features) dual(seed uint64) bool {
+	return f.IPv6 && (seed+seed/uint64(len(emphases)))%3 != 1
 }
 
 func sortedKeys[K ~string, V any](m map[K]V) []K { return slices.Sorted(maps.Keys(m)) }

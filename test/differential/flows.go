@@ -90,18 +90,35 @@ func (g *generator) candidate() *vpcmodel.Packet {
 // newFlow is the first packet of a flow.
 func (g *generator) newFlow() *vpcmodel.Packet {
 	from := g.world.ENIs[pick(g, g.enis(""))]
-	p := &vpcmodel.Packet{From: from.ID, Src: g.address(from), Dst: g.destination(from)}
+	six := g.six()
+	p := &vpcmodel.Packet{From: from.ID, Src: g.addressOf(from, six), Dst: g.destination(from, six)}
 	if g.chance(0.06) {
-		p.Src = g.destination(from) // spoofed, or forwarded when the check is off
+		p.Src = g.destination(from, six) // spoofed, or forwarded when the check is off
 	}
 	g.transport(p)
-	if g.chance(0.05) {
+	if isService(g.world.Peek(p)) {
+		g.ask(p)
+		return p
+	}
+	if six && g.chance(0.05) {
+		g.discovery(p)
+		return p
+	}
+	if g.chance(0.05) && !p.Dst.IsMulticast() {
 		p.Direct = pick(g, g.enis(g.world.Subnets[from.Subnet].VPC))
 		if p.Direct == from.ID {
 			p.Direct = ""
 		}
 	}
 	return p
+}
+
+// ask makes a packet one that a service takes: whole, of TCP or UDP.
+func (g *generator) ask(p *vpcmodel.Packet) {
+	*p = vpcmodel.Packet{From: p.From, Src: p.Src, Dst: p.Dst, Proto: packet.ProtoUDP, SrcPort: uint16(40000 + g.IntN(4)), DstPort: 53}
+	if g.chance(0.5) {
+		p.Proto, p.Flags, p.DstPort = packet.ProtoTCP, vpcmodel.SYN, 80
+	}
 }
 
 // aimed is a packet for which a certain rule of a group or entry of an ACL is made,
@@ -112,6 +129,7 @@ func (g *generator) aimed() *vpcmodel.Packet {
 	d := vpcmodel.Direction(g.chance(0.5))
 	var m vpcmodel.Match
 	var far []netip.Prefix // where the other end is
+	six := g.six()
 	acl := g.world.Subnets[e.Subnet].ACL
 	switch {
 	case acl != "" && g.chance(0.5):
@@ -119,7 +137,7 @@ func (g *generator) aimed() *vpcmodel.Packet {
 			return nil
 		}
 		entry := pick(g, g.world.ACLs[acl].Entries[d])
-		m, far = entry.Match, []netip.Prefix{entry.CIDR}
+		m, far, six = entry.Match, []netip.Prefix{entry.CIDR}, entry.CIDR.Addr().Is6()
 	default:
 		x := g.world.Groups[pick(g, e.Groups)]
 		if x == nil || len(x.Rules[d]) == 0 || g.open[v] == x.ID {
@@ -130,14 +148,18 @@ func (g *generator) aimed() *vpcmodel.Packet {
 		switch {
 		case r.List != "":
 			far = g.world.Lists[r.List]
+			six = far[0].Addr().Is6()
 		case r.Group != "":
 			for _, id := range g.enis("") {
 				if o := g.world.ENIs[id]; slices.Contains(o.Groups, r.Group) {
 					far = append(append(far, netip.PrefixFrom(o.Primary, 32)), o.Others...)
 				}
 			}
+			if m.Proto == int(packet.ProtoICMP) || m.Proto == int(packet.ProtoICMPv6) {
+				six = g.dual && (m.Proto == int(packet.ProtoICMPv6)) != g.chance(0.1)
+			}
 		default:
-			far = []netip.Prefix{r.CIDR}
+			far, six = []netip.Prefix{r.CIDR}, r.CIDR.Addr().Is6()
 		}
 	}
 	other := g.within(e, far)
@@ -148,8 +170,8 @@ func (g *generator) aimed() *vpcmodel.Packet {
 	if d == vpcmodel.In {
 		from, to = other, e
 	}
-	p := &vpcmodel.Packet{From: from.ID, Src: g.inside(from, far), Dst: g.inside(to, far)}
-	if forwards := g.middlebox(v); forwards != nil && forwards != to && g.chance(0.4) {
+	p := &vpcmodel.Packet{From: from.ID, Src: g.inside(from, far, six), Dst: g.inside(to, far, six)}
+	if forwards := g.middlebox(v); forwards != nil && forwards != to && g.chance(0.6) {
 		p.From = forwards.ID // it may send what is another's
 	}
 	g.matching(p, m)
@@ -195,13 +217,13 @@ func (g *generator) within(e *vpcmodel.ENI, blocks []netip.Prefix) *vpcmodel.ENI
 }
 
 // inside is an address of an ENI, in one of the blocks if a few tries find one.
-func (g *generator) inside(e *vpcmodel.ENI, blocks []netip.Prefix) netip.Addr {
-	a := g.address(e)
+func (g *generator) inside(e *vpcmodel.ENI, blocks []netip.Prefix, six bool) netip.Addr {
+	a := g.addressOf(e, six)
 	for range 5 {
 		if slices.ContainsFunc(blocks, func(c netip.Prefix) bool { return c.Contains(a) }) {
 			break
 		}
-		a = g.address(e)
+		a = g.addressOf(e, six)
 	}
 	return a
 }
@@ -213,6 +235,11 @@ func (g *generator) matching(p *vpcmodel.Packet, m vpcmodel.Match) {
 		return
 	}
 	p.Proto = uint8(m.Proto)
+	if p.Src.Is6() && m.Proto == int(packet.ProtoICMP) {
+		p.Proto = packet.ProtoICMPv6
+	} else if p.Src.Is4() && m.Proto == int(packet.ProtoICMPv6) {
+		p.Proto = packet.ProtoICMP
+	}
 	switch p.Proto {
 	case packet.ProtoTCP, packet.ProtoUDP:
 		if p.Proto == packet.ProtoTCP {
@@ -229,6 +256,15 @@ func (g *generator) matching(p *vpcmodel.Packet, m vpcmodel.Match) {
 		if g.chance(0.2) {
 			p.Code = 1 - min(1, p.Code)
 		}
+	case packet.ProtoICMPv6:
+		p.Type, p.Ident = 128, uint16(1+g.IntN(4))
+		if m.From == 144 || g.chance(0.2) {
+			p.Type = 144
+		}
+		p.Code = uint8(max(0, m.To))
+		if g.chance(0.2) {
+			p.Code = 1 - min(1, p.Code)
+		}
 	default:
 		if g.chance(0.3) {
 			p.Proto = uint8(pick(g, others))
@@ -237,8 +273,11 @@ func (g *generator) matching(p *vpcmodel.Packet, m vpcmodel.Match) {
 }
 
 // destination is an address that a packet of an ENI may be for.
-func (g *generator) destination(from *vpcmodel.ENI) netip.Addr {
+func (g *generator) destination(from *vpcmodel.ENI, six bool) netip.Addr {
 	v := g.world.Subnets[from.Subnet].VPC
+	if six {
+		return g.destination6(from, v)
+	}
 	if g.gatewayOf(v) != "" && g.chance(0.3) {
 		if g.chance(0.1) {
 			return pick(g, privates)
@@ -247,12 +286,16 @@ func (g *generator) destination(from *vpcmodel.ENI) netip.Addr {
 	}
 	switch n := g.IntN(40); {
 	case n < 26:
-		return g.otherAddress(from, v)
+		return g.otherAddress(from, v, false)
 	case n < 33:
-		return g.otherAddress(from, pick(g, g.vpcs))
+		return g.otherAddress(from, pick(g, g.vpcs), false)
 	case n < 37:
 		return pick(g, hosts)
 	case n < 38:
+		if g.features.Exempt && g.chance(0.5) {
+			dns := g.world.VPCs[v].CIDRs[0].Addr().Next().Next()
+			return pick(g, []netip.Addr{dns, netip.MustParseAddr("169.254.169.253"), netip.MustParseAddr("169.254.169.254")})
+		}
 		return netip.MustParseAddr("169.254.168.9")
 	default: // an address that perhaps nobody has
 		a := g.world.Subnets[pick(g, g.subnets(pick(g, []vpc.VPCID{v, pick(g, g.vpcs)})))].CIDR.Addr().As4()
@@ -262,13 +305,13 @@ func (g *generator) destination(from *vpcmodel.ENI) netip.Addr {
 }
 
 // otherAddress is the address of an ENI other than from, if there is one.
-func (g *generator) otherAddress(from *vpcmodel.ENI, v vpc.VPCID) netip.Addr {
+func (g *generator) otherAddress(from *vpcmodel.ENI, v vpc.VPCID, six bool) netip.Addr {
 	for range 4 {
 		if e := g.world.ENIs[pick(g, g.enis(v))]; e != from {
-			return g.address(e)
+			return g.addressOf(e, six)
 		}
 	}
-	return from.Primary
+	return g.addressOf(from, six)
 }
 
 // transport fills in protocol and ports.
@@ -287,6 +330,9 @@ func (g *generator) transport(p *vpcmodel.Packet) {
 		p.Proto, p.Type, p.Ident = packet.ProtoICMP, 8, uint16(1+g.IntN(4))
 		if g.chance(0.3) {
 			p.Type, p.Code = 13, uint8(g.IntN(2))
+		}
+		if p.Src.Is6() {
+			p.Proto, p.Type = packet.ProtoICMPv6, map[uint8]uint8{8: 128, 13: 144}[p.Type]
 		}
 	default:
 		p.Proto = uint8(pick(g, others))
@@ -322,9 +368,15 @@ func (g *generator) followUp() *vpcmodel.Packet {
 			p.Flags = pick(g, []uint8{vpcmodel.ACK, vpcmodel.ACK, vpcmodel.PSH | vpcmodel.ACK, vpcmodel.FIN | vpcmodel.ACK, vpcmodel.RST, vpcmodel.SYN})
 		}
 		return &p
-	case n < 7 && mine && p.About == nil && p.Proto != packet.ProtoICMP || n < 6 && p.About == nil && p.Type == 8:
+	case n < 7 && mine && p.About == nil && !isICMP(p.Proto) || n < 6 && p.About == nil && (p.Type == 8 || p.Type == 128):
 		q := &vpcmodel.Packet{From: to.ID, Src: p.Dst, Dst: p.Src, Proto: packet.ProtoICMP, Type: 3, Code: uint8(pick(g, []int{1, 3, 4})),
 			About: &vpcmodel.Quote{Src: p.Src, Dst: p.Dst, Proto: p.Proto, SrcPort: p.SrcPort, DstPort: p.DstPort, Ident: p.Ident}}
+		if p.Src.Is6() {
+			q.Proto, q.Type, q.Code = packet.ProtoICMPv6, pick(g, []uint8{1, 2, 3}), 0
+			if q.Type == 1 {
+				q.Code = uint8(g.IntN(5))
+			}
+		}
 		if g.chance(0.3) && q.About.SrcPort > 0 {
 			q.About.SrcPort++ // about a packet that was never sent
 		}
@@ -387,6 +439,14 @@ func (g *generator) answer(p vpcmodel.Packet, to vpc.ENIID) *vpcmodel.Packet {
 		default:
 			return nil
 		}
+		if g.chance(0.2) {
+			r.Ident++
+		}
+	case packet.ProtoICMPv6:
+		if p.Type != 128 {
+			return nil
+		}
+		r.Type = 129
 		if g.chance(0.2) {
 			r.Ident++
 		}

@@ -20,6 +20,7 @@ type generator struct {
 	world    *vpcmodel.World
 
 	emphasis emphasis
+	dual     bool               // its VPCs have blocks of IPv6
 	moves    bool               // interfaces move between instances
 	second   map[vpc.ENIID]bool // those that may: each is not its instance's first
 	vpcs     []vpc.VPCID
@@ -71,7 +72,7 @@ func Generate(seed uint64, features Features, flows int) vpcmodel.Script {
 		world: vpcmodel.NewWorld(vpcmodel.Defaults()), open: map[vpc.VPCID]vpc.SecurityGroupID{},
 		counts: Counts{}, wanted: wanted(features), second: map[vpc.ENIID]bool{},
 	}
-	g.emphasis = emphases[seed%uint64(len(emphases))]
+	g.emphasis, g.dual = emphases[seed%uint64(len(emphases))], features.dual(seed)
 	g.build()
 	for g.next < flows {
 		for range 1 + g.IntN(3) {
@@ -112,16 +113,18 @@ func (g *generator) build() {
 	for i, n := range nets {
 		id := vpc.VPCID(fmt.Sprintf("v%d", i+1))
 		g.vpcs = append(g.vpcs, id)
-		g.do(vpcmodel.MakeVPC{VPC: vpcmodel.VPC{ID: id, CIDRs: []netip.Prefix{prefix("10.%d.0.0/16", n)}}})
+		g.do(vpcmodel.MakeVPC{VPC: vpcmodel.VPC{ID: id, CIDRs: g.blocks(i+1, n)}})
 		open := vpc.SecurityGroupID(fmt.Sprintf("open%d", i+1))
 		g.open[id] = open
 		g.do(vpcmodel.MakeGroup{As: "group", ID: open, VPC: id})
 		for _, d := range []vpcmodel.Direction{vpcmodel.In, vpcmodel.Out} {
-			g.do(vpcmodel.Allow{Group: open, Dir: d, Rule: vpcmodel.Rule{Match: vpcmodel.Match{Proto: -1, From: -1, To: -1}, CIDR: prefix("0.0.0.0/0")}})
+			for _, c := range g.everyone() {
+				g.do(vpcmodel.Allow{Group: open, Dir: d, Rule: vpcmodel.Rule{Match: vpcmodel.Match{Proto: -1, From: -1, To: -1}, CIDR: c}})
+			}
 		}
 		for s := range 2 {
 			subnet := vpc.SubnetID(fmt.Sprintf("s%d%d", i+1, s+1))
-			g.do(vpcmodel.MakeSubnet{Subnet: vpcmodel.Subnet{ID: subnet, VPC: id, CIDR: prefix("10.%d.%d.0/24", n, s+1)}})
+			g.do(vpcmodel.MakeSubnet{Subnet: vpcmodel.Subnet{ID: subnet, VPC: id, CIDR: prefix("10.%d.%d.0/24", n, s+1), CIDR6: g.subnet6(i+1, s+1)}})
 			for e := range 2 - i/2 {
 				g.makeENI(i+1, n, s+1, e+1, subnet)
 			}
@@ -131,8 +134,8 @@ func (g *generator) build() {
 		g.do(vpcmodel.MakePeering{ID: "x1", A: "v1", B: "v2"})
 	}
 	if g.features.Lists {
-		for i := range 2 {
-			g.setList(vpcmodel.ListID(fmt.Sprintf("p%d", i+1)))
+		for _, id := range g.lists() {
+			g.setList(id)
 		}
 	}
 	for i, v := range g.vpcs {
@@ -185,6 +188,9 @@ func (g *generator) makeENI(v, n, s, e int, subnet vpc.SubnetID) {
 	if g.chance(0.4) {
 		m.Others = append(m.Others, prefix("10.%d.%d.%d/28", n, s, 16*(e+4)))
 	}
+	if g.dual {
+		m.Others = append(m.Others, g.others6(v, s, e)...)
+	}
 	if s == 2 && e == 2 && (g.chance(0.5) || g.moves) {
 		// A second interface of the first subnet's instance.
 		m.Instance = vpc.InstanceID(fmt.Sprintf("i%d11", v))
@@ -234,7 +240,8 @@ func (g *generator) setGroups(e vpc.ENIID) {
 // The ports that rules are about; packets are for these and their neighbours.
 var ports = []int{22, 53, 80, 443, 8080}
 
-func (g *generator) match() vpcmodel.Match {
+// match is what a rule is about; six is the family of its ICMP.
+func (g *generator) match(six bool) vpcmodel.Match {
 	switch n := g.IntN(20); {
 	case n < 3:
 		return vpcmodel.Match{Proto: -1, From: -1, To: -1}
@@ -244,6 +251,9 @@ func (g *generator) match() vpcmodel.Match {
 		return g.portMatch(int(packet.ProtoUDP))
 	case n < 16:
 		m := vpcmodel.Match{Proto: int(packet.ProtoICMP), From: pick(g, []int{-1, 8, 8, 13, 3}), To: -1}
+		if six {
+			m = vpcmodel.Match{Proto: int(packet.ProtoICMPv6), From: pick(g, []int{-1, 128, 128, 144, 1}), To: -1}
+		}
 		if m.From >= 0 && g.chance(0.5) {
 			m.To = g.IntN(2)
 		}
@@ -270,9 +280,12 @@ func (g *generator) portMatch(proto int) vpcmodel.Match {
 	}
 }
 
-// cidr is a block that some addresses of the world are in.
-func (g *generator) cidr() netip.Prefix {
+// cidr is a block that some addresses of the world are in, of IPv6 if six is set.
+func (g *generator) cidr(six bool) netip.Prefix {
 	e := g.world.ENIs[pick(g, g.enis(""))]
+	if six {
+		return g.cidr6(e)
+	}
 	switch g.IntN(8) {
 	case 0, 1:
 		return prefix("0.0.0.0/0")
@@ -287,12 +300,13 @@ func (g *generator) cidr() netip.Prefix {
 	}
 }
 
-// address is one of an ENI's addresses.
+// address is one of an ENI's addresses of IPv4.
 func (g *generator) address(e *vpcmodel.ENI) netip.Addr {
-	if len(e.Others) == 0 || g.chance(0.4) {
+	others := slices.DeleteFunc(slices.Clone(e.Others), func(p netip.Prefix) bool { return p.Addr().Is6() })
+	if len(others) == 0 || g.chance(0.4) {
 		return e.Primary
 	}
-	c := pick(g, e.Others)
+	c := pick(g, others)
 	a := c.Addr()
 	if !c.IsSingleIP() {
 		for range g.IntN(16) {
@@ -303,7 +317,8 @@ func (g *generator) address(e *vpcmodel.ENI) netip.Addr {
 }
 
 func (g *generator) rule(v vpc.VPCID) vpcmodel.Rule {
-	r := vpcmodel.Rule{Match: g.match()}
+	six := g.six()
+	r := vpcmodel.Rule{Match: g.match(six)}
 	switch n := g.IntN(10); {
 	case n < 4 && len(g.groups("")) > 0:
 		own := g.groups(v)
@@ -313,8 +328,11 @@ func (g *generator) rule(v vpc.VPCID) vpcmodel.Rule {
 		r.Group = pick(g, own)
 	case n < 6 && len(g.world.Lists) > 0:
 		r.List = pick(g, []vpcmodel.ListID{"p1", "p2"})
+		if six {
+			r.List = "p3"
+		}
 	default:
-		r.CIDR = g.cidr()
+		r.CIDR = g.cidr(six)
 	}
 	return r
 }
@@ -332,17 +350,22 @@ func (g *generator) allow(id vpc.SecurityGroupID, d vpcmodel.Direction) bool {
 func (g *generator) openPort(id vpc.SecurityGroupID) bool {
 	port := pick(g, ports)
 	proto := int(pick(g, []uint8{packet.ProtoTCP, packet.ProtoUDP}))
-	in := g.do(vpcmodel.Allow{Group: id, Dir: vpcmodel.In, Rule: vpcmodel.Rule{Match: vpcmodel.Match{Proto: proto, From: port, To: port}, CIDR: prefix("0.0.0.0/0")}})
-	out := g.do(vpcmodel.Allow{Group: id, Dir: vpcmodel.Out, Rule: vpcmodel.Rule{Match: vpcmodel.Match{Proto: -1, From: -1, To: -1}, CIDR: prefix("0.0.0.0/0")}})
+	everybody := prefix("0.0.0.0/0")
+	if g.six() {
+		everybody = prefix("::/0")
+	}
+	in := g.do(vpcmodel.Allow{Group: id, Dir: vpcmodel.In, Rule: vpcmodel.Rule{Match: vpcmodel.Match{Proto: proto, From: port, To: port}, CIDR: everybody}})
+	out := g.do(vpcmodel.Allow{Group: id, Dir: vpcmodel.Out, Rule: vpcmodel.Rule{Match: vpcmodel.Match{Proto: -1, From: -1, To: -1}, CIDR: everybody}})
 	return in || out
 }
 
 func (g *generator) setList(id vpcmodel.ListID) bool {
 	var cidrs []netip.Prefix
+	six := id == "p3"
 	for range 1 + g.IntN(3) {
-		c := g.cidr()
+		c := g.cidr(six)
 		if c.Bits() == 0 || g.chance(0.3) {
-			c = pick(g, outside[:3])
+			c = pick(g, outsideOf(six)[:3])
 		}
 		if !slices.Contains(cidrs, c) {
 			cidrs = append(cidrs, c)
@@ -359,8 +382,10 @@ func (g *generator) buildACLs(i int, v vpc.VPCID) {
 			for range 3 + g.IntN(5) {
 				g.entry(id, d)
 			}
-			if g.chance(0.7) {
-				g.do(vpcmodel.AddEntry{ACL: id, Dir: d, Entry: vpcmodel.Entry{Number: 30000, Allow: true, Match: vpcmodel.Match{Proto: -1, From: -1, To: -1}, CIDR: prefix("0.0.0.0/0")}})
+			for i, c := range g.everyone() {
+				if g.chance(0.7) {
+					g.do(vpcmodel.AddEntry{ACL: id, Dir: d, Entry: vpcmodel.Entry{Number: 30000 + i, Allow: true, Match: vpcmodel.Match{Proto: -1, From: -1, To: -1}, CIDR: c}})
+				}
 			}
 		}
 	}
@@ -375,10 +400,16 @@ func (g *generator) entry(id vpcmodel.ACLID, d vpcmodel.Direction) bool {
 	if len(g.world.ACLs[id].Entries[d]) > 10 {
 		return false
 	}
-	e := vpcmodel.Entry{Number: 1 + g.IntN(400), Allow: g.chance(0.45), Match: g.match(), CIDR: g.cidr()}
+	six := g.six()
+	e := vpcmodel.Entry{Number: 1 + g.IntN(400), Allow: g.chance(0.45), Match: g.match(six), CIDR: g.cidr(six)}
 	if e.Proto == -1 {
 		// Not often, and for few: what comes after it would never be tried.
-		e.CIDR = netip.PrefixFrom(g.address(g.world.ENIs[pick(g, g.enis(""))]), 28+2*g.IntN(3)).Masked()
+		a := g.addressOf(g.world.ENIs[pick(g, g.enis(""))], six)
+		bits := 28 + 2*g.IntN(3)
+		if six {
+			bits = 120 + 4*g.IntN(3)
+		}
+		e.CIDR = netip.PrefixFrom(a, bits).Masked()
 	}
 	return g.do(vpcmodel.AddEntry{ACL: id, Dir: d, Entry: e})
 }
@@ -399,7 +430,9 @@ func (g *generator) buildTables(i int, v vpc.VPCID) {
 		g.do(vpcmodel.MakeTable{ID: id, VPC: v})
 		if g.features.Peerings && v != "v3" && g.chance(0.8) {
 			other := g.world.VPCs[map[vpc.VPCID]vpc.VPCID{"v1": "v2", "v2": "v1"}[v]]
-			g.do(vpcmodel.AddRoute{Table: id, Route: vpcmodel.Route{CIDR: other.CIDRs[0], Peering: "x1"}})
+			for _, c := range other.CIDRs {
+				g.do(vpcmodel.AddRoute{Table: id, Route: vpcmodel.Route{CIDR: c, Peering: "x1"}})
+			}
 		}
 		for range 1 + g.IntN(3) {
 			g.route(id)
@@ -414,13 +447,18 @@ func (g *generator) buildTables(i int, v vpc.VPCID) {
 
 func (g *generator) route(id vpcmodel.TableID) bool {
 	t := g.world.Tables[id]
-	r := vpcmodel.Route{CIDR: pick(g, outside)}
+	six := g.six()
+	r := vpcmodel.Route{CIDR: pick(g, outsideOf(six))}
 	switch n := g.IntN(10); {
+	case n < 3 && six:
+		r.CIDR = g.world.Subnets[pick(g, g.subnets(t.VPC))].CIDR6
 	case n < 3:
 		r.CIDR = g.world.Subnets[pick(g, g.subnets(t.VPC))].CIDR
+	case n < 4 && six:
+		r.CIDR = g.world.VPCs[t.VPC].CIDRs[1]
 	case n < 4:
 		r.CIDR = g.world.VPCs[t.VPC].CIDRs[0]
-	case n < 6 && len(g.world.Lists) > 0:
+	case n < 6 && !six && len(g.world.Lists) > 0:
 		// Lists whose entries lie in the VPC are refused as routes.
 		r = vpcmodel.Route{List: pick(g, []vpcmodel.ListID{"p1", "p2"})}
 		if slices.ContainsFunc(g.world.Lists[r.List], func(c netip.Prefix) bool { return c.Addr().Is4() && c.Overlaps(prefix("10.0.0.0/8")) }) {
@@ -435,7 +473,7 @@ func (g *generator) route(id vpcmodel.TableID) bool {
 		}
 		return g.do(vpcmodel.AddRoute{Table: id, Route: r})
 	}
-	if g.features.Peerings && t.VPC != "v3" && r.CIDR.IsValid() && !r.CIDR.Overlaps(g.world.VPCs[t.VPC].CIDRs[0]) && g.chance(0.6) {
+	if g.features.Peerings && t.VPC != "v3" && r.CIDR.IsValid() && !slices.ContainsFunc(g.world.VPCs[t.VPC].CIDRs, r.CIDR.Overlaps) && g.chance(0.6) {
 		r.ENI, r.Peering = "", "x1"
 	}
 	return g.do(vpcmodel.AddRoute{Table: id, Route: r})

@@ -153,17 +153,10 @@ type natPort struct {
 // addresses that the cloud gave, and the ports that NAT gateways chose.
 func (r *runner) real(p *vpcmodel.Packet) *vpcmodel.Packet {
 	q := *p
-	public := func(a *netip.Addr) {
-		if known, ok := r.cloud.publics[*a]; ok {
-			*a = known
-		}
-	}
-	public(&q.Src)
-	public(&q.Dst)
+	q.Src, q.Dst = r.cloud.real(q.Src), r.cloud.real(q.Dst)
 	if p.About != nil {
 		about := *p.About
-		public(&about.Src)
-		public(&about.Dst)
+		about.Src, about.Dst = r.cloud.real(about.Src), r.cloud.real(about.Dst)
 		q.About = &about
 	}
 	if p.From != vpcmodel.Internet {
@@ -291,6 +284,9 @@ func (p pieces) add(d []byte) ([]byte, error) {
 
 // expected is what the model says of a packet in the words of outcome.received.
 func expected(v vpcmodel.Verdict) string {
+	if isService(v) {
+		return toService
+	}
 	text := string(v.To)
 	if v.Told > 0 {
 		text += fmt.Sprintf(" told %d", v.Told)

@@ -1,14 +1,17 @@
 package differential
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
+	"os"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/underlay-cni/underlay/internal/nl"
+	"github.com/underlay-cni/underlay/internal/packet"
 )
 
 // port is an interface as its instance has it, with a packet socket on it.
@@ -38,6 +41,10 @@ func openPort(netns, mac string) (*port, error) {
 				return fmt.Errorf("remove %s: %w", addrs[i].IPNet, err)
 			}
 		}
+		// Without IPv6 the kernel sends nothing of its own and answers nothing.
+		if err := os.WriteFile("/proc/sys/net/ipv6/conf/"+link.Attrs().Name+"/disable_ipv6", []byte("1"), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("disable IPv6: %w", err)
+		}
 		if err := netlink.LinkSetUp(link); err != nil {
 			return fmt.Errorf("set up: %w", err)
 		}
@@ -52,8 +59,8 @@ func openPort(netns, mac string) (*port, error) {
 		if err := unix.SetsockoptInt(p.fd, unix.SOL_PACKET, packetIgnoreOutgoing, 1); err != nil {
 			return fmt.Errorf("ignore what goes out: %w", err)
 		}
-		const ipv4 = unix.ETH_P_IP>>8 | unix.ETH_P_IP<<8&0xff00 // network byte order
-		return unix.Bind(p.fd, &unix.SockaddrLinklayer{Protocol: ipv4, Ifindex: p.index})
+		const all = unix.ETH_P_ALL << 8 // network byte order
+		return unix.Bind(p.fd, &unix.SockaddrLinklayer{Protocol: all, Ifindex: p.index})
 	})
 	if err != nil {
 		if p.fd > 0 {
@@ -93,7 +100,7 @@ func (p *port) send(frame []byte) error {
 	}
 }
 
-// receive returns the next frame that has come, or nil.
+// receive returns the next frame of IP that has come, or nil.
 func (p *port) receive(buf []byte) ([]byte, error) {
 	for {
 		n, err := unix.Read(p.fd, buf)
@@ -103,6 +110,8 @@ func (p *port) receive(buf []byte) ([]byte, error) {
 			return nil, nil
 		case err != nil:
 			return nil, err
+		case n < 15:
+		case binary.BigEndian.Uint16(buf[12:]) != packet.EtherTypeIPv4 && binary.BigEndian.Uint16(buf[12:]) != packet.EtherTypeIPv6:
 		default:
 			return buf[:n], nil
 		}

@@ -127,6 +127,7 @@ type line struct {
 	Flags     uint8      `json:"tcp-flags"`
 	Direction string     `json:"flow-direction"`
 	Path      int        `json:"traffic-path"`
+	Type      string     `json:"type"`
 }
 
 // flows reads the flow records since a time.
@@ -171,7 +172,8 @@ func (r *runner) gotRecords() (map[vpcmodel.Record]*logged, error) {
 			return
 		}
 		k := recordKey(vpcmodel.Record{
-			ENI: eni, Dir: vpcmodel.Direction(l.Direction == "egress"), SrcAddr: l.Src, DstAddr: l.Dst, PktSrc: l.PktSrc, PktDst: l.PktDst,
+			ENI: eni, Dir: vpcmodel.Direction(l.Direction == "egress"), SrcAddr: r.cloud.scripted(l.Src), DstAddr: r.cloud.scripted(l.Dst),
+			PktSrc: r.cloud.scripted(l.PktSrc), PktDst: r.cloud.scripted(l.PktDst), IPv6: l.Type == "IPv6",
 			SrcPort: l.SrcPort, DstPort: l.DstPort, Proto: l.Protocol, Accepted: l.Action == "ACCEPT", Path: l.Path,
 		})
 		n := got[k]

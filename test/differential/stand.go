@@ -236,7 +236,7 @@ func (s *stand) sendMarker() error {
 	s.number++
 	p := &vpcmodel.Packet{Src: s.marker, Dst: s.at, Proto: packet.ProtoUDP, SrcPort: 1, DstPort: 1}
 	d := datagrams(p, s.number)[0]
-	if err := s.from.send(packet.Frame(packet.MAC(s.from.mac), packet.MAC(fabric.RouterMAC), packet.EtherTypeIPv4, d)); err != nil {
+	if err := s.from.send(frame(packet.MAC(s.from.mac), packet.MAC(fabric.RouterMAC), d)); err != nil {
 		return fmt.Errorf("send marker: %w", err)
 	}
 	buf := make([]byte, 1<<14)

@@ -55,7 +55,7 @@ type flowKind struct {
 func (s *stand) watch(seed uint64, f Features, moves bool) (*watched, error) {
 	g := &generator{
 		moves: moves, Rand: rand.New(rand.NewPCG(seed, 2)), features: f, world: vpcmodel.NewWorld(vpcmodel.Defaults()),
-		open: map[vpc.VPCID]vpc.SecurityGroupID{}, counts: Counts{}, wanted: wanted(f), emphasis: onAll, second: map[vpc.ENIID]bool{},
+		open: map[vpc.VPCID]vpc.SecurityGroupID{}, counts: Counts{}, wanted: wanted(f), emphasis: onAll, dual: f.dual(seed), second: map[vpc.ENIID]bool{},
 	}
 	g.build()
 	w := &watched{stand: s, cloud: newCloud(s.ctx, s.endpoint), changes: g, ports: map[string]*port{}, tuples: map[flowKind]uint16{}}
@@ -359,15 +359,11 @@ func (w *watched) sendAll(packets []*vpcmodel.Packet) ([]string, error) {
 		for i, p := range packets {
 			w.number++
 			q := *p
-			for _, a := range []*netip.Addr{&q.Src, &q.Dst} {
-				if known, ok := w.cloud.publics[*a]; ok {
-					*a = known
-				}
-			}
+			q.Src, q.Dst = w.cloud.real(q.Src), w.cloud.real(q.Dst)
 			d := datagrams(&q, w.number)[0]
 			sent[w.number] = i
 			from := ports[string(p.From)]
-			err := from.send(packet.Frame(packet.MAC(from.mac), packet.MAC(fabric.RouterMAC), packet.EtherTypeIPv4, d))
+			err := from.send(frame(packet.MAC(from.mac), packet.MAC(fabric.RouterMAC), d))
 			if err != nil && w.leaving(p.From) {
 				continue
 			} else if err != nil {

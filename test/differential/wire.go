@@ -17,8 +17,11 @@ func datagrams(p *vpcmodel.Packet, number uint32) [][]byte {
 	payload := binary.BigEndian.AppendUint32([]byte(mark), number)
 	body := transport(p, payload)
 	if p.Fragments < 2 && !p.Orphan {
-		if p.Length > 20+len(body) {
-			body = transport(p, append(payload, make([]byte, p.Length-20-len(body))...))
+		if header := headerLength(p.Src); p.Length > header+len(body) {
+			body = transport(p, append(payload, make([]byte, p.Length-header-len(body))...))
+		}
+		if p.Src.Is6() {
+			return [][]byte{ip6(p.Src, p.Dst, p.Proto, body)}
 		}
 		flags := uint16(0x4000)
 		if p.MayFragment {
@@ -37,6 +40,10 @@ func datagrams(p *vpcmodel.Packet, number uint32) [][]byte {
 		if i < n-1 {
 			flags |= 0x2000
 			part = part[:16]
+		}
+		if p.Src.Is6() {
+			out = append(out, fragment6(p, number, uint16(i), i < n-1, part))
+			continue
 		}
 		out = append(out, ip(p.Src, p.Dst, p.Proto, uint16(number), flags, part))
 	}
@@ -83,6 +90,9 @@ func transport(p *vpcmodel.Packet, payload []byte) []byte {
 			b = append(b, payload...)
 		}
 		binary.BigEndian.PutUint16(b[2:], checksum(0, b))
+	case packet.ProtoICMPv6:
+		b = icmp6(p, payload)
+		binary.BigEndian.PutUint16(b[2:], checksum(pseudo(p, len(b)), b))
 	default:
 		b = append(make([]byte, 8), payload...)
 	}
@@ -103,8 +113,9 @@ func ip(src, dst netip.Addr, proto uint8, ident, fragment uint16, body []byte) [
 func pseudo(p *vpcmodel.Packet, length int) uint32 {
 	sum := uint32(p.Proto) + uint32(length)
 	for _, a := range []netip.Addr{p.Src, p.Dst} {
-		b := a.As4()
-		sum += uint32(binary.BigEndian.Uint16(b[0:])) + uint32(binary.BigEndian.Uint16(b[2:]))
+		for b := a.AsSlice(); len(b) > 0; b = b[2:] {
+			sum += uint32(binary.BigEndian.Uint16(b))
+		}
 	}
 	return sum
 }

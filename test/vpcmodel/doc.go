@@ -24,6 +24,14 @@
 //	groups e2 g1
 //	send 1 e1 tcp 10.0.1.10:1024 > 10.0.1.33:80 S => e2
 //
+// With IPv6 a VPC has a block of it, a subnet a second block, an interface addresses
+// and /80 prefixes beside those of IPv4:
+//
+//	vpc v1 10.0.0.0/16 2001:db8:1::/56
+//	subnet s1 v1 10.0.1.0/24 2001:db8:1:1::/64
+//	eni e1 s1 i1 10.0.1.10 2001:db8:1:1::10 2001:db8:1:1:a::/80
+//	send 1 e1 icmpv6 2001:db8:1:1::10 > 2001:db8:1:1::20 128/0 ident 7
+//
 // Statements that a test leaves out have AWS's defaults, except that a group has
 // exactly the rules that it is given ("newgroup" and "defaultgroup" make one as
 // AWS does), and that names stand where AWS has identifiers.

@@ -17,30 +17,42 @@ type Fact struct {
 	Section  string // "3.1"
 	Name     string // of the subtest that runs Script
 	Sentence string
+	Base     Script   // what Script begins with
 	Script   Script   // after Base; nil if nothing can be sent
 	Tests    []string // "package.TestName" elsewhere in the module
 	Unheld   string   // why no packet can show it
 	NotYet   string   // what lacks
+
+	ipv6 bool
 }
 
 // Facts reads facts.txt. Its first part is the base: the statements that each
-// script begins with.
+// script begins with. What stands after "--- ipv6" is that of facts on IPv6.
 //
 //	=== 3.1 name
 //	> the sentence
+//	! ipv6
 //	! test internal/vpcd/api.TestName
 //	! unheld the reason
 //	! not yet what lacks
 //	a statement
 func Facts() (base Script, facts []Fact, err error) {
 	parts := strings.Split(factsText, "\n=== ")
-	if base, err = Parse(parts[0]); err != nil {
+	first, second, _ := strings.Cut(parts[0], "\n--- ipv6\n")
+	if base, err = Parse(first); err != nil {
 		return nil, nil, fmt.Errorf("base of facts.txt: %w", err)
+	}
+	base6, err := Parse(second)
+	if err != nil {
+		return nil, nil, fmt.Errorf("base of facts.txt for IPv6: %w", err)
 	}
 	for _, part := range parts[1:] {
 		f, err := parseFact(part)
 		if err != nil {
 			return nil, nil, err
+		}
+		if f.Base = base; f.ipv6 {
+			f.Base = base6
 		}
 		if slices.ContainsFunc(facts, func(g Fact) bool { return g.Name == f.Name }) {
 			return nil, nil, fmt.Errorf("fact %s is there twice", f.Name)
@@ -66,6 +78,8 @@ func parseFact(part string) (f Fact, err error) {
 			f.Unheld = line[len("! unheld "):]
 		case strings.HasPrefix(line, "! not yet "):
 			f.NotYet = line[len("! not yet "):]
+		case line == "! ipv6":
+			f.ipv6 = true
 		default:
 			script = append(script, line)
 		}

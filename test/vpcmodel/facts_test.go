@@ -7,7 +7,7 @@ import (
 
 // Each fact's script gives the verdicts that it names.
 func TestFacts(t *testing.T) {
-	base, facts, err := Facts()
+	_, facts, err := Facts()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -16,7 +16,7 @@ func TestFacts(t *testing.T) {
 			continue
 		}
 		t.Run(f.Name, func(t *testing.T) {
-			script := append(append(Script{}, base...), f.Script...)
+			script := append(append(Script{}, f.Base...), f.Script...)
 			verdicts, _, err := script.Run(Defaults())
 			if err != nil {
 				t.Fatal(err)
@@ -94,7 +94,11 @@ func TestApplyRefuses(t *testing.T) {
 		"table t1 v1\nroute t1 10.1.0.0/16 peer x1":                      "no peering",
 		"peer x1 v1 v9\ntable t1 v1\nroute t1 10.1.0.0/16 peer x1":       "has failed",
 		"acl a1 v1\nentry a1 in 1 allow all 0.0.0.0/0\nunentry a1 out 1": "no entry 1",
-		"send 1 e7 udp 10.0.0.4:1 > 10.0.0.5:2":                          "no interface e7",
+		"vpc v6 10.6.0.0/16 2001:db8:6::/56\nsubnet s6 v6 10.6.1.0/24 2001:db8:6:1::/64\neni e6 s6 i6 10.6.1.4 2001:db8:6:2::4":     "not in subnet",
+		"vpc v6 10.6.0.0/16 2001:db8:6::/56\ntable t1 v6\nroute t1 2001:db8:6:1::/64 eni e1":                                        "another VPC",
+		"table t1 v1\nroute t1 fd00:ec2:1::/48 eni e1":                                                                              "refused",
+		"vpc v6 10.6.0.0/16 2001:db8:6::/56\nvpc v7 10.7.0.0/16 2001:db8:6::/56\npeer x1 v6 v7\ntable t1 v6\nroute t1 ::/0 peer x1": "has failed",
+		"send 1 e7 udp 10.0.0.4:1 > 10.0.0.5:2":                                                                                     "no interface e7",
 	} {
 		s, err := Parse(text)
 		if err != nil {

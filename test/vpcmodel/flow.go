@@ -31,6 +31,7 @@ func (f *flow) established() bool { return f.flags[1] != 0 && f.flags[0]&ACK != 
 
 // find returns the flow of e that p continues (forward) or answers, or nil.
 func (w *World) find(e *ENI, d Direction, p *Packet) *flow {
+	w.keep(e)
 	e.flows = slices.DeleteFunc(e.flows, func(f *flow) bool { return w.idle(e, f) })
 	for _, f := range e.flows {
 		if f.dir == d && f.continuedBy(p) || f.dir != d && f.answeredBy(p) {
@@ -41,6 +42,16 @@ func (w *World) find(e *ENI, d Direction, p *Packet) *flow {
 		}
 	}
 	return nil
+}
+
+// keep has Peek remember the flows of e before they change.
+func (w *World) keep(e *ENI) {
+	if w.peeked == nil {
+		return
+	}
+	if _, done := w.peeked[e]; !done {
+		w.peeked[e], e.flows = e.flows, clone(e.flows)
+	}
 }
 
 func (f *flow) continuedBy(p *Packet) bool {
@@ -124,6 +135,7 @@ func (w *World) track(e *ENI, d Direction, p *Packet) bool {
 		n := 0
 		for _, other := range w.ENIs {
 			if other.Instance == e.Instance {
+				w.keep(other)
 				other.flows = slices.DeleteFunc(other.flows, func(f *flow) bool { return w.idle(other, f) })
 				for _, f := range other.flows {
 					if !f.untracked {

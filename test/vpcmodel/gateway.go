@@ -188,7 +188,7 @@ func (s SetEdge) Apply(w *World) error {
 // whole reports whether c is a CIDR block of a VPC or of one of its subnets.
 func (w *World) whole(v vpc.VPCID, c netip.Prefix) bool {
 	for _, s := range w.Subnets {
-		if s.VPC == v && s.CIDR == c {
+		if s.VPC == v && (s.CIDR == c || s.CIDR6 == c) {
 			return true
 		}
 	}

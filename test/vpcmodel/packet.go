@@ -48,8 +48,11 @@ type Quote struct {
 
 func (q *Quote) packet() *Packet {
 	p := &Packet{Src: q.Src, Dst: q.Dst, Proto: q.Proto, SrcPort: q.SrcPort, DstPort: q.DstPort, Ident: q.Ident}
-	if q.Proto == packet.ProtoICMP {
+	switch q.Proto {
+	case packet.ProtoICMP:
 		p.Type = 8
+	case packet.ProtoICMPv6:
+		p.Type = 128
 	}
 	return p
 }
@@ -69,6 +72,12 @@ func (p *Packet) reverse() *Packet {
 
 func (p *Packet) icmp() bool {
 	return p.Proto == packet.ProtoICMP || p.Proto == packet.ProtoICMPv6
+}
+
+// Discovery reports whether p is neighbour discovery: a router or neighbour
+// solicitation or advertisement, or a redirect (RFC 4861, section 4).
+func (p *Packet) Discovery() bool {
+	return p.Proto == packet.ProtoICMPv6 && 133 <= p.Type && p.Type <= 137
 }
 
 // ports reports whether p's protocol has port numbers for a VPC.
@@ -117,6 +126,7 @@ type Verdict struct {
 	Rule             string   // the kind of rule that decided: the drop's, or the receiver's
 	Rules            []string // the kinds of all that let it pass
 
+	IPv6    bool    // the packet is of IPv6
 	Seen    *Packet // as the receiver sees it, nil if nothing translated it
 	NAT     NATID   // that translated it
 	Told    int     // MTU that the sender is told by ICMP, 0 if it is not

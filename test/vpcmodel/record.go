@@ -20,6 +20,7 @@ type Record struct {
 	Accepted         bool
 	Flags            uint8 // tcp-flags, to be or-ed
 	Path             int   // traffic-path, 0 is "-"
+	IPv6             bool  // type: "IPv4/IPv6/EFA"
 }
 
 // Key is a record without what adds up.
@@ -40,8 +41,12 @@ func (r Record) String() string {
 	if r.Dir == Out {
 		way = "egress"
 	}
-	return fmt.Sprintf("%s %s %s %s %d %d %d %s pkt %s %s path %s flags %d",
+	text := fmt.Sprintf("%s %s %s %s %d %d %d %s pkt %s %s path %s flags %d",
 		r.ENI, way, r.SrcAddr, r.DstAddr, r.SrcPort, r.DstPort, r.Proto, action, r.PktSrc, r.PktDst, path, r.Flags)
+	if r.IPv6 {
+		text += " type IPv6"
+	}
+	return text
 }
 
 // note adds to the records of an interface what it says of a packet. e is nil for
@@ -50,13 +55,16 @@ func (w *World) note(e *ENI, d Direction, p *Packet, accepted bool, path int) {
 	if e == nil {
 		return
 	}
-	r := Record{ENI: e.ID, Dir: d, SrcAddr: p.Src, DstAddr: p.Dst, PktSrc: p.Src, PktDst: p.Dst, Proto: p.Proto, Accepted: accepted}
+	r := Record{ENI: e.ID, Dir: d, SrcAddr: p.Src, DstAddr: p.Dst, PktSrc: p.Src, PktDst: p.Dst, Proto: p.Proto, Accepted: accepted, IPv6: p.Src.Is6()}
 	// "the ENI side always shows the ENI's PRIMARY private IPv4 if the packet's
 	// address is a secondary IP or not the ENI's at all (dstaddr for ingress,
-	// srcaddr for egress)". "Remote side is never rewritten."
-	if d == Out {
+	// srcaddr for egress)". "Remote side is never rewritten." That is said of IPv4
+	// alone: of IPv6 no address is primary, and both sides are the packet's [inf].
+	switch {
+	case r.IPv6:
+	case d == Out:
 		r.SrcAddr = e.Primary
-	} else {
+	default:
 		r.DstAddr = e.Primary
 	}
 	if p.ports() {

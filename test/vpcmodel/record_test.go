@@ -22,6 +22,16 @@ allow g3 in udp 53 0.0.0.0/0
 igw w1 v1
 elastic p1 198.18.0.1
 associate p1 e2 10.0.1.33
+vpc v6 10.6.0.0/16 2001:db8:6::/56
+subnet u1 v6 10.6.1.0/24 2001:db8:6:1::/64
+eni k1 u1 l1 10.6.1.10 2001:db8:6:1::10
+eni k2 u1 l2 10.6.1.20 2001:db8:6:1::20 2001:db8:6:1:a::/80
+group k v6
+groups k1 k
+groups k2 k
+allow k in tcp 80 2001:db8:6::/56
+allow k in icmpv6 128/any 2001:db8:6::/56
+allow k out all ::/0
 vpc v2 10.2.0.0/16
 subnet t1 v2 10.2.1.0/24
 eni f1 t1 j1 10.2.1.10
@@ -78,6 +88,14 @@ f1 ingress 10.0.1.10 10.2.1.10 5000 53 17 ACCEPT pkt 10.0.1.10 10.2.1.10 path - 
 e2 egress 10.0.1.20 203.0.113.9 5000 53 17 ACCEPT pkt 10.0.1.33 203.0.113.9 path 8 flags 0`},
 		{"from the internet", "send 1 internet tcp 203.0.113.9:5000 > 198.18.0.1:80 S", `
 e2 ingress 203.0.113.9 10.0.1.20 5000 80 6 REJECT pkt 203.0.113.9 10.0.1.33 path - flags 2`},
+		{"IPv6, accepted at an address of a prefix", "send 1 k1 tcp [2001:db8:6:1::10]:5000 > [2001:db8:6:1:a::5]:80 S", `
+k1 egress 2001:db8:6:1::10 2001:db8:6:1:a::5 5000 80 6 ACCEPT pkt 2001:db8:6:1::10 2001:db8:6:1:a::5 path 1 flags 2 type IPv6
+k2 ingress 2001:db8:6:1::10 2001:db8:6:1:a::5 5000 80 6 ACCEPT pkt 2001:db8:6:1::10 2001:db8:6:1:a::5 path - flags 2 type IPv6`},
+		{"IPv6, refused", "send 1 k1 icmpv6 2001:db8:6:1::10 > 2001:db8:6:1::20 129/0 ident 4", `
+k1 egress 2001:db8:6:1::10 2001:db8:6:1::20 0 0 58 ACCEPT pkt 2001:db8:6:1::10 2001:db8:6:1::20 path 1 flags 0 type IPv6
+k2 ingress 2001:db8:6:1::10 2001:db8:6:1::20 0 0 58 REJECT pkt 2001:db8:6:1::10 2001:db8:6:1::20 path - flags 0 type IPv6`},
+		{"neighbour discovery", "send 1 k1 icmpv6 2001:db8:6:1::10 > ff02::1:ff00:20 135/0 ident 0", ``},
+		{"IPv6 services", "send 1 k1 udp [2001:db8:6:1::10]:5000 > [fd00:ec2::253]:53", ``},
 		{"the VPC's services", "send 1 e1 udp 10.0.1.10:5000 > 10.0.0.2:53", ``},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -33,7 +33,7 @@ func (w *World) route(s *Subnet, p *Packet) hop {
 	if p.Dst.IsMulticast() || p.Dst == netip.AddrFrom4([4]byte{255, 255, 255, 255}) {
 		return hop{rule: "multicast", why: "no broadcast, no multicast"}
 	}
-	if p.Dst.Is4() && p.Dst.IsLinkLocalUnicast() && !w.Settings.LinkLocalRouted {
+	if p.Dst.IsLinkLocalUnicast() && (p.Dst.Is6() || !w.Settings.LinkLocalRouted) || p.Src.Is6() && p.Src.IsLinkLocalUnicast() {
 		return hop{rule: "link-local", why: "no router forwards link-local addresses"}
 	}
 	for _, c := range unforwarded {
@@ -43,7 +43,7 @@ func (w *World) route(s *Subnet, p *Packet) hop {
 	}
 	// A route more specific than the local one is "not to hosts in the same
 	// subnet".
-	if s.CIDR.Contains(p.Dst) {
+	if s.Contains(p.Dst) {
 		return w.local(s.VPC, p.Dst, "same subnet")
 	}
 	best, length := w.longest(w.VPCs[s.VPC], w.Tables[s.Table], p.Dst)

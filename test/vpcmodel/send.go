@@ -9,11 +9,14 @@ import (
 
 // services are the addresses that every VPC answers by itself: "Amazon DNS (.2,
 // 169.254.169.253), DHCP, IMDS, ECS task metadata 169.254.170.2, Windows KMS,
-// Time Sync 169.254.169.123, reserved VPC-router IPs".
+// Time Sync 169.254.169.123, reserved VPC-router IPs". Of IPv6 the facts name the
+// DNS, "fd00:ec2::253", IMDS, "[fd00:ec2::254]", and the router's link-local
+// address, "router also answers fe80:ec2::1".
 var services = []netip.Addr{
 	netip.AddrFrom4([4]byte{169, 254, 169, 253}), netip.AddrFrom4([4]byte{169, 254, 169, 254}),
 	netip.AddrFrom4([4]byte{169, 254, 170, 2}), netip.AddrFrom4([4]byte{169, 254, 169, 123}),
 	netip.AddrFrom4([4]byte{169, 254, 169, 250}), netip.AddrFrom4([4]byte{169, 254, 169, 251}),
+	netip.MustParseAddr("fd00:ec2::253"), netip.MustParseAddr("fd00:ec2::254"), netip.MustParseAddr("fe80:ec2::1"),
 }
 
 // service reports whether a is an address that the VPC itself answers, for an
@@ -25,14 +28,14 @@ func (w *World) service(s *Subnet, a netip.Addr) bool {
 		}
 	}
 	dns := w.VPCs[s.VPC].CIDRs[0].Masked().Addr().Next().Next()
-	return a == dns || a == vpc.Router(s.CIDR)
+	return a == dns || a == vpc.Router(s.CIDR) || s.CIDR6.IsValid() && a == s.CIDR6.Masked().Addr().Next()
 }
 
 // Send judges a packet, and remembers the flow that it begins or continues.
 func (w *World) Send(p *Packet) Verdict {
 	w.noted = nil
 	v := w.judge(p)
-	v.Records = w.noted
+	v.Records, v.IPv6 = w.noted, p.Src.Is6()
 	return v
 }
 
@@ -45,6 +48,11 @@ func (w *World) judge(p *Packet) Verdict {
 		return Verdict{Where: AtSender, Rule: "detached", Why: "the interface is not attached"}
 	}
 	s := w.Subnets[e.Subnet]
+	// As "the VPC answers ARP … from the mapping, no broadcast/multicast", so it
+	// does neighbour discovery: nobody else gets it, whatever the groups say [inf].
+	if p.Discovery() {
+		return Verdict{Service: p.Dst, Rule: "neighbour discovery", Sender: Exempt}
+	}
 	// "Over-MTU packet: DF set -> dropped"; all packets here have it set unless
 	// they are fragments.
 	if p.Length > MTU {
@@ -52,7 +60,8 @@ func (w *World) judge(p *Packet) Verdict {
 	}
 	// "Source/dest check (default on): … egress dropped unless src is one of them
 	// [the ENI's IPs (prefixes included)]".
-	if !e.NoCheck && !e.holds(p.Src, true) {
+	// A multicast address is nobody's, whatever the check.
+	if !e.NoCheck && !e.holds(p.Src, true) || p.Src.IsMulticast() {
 		return Verdict{Where: AtSource, Rule: "source check", Why: "the source address is not the interface's"}
 	}
 	// "Not filtered by SG …. NACLs equally cannot block DNS .2 or IMDS".
@@ -85,20 +94,17 @@ func (w *World) judge(p *Packet) Verdict {
 
 // Peek is what Send would answer, without remembering anything.
 func (w *World) Peek(p *Packet) Verdict {
-	kept := map[*ENI][]*flow{}
-	for _, e := range w.ENIs {
-		kept[e] = e.flows
-		e.flows = clone(e.flows)
-	}
+	w.peeked = map[*ENI][]*flow{}
 	nats := map[*NAT]NAT{}
 	for _, n := range w.NATs {
 		nats[n] = *n
 		n.flows = n.cloned()
 	}
 	v := w.Send(p)
-	for e, flows := range kept {
+	for e, flows := range w.peeked {
 		e.flows = flows
 	}
+	w.peeked = nil
 	for n, was := range nats {
 		n.flows, n.port = was.flows, was.port
 	}
@@ -107,10 +113,9 @@ func (w *World) Peek(p *Packet) Verdict {
 
 // clone copies flows, each by itself.
 func clone(flows []*flow) []*flow {
-	out := make([]*flow, len(flows))
+	copies, out := make([]flow, len(flows)), make([]*flow, len(flows))
 	for i, f := range flows {
-		c := *f
-		out[i] = &c
+		copies[i], out[i] = *f, &copies[i]
 	}
 	return out
 }

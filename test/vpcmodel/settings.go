@@ -38,7 +38,8 @@ type Settings struct {
 
 	// LinkLocalRouted: routes hold for 169.254.0.0/16 outside 169.254.168.0/22.
 	// The facts except that /22 alone; RFC 3927 section 7 forbids routers to
-	// forward any of it.
+	// forward any of it. Of IPv6 nothing from or to fe80::/10 is forwarded (RFC
+	// 4291, section 2.5.6); the facts name fd00:ec2::/32 alone.
 	LinkLocalRouted bool
 
 	// IGWPath is the traffic-path of what leaves by an internet gateway: "2 IGW …,

@@ -183,7 +183,7 @@ func (s MakeENI) Apply(w *World) error {
 // free returns an error unless c is in the subnet and nobody's.
 func (w *World) free(id vpc.SubnetID, c netip.Prefix) error {
 	s := w.Subnets[id]
-	if !s.CIDR.Contains(c.Addr()) || c.Bits() < s.CIDR.Bits() {
+	if block := s.block(c.Addr()); !block.Contains(c.Addr()) || c.Bits() < block.Bits() {
 		return fmt.Errorf("%s is not in subnet %s", c, id)
 	}
 	for _, n := range w.NATs {
@@ -199,9 +199,25 @@ func (w *World) free(id vpc.SubnetID, c netip.Prefix) error {
 	return nil
 }
 
+// block is the subnet's CIDR block of an address's family.
+func (s *Subnet) block(a netip.Addr) netip.Prefix {
+	if a.Is6() {
+		return s.CIDR6
+	}
+	return s.CIDR
+}
+
 func single(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
 
-var everyone = netip.MustParsePrefix("0.0.0.0/0")
+// everyone lists the blocks that stand for everybody in a VPC: "egress all IPv4
+// (and `::/0` when the VPC has IPv6)".
+func (v *VPC) everyone() []netip.Prefix {
+	all := []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}
+	if v.hasIPv6() {
+		all = append(all, netip.MustParsePrefix("::/0"))
+	}
+	return all
+}
 
 func (s MakeGroup) Apply(w *World) error {
 	if err := first(need("VPC", w.VPCs, s.VPC), fresh("group", w.Groups, s.ID)); err != nil {
@@ -210,8 +226,10 @@ func (s MakeGroup) Apply(w *World) error {
 	g := &Group{ID: s.ID, VPC: s.VPC, Rules: map[Direction][]Rule{}}
 	all := Match{Proto: -1, From: -1, To: -1}
 	if s.As != "group" {
-		// "new SG: no ingress, egress all IPv4".
-		g.Rules[Out] = []Rule{{Match: all, CIDR: everyone}}
+		// "new SG: no ingress, egress all IPv4 (and `::/0` when the VPC has IPv6)".
+		for _, c := range w.VPCs[s.VPC].everyone() {
+			g.Rules[Out] = append(g.Rules[Out], Rule{Match: all, CIDR: c})
+		}
 	}
 	if s.As == "defaultgroup" {
 		// "default SG: ingress from itself all, egress all".
@@ -228,9 +246,11 @@ func (s MakeACL) Apply(w *World) error {
 	a := &ACL{ID: s.ID, VPC: s.VPC, Entries: map[Direction][]Entry{}}
 	if s.As == "defaultacl" {
 		w.VPCs[s.VPC].DefaultACL = s.ID
-		// "default ACL rule 100 allow all".
+		// "default ACL rule 100 allow all (101 for v6)".
 		for _, d := range []Direction{In, Out} {
-			a.Entries[d] = []Entry{{Number: 100, Allow: true, Match: Match{Proto: -1, From: -1, To: -1}, CIDR: everyone}}
+			for i, c := range w.VPCs[s.VPC].everyone() {
+				a.Entries[d] = append(a.Entries[d], Entry{Number: 100 + i, Allow: true, Match: Match{Proto: -1, From: -1, To: -1}, CIDR: c})
+			}
 		}
 	}
 	w.ACLs[s.ID] = a
@@ -484,7 +504,7 @@ func (s AddRoute) Apply(w *World) error {
 		if s.CIDR.IsValid() && s.CIDR != c && c.Bits() <= s.CIDR.Bits() && c.Contains(s.CIDR.Addr()) {
 			whole := false
 			for _, n := range w.Subnets {
-				whole = whole || n.VPC == t.VPC && n.CIDR == s.CIDR
+				whole = whole || n.VPC == t.VPC && (n.CIDR == s.CIDR || n.CIDR6 == s.CIDR)
 			}
 			if !whole || s.Route.ENI == "" && s.NAT == "" {
 				return fmt.Errorf("%s is within the local route and not a subnet's, or its target neither interface nor NAT gateway", s.CIDR)

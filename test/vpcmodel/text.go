@@ -98,8 +98,13 @@ func bare(c netip.Prefix) string {
 	return c.String()
 }
 
-func (s MakeVPC) String() string    { return fields("vpc", s.ID, spaced(s.CIDRs)) }
-func (s MakeSubnet) String() string { return fields("subnet", s.ID, s.VPC, s.CIDR) }
+func (s MakeVPC) String() string { return fields("vpc", s.ID, spaced(s.CIDRs)) }
+func (s MakeSubnet) String() string {
+	if s.CIDR6.IsValid() {
+		return fields("subnet", s.ID, s.VPC, s.CIDR, s.CIDR6)
+	}
+	return fields("subnet", s.ID, s.VPC, s.CIDR)
+}
 func (s MakeENI) String() string {
 	others := make([]string, len(s.Others))
 	for i, c := range s.Others {
@@ -414,7 +419,11 @@ func (p *parser) statement(verb string) Statement {
 	case "vpc":
 		return MakeVPC{VPC{ID: vpc.VPCID(p.word()), CIDRs: p.cidrs()}}
 	case "subnet":
-		return MakeSubnet{Subnet{ID: vpc.SubnetID(p.word()), VPC: vpc.VPCID(p.word()), CIDR: p.cidr()}}
+		s := Subnet{ID: vpc.SubnetID(p.word()), VPC: vpc.VPCID(p.word()), CIDR: p.cidr()}
+		if len(p.words) > 0 {
+			s.CIDR6 = p.cidr()
+		}
+		return MakeSubnet{s}
 	case "eni":
 		return MakeENI{ID: vpc.ENIID(p.word()), Subnet: vpc.SubnetID(p.word()), Instance: vpc.InstanceID(p.word()), Primary: p.addr(), Others: p.cidrs()}
 	case "group", "newgroup", "defaultgroup":

@@ -39,6 +39,8 @@ type World struct {
 
 	noted     []Record // of the packet that is on its way
 	tracksAll bool     // it comes from a NAT gateway
+
+	peeked map[*ENI][]*flow // during Peek: flows as they were, of interfaces that it has come to
 }
 
 // NewWorld returns an empty world.
@@ -56,8 +58,8 @@ func NewWorld(s Settings) *World {
 // local route.
 type VPC struct {
 	ID         vpc.VPCID
-	CIDRs      []netip.Prefix
-	DefaultACL ACLID // "" if no statement has named it; it then allows all
+	CIDRs      []netip.Prefix // the first is of IPv4; those of IPv6 are /56
+	DefaultACL ACLID          // "" if no statement has named it; it then allows all
 }
 
 // Contains reports whether a lies in one of the VPC's CIDR blocks.
@@ -65,14 +67,23 @@ func (v *VPC) Contains(a netip.Addr) bool {
 	return slices.ContainsFunc(v.CIDRs, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
+// hasIPv6 reports whether the VPC has a block of IPv6.
+func (v *VPC) hasIPv6() bool {
+	return slices.ContainsFunc(v.CIDRs, func(p netip.Prefix) bool { return p.Addr().Is6() })
+}
+
 // Subnet is a subnet; it "has exactly one" ACL.
 type Subnet struct {
 	ID    vpc.SubnetID
 	VPC   vpc.VPCID
 	CIDR  netip.Prefix
-	ACL   ACLID   // "" is the VPC's default ACL
-	Table TableID // "" is the VPC's main table as it was made: local routes alone
+	CIDR6 netip.Prefix // a /64, or invalid
+	ACL   ACLID        // "" is the VPC's default ACL
+	Table TableID      // "" is the VPC's main table as it was made: local routes alone
 }
+
+// Contains reports whether a lies in one of the subnet's CIDR blocks.
+func (s *Subnet) Contains(a netip.Addr) bool { return s.CIDR.Contains(a) || s.CIDR6.Contains(a) }
 
 // ENI is an interface. One that is not Attached holds its addresses but sends and
 // receives nothing.
@@ -81,8 +92,8 @@ type ENI struct {
 	Subnet   vpc.SubnetID
 	Instance vpc.InstanceID
 	Attached bool
-	Primary  netip.Addr
-	Others   []netip.Prefix // secondary addresses as /32 (or /128), delegated prefixes as /28 (/80)
+	Primary  netip.Addr     // of IPv4
+	Others   []netip.Prefix // secondary addresses as /32, delegated prefixes as /28; IPv6 as /128 and /80
 	Groups   []vpc.SecurityGroupID
 	NoCheck  bool // source/destination check off
 	Timeouts Timeouts

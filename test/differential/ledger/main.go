@@ -26,7 +26,7 @@ func main() {
 // run is started in test/differential.
 func run() error {
 	const root = "../.."
-	base, facts, err := vpcmodel.Facts()
+	_, facts, err := vpcmodel.Facts()
 	if err != nil {
 		return err
 	}
@@ -44,7 +44,7 @@ func run() error {
 				return fmt.Errorf("fact %s: %w", f.Name, err)
 			}
 		}
-		state, held := holders(base, f)
+		state, held := holders(f)
 		counts[state]++
 		fmt.Fprintf(&rows, "| %s | %s |\n", escape(f.Sentence), held)
 	}
@@ -77,11 +77,11 @@ const (
 )
 
 // holders says what holds a fact.
-func holders(base vpcmodel.Script, f vpcmodel.Fact) (state, text string) {
+func holders(f vpcmodel.Fact) (state, text string) {
 	var parts []string
 	lacks := ""
 	if f.Script != nil {
-		lacks = differential.Enforced.Lacks(slices.Concat(base, f.Script))
+		lacks = differential.Enforced.Lacks(slices.Concat(f.Base, f.Script))
 		if lacks == "" {
 			parts = append(parts, "script `"+f.Name+"`")
 			state = onPackets
