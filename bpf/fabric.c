@@ -741,6 +741,7 @@ static __always_inline int from_guest_ipv4(struct __sk_buff *skb, const struct e
 	return deliver(skb, way.to, way.source, &size);
 }
 
+/* judge_guest judges a frame from the start. from_guest alone calls it. */
 SEC("tcx/ingress")
 int judge_guest(struct __sk_buff *skb)
 {

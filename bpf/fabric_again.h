@@ -54,10 +54,10 @@ static __always_inline __u32 generation(void)
 	return g ? *(volatile __u32 *)g : 0;
 }
 
-/* goes_on says whether a flow is there that the packet continues. */
+/* goes_on says whether a flow is there that a packet continues; a SYN may begin another. */
 static __always_inline int goes_on(const struct flow *f, const struct packet *p)
 {
-	return f && f->own.mtu && f->expires > p->now && !(is_syn(p) && closed(f));
+	return f && f->own.mtu && f->expires > p->now;
 }
 
 /* note_passed lets the like of a packet that has passed take the short way. */
@@ -122,6 +122,8 @@ static __always_inline int pass_again(struct __sk_buff *skb)
 		if ((void *)(l4 + 14) > end)
 			return 0;
 		p.tcp_flags = l4[13];
+		if (is_syn(&p)) /* hardly ever its like has passed */
+			return 0;
 	} else if (p.tuple.protocol != IPPROTO_UDP) {
 		return 0;
 	}

@@ -296,7 +296,10 @@ static __always_inline int is_syn6(const struct packet6 *p)
 	return (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
 }
 
-/* allowed6 asks the rules of a direction, one after the other. It and begin6 are not inlined, for their stacks. */
+/*
+ * allowed6 asks the rules of a direction, one after the other. It and begin6 are
+ * not inlined, for their stacks.
+ */
 static __noinline int allowed6(const struct packet6 *p, const struct policy6 *policy,
 			       __u32 direction, __u32 peer)
 {

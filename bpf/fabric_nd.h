@@ -20,7 +20,7 @@ static __always_inline int neighbour_discovery(__u8 type)
 	return type >= ROUTER_SOLICITATION && type <= REDIRECT;
 }
 
-/* The fabric's two messages have the same length, and more than they need of nothing. */
+/* The fabric's two messages have the same length. */
 struct nd_message {
 	__u8 type;
 	__u8 code;

@@ -237,7 +237,7 @@ func listenUDP(t *testing.T, netns, address string) *net.UDPConn {
 	t.Helper()
 	var c *net.UDPConn
 	if err := nl.Do(netns, func() (err error) {
-		c, err = net.ListenUDP("udp4", net.UDPAddrFromAddrPort(netip.MustParseAddrPort(address)))
+		c, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.MustParseAddrPort(address)))
 		return err
 	}); err != nil {
 		t.Fatal(err)

@@ -8,7 +8,7 @@
 //	                   VXLAN and a bare veth pair, which it sets up itself
 //	BenchmarkUnderlay  pods of a lab, and ADD and DEL
 //	BenchmarkFabric    the VPC's wires
-//	BenchmarkVPCD      the API
+//	BenchmarkVPCD      the API, against the rates asked of it
 //
 // -turns says how often each pair is measured, -slice for how long.
 package bench
