@@ -42,7 +42,7 @@ var faults = []fault{
 	{name: "group references through middleboxes", on: onAll, file: "fabric.c", old: "may_enter(&packet, owner ? ifindex : 0,", new: "may_enter(&packet, ifindex,"},
 	{name: "only the first group of an interface is referred to", on: onGroups, file: "fabric_gate.h", old: "for (int k = 0; k < GROUPS; k++)", new: "for (int k = 0; k < 1; k++)"},
 	{name: "untracked flows outlive their rule", on: onGroups, file: "fabric_gate.h", old: "if (policy && (policy->version == f->version ||", new: "if (policy && (1 ||"},
-	{name: "tracked flows end with their rule", on: onGroups, file: "fabric_gate.h", old: "\tif (f->version) {\n", new: "\tif (1) {\n"},
+	{name: "tracked flows end with their rule", on: onGroups, file: "fabric_gate.h", old: "\tif (f->version) {\n", new: "\tif (f->version || now) {\n"},
 	{name: "answers are not known for such", on: onGroups, file: "fabric_gate.h", old: "k->local_port = t->dport;\n\t\tk->remote_port = t->sport;\n\t}", new: "k->local_port = t->sport;\n\t\tk->remote_port = t->dport;\n\t}"},
 	{name: "everything untracked", on: onGroups, file: "fabric_gate.h", old: "if (!p->always_tracked && untracked(policy, direction, &p->tuple, is_syn(p)))", new: "if (1)"},
 	{name: "ICMP errors belong to no flow", on: onGroups, file: "fabric_gate.h", old: "\tp->is_error = 1;", new: "\tp->is_error = 0;"},
