@@ -119,6 +119,7 @@ func startVPCD(t *testing.T) *vpcdAlone {
 // know yet (2.9 and 1.26 do not). The Go SDK drives them.
 var newer = []string{
 	"GetSecurityGroupsForVpc",
+	"AssociateSecurityGroupVpc", "DisassociateSecurityGroupVpc", "DescribeSecurityGroupVpcAssociations", "DescribeVpcBlockPublicAccessOptions",
 	"AssociateNatGatewayAddress", "DisassociateNatGatewayAddress", "AssignPrivateNatGatewayAddress", "UnassignPrivateNatGatewayAddress",
 }
 

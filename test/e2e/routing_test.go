@@ -41,6 +41,9 @@ func cliRouting(c cli) {
 		" --max-aggregation-interval 60 --destination-options FileFormat=parquet", "FlowLogIds[]")
 	c.want("parquet", "describe-flow-logs --flow-log-ids "+log, "FlowLogs[].DestinationOptions.FileFormat")
 	c.must("delete-flow-logs --flow-log-ids "+log, "")
+	c.must("modify-network-interface-attribute --no-source-dest-check --network-interface-id "+eni, "")
+	c.must("reset-network-interface-attribute --source-dest-check true --network-interface-id "+eni, "")
+	c.want("True", "describe-network-interface-attribute --attribute sourceDestCheck --network-interface-id "+eni, "SourceDestCheck.Value")
 	c.must("delete-network-interface --network-interface-id "+eni, "")
 	c.must("delete-subnet --subnet-id "+subnet, "")
 	c.must("delete-network-acl --network-acl-id "+acl, "")
@@ -98,6 +101,7 @@ func sdkRouting(t *testing.T, c *ec2.Client) {
 	equal(t, *log.MaxAggregationInterval, 600)
 	equal(t, len(ok[*ec2.DeleteFlowLogsOutput](t)(c.DeleteFlowLogs(ctx, &ec2.DeleteFlowLogsInput{FlowLogIds: logs})).Unsuccessful), 0)
 
+	ok[*ec2.ResetNetworkInterfaceAttributeOutput](t)(c.ResetNetworkInterfaceAttribute(ctx, &ec2.ResetNetworkInterfaceAttributeInput{NetworkInterfaceId: eni, SourceDestCheck: s("true")}))
 	ok[*ec2.DeleteNetworkInterfaceOutput](t)(c.DeleteNetworkInterface(ctx, &ec2.DeleteNetworkInterfaceInput{NetworkInterfaceId: eni}))
 	ok[*ec2.DeleteSubnetOutput](t)(c.DeleteSubnet(ctx, &ec2.DeleteSubnetInput{SubnetId: subnet}))
 	ok[*ec2.DeleteNetworkAclOutput](t)(c.DeleteNetworkAcl(ctx, &ec2.DeleteNetworkAclInput{NetworkAclId: acl}))
@@ -163,6 +167,17 @@ func sdkGroups(t *testing.T, c *ec2.Client) {
 	equal(t, len(ok[*ec2.GetSecurityGroupsForVpcOutput](t)(c.GetSecurityGroupsForVpc(ctx, &ec2.GetSecurityGroupsForVpcInput{VpcId: vpc})).SecurityGroupForVpcs), 2)
 	ok[*ec2.DescribeSecurityGroupReferencesOutput](t)(c.DescribeSecurityGroupReferences(ctx, &ec2.DescribeSecurityGroupReferencesInput{GroupId: []string{*sg}}))
 	ok[*ec2.DescribeStaleSecurityGroupsOutput](t)(c.DescribeStaleSecurityGroups(ctx, &ec2.DescribeStaleSecurityGroupsInput{VpcId: vpc}))
+	other := ok[*ec2.CreateVpcOutput](t)(c.CreateVpc(ctx, &ec2.CreateVpcInput{CidrBlock: s("10.1.0.0/16")})).Vpc.VpcId
+	equal(t, ok[*ec2.AssociateSecurityGroupVpcOutput](t)(c.AssociateSecurityGroupVpc(ctx, &ec2.AssociateSecurityGroupVpcInput{GroupId: sg, VpcId: other})).State, types.SecurityGroupVpcAssociationStateAssociated)
+	there := ok[*ec2.DescribeSecurityGroupVpcAssociationsOutput](t)(c.DescribeSecurityGroupVpcAssociations(ctx, &ec2.DescribeSecurityGroupVpcAssociationsInput{
+		Filters: []types.Filter{{Name: s("group-id"), Values: []string{*sg}}},
+	})).SecurityGroupVpcAssociations
+	equal(t, len(there), 1)
+	equal(t, *there[0].VpcId, *other)
+	ok[*ec2.DisassociateSecurityGroupVpcOutput](t)(c.DisassociateSecurityGroupVpc(ctx, &ec2.DisassociateSecurityGroupVpcInput{GroupId: sg, VpcId: other}))
+	ok[*ec2.DeleteVpcOutput](t)(c.DeleteVpc(ctx, &ec2.DeleteVpcInput{VpcId: other}))
+	blocked := ok[*ec2.DescribeVpcBlockPublicAccessOptionsOutput](t)(c.DescribeVpcBlockPublicAccessOptions(ctx, &ec2.DescribeVpcBlockPublicAccessOptionsInput{}))
+	equal(t, blocked.VpcBlockPublicAccessOptions.InternetGatewayBlockMode, types.InternetGatewayBlockModeOff)
 	ok[*ec2.DeleteSecurityGroupOutput](t)(c.DeleteSecurityGroup(ctx, &ec2.DeleteSecurityGroupInput{GroupId: sg}))
 	ok[*ec2.DeleteManagedPrefixListOutput](t)(c.DeleteManagedPrefixList(ctx, &ec2.DeleteManagedPrefixListInput{PrefixListId: list}))
 	ok[*ec2.DeleteVpcOutput](t)(c.DeleteVpc(ctx, &ec2.DeleteVpcInput{VpcId: vpc}))

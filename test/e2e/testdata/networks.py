@@ -135,6 +135,9 @@ equal([f["FlowLogId"] for f in logs], made["FlowLogIds"])
 equal(ec2.delete_flow_logs(FlowLogIds=made["FlowLogIds"])["Unsuccessful"], [])
 
 # All of it goes
+ec2.modify_network_interface_attribute(NetworkInterfaceId=eni, SourceDestCheck={"Value": False})
+ec2.reset_network_interface_attribute(NetworkInterfaceId=eni, SourceDestCheck="true")
+equal(ec2.describe_network_interfaces(NetworkInterfaceIds=[eni])["NetworkInterfaces"][0]["SourceDestCheck"], True)
 ec2.delete_network_interface(NetworkInterfaceId=eni)
 ec2.delete_subnet(SubnetId=subnet)
 ec2.delete_vpc(VpcId=vpc)
