@@ -164,7 +164,6 @@ type world struct {
 	cloud *cloud
 	at    *pipes // where the poller is now
 	kill  func()
-	stop  func()
 	ctx   context.Context
 	wg    sync.WaitGroup
 }
@@ -240,7 +239,7 @@ func TestTwentyNodesCostWhatOneCosts(t *testing.T) {
 	inWorld(t, func(w *world) {
 		w.cloud.rules = []vpc.SecurityGroupRule{rule("1", sgA, 80, sgB)}
 		w.book(BookOptions{}, Need{Groups: []vpc.SecurityGroupID{sgA}, Members: true})
-		time.Sleep(minutes * time.Minute)
+		time.Sleep(minutes * time.Minute) //nolint:forbidigo // of the bubble's clock
 		alone = w.cloud.count()
 	})
 	inWorld(t, func(w *world) {
@@ -252,7 +251,7 @@ func TestTwentyNodesCostWhatOneCosts(t *testing.T) {
 		for i := range 20 {
 			books = append(books, w.follower(Need{Groups: []vpc.SecurityGroupID{vpc.SecurityGroupID(fmt.Sprintf("sg-%x", i))}, Members: true}))
 		}
-		time.Sleep(minutes * time.Minute)
+		time.Sleep(minutes * time.Minute) //nolint:forbidigo // of the bubble's clock
 		together = w.cloud.count()
 		if subs, groups := p.Counts(); subs != 20 || groups != 20 {
 			t.Errorf("%d subscribers with %d groups", subs, groups)
@@ -366,7 +365,7 @@ func TestPollerDies(t *testing.T) {
 		w.kill()
 		w.cloud.set(func() { w.cloud.rules[0].FromPort = 81 })
 		calls := w.cloud.count()
-		time.Sleep(DefaultGrace - time.Second)
+		time.Sleep(DefaultGrace - time.Second) //nolint:forbidigo // of the bubble's clock
 		if st := b.Status(); st.Source != Shared || st.Away == nil || !slices.Equal(ports(b, sgA), []int{80}) || w.cloud.count() != calls {
 			t.Errorf("within the grace: %+v, ports %v, %d calls", st, ports(b, sgA), w.cloud.count()-calls)
 		}

@@ -46,7 +46,7 @@ func TestOnePollerForTheLab(t *testing.T) {
 		shown := time.Now() // by then at the latest
 		lab.Eventually(t, 10*time.Second, verb+" has its effect on node-1", func() error {
 			if err := w.connect("web-1", "app-1", 100*time.Millisecond); (err == nil) != (verb == "Authorize") {
-				return fmt.Errorf("web-1 to app-1: %v", err)
+				return fmt.Errorf("web-1 to app-1: %w", err)
 			}
 			return nil
 		})

@@ -70,7 +70,7 @@ func survey(spec *ebpf.CollectionSpec) (*surveyed, error) {
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(spec.Variables)) {
-		fmt.Fprintln(key, name, spec.Variables[name].Value)
+		fmt.Fprintf(key, "%s %x\n", name, spec.Variables[name].Value)
 	}
 	if len(s.shared) == 0 {
 		return nil, errors.New("the programs use no pinned map")

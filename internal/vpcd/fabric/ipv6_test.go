@@ -38,7 +38,6 @@ func newLab6(t testing.TB) *lab {
 var (
 	everywhere6 = prefixes("::/0")
 	all6        = []Rule{{Protocol: AllProtocols, Peers: everywhere6}}
-	allTracked6 = []Rule{{Protocol: AllProtocols, Peers: prefixes("::/1", "8000::/1")}}
 )
 
 // add6 adds a guest with IPv6, the first address of which is six.
