@@ -1,0 +1,174 @@
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/underlay-cni/underlay/internal/agentapi"
+	"github.com/underlay-cni/underlay/test/lab"
+)
+
+// A pod is in the VPC as an instance is: a network ACL of its subnet and a route
+// by a middlebox hold for it, though it is on an interface that its node attached
+// later, and take effect before EC2 has answered. Within its subnet neither does.
+func TestRoutesAndACLsHoldForPods(t *testing.T) {
+	l := lab.Up(t, "--nodes", "3", "--instance-type", "t3.medium") // node-3 is in node-1's zone
+	w := &tiers{t: t, l: l, netns: map[string]string{}, at: map[string]netip.AddrPort{}, groups: map[string]string{}}
+	one, two, three := l.Nodes[0], l.Nodes[1], l.Nodes[2]
+	if one.SubnetID == two.SubnetID || one.SubnetID != three.SubnetID {
+		t.Fatalf("nodes are in %s, %s and %s", one.SubnetID, two.SubnetID, three.SubnetID)
+	}
+	// The first interface has room for five.
+	first := slices.IndexFunc(l.Inspect(one).ENIs, func(e agentapi.ENI) bool { return e.Device == 0 })
+	firstENI := string(l.Inspect(one).ENIs[first].ID)
+	to := ""
+	for i := 0; to == ""; i++ {
+		name := fmt.Sprintf("pod-%d", i)
+		w.pod(name, one.Name)
+		if !slices.Contains(eniAddresses(t, l, firstENI), w.at[name].Addr()) {
+			to = name
+		}
+	}
+	w.pod("across", two.Name)
+	w.pod("beside", three.Name)
+	target := w.at[to].Addr()
+	reaches := func(from string, want bool) {
+		t.Helper()
+		limit := 3 * time.Second
+		if !want {
+			limit = 300 * time.Millisecond
+		}
+		if err := w.connect(from, to, limit); (err == nil) != want {
+			t.Errorf("%s to the pod: %v", from, err)
+		}
+	}
+	reaches("across", true)
+	reaches("beside", true)
+
+	// A network ACL of the pod's subnet refuses one port, to this pod alone.
+	var acl struct{ NetworkAcl struct{ NetworkAclId string } }
+	l.AWS(&acl, "ec2", "create-network-acl", "--vpc-id", l.VPCID)
+	entry := func(verb string, number int, more ...string) {
+		t.Helper()
+		args := append([]string{"ec2", verb + "-network-acl-entry", "--network-acl-id", acl.NetworkAcl.NetworkAclId, "--rule-number", fmt.Sprint(number)}, more...)
+		l.AWS(nil, args...)
+	}
+	for _, way := range []string{"--ingress", "--egress"} {
+		entry("create", 100, way, "--protocol", "-1", "--cidr-block", "0.0.0.0/0", "--rule-action", "allow")
+	}
+	across := w.at["across"].Addr()
+	entry("create", 50, "--ingress", "--protocol", "tcp", "--port-range", fmt.Sprintf("From=%d,To=%d", tierPort, tierPort), "--cidr-block", across.String()+"/32", "--rule-action", "deny")
+	var tied struct {
+		NetworkAcls []struct {
+			Associations []struct{ NetworkAclAssociationId, SubnetId string }
+		}
+	}
+	l.AWS(&tied, "ec2", "describe-network-acls", "--filters", "Name=association.subnet-id,Values="+one.SubnetID)
+	association := ""
+	for _, a := range tied.NetworkAcls[0].Associations {
+		if a.SubnetId == one.SubnetID {
+			association = a.NetworkAclAssociationId
+		}
+	}
+	var replaced struct{ NewAssociationId string }
+	l.AWS(&replaced, "ec2", "replace-network-acl-association", "--network-acl-id", acl.NetworkAcl.NetworkAclId, "--association-id", association)
+	reaches("across", false)
+	reaches("beside", true)
+	lab.Eventually(t, 10*time.Second, "the flow log says that an ACL refused it, at the pod's interface", func() error {
+		out := l.Underlay("flows", "--action", "REJECT", "-o", "json")
+		for line := range strings.Lines(out) {
+			if strings.Contains(line, across.String()) && strings.Contains(line, target.String()) {
+				return nil
+			}
+		}
+		return errors.New("it does not:\n" + out)
+	})
+	entry("delete", 50, "--ingress")
+	reaches("across", true)
+
+	// From the other subnet, the way to the pod's leads by a VM.
+	box := l.Outside[slices.IndexFunc(l.Outside, func(o struct {
+		Name, InstanceID, Netns string
+		IP                      netip.Addr
+	}) bool {
+		return o.Name == "vm-1"
+	})]
+	var boxENI struct {
+		NetworkInterfaces []struct{ NetworkInterfaceId, SubnetId string }
+	}
+	l.AWS(&boxENI, "ec2", "describe-network-interfaces", "--filters", "Name=addresses.private-ip-address,Values="+box.IP.String())
+	if boxENI.NetworkInterfaces[0].SubnetId != one.SubnetID {
+		t.Fatalf("vm-1 is in %s, not in the pod's subnet", boxENI.NetworkInterfaces[0].SubnetId)
+	}
+	eni := boxENI.NetworkInterfaces[0].NetworkInterfaceId
+	l.AWS(nil, "ec2", "modify-network-interface-attribute", "--network-interface-id", eni, "--no-source-dest-check")
+	l.AWS(nil, "ec2", "modify-network-interface-attribute", "--network-interface-id", eni, "--groups", groupsOf(t, l, one.IP)[0])
+	var subnet struct{ Subnets []struct{ CidrBlock string } }
+	l.AWS(&subnet, "ec2", "describe-subnets", "--subnet-ids", one.SubnetID)
+	var table struct{ RouteTable struct{ RouteTableId string } }
+	l.AWS(&table, "ec2", "create-route-table", "--vpc-id", l.VPCID)
+	forward(t, box.Netns, false)
+	l.AWS(nil, "ec2", "create-route", "--route-table-id", table.RouteTable.RouteTableId, "--destination-cidr-block", subnet.Subnets[0].CidrBlock, "--network-interface-id", eni)
+	l.AWS(nil, "ec2", "associate-route-table", "--route-table-id", table.RouteTable.RouteTableId, "--subnet-id", two.SubnetID)
+	reaches("across", false) // the VM does not forward
+	reaches("beside", true)
+	forward(t, box.Netns, true)
+	before := forwarded(t, box.Netns)
+	reaches("across", true)
+	if after := forwarded(t, box.Netns); after <= before {
+		t.Errorf("the VM forwarded %d datagrams before, %d after", before, after)
+	}
+	reaches("beside", true)
+}
+
+// eniAddresses returns the private addresses of an interface.
+func eniAddresses(t *testing.T, l *lab.Lab, eni string) []netip.Addr {
+	t.Helper()
+	var out struct {
+		NetworkInterfaces []struct {
+			PrivateIpAddresses []struct{ PrivateIpAddress netip.Addr }
+		}
+	}
+	l.AWS(&out, "ec2", "describe-network-interfaces", "--network-interface-ids", eni)
+	var addrs []netip.Addr
+	for _, a := range out.NetworkInterfaces[0].PrivateIpAddresses {
+		addrs = append(addrs, a.PrivateIpAddress)
+	}
+	return addrs
+}
+
+// forward says whether a VM sends on what is not for itself.
+func forward(t *testing.T, netns string, yes bool) {
+	t.Helper()
+	value := map[bool]string{false: "0", true: "1"}[yes]
+	inNamespace(t, netns, "sysctl", "-qw", "net.ipv4.ip_forward="+value, "net.ipv4.conf.all.send_redirects=0", "net.ipv4.conf.eth0.send_redirects=0", "net.ipv4.conf.eth0.rp_filter=2")
+}
+
+// forwarded is how many datagrams a VM has sent on.
+func forwarded(t *testing.T, netns string) int {
+	t.Helper()
+	const forwardedDatagrams = 6 // ForwDatagrams, of the lines of Ip in /proc/net/snmp
+	var n int
+	out := inNamespace(t, netns, "cat", "/proc/net/snmp")
+	ip := strings.Fields(strings.SplitN(out, "\n", 3)[1])
+	if _, err := fmt.Sscan(ip[forwardedDatagrams], &n); err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+func inNamespace(t *testing.T, netns string, command ...string) string {
+	t.Helper()
+	cmd := exec.Command("nsenter", append([]string{"--net=" + netns}, command...)...)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %v\n%s", command, err, out)
+	}
+	return string(out)
+}
