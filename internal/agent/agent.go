@@ -133,7 +133,8 @@ type Agent struct {
 	endpoints map[key]datapath.Endpoint
 	nextReq   ipam.RequestID
 	subnets   map[vpc.SubnetID]netip.Prefix
-	flows     *Flows // nil: none are recorded
+	usable    map[vpc.SubnetID]bool // those that pods asked for, of our VPC and zone
+	flows     *Flows                // nil: none are recorded
 }
 
 // key names an endpoint as the runtime does.
@@ -153,7 +154,7 @@ func New(opts Options) *Agent {
 	a := &Agent{
 		opts: opts, log: opts.Logger, started: time.Now(),
 		groups: newGroupBook(), post: make(chan func(*owner)), ready: make(chan struct{}), done: make(chan struct{}),
-		waitsFor: "the agent is starting; ask again in a second", endpoints: map[key]datapath.Endpoint{}, subnets: map[vpc.SubnetID]netip.Prefix{},
+		waitsFor: "the agent is starting; ask again in a second", endpoints: map[key]datapath.Endpoint{}, subnets: map[vpc.SubnetID]netip.Prefix{}, usable: map[vpc.SubnetID]bool{},
 	}
 	a.metrics = newMetrics(a)
 	if opts.SetPolicy != nil {
@@ -372,6 +373,33 @@ func (a *Agent) incident(op, msg string) {
 	}
 	a.mu.Unlock()
 	a.log.Warn("operation did not succeed", "op", op, "err", msg)
+}
+
+// poolSubnet is the subnet that a pod asks for as ipam names it, "" for the node's
+// own. Its interface must be one that the node can have.
+func (a *Agent) poolSubnet(ctx context.Context, asked string) (vpc.SubnetID, error) {
+	id := vpc.SubnetID(asked)
+	a.mu.Lock()
+	client, own, known := a.client, a.identity, a.usable[id]
+	a.mu.Unlock()
+	if id == "" || id == own.Subnet {
+		return "", nil
+	}
+	if known {
+		return id, nil
+	}
+	s, err := client.Subnet(ctx, id)
+	a.metrics.call("describe-subnets", err)
+	switch {
+	case err != nil:
+		return "", agentapi.Errorf(agentapi.CodeInvalidConfig, "ask EC2 for the subnet %s that the pod is to be in: %v", id, err)
+	case s.VPC != own.VPC || s.AvailabilityZone != own.AvailabilityZone:
+		return "", agentapi.Errorf(agentapi.CodeInvalidConfig, "%s is in %s, %s, and the node in %s, %s; name a subnet of the node's VPC and zone", id, s.VPC, s.AvailabilityZone, own.VPC, own.AvailabilityZone)
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.subnets[id], a.usable[id] = s.CIDR, true
+	return id, nil
 }
 
 // subnetCIDR returns the range of a subnet, asked of EC2 once.

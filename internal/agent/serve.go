@@ -75,8 +75,11 @@ func (a *Agent) add(ctx context.Context, at *agentapi.Attachment, timeout time.D
 	}
 	here := set != "" && cmp.Or(at.GroupsMode, a.opts.GroupsMode) == agentapi.GroupsHost
 	pool := ipam.Pool{Groups: set}
+	if pool.Subnet, err = a.poolSubnet(ctx, at.Subnet); err != nil {
+		return nil, err
+	}
 	if here { // to the VPC it has the node's
-		pool = ipam.Pool{}
+		pool.Groups = ""
 		if a.gate == nil {
 			return nil, groupsError("the node judges nothing by security groups; ask for mode vpc")
 		}

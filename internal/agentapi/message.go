@@ -98,6 +98,7 @@ type Attachment struct {
 	Addr        netip.Addr `json:"addr,omitzero"` // check: the address that ADD answered
 	Groups      []string   `json:"-"`             // add: IDs or names of the security groups that are asked for; none: the node's own
 	GroupsMode  string     `json:"-"`             // add: who judges by them, GroupsVPC or GroupsHost; "": as the agent is set up
+	Subnet      string     `json:"-"`             // add: ID of the subnet that the address is to be of; "": the node's own
 }
 
 // Who judges by a pod's security groups.

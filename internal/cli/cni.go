@@ -107,6 +107,9 @@ func (r *runtime) conf(p *podFile) *libcni.RuntimeConf {
 	if p.GroupsMode != "" {
 		conf.Args = append(conf.Args, [2]string{"UNDERLAY_SECURITY_GROUPS_MODE", p.GroupsMode})
 	}
+	if p.Subnet != "" {
+		conf.Args = append(conf.Args, [2]string{"UNDERLAY_SUBNET", p.Subnet})
+	}
 	return conf
 }
 

@@ -234,6 +234,7 @@ type podFile struct {
 	Command     []string  `json:"command,omitempty"`
 	Groups      string    `json:"groups,omitempty"` // security groups as asked for, with commas
 	GroupsMode  string    `json:"groupsMode,omitempty"`
+	Subnet      string    `json:"subnet,omitempty"` // as asked for
 	Proc        proc      `json:"proc,omitzero"`
 }
 

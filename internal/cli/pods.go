@@ -38,10 +38,14 @@ goes where the fewest are. A pod whose ADD fails is taken away again.
 
 With --security-groups the pod gets an address on an interface that carries
 exactly these groups, at most five; without, it has the node's. A node has as
-many sets of groups as further interfaces: underlay status.`,
+many sets of groups as further interfaces: underlay status.
+
+With --subnet its address is of that subnet, of the node's zone, on an interface
+there; without, of the node's own.`,
 		Example: `  underlay run web
   underlay run web --count 20 --node node-2 -o json
   underlay run app --security-groups app,sg-0123456789abcdef0
+  underlay run inside --node node-1 --subnet subnet-0123456789abcdef0
   underlay run server -- python3 -m http.server 8000`,
 		Args: func(cmd *cobra.Command, args []string) error {
 			dash := cmd.ArgsLenAtDash()
@@ -94,6 +98,7 @@ many sets of groups as further interfaces: underlay status.`,
 	}
 	c.Flags().StringVar(&o.groups, "security-groups", "", "security groups by ID or name, with commas (default: the node's)")
 	c.Flags().StringVar(&o.mode, "security-groups-mode", "", "who judges by them: vpc, or the host alone (default: as the agents are set up)")
+	c.Flags().StringVar(&o.subnet, "subnet", "", "ID of the subnet that the address is of (default: the node's)")
 	c.Flags().StringVar(&o.node, "node", "", "the node (default: where the fewest pods are)")
 	c.Flags().IntVar(&o.count, "count", 1, "how many, at once: NAME-1 … NAME-K")
 	_ = c.RegisterFlagCompletionFunc("node", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
@@ -109,6 +114,7 @@ type runOptions struct {
 	numbered bool   // NAME-1 … NAME-count, and not NAME
 	groups   string // security groups by ID or name, with commas; "": the node's
 	mode     string // "vpc", "host"; "": as the agents are set up
+	subnet   string // ID; "": the node's
 }
 
 // runPods makes pods. The error is about all of them; what concerns one stands
@@ -122,6 +128,9 @@ func (a *App) runPods(ctx context.Context, name string, o runOptions, argv []str
 	}
 	if o.mode != "" && (o.groups == "" || o.mode != agentapi.GroupsVPC && o.mode != agentapi.GroupsHost) {
 		return nil, fmt.Errorf("--security-groups-mode %s: give vpc or host, with --security-groups", o.mode)
+	}
+	if o.subnet != "" && (!strings.HasPrefix(o.subnet, "subnet-") || strings.ContainsAny(o.subnet, ";=,")) {
+		return nil, fmt.Errorf("--subnet %q: give a subnet by its ID, subnet-…", o.subnet)
 	}
 	names := []string{name}
 	if o.numbered {
@@ -174,7 +183,7 @@ func (a *App) runPods(ctx context.Context, name string, o runOptions, argv []str
 	for i, n := range names {
 		pods[i] = &podFile{
 			Pod:         Pod{Name: n, Node: nodes[i].Name, Netns: nl.Path(h.podNetns(n))},
-			ContainerID: h.name + "-" + n + "-" + randomHex(4), Created: a.now(), Command: argv, Groups: o.groups, GroupsMode: o.mode,
+			ContainerID: h.name + "-" + n + "-" + randomHex(4), Created: a.now(), Command: argv, Groups: o.groups, GroupsMode: o.mode, Subnet: o.subnet,
 		}
 		if cniOf[nodes[i].Name] == nil {
 			if cniOf[nodes[i].Name], err = newRuntime(h, nodes[i]); err != nil {

@@ -45,11 +45,16 @@ func (w *tiers) allow(verb, group, from, ports string) {
 
 func (w *tiers) pod(name, node string, groups ...string) {
 	w.t.Helper()
-	args := []string{"--node", node}
 	if len(groups) > 0 {
-		args = append(args, "--security-groups", strings.Join(groups, ","))
+		w.podWith(name, node, "--security-groups", strings.Join(groups, ","))
+		return
 	}
-	p := w.l.Run(name, args...)
+	w.podWith(name, node)
+}
+
+func (w *tiers) podWith(name, node string, flags ...string) {
+	w.t.Helper()
+	p := w.l.Run(name, append([]string{"--node", node}, flags...)...)
 	w.netns[name], w.at[name] = p.Netns, netip.AddrPortFrom(p.IP, tierPort)
 	lab.ServeTCP(w.t, p.Netns, w.at[name])
 }

@@ -10,45 +10,47 @@ import (
 	"testing"
 	"time"
 
-	"github.com/underlay-cni/underlay/internal/agentapi"
 	"github.com/underlay-cni/underlay/test/lab"
 )
 
 // A pod is in the VPC as an instance is: a network ACL of its subnet and a route
 // by a middlebox hold for it, though it is on an interface that its node attached
-// later, and take effect before EC2 has answered. Within its subnet neither does.
+// later, in another subnet than the node's, and take effect before EC2 has answered.
+// Within the subnet neither does.
 func TestRoutesAndACLsHoldForPods(t *testing.T) {
-	l := lab.Up(t, "--nodes", "3", "--instance-type", "t3.medium") // node-3 is in node-1's zone
+	l := lab.Up(t, "--nodes", "2", "--instance-type", "t3.medium")
 	w := &tiers{t: t, l: l, netns: map[string]string{}, at: map[string]netip.AddrPort{}, groups: map[string]string{}}
-	one, two, three := l.Nodes[0], l.Nodes[1], l.Nodes[2]
-	if one.SubnetID == two.SubnetID || one.SubnetID != three.SubnetID {
-		t.Fatalf("nodes are in %s, %s and %s", one.SubnetID, two.SubnetID, three.SubnetID)
+	one, two := l.Nodes[0], l.Nodes[1]
+	var made struct{ Subnet struct{ SubnetId string } }
+	l.AWS(&made, "ec2", "create-subnet", "--vpc-id", l.VPCID, "--cidr-block", "10.0.200.0/24", "--availability-zone", "us-east-1a")
+	inside := made.Subnet.SubnetId
+	if _, errOut, code := l.Try("run", "nowhere", "--node", two.Name, "--subnet", inside); code == 0 || !strings.Contains(errOut, "name a subnet of the node's VPC and zone") {
+		t.Errorf("a subnet of another zone: exit %d, %s", code, errOut)
 	}
-	// The first interface has room for five.
-	first := slices.IndexFunc(l.Inspect(one).ENIs, func(e agentapi.ENI) bool { return e.Device == 0 })
-	firstENI := string(l.Inspect(one).ENIs[first].ID)
-	to := ""
-	for i := 0; to == ""; i++ {
-		name := fmt.Sprintf("pod-%d", i)
-		w.pod(name, one.Name)
-		if !slices.Contains(eniAddresses(t, l, firstENI), w.at[name].Addr()) {
-			to = name
-		}
+	if _, errOut, code := l.Try("run", "nowhere", "--node", one.Name, "--subnet", "subnet-0123456789abcdef0"); code == 0 || !strings.Contains(errOut, "subnet-0123456789abcdef0") {
+		t.Errorf("no such subnet: exit %d, %s", code, errOut)
 	}
+	for _, name := range []string{"target", "beside"} {
+		w.podWith(name, one.Name, "--subnet", inside)
+	}
+	w.pod("plain", one.Name)
 	w.pod("across", two.Name)
-	w.pod("beside", three.Name)
-	target := w.at[to].Addr()
+	target := w.at["target"].Addr()
+	if !netip.MustParsePrefix("10.0.200.0/24").Contains(target) || netip.MustParsePrefix("10.0.200.0/24").Contains(w.at["plain"].Addr()) {
+		t.Fatalf("the pods have %v", w.at)
+	}
 	reaches := func(from string, want bool) {
 		t.Helper()
 		limit := 3 * time.Second
 		if !want {
 			limit = 300 * time.Millisecond
 		}
-		if err := w.connect(from, to, limit); (err == nil) != want {
+		if err := w.connect(from, "target", limit); (err == nil) != want {
 			t.Errorf("%s to the pod: %v", from, err)
 		}
 	}
 	reaches("across", true)
+	reaches("plain", true)
 	reaches("beside", true)
 
 	// A network ACL of the pod's subnet refuses one port, to this pod alone.
@@ -69,10 +71,10 @@ func TestRoutesAndACLsHoldForPods(t *testing.T) {
 			Associations []struct{ NetworkAclAssociationId, SubnetId string }
 		}
 	}
-	l.AWS(&tied, "ec2", "describe-network-acls", "--filters", "Name=association.subnet-id,Values="+one.SubnetID)
+	l.AWS(&tied, "ec2", "describe-network-acls", "--filters", "Name=association.subnet-id,Values="+inside)
 	association := ""
 	for _, a := range tied.NetworkAcls[0].Associations {
-		if a.SubnetId == one.SubnetID {
+		if a.SubnetId == inside {
 			association = a.NetworkAclAssociationId
 		}
 	}
@@ -104,17 +106,15 @@ func TestRoutesAndACLsHoldForPods(t *testing.T) {
 	}
 	l.AWS(&boxENI, "ec2", "describe-network-interfaces", "--filters", "Name=addresses.private-ip-address,Values="+box.IP.String())
 	if boxENI.NetworkInterfaces[0].SubnetId != one.SubnetID {
-		t.Fatalf("vm-1 is in %s, not in the pod's subnet", boxENI.NetworkInterfaces[0].SubnetId)
+		t.Fatalf("vm-1 is in %s, not in node-1's subnet", boxENI.NetworkInterfaces[0].SubnetId)
 	}
 	eni := boxENI.NetworkInterfaces[0].NetworkInterfaceId
 	l.AWS(nil, "ec2", "modify-network-interface-attribute", "--network-interface-id", eni, "--no-source-dest-check")
 	l.AWS(nil, "ec2", "modify-network-interface-attribute", "--network-interface-id", eni, "--groups", groupsOf(t, l, one.IP)[0])
-	var subnet struct{ Subnets []struct{ CidrBlock string } }
-	l.AWS(&subnet, "ec2", "describe-subnets", "--subnet-ids", one.SubnetID)
 	var table struct{ RouteTable struct{ RouteTableId string } }
 	l.AWS(&table, "ec2", "create-route-table", "--vpc-id", l.VPCID)
 	forward(t, box.Netns, false)
-	l.AWS(nil, "ec2", "create-route", "--route-table-id", table.RouteTable.RouteTableId, "--destination-cidr-block", subnet.Subnets[0].CidrBlock, "--network-interface-id", eni)
+	l.AWS(nil, "ec2", "create-route", "--route-table-id", table.RouteTable.RouteTableId, "--destination-cidr-block", "10.0.200.0/24", "--network-interface-id", eni)
 	l.AWS(nil, "ec2", "associate-route-table", "--route-table-id", table.RouteTable.RouteTableId, "--subnet-id", two.SubnetID)
 	reaches("across", false) // the VM does not forward
 	reaches("beside", true)
@@ -125,22 +125,6 @@ func TestRoutesAndACLsHoldForPods(t *testing.T) {
 		t.Errorf("the VM forwarded %d datagrams before, %d after", before, after)
 	}
 	reaches("beside", true)
-}
-
-// eniAddresses returns the private addresses of an interface.
-func eniAddresses(t *testing.T, l *lab.Lab, eni string) []netip.Addr {
-	t.Helper()
-	var out struct {
-		NetworkInterfaces []struct {
-			PrivateIpAddresses []struct{ PrivateIpAddress netip.Addr }
-		}
-	}
-	l.AWS(&out, "ec2", "describe-network-interfaces", "--network-interface-ids", eni)
-	var addrs []netip.Addr
-	for _, a := range out.NetworkInterfaces[0].PrivateIpAddresses {
-		addrs = append(addrs, a.PrivateIpAddress)
-	}
-	return addrs
 }
 
 // forward says whether a VM sends on what is not for itself.

@@ -16,14 +16,14 @@ import (
 )
 
 // config is a network configuration. Of Underlay's own keys there are "socket",
-// which the plugin has read already, and "securityGroups".
+// which the plugin has read already, and those of ownKeys.
 type config struct {
 	types.PluginConf
-	groupKeys
+	ownKeys
 	Args struct {
-		CNI groupKeys `json:"cni"`
+		CNI ownKeys `json:"cni"`
 	} `json:"args"`
-	Runtime groupKeys `json:"runtimeConfig"`
+	Runtime ownKeys `json:"runtimeConfig"`
 }
 
 // parseConfig reads the configuration that the runtime wrote to the plugin's

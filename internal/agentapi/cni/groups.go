@@ -17,10 +17,15 @@ const argGroups = "UNDERLAY_SECURITY_GROUPS"
 // argMode is the key of CNI_ARGS that says who judges by them.
 const argMode = "UNDERLAY_SECURITY_GROUPS_MODE"
 
-// groupKeys are the keys about security groups, wherever they stand.
-type groupKeys struct {
+// argSubnet is the key of CNI_ARGS that names the subnet of a container's address.
+const argSubnet = "UNDERLAY_SUBNET"
+
+// ownKeys are those that say where in the VPC a container is to be, wherever they
+// stand.
+type ownKeys struct {
 	Groups groupList `json:"securityGroups"`
 	Mode   groupList `json:"securityGroupsMode"`
+	Subnet groupList `json:"subnet"`
 }
 
 // groupList is a list of security groups as JSON has it, or a text with commas.
@@ -68,6 +73,18 @@ func modeOf(c *config, args string) (string, error) {
 		return mode[0], nil
 	}
 	return "", types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf("securityGroupsMode is %s; give vpc or host", strings.Join(mode, ",")), "")
+}
+
+// subnetOf returns the subnet that is asked for, "" if nobody says.
+func subnetOf(c *config, args string) (string, error) {
+	subnet, err := said(args, argSubnet, "subnet", "a subnet by its ID", c.Runtime.Subnet, c.Args.CNI.Subnet, c.Subnet)
+	switch {
+	case err != nil || len(subnet) == 0:
+		return "", err
+	case len(subnet) == 1 && strings.HasPrefix(subnet[0], "subnet-"):
+		return subnet[0], nil
+	}
+	return "", types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf("subnet is %s; give one by its ID, subnet-…", strings.Join(subnet, ",")), "")
 }
 
 // said returns what one key says, from the places where it may stand.

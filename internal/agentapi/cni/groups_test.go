@@ -59,3 +59,25 @@ func TestModeOf(t *testing.T) {
 		}
 	}
 }
+
+func TestSubnetOf(t *testing.T) {
+	for _, tc := range []struct{ config, args, want, wrong string }{
+		{config: `{"name":"n"}`},
+		{config: `{"name":"n","subnet":"subnet-0a"}`, want: "subnet-0a"},
+		{config: `{"name":"n","subnet":"subnet-0a"}`, args: "IgnoreUnknown=1;UNDERLAY_SUBNET=subnet-0b", want: "subnet-0b"},
+		{config: `{"name":"n","runtimeConfig":{"subnet":"subnet-0c"}}`, want: "subnet-0c"},
+		{config: `{"name":"n","args":{"cni":{"subnet":"subnet-0c"}}}`, args: "UNDERLAY_SUBNET=subnet-0b", wrong: "say it in one place"},
+		{config: `{"name":"n"}`, args: "UNDERLAY_SUBNET=mine", wrong: "give one by its ID"},
+		{config: `{"name":"n","subnet":["subnet-0a","subnet-0b"]}`, wrong: "give one by its ID"},
+		{config: `{"name":"n","subnet":7}`, wrong: "give a subnet by its ID"},
+	} {
+		c, err := parseConfig([]byte(tc.config))
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := subnetOf(c, tc.args)
+		if got != tc.want || (err == nil) != (tc.wrong == "") || err != nil && !strings.Contains(err.Error(), tc.wrong) {
+			t.Errorf("%s %s: %q, %v", tc.config, tc.args, got, err)
+		}
+	}
+}

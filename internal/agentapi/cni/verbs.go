@@ -28,6 +28,9 @@ func add(r *request) (types.Result, error) {
 	if a.GroupsMode, err = modeOf(r.config, r.call.Getenv("CNI_ARGS")); err != nil {
 		return nil, err
 	}
+	if a.Subnet, err = subnetOf(r.config, r.call.Getenv("CNI_ARGS")); err != nil {
+		return nil, err
+	}
 	res, err := r.backend.Add(r.ctx, a, 0, r.netns)
 	if err != nil {
 		return nil, err
