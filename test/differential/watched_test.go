@@ -74,7 +74,7 @@ func (s *stand) watch(seed uint64, f Features, moves bool) (*watched, error) {
 // doneAlready are the errors that a call gives when what it asks for has been done.
 var doneAlready = []string{
 	"InvalidPermission.Duplicate", "InvalidPermission.NotFound", "NetworkAclEntryAlreadyExists", "InvalidNetworkAclEntry.NotFound",
-	"RouteAlreadyExists", "InvalidRoute.NotFound", "PrefixListVersionMismatch", "Resource.AlreadyAssigned",
+	"RouteAlreadyExists", "InvalidRoute.NotFound", "PrefixListVersionMismatch", "Resource.AlreadyAssigned", "InvalidIPAddress.InUse",
 	"InvalidStateTransition", "Some of the specified", // … addresses are not assigned
 }
 
