@@ -222,6 +222,9 @@ func (r *runner) sendOne(b sending) error {
 			}
 		}
 	}
+	if r.unseen(&b.Packet, &v) {
+		delete(r.out.verdicts, b.index)
+	}
 	r.note(b, v, parts)
 	r.numbers[uint16(r.number)], r.indexOf[r.number] = b.index, b.index
 	if v.Seen != nil {

@@ -59,11 +59,21 @@ func (r *runner) note(b sending, v vpcmodel.Verdict, parts [][]byte) {
 		}
 		// The later fragments of what is refused are nobody's.
 		n.skip = b.Fragments > 1 && !v.Delivered()
-		if b.From == vpcmodel.Internet && v.NAT != "" && !r.learnt(v.NAT, &b.Packet) {
-			n.skip = true // to a port that nobody has seen
-		}
+		n.skip = n.skip || r.unseen(&b.Packet, &v)
 		r.noted = append(r.noted, n)
 	}
+}
+
+// unseen reports whether a packet is for a NAT gateway's side of a flow, by a port
+// that nobody has seen: what the gateway makes of it the model cannot know.
+func (r *runner) unseen(p *vpcmodel.Packet, v *vpcmodel.Verdict) bool {
+	switch {
+	case v.NAT == "":
+		return false
+	case p.From == vpcmodel.Internet:
+		return !r.learnt(v.NAT, p)
+	}
+	return v.Seen != nil && v.Seen.Dst != p.Dst // within the VPC, to the gateway's own address
 }
 
 // learnt reports whether it is known which port a NAT gateway gave the flow that a
