@@ -83,10 +83,10 @@ func (f *fakeNet) fail(err error) {
 	f.err = err
 }
 
-// eventually polls until ok, for at most five seconds.
+// eventually polls until ok, for at most half a minute.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(5 * time.Second)
+	deadline := time.Now().Add(30 * time.Second)
 	for !ok() {
 		if time.Now().After(deadline) {
 			t.Fatalf("never: %s", what)
