@@ -372,13 +372,13 @@ func TestPollerDies(t *testing.T) {
 		// It comes back with nothing at first: its word counts when it is whole.
 		w.cloud.set(func() { w.cloud.fail = ec2.NewError("RequestLimitExceeded", "slow down") })
 		w.poller(PollerOptions{})
-		time.Sleep(3 * time.Second)
+		time.Sleep(3 * time.Second) //nolint:forbidigo // of the bubble's clock
 		if !slices.Equal(ports(b, sgA), []int{80}) {
 			t.Errorf("a poller that knows nothing counts: ports %v", ports(b, sgA))
 		}
 		w.kill()
 		w.cloud.set(func() { w.cloud.fail = nil })
-		time.Sleep(2*DefaultGrace + 2*time.Second)
+		time.Sleep(2*DefaultGrace + 2*time.Second) //nolint:forbidigo // of the bubble's clock
 		if st := b.Status(); st.Source != Own || st.Away == nil || st.Err != nil || !slices.Equal(ports(b, sgA), []int{81}) {
 			t.Errorf("after the grace: %+v, ports %v", st, ports(b, sgA))
 		}
@@ -388,7 +388,7 @@ func TestPollerDies(t *testing.T) {
 
 		w.cloud.set(func() { w.cloud.rules[0].FromPort = 82 })
 		p := w.poller(PollerOptions{})
-		time.Sleep(5 * time.Second)
+		time.Sleep(5 * time.Second) //nolint:forbidigo // of the bubble's clock
 		if st := b.Status(); st.Source != Shared || st.Away != nil || !slices.Equal(ports(b, sgA), []int{82}) {
 			t.Errorf("with a new poller: %+v, ports %v", st, ports(b, sgA))
 		}
@@ -407,11 +407,11 @@ func TestNoPollerThere(t *testing.T) {
 		w.cloud.rules = []vpc.SecurityGroupRule{rule("1", sgA, 80, "")}
 		var told []string
 		b := w.book(BookOptions{Dial: w.at.dial, Away: func(err error) { told = append(told, err.Error()) }}, need(sgA))
-		time.Sleep(2*DefaultGrace + time.Second)
+		time.Sleep(2*DefaultGrace + time.Second) //nolint:forbidigo // of the bubble's clock
 		if st := b.Status(); st.Source != Own || !slices.Equal(ports(b, sgA), []int{80}) {
 			t.Errorf("%+v, ports %v", st, ports(b, sgA))
 		}
-		time.Sleep(time.Minute)
+		time.Sleep(time.Minute) //nolint:forbidigo // of the bubble's clock
 		if len(told) != 1 || !strings.Contains(told[0], "connection refused") {
 			t.Errorf("told %q, want the reason once", told)
 		}
@@ -428,11 +428,11 @@ func TestThrottled(t *testing.T) {
 		for range 20 {
 			books = append(books, w.follower(need(sgA)))
 		}
-		time.Sleep(10 * time.Second)
+		time.Sleep(10 * time.Second) //nolint:forbidigo // of the bubble's clock
 		w.cloud.set(func() {
 			w.cloud.fail, w.cloud.calls = ec2.NewError("RequestLimitExceeded", "Request limit exceeded."), nil
 		})
-		time.Sleep(5 * time.Minute)
+		time.Sleep(5 * time.Minute) //nolint:forbidigo // of the bubble's clock
 		if n := w.cloud.count(); n < 5 || n > 20 {
 			t.Errorf("%d refused calls in five minutes", n)
 		}
@@ -450,9 +450,9 @@ func TestThrottled(t *testing.T) {
 			t.Errorf("await: %v", err)
 		}
 		w.cloud.set(func() { w.cloud.fail = nil })
-		time.Sleep(10 * time.Minute)
+		time.Sleep(10 * time.Minute) //nolint:forbidigo // of the bubble's clock
 		w.cloud.set(func() { w.cloud.calls = nil })
-		time.Sleep(time.Minute)
+		time.Sleep(time.Minute) //nolint:forbidigo // of the bubble's clock
 		if n := w.cloud.count(); n < 70 || n > 100 {
 			t.Errorf("%d calls a minute after it is over", n)
 		}
@@ -469,12 +469,12 @@ func TestThrottledFromTheStart(t *testing.T) {
 		for range 20 {
 			books = append(books, w.follower(need(sgA)))
 		}
-		time.Sleep(5 * time.Minute)
+		time.Sleep(5 * time.Minute) //nolint:forbidigo // of the bubble's clock
 		if n := w.cloud.count(); n < 5 || n > 20 {
 			t.Errorf("%d refused calls in five minutes", n)
 		}
 		w.cloud.set(func() { w.cloud.fail = nil })
-		time.Sleep(time.Minute)
+		time.Sleep(time.Minute) //nolint:forbidigo // of the bubble's clock
 		for _, b := range books {
 			if st := b.Status(); st.Source != Shared || !slices.Equal(ports(b, sgA), []int{80}) {
 				t.Errorf("%+v, ports %v", st, ports(b, sgA))
@@ -493,12 +493,12 @@ func TestPollerCannotRead(t *testing.T) {
 		b := NewBook(BookOptions{Dial: w.at.dial})
 		b.Want(need(sgA))
 		w.wg.Go(func() { b.Run(w.ctx, own) })
-		time.Sleep(2*DefaultGrace + time.Second)
+		time.Sleep(2*DefaultGrace + time.Second) //nolint:forbidigo // of the bubble's clock
 		if st := b.Status(); st.Source != Own || !slices.Equal(ports(b, sgA), []int{80}) {
 			t.Errorf("%+v, ports %v", st, ports(b, sgA))
 		}
 		w.cloud.set(func() { w.cloud.fail = nil })
-		time.Sleep(time.Minute)
+		time.Sleep(time.Minute) //nolint:forbidigo // of the bubble's clock
 		if st := b.Status(); st.Source != Shared {
 			t.Errorf("%+v", st)
 		}
@@ -559,14 +559,14 @@ func TestBadInput(t *testing.T) {
 		if err := send(deaf, needMessage{Version: 1, Groups: []vpc.SecurityGroupID{sgA}}); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(time.Minute)
+		time.Sleep(time.Minute) //nolint:forbidigo // of the bubble's clock
 		if subs, n := p.Counts(); subs != 2 || n != 1 {
 			t.Errorf("%d subscribers with %d groups, want the good and the silent one", subs, n)
 		}
 		silent.Close()
 		deaf.Close()
 		w.cloud.set(func() { w.cloud.rules[0].FromPort = 81 })
-		time.Sleep(time.Second)
+		time.Sleep(time.Second) //nolint:forbidigo // of the bubble's clock
 		if st := good.Status(); st.Source != Shared || st.Away != nil || !slices.Equal(ports(good, sgA), []int{81}) {
 			t.Errorf("%+v, ports %v", st, ports(good, sgA))
 		}
@@ -611,7 +611,7 @@ func TestBadPoller(t *testing.T) {
 				})
 				var away error
 				b := w.book(BookOptions{Dial: at.dial, Away: func(err error) { away = err }}, need(sgA))
-				time.Sleep(time.Minute)
+				time.Sleep(time.Minute) //nolint:forbidigo // of the bubble's clock
 				at.Close()
 				// What comes before a gap makes sense, and is taken.
 				if st := b.Status(); name != "a gap" && (st.Source != Own || !slices.Equal(ports(b, sgA), []int{80})) {
@@ -637,7 +637,7 @@ func TestBudget(t *testing.T) {
 		b := w.follower(n)
 		w.await(b)
 		w.cloud.set(func() { w.cloud.calls = nil })
-		time.Sleep(10 * time.Minute)
+		time.Sleep(10 * time.Minute) //nolint:forbidigo // of the bubble's clock
 		if got := w.cloud.count(); got > 1200+Burst || got < 1000 {
 			t.Errorf("%d requests in ten minutes with a budget of 1200 and %d at once", got, Burst)
 		}
@@ -652,7 +652,7 @@ func TestUnneededIsForgotten(t *testing.T) {
 		one, two := p.Subscribe(), p.Subscribe()
 		n := Need{Groups: []vpc.SecurityGroupID{sgA}, Members: true}
 		one.Want(n)
-		time.Sleep(time.Second)
+		time.Sleep(time.Second) //nolint:forbidigo // of the bubble's clock
 		calls := w.cloud.count()
 		two.Want(n)
 		if now, _ := two.Current(); !now.Holds(n) || w.cloud.count() != calls {
@@ -661,9 +661,9 @@ func TestUnneededIsForgotten(t *testing.T) {
 		one.Close()
 		two.Close()
 		two.Close()
-		time.Sleep(time.Second)
+		time.Sleep(time.Second) //nolint:forbidigo // of the bubble's clock
 		calls = w.cloud.count()
-		time.Sleep(time.Hour)
+		time.Sleep(time.Hour) //nolint:forbidigo // of the bubble's clock
 		if w.cloud.count() != calls {
 			t.Errorf("%d calls for nobody", w.cloud.count()-calls)
 		}
@@ -673,7 +673,7 @@ func TestUnneededIsForgotten(t *testing.T) {
 		if now, _ := three.Current(); now.Holds(n) {
 			t.Error("what nobody needed for an hour is known still")
 		}
-		time.Sleep(time.Second)
+		time.Sleep(time.Second) //nolint:forbidigo // of the bubble's clock
 		if now, _ := three.Current(); !now.Holds(n) || now.Groups[sgA].Rules[0].FromPort != 81 {
 			t.Errorf("%+v", now)
 		}

@@ -127,7 +127,7 @@ func (v *victim) flood(b testing.TB, cpu int) (stop func()) {
 		if time.Now().After(deadline) {
 			b.Fatal("the flood does not fill the table")
 		}
-		time.Sleep(10 * time.Millisecond)
+		<-time.After(10 * time.Millisecond)
 	}
 	return func() {
 		stopped.Store(true)
