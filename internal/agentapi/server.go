@@ -65,18 +65,25 @@ func Listen(path string) (*net.UnixListener, error) {
 // that run. The socket's file is left for the next Listen to replace.
 func Serve(ctx context.Context, l *net.UnixListener, h Handler, log Logger) error {
 	l.SetUnlinkOnClose(false)
+	return Accept(ctx, l, maxConns, log, func(conn net.Conn) { serveConn(ctx, conn.(*net.UnixConn), h, log) })
+}
+
+// Accept calls serve for each connection, for at most so many at once, until ctx
+// ends; then it closes l and waits for the calls that run. More connections wait in
+// the listener's backlog.
+func Accept(ctx context.Context, l net.Listener, most int, log Logger, serve func(net.Conn)) error {
 	stop := context.AfterFunc(ctx, func() { l.Close() })
 	defer stop()
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	slots := make(chan struct{}, maxConns)
+	slots := make(chan struct{}, most)
 	for {
 		select {
 		case slots <- struct{}{}:
 		case <-ctx.Done():
 			return nil
 		}
-		conn, err := l.AcceptUnix()
+		conn, err := l.Accept()
 		if err != nil {
 			<-slots
 			if ctx.Err() != nil {
@@ -94,7 +101,7 @@ func Serve(ctx context.Context, l *net.UnixListener, h Handler, log Logger) erro
 		}
 		wg.Go(func() {
 			defer func() { <-slots }()
-			serveConn(ctx, conn, h, log)
+			serve(conn)
 		})
 	}
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -87,32 +86,7 @@ reads the rules itself until it is back.`,
 			if err != nil {
 				return err
 			}
-			l, err := h.lockLab(cmd.Context(), false)
-			if err != nil {
-				return err
-			}
-			defer l.release("")
-			unlock, err := kill(cmd.Context(), h.dir(), h.pollerPID())
-			if err != nil {
-				return fmt.Errorf("restart the poller: %w", err)
-			}
-			defer unlock()
-			began := a.now()
-			if err := startPoller(cmd.Context(), h, f, agent); err != nil {
-				return fmt.Errorf("restart the poller: %w; see: underlay logs poller%s", err, a.labFlag())
-			}
-			took := a.now().Sub(began)
-			p, err := readProc(h.pollerPID())
-			if err != nil {
-				return err
-			}
-			out := struct {
-				PID    int     `json:"pid"`
-				Millis float64 `json:"millis"`
-			}{p.PID, millis(took)}
-			return a.print(out, func(w io.Writer) {
-				fmt.Fprintf(w, "the poller serves again after %s (process %d)\n", seconds(took), p.PID)
-			})
+			return a.restart(cmd.Context(), h, "the poller", "poller", h.dir(), h.pollerPID(), func(ctx context.Context) error { return startPoller(ctx, h, f, agent) })
 		},
 	})
 	return c

@@ -128,6 +128,38 @@ func startVPCD(ctx context.Context, h home, vpcd, listen string) error {
 	})
 }
 
+// restart kills a process that the whole lab has one of, as a crash would, has
+// start start it anew, and says how long that took. log names its log, dir is where
+// kill locks.
+func (a *App) restart(ctx context.Context, h home, what, log, dir, pid string, start func(context.Context) error) error {
+	l, err := h.lockLab(ctx, false)
+	if err != nil {
+		return err
+	}
+	defer l.release("")
+	unlock, err := kill(ctx, dir, pid)
+	if err != nil {
+		return fmt.Errorf("restart %s: %w", what, err)
+	}
+	defer unlock()
+	began := a.now()
+	if err := start(ctx); err != nil {
+		return fmt.Errorf("restart %s: %w; see: underlay logs %s%s", what, err, log, a.labFlag())
+	}
+	took := a.now().Sub(began)
+	p, err := readProc(pid)
+	if err != nil {
+		return err
+	}
+	out := struct {
+		PID    int     `json:"pid"`
+		Millis float64 `json:"millis"`
+	}{p.PID, millis(took)}
+	return a.print(out, func(w io.Writer) {
+		fmt.Fprintf(w, "%s serves again after %s (process %d)\n", what, seconds(took), p.PID)
+	})
+}
+
 func (a *App) vpcdCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "vpcd",
@@ -153,31 +185,8 @@ meanwhile: the fabric is the kernel's. No acknowledged call is lost.`,
 			if err != nil {
 				return err
 			}
-			l, err := h.lockLab(cmd.Context(), false)
-			if err != nil {
-				return err
-			}
-			defer l.release("")
-			unlock, err := kill(cmd.Context(), h.vpcd(), h.vpcdPID())
-			if err != nil {
-				return fmt.Errorf("restart vpcd: %w", err)
-			}
-			defer unlock()
-			began := a.now()
-			if err := startVPCD(cmd.Context(), h, vpcd, strings.TrimPrefix(f.Lab.Endpoint, "http://")); err != nil {
-				return fmt.Errorf("restart vpcd: %w; see: underlay logs vpcd%s", err, a.labFlag())
-			}
-			took := a.now().Sub(began)
-			p, err := readProc(h.vpcdPID())
-			if err != nil {
-				return err
-			}
-			out := struct {
-				PID    int     `json:"pid"`
-				Millis float64 `json:"millis"`
-			}{p.PID, millis(took)}
-			return a.print(out, func(w io.Writer) {
-				fmt.Fprintf(w, "vpcd serves again after %s (process %d)\n", seconds(took), p.PID)
+			return a.restart(cmd.Context(), h, "vpcd", "vpcd", h.vpcd(), h.vpcdPID(), func(ctx context.Context) error {
+				return startVPCD(ctx, h, vpcd, strings.TrimPrefix(f.Lab.Endpoint, "http://"))
 			})
 		},
 	})

@@ -8,8 +8,9 @@ import (
 	"log/slog"
 	"net"
 	"sync"
-	"syscall"
 	"time"
+
+	"github.com/underlay-cni/underlay/internal/agentapi"
 )
 
 const (
@@ -26,40 +27,11 @@ const (
 
 // Serve answers books until ctx ends, then closes l and the connections.
 func (p *Poller) Serve(ctx context.Context, l net.Listener, log *slog.Logger) error {
-	stop := context.AfterFunc(ctx, func() { l.Close() })
-	defer stop()
-	var wg sync.WaitGroup
-	defer wg.Wait()
-	slots := make(chan struct{}, maxBooks)
-	for {
-		select {
-		case slots <- struct{}{}:
-		case <-ctx.Done():
-			return nil
+	return agentapi.Accept(ctx, l, maxBooks, log, func(conn net.Conn) {
+		if err := p.serve(ctx, conn); err != nil && ctx.Err() == nil {
+			log.Warn("subscriber dropped", "op", "serve", "err", err)
 		}
-		conn, err := l.Accept()
-		if err != nil {
-			<-slots
-			if ctx.Err() != nil {
-				return nil
-			}
-			if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.ECONNABORTED) {
-				log.Warn("connection not accepted", "op", "accept", "err", err)
-				select {
-				case <-time.After(100 * time.Millisecond): // until a descriptor is free
-				case <-ctx.Done():
-				}
-				continue
-			}
-			return fmt.Errorf("accept: %w", err)
-		}
-		wg.Go(func() {
-			defer func() { <-slots }()
-			if err := p.serve(ctx, conn); err != nil && ctx.Err() == nil {
-				log.Warn("subscriber dropped", "op", "serve", "err", err)
-			}
-		})
-	}
+	})
 }
 
 // serve tells one book what concerns it, until it hangs up or ctx ends.

@@ -28,15 +28,20 @@ const PluginDir = "/usr/lib/cni"
 func Require(t testing.TB, needs ...string) {
 	t.Helper()
 	for _, need := range needs {
-		reason := lacking(need)
-		if reason == "" {
-			continue
+		if reason := lacking(need); reason != "" {
+			Lacks(t, need, reason)
 		}
-		if slices.Contains(strings.Split(os.Getenv("TEST_REQUIRE"), ","), need) {
-			t.Fatalf("TEST_REQUIRE names %q, but %s", need, reason)
-		}
-		t.Skipf("needs %s: %s", need, reason)
 	}
+}
+
+// Lacks skips a test that found out itself what it lacks of a need, or fails it, as
+// Require does.
+func Lacks(t testing.TB, need, reason string) {
+	t.Helper()
+	if slices.Contains(strings.Split(os.Getenv("TEST_REQUIRE"), ","), need) {
+		t.Fatalf("TEST_REQUIRE names %q, but %s", need, reason)
+	}
+	t.Skipf("needs %s: %s", need, reason)
 }
 
 // Tool returns the path of a program: the distribution's rather than what a

@@ -4,8 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os/exec"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -95,12 +93,12 @@ func TestRoutesAndACLsHoldForPods(t *testing.T) {
 	reaches("across", true)
 
 	// From the other subnet, the way to the pod's leads by a VM.
-	box := l.Outside[slices.IndexFunc(l.Outside, func(o struct {
-		Name, InstanceID, Netns string
-		IP                      netip.Addr
-	}) bool {
-		return o.Name == "vm-1"
-	})]
+	box := lab.Node{Name: "vm-1", IP: l.OutsideIP("vm-1")}
+	for _, o := range l.Outside {
+		if o.Name == box.Name {
+			box.Netns = o.Netns
+		}
+	}
 	var boxENI struct {
 		NetworkInterfaces []struct{ NetworkInterfaceId, SubnetId string }
 	}
@@ -113,46 +111,35 @@ func TestRoutesAndACLsHoldForPods(t *testing.T) {
 	l.AWS(nil, "ec2", "modify-network-interface-attribute", "--network-interface-id", eni, "--groups", groupsOf(t, l, one.IP)[0])
 	var table struct{ RouteTable struct{ RouteTableId string } }
 	l.AWS(&table, "ec2", "create-route-table", "--vpc-id", l.VPCID)
-	forward(t, box.Netns, false)
+	forward(t, box, false)
 	l.AWS(nil, "ec2", "create-route", "--route-table-id", table.RouteTable.RouteTableId, "--destination-cidr-block", "10.0.200.0/24", "--network-interface-id", eni)
 	l.AWS(nil, "ec2", "associate-route-table", "--route-table-id", table.RouteTable.RouteTableId, "--subnet-id", two.SubnetID)
 	reaches("across", false) // the VM does not forward
 	reaches("beside", true)
-	forward(t, box.Netns, true)
-	before := forwarded(t, box.Netns)
+	forward(t, box, true)
+	before := forwarded(t, box)
 	reaches("across", true)
-	if after := forwarded(t, box.Netns); after <= before {
+	if after := forwarded(t, box); after <= before {
 		t.Errorf("the VM forwarded %d datagrams before, %d after", before, after)
 	}
 	reaches("beside", true)
 }
 
 // forward says whether a VM sends on what is not for itself.
-func forward(t *testing.T, netns string, yes bool) {
+func forward(t *testing.T, vm lab.Node, yes bool) {
 	t.Helper()
 	value := map[bool]string{false: "0", true: "1"}[yes]
-	inNamespace(t, netns, "sysctl", "-qw", "net.ipv4.ip_forward="+value, "net.ipv4.conf.all.send_redirects=0", "net.ipv4.conf.eth0.send_redirects=0", "net.ipv4.conf.eth0.rp_filter=2")
+	vm.Exec(t, "sysctl", "-qw", "net.ipv4.ip_forward="+value, "net.ipv4.conf.all.send_redirects=0", "net.ipv4.conf.eth0.send_redirects=0", "net.ipv4.conf.eth0.rp_filter=2")
 }
 
 // forwarded is how many datagrams a VM has sent on.
-func forwarded(t *testing.T, netns string) int {
+func forwarded(t *testing.T, vm lab.Node) int {
 	t.Helper()
 	const forwardedDatagrams = 6 // ForwDatagrams, of the lines of Ip in /proc/net/snmp
 	var n int
-	out := inNamespace(t, netns, "cat", "/proc/net/snmp")
-	ip := strings.Fields(strings.SplitN(out, "\n", 3)[1])
+	ip := strings.Fields(strings.SplitN(vm.Exec(t, "cat", "/proc/net/snmp"), "\n", 3)[1])
 	if _, err := fmt.Sscan(ip[forwardedDatagrams], &n); err != nil {
 		t.Fatal(err)
 	}
 	return n
-}
-
-func inNamespace(t *testing.T, netns string, command ...string) string {
-	t.Helper()
-	cmd := exec.Command("nsenter", append([]string{"--net=" + netns}, command...)...)
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		t.Fatalf("%v: %v\n%s", command, err, out)
-	}
-	return string(out)
 }

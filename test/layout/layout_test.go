@@ -32,7 +32,9 @@ var siblings = map[string][]string{
 	"reach":    {"policy"}, // reachability asks the policy compiler for verdicts
 	"plan":     {"ipam"},   // capacity is what the real allocator would hold
 	"datapath": {"nl"},     // programs are attached to links that nl makes
-	"groups":   {"ec2"},    // what a refusal means, ec2 alone says; each of its requests counts
+	// What a refusal means, ec2 alone says; each of its requests counts. Both kinds of
+	// server accept alike.
+	"groups": {"ec2", "agentapi"},
 }
 
 // pure are the packages that do no I/O, start no goroutine and read no clock,

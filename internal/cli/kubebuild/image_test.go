@@ -23,14 +23,9 @@ import (
 // needTools skips the test where the distribution's tools are not there.
 func needTools(t *testing.T) {
 	t.Helper()
-	err := (&builder{}).checkTools([]item{{name: "agnhost", image: true}})
-	if err == nil {
-		return
+	if err := (&builder{}).checkTools([]item{{name: "agnhost", image: true}}); err != nil {
+		testenv.Lacks(t, "kubernetes", err.Error())
 	}
-	if slices.Contains(strings.Split(os.Getenv("TEST_REQUIRE"), ","), "kubernetes") {
-		t.Fatalf("TEST_REQUIRE names kubernetes, but %v", err)
-	}
-	t.Skip(err)
 }
 
 // The image's tools find their libraries in it and nowhere else.
@@ -135,7 +130,7 @@ func TestImagesAreThoseOfKubernetes(t *testing.T) {
 	out, err := cmd.Output()
 	dir := strings.TrimSpace(string(out))
 	if err != nil || dir == "" {
-		t.Skip("Kubernetes' source is not in Go's module cache; make kubernetes downloads it")
+		testenv.Lacks(t, "kubernetes", "its source is not in Go's module cache; make kubernetes downloads it")
 	}
 	b, err := os.ReadFile(filepath.Join(dir, "test/utils/image/manifest.go"))
 	if err != nil {
@@ -186,7 +181,7 @@ func TestDynamicProgramIsRefused(t *testing.T) {
 	for name, refused := range map[string]bool{"dash": true, "busybox": false} {
 		path := findFile(name)
 		if path == "" {
-			t.Skipf("%s is not installed", name)
+			testenv.Lacks(t, "kubernetes", name+" is not installed")
 		}
 		f, err := os.Open(path)
 		if err != nil {
