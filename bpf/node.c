@@ -366,25 +366,20 @@ static __always_inline int arp(struct __sk_buff *skb, __u32 ifindex, const struc
 	return bpf_redirect(ifindex, 0);
 }
 
-static __always_inline void count_from(const struct iface *pod, __u32 packets, __u32 bytes)
+/* Counts a packet that passes: the pod sent it, or it is handed to the pod. */
+static __always_inline void count_traffic(const struct iface *pod, const struct packet *p, bool sent)
 {
 	__u32 slot = pod->slot;
 	struct iface_traffic *t = bpf_map_lookup_elem(&traffic, &slot);
 
-	if (t) {
-		t->from_packets += packets;
-		t->from_bytes += bytes;
-	}
-}
-
-static __always_inline void count_to(const struct iface *pod, __u32 packets, __u32 bytes)
-{
-	__u32 slot = pod->slot;
-	struct iface_traffic *t = bpf_map_lookup_elem(&traffic, &slot);
-
-	if (t) {
-		t->to_packets += packets;
-		t->to_bytes += bytes;
+	if (!t)
+		return;
+	if (sent) {
+		t->from_packets += p->packets;
+		t->from_bytes += p->bytes;
+	} else {
+		t->to_packets += p->packets;
+		t->to_bytes += p->bytes;
 	}
 }
 
@@ -571,7 +566,7 @@ int from_pod(struct __sk_buff *skb)
 	if (c->flags & CONN_DENIED)
 		return drop_packet(skb, ifindex, refused_by(c), p);
 
-	count_from(ep, p->packets, p->bytes);
+	count_traffic(ep, p, true);
 	if (direct_enabled && c->provenance == PROVENANCE_DIRECT) {
 		if (c->flags & CONN_LOCAL) {
 			peer = c->ifindex[1 - (p->end & 1)];
@@ -644,7 +639,7 @@ int to_pod(struct __sk_buff *skb)
 		p->bytes = skb->len - ETH_HLEN;
 	}
 
-	count_to(ep, p->packets, p->bytes);
+	count_traffic(ep, p, false);
 	return TC_ACT_UNSPEC;
 }
 

@@ -243,6 +243,6 @@ static __always_inline int enter_pod(struct __sk_buff *skb, const struct packet 
 	copy_mac(eth->h_source, pod->host_mac);
 	skb->mark = 0;
 	skb->tc_index = 0;
-	count_to(pod, p->packets, p->bytes);
+	count_traffic(pod, p, false);
 	return bpf_redirect_peer(ifindex, 0);
 }
