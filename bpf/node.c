@@ -288,8 +288,8 @@ __noinline int drop_packet(struct __sk_buff *skb, __u32 ifindex, __u32 reason,
 		__u32 egress;
 
 		if (c) {
-			egress = c->judged[c->opener & 1] & ~c->allowed[c->opener & 1];
-			tell_of(&e, c, egress || !c->judged[(1 - c->opener) & 1] ? POLICY_EGRESS : POLICY_INGRESS);
+			egress = c->gates.judged[c->gates.opener & 1] & ~c->gates.allowed[c->gates.opener & 1];
+			tell_of(&e, c, egress || !c->gates.judged[(1 - c->gates.opener) & 1] ? POLICY_EGRESS : POLICY_INGRESS);
 		}
 	}
 	send_event(skb, p ? &p->tuple : 0, &e);
@@ -433,33 +433,33 @@ __noinline int begin_from_pod(struct __sk_buff *skb, struct packet *p, const str
 		peer = local_pod(&p->tuple.dst);
 		if (!peer) {
 			if (way && way == eni->ifindex)
-				n->provenance = PROVENANCE_DIRECT;
+				n->gates.provenance = PROVENANCE_DIRECT;
 		} else if (way == peer) {
 			other = bpf_map_lookup_elem(&ifaces, &peer);
 			/* Ready: no flow is judged by a pod whose policy is not there. */
 			if (other && (other->flags & IFACE_READY) && !(other->flags & IFACE_STACK))
-				n->provenance = PROVENANCE_DIRECT;
+				n->gates.provenance = PROVENANCE_DIRECT;
 			/* Across subnets by the wire, where the ACLs are (D9). */
 			if (in_subnet(eni, &p->tuple.dst)) {
-				n->flags |= CONN_LOCAL;
+				n->gates.flags |= CONN_LOCAL;
 				n->ifindex[1 - end] = peer;
 			}
 		}
-		if (n->provenance == PROVENANCE_DIRECT)
-			n->eni_ifindex = n->flags & CONN_LOCAL ? 0 : eni->ifindex;
+		if (n->gates.provenance == PROVENANCE_DIRECT)
+			n->eni_ifindex = n->gates.flags & CONN_LOCAL ? 0 : eni->ifindex;
 		else
-			n->flags &= ~CONN_LOCAL;
+			n->gates.flags &= ~CONN_LOCAL;
 	}
-	if (n->provenance == PROVENANCE_DIRECT) {
+	if (n->gates.provenance == PROVENANCE_DIRECT) {
 		/* What takes the stack is judged where it leaves it. */
 		reason = judge(n, &p->tuple, end, POLICY_EGRESS,
-			       n->flags & CONN_LOCAL || pod->flags & IFACE_GROUPS ? BOTH_GATES : NETPOL);
-		if (!reason && (n->flags & CONN_LOCAL))
+			       n->gates.flags & CONN_LOCAL || pod->flags & IFACE_GROUPS ? BOTH_GATES : NETPOL);
+		if (!reason && (n->gates.flags & CONN_LOCAL))
 			reason = judge(n, &p->tuple, 1 - end, POLICY_INGRESS, BOTH_GATES);
-		if (n->provenance != PROVENANCE_DIRECT)
-			n->flags &= ~CONN_LOCAL; /* the policy wants it so */
+		if (n->gates.provenance != PROVENANCE_DIRECT)
+			n->gates.flags &= ~CONN_LOCAL; /* the policy wants it so */
 		if (reason)
-			n->flags |= CONN_DENIED;
+			n->gates.flags |= CONN_DENIED;
 	} else {
 		n->ifindex[1 - end] = 0;
 	}
@@ -473,7 +473,8 @@ int from_pod(struct __sk_buff *skb)
 	__u32 ifindex = skb->ifindex, reason, peer;
 	struct iface *ep = 0, *other;
 	struct packet *p = packet_new();
-	struct conn *c = 0;
+	struct conn *c = 0, *made;
+	__u64 g = 0;
 	bool plain = false;
 	struct addr src;
 	struct ethhdr *eth;
@@ -548,13 +549,17 @@ int from_pod(struct __sk_buff *skb)
 			return drop(skb, ifindex, reason);
 		c = find(skb, p, v6);
 	}
-	if (!c || stale(c, p, p->end, ifindex)) {
+	if (c && !gates_of(c, &p->key, &g))
+		c = 0;
+	if (!c || stale(c, g, p, p->end, ifindex)) {
 		reason = begin_from_pod(skb, p, ep, c);
 		c = bpf_map_lookup_elem(&conns, &p->key);
-		if (reason || !c)
+		made = conn_made();
+		if (reason || !c || !made)
 			return drop_packet(skb, ifindex, reason ? reason : DROP_CONNTRACK_FULL, p);
-		if (c->provenance == PROVENANCE_DIRECT)
-			tell_allowed(skb, p, c, POLICY_EGRESS);
+		g = read_gates(made);
+		if (GATES_PROVENANCE(g) == PROVENANCE_DIRECT)
+			tell_allowed(skb, p, made, POLICY_EGRESS);
 	}
 	if (!c->ifindex[p->end & 1])
 		c->ifindex[p->end & 1] = ifindex;
@@ -562,13 +567,13 @@ int from_pod(struct __sk_buff *skb)
 		c->seen |= CONN_SENDER << (p->end & 1);
 	conn_see(c, p, true);
 	if (c->generation && c->generation != policy_now())
-		renew(c, p);
-	if (c->flags & CONN_DENIED)
-		return drop_packet(skb, ifindex, refused_by(c), p);
+		renew(c, p, &g);
+	if (GATES_FLAGS(g) & CONN_DENIED)
+		return drop_packet(skb, ifindex, refused_by(g), p);
 
 	count_traffic(ep, p, true);
-	if (direct_enabled && c->provenance == PROVENANCE_DIRECT) {
-		if (c->flags & CONN_LOCAL) {
+	if (direct_enabled && GATES_PROVENANCE(g) == PROVENANCE_DIRECT) {
+		if (GATES_FLAGS(g) & CONN_LOCAL) {
 			peer = c->ifindex[1 - (p->end & 1)];
 			other = pod_at(c, 1 - p->end, peer);
 			if (other && (other->flags & IFACE_READY) && same_addr(&other->addr, &p->tuple.dst) &&
@@ -706,7 +711,7 @@ __noinline int begin_from_eni(struct __sk_buff *skb, struct packet *p, struct co
 	n->eni_ifindex = eni->ifindex;
 	reason = judge(n, &p->tuple, me, POLICY_INGRESS, pod->flags & IFACE_GROUPS ? BOTH_GATES : NETPOL);
 	if (reason)
-		n->flags |= CONN_DENIED;
+		n->gates.flags |= CONN_DENIED;
 	return put(p, n, old);
 }
 
@@ -715,8 +720,9 @@ int from_eni(struct __sk_buff *skb)
 {
 	__u32 to, me;
 	struct packet *p = packet_new();
+	struct conn *c, *made;
+	__u64 g = 0;
 	struct iface *pod;
-	struct conn *c;
 	int reason;
 
 	/* What another node, or another namespace of this machine, left there. */
@@ -728,18 +734,22 @@ int from_eni(struct __sk_buff *skb)
 		return TC_ACT_UNSPEC;
 	c = bpf_map_lookup_elem(&conns, &p->key);
 	me = 1 - (p->end & 1);
-	if (!c || stale(c, p, 0, 0)) {
+	if (c && !gates_of(c, &p->key, &g))
+		c = 0;
+	if (!c || stale(c, g, p, 0, 0)) {
 		if (p->flags & PACKET_ERROR)
 			return TC_ACT_UNSPEC;
 		reason = begin_from_eni(skb, p, c);
 		if (reason < 0)
 			return TC_ACT_UNSPEC;
 		c = bpf_map_lookup_elem(&conns, &p->key);
-		if (reason || !c)
+		made = conn_made();
+		if (reason || !c || !made)
 			return drop_packet(skb, local_pod(&p->tuple.dst), reason ? reason : DROP_CONNTRACK_FULL, p);
-		tell_allowed(skb, p, c, POLICY_INGRESS);
+		g = read_gates(made);
+		tell_allowed(skb, p, made, POLICY_INGRESS);
 	}
-	if (c->provenance != PROVENANCE_DIRECT || !direct_enabled || (c->flags & CONN_LOCAL)) {
+	if (GATES_PROVENANCE(g) != PROVENANCE_DIRECT || !direct_enabled || (GATES_FLAGS(g) & CONN_LOCAL)) {
 		conn_see(c, p, false);
 		return TC_ACT_UNSPEC;
 	}
@@ -754,9 +764,9 @@ int from_eni(struct __sk_buff *skb)
 	}
 	conn_see(c, p, !(c->seen & (CONN_SENDER << (p->end & 1))));
 	if (c->generation && c->generation != policy_now())
-		renew(c, p);
-	if (c->flags & CONN_DENIED)
-		return drop_packet(skb, to, refused_by(c), p);
+		renew(c, p, &g);
+	if (GATES_FLAGS(g) & CONN_DENIED)
+		return drop_packet(skb, to, refused_by(g), p);
 	if (!lower_ttl(skb))
 		return TC_ACT_UNSPEC;
 	count(PATH_DIRECT);

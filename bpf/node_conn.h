@@ -54,9 +54,26 @@ struct conn_verdict {
 	__u32 epoch;		/* of the table that it is in */
 };
 
+/*
+ * What decides about a flow's packets. It is read at once, and exchanged at once:
+ * while a program holds a pointer to an entry, another CPU may judge the flow, or
+ * put another entry in its place, and the memory of one that was deleted is the
+ * next one's at once (kernel/bpf/memalloc.c), this or another flow's.
+ */
+struct gates {
+	__u8 opener;		/* end */
+	__u8 provenance;	/* enum provenance */
+	__u8 flags;		/* enum conn_flag */
+	__u8 pad;
+	__u8 judged[2];		/* by end whose pod was judged: bit g: by gate g */
+	__u8 allowed[2];	/* bit g: gate g lets it pass */
+} __attribute__((aligned(8)));
+
 /* A flow. Times are CLOCK_MONOTONIC, precise to a tick of the kernel. Packets
  * are those on the wire (a segmentation offload's apart), bytes IP lengths. */
 struct conn {
+	struct conn_key key;	/* the first that the kernel writes of an entry */
+	struct gates gates;
 	__u64 created_ns;
 	__u64 last_ns;
 	__u64 packets[2];	/* by end that sent them */
@@ -66,15 +83,9 @@ struct conn {
 	__u32 timeout_s;	/* idle time after which it is over */
 	__u32 eni_ifindex;	/* by which it leaves the node; 0: not known */
 	__u8 tcp_flags[2];	/* all seen, by end that sent them */
-	__u8 opener;		/* end */
-	__u8 provenance;	/* enum provenance */
-	__u8 state;		/* enum conn_state */
-	__u8 judged[2];		/* by end whose pod was judged: bit g: by gate g */
-	__u8 allowed[2];	/* bit g: gate g lets it pass */
 	__u8 audit[2];		/* bit g: only because gate g enforces nothing */
-	__u8 flags;		/* enum conn_flag */
+	__u8 state;		/* enum conn_state */
 	__u8 seen;		/* enum conn_seen */
-	__u8 pad;
 	__u16 share;		/* slot of the pod in whose share of the table it is; 0: nobody's */
 	__u32 generation;	/* policy_now() when the verdicts were last compared */
 	__u16 slot[2];		/* of that pod, as last seen: good while slots agrees */
@@ -616,6 +627,41 @@ static __always_inline int read_packet(struct __sk_buff *skb, struct packet *p, 
 	return !v6 && read_plain(skb, p) ? 0 : read_other(skb, p, v6, 1);
 }
 
+static __always_inline bool same_key(const struct conn_key *a, const struct conn_key *b)
+{
+	const volatile __u64 *x = (const void *)a, *y = (const void *)b;
+
+	return !((x[0] ^ y[0]) | (x[1] ^ y[1]) | (x[2] ^ y[2]) | (x[3] ^ y[3]) | (x[4] ^ y[4]));
+}
+
+_Static_assert(sizeof(struct conn_key) == 40, "five words");
+
+/* A flow's gates in one word. */
+static __always_inline __u64 read_gates(const struct conn *c)
+{
+	return *(const volatile __u64 *)&c->gates;
+}
+
+/* What is in such a word. */
+#define GATES_OPENER(g)		((__u8)(g))
+#define GATES_PROVENANCE(g)	((__u8)((g) >> 8))
+#define GATES_FLAGS(g)		((__u8)((g) >> 16))
+#define GATES_JUDGED(g, end)	((__u8)((g) >> (32 + 8 * (end))))
+#define GATES_ALLOWED(g, end)	((__u8)((g) >> (48 + 8 * (end))))
+
+_Static_assert(offsetof(struct gates, provenance) == 1 && offsetof(struct gates, flags) == 2 &&
+	       offsetof(struct gates, judged) == 4 && offsetof(struct gates, allowed) == 6 &&
+	       __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "as the macros have it");
+
+/* Reads the gates of a flow's entry; false if it has become another flow's
+ * meanwhile. A value is written from its beginning on: who finds the key there
+ * afterwards has read what belongs to it. */
+static __always_inline bool gates_of(const struct conn *c, const struct conn_key *k, __u64 *g)
+{
+	*g = read_gates(c);
+	return same_key(&c->key, k);
+}
+
 /* Whether the flow is over: the entry waits to be swept up. */
 static __always_inline bool conn_over(const struct conn *c, __u64 now)
 {
@@ -671,9 +717,9 @@ __noinline __u32 idle_timeout(const struct conn *c, __u32 protocol)
 
 	if (!c)
 		return 0;
-	ifindex = c->ifindex[c->opener & 1];
+	ifindex = c->ifindex[c->gates.opener & 1];
 	if (!ifindex)
-		ifindex = c->ifindex[1 - (c->opener & 1)];
+		ifindex = c->ifindex[1 - (c->gates.opener & 1)];
 	pod = bpf_map_lookup_elem(&ifaces, &ifindex);
 	i = pod ? bpf_map_lookup_elem(&eni_idle, &pod->eni) : 0;
 	if (protocol == IPPROTO_TCP) {
@@ -714,12 +760,12 @@ static __always_inline void conn_see(struct conn *c, const struct packet *p, boo
 		if ((flags & TCP_RST) || (c->tcp_flags[0] & c->tcp_flags[1] & TCP_FIN)) {
 			c->state = CONN_CLOSED;
 			c->timeout_s = tcp_closed_timeout;
-		} else if (c->state == CONN_OPENING && end == c->opener && (flags & TCP_ACK) &&
+		} else if (c->state == CONN_OPENING && end == c->gates.opener && (flags & TCP_ACK) &&
 			   c->tcp_flags[1 - end]) {
 			/* Answered, and the answer acknowledged. */
 			c->state = CONN_ESTABLISHED;
 			c->timeout_s = idle_timeout(c, IPPROTO_TCP);
-		} else if (c->state == CONN_OPENING && (c->flags & CONN_MIDFLOW) && c->tcp_flags[0] &&
+		} else if (c->state == CONN_OPENING && (c->gates.flags & CONN_MIDFLOW) && c->tcp_flags[0] &&
 			   c->tcp_flags[1]) {
 			c->state = CONN_ESTABLISHED;
 			c->timeout_s = idle_timeout(c, IPPROTO_TCP);
@@ -769,6 +815,41 @@ static __always_inline struct tuple *asked_of(const struct packet *p)
 	return &s->asked;
 }
 
+/* The entry that conn_new or conn_copy made last on this CPU. */
+static __always_inline struct conn *conn_made(void)
+{
+	__u32 zero = 0;
+	struct scratch *s = bpf_map_lookup_elem(&scratch, &zero);
+
+	return s ? &s->conn : 0;
+}
+
+/* A copy of an entry, to be judged; 0 if it has become another flow's meanwhile. */
+static __always_inline struct conn *conn_copy(const struct conn *c, const struct packet *p)
+{
+	struct conn *made = conn_made();
+
+	if (!made)
+		return 0;
+	*made = *c;
+	return same_key(&c->key, &p->key) ? made : 0;
+}
+
+/*
+ * Enters what the gates said of a copy into the entry, unless it has changed since
+ * it had the gates `from`: what this packet may does not depend on it. What the
+ * next comparison of verdicts goes by comes last.
+ */
+static __always_inline void conn_judged(struct conn *c, __u64 from, const struct conn *made)
+{
+	if (!same_key(&c->key, &made->key) ||
+	    __sync_val_compare_and_swap((__u64 *)(void *)&c->gates, from, read_gates(made)) != from)
+		return;
+	__builtin_memcpy(c->audit, made->audit, sizeof(c->audit));
+	__builtin_memcpy(c->verdict, made->verdict, sizeof(c->verdict));
+	c->generation = made->generation;
+}
+
 /* An entry, not yet in the table, for a packet that begins a flow. */
 static __always_inline struct conn *conn_new(const struct packet *p, __u8 provenance)
 {
@@ -780,13 +861,14 @@ static __always_inline struct conn *conn_new(const struct packet *p, __u8 proven
 		return 0;
 	c = &s->conn;
 	__builtin_memset(c, 0, sizeof(*c));
+	c->key = p->key;
 	c->created_ns = p->now;
 	c->last_ns = p->now;
-	c->opener = p->end & 1;
-	c->provenance = provenance;
+	c->gates.opener = p->end & 1;
+	c->gates.provenance = provenance;
 	c->state = CONN_OPENING;
 	c->timeout_s = opening_timeout(p->tuple.protocol);
 	if (!(p->flags & PACKET_OPENS))
-		c->flags = CONN_MIDFLOW;
+		c->gates.flags = CONN_MIDFLOW;
 	return c;
 }

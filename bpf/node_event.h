@@ -71,13 +71,13 @@ __noinline int send_event(struct __sk_buff *skb, const struct tuple *t, struct e
  * of the one that it is sent to. */
 static __always_inline void tell_of(struct event *e, const struct conn *c, __u32 direction)
 {
-	__u32 end = (direction ? 1 - c->opener : c->opener) & 1;
+	__u32 end = (direction ? 1 - c->gates.opener : c->gates.opener) & 1;
 
 	e->direction = direction;
 	e->rule[GATE_GROUPS] = c->verdict[end][GATE_GROUPS].rule;
 	e->rule[GATE_NETPOL] = c->verdict[end][GATE_NETPOL].rule;
 	e->audit = c->audit[end];
-	e->provenance = c->provenance;
+	e->provenance = c->gates.provenance;
 }
 
 /* Tells of a flow that begins and is let through. */
@@ -85,7 +85,7 @@ __noinline int tell_allowed(struct __sk_buff *skb, const struct packet *p, const
 {
 	struct event e = {};
 
-	if (!event_listeners || !p || !c || (c->flags & CONN_DENIED))
+	if (!event_listeners || !p || !c || (c->gates.flags & CONN_DENIED))
 		return 0;
 	tell_of(&e, c, direction);
 	return send_event(skb, &p->tuple, &e);

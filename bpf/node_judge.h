@@ -6,15 +6,16 @@
 
 /* An entry that the packet cannot go on with: the flow is over, or refused, or
  * was that of a pod which had the address before. */
-static __always_inline bool stale(const struct conn *c, const struct packet *p, __u32 end, __u32 ifindex)
+static __always_inline bool stale(const struct conn *c, __u64 g, const struct packet *p, __u32 end,
+				  __u32 ifindex)
 {
 	__u32 had = c->ifindex[end & 1];
 
 	/* What was refused is judged anew when it is tried again, by the same end; if
 	 * it is not known who began it, by either. */
 	return conn_over(c, p->now) || conn_again(c, p) ||
-	       ((c->flags & CONN_DENIED) && ((p->end & 1) == c->opener || (p->flags & PACKET_OPENS) ||
-					     (c->flags & CONN_MIDFLOW))) ||
+	       ((GATES_FLAGS(g) & CONN_DENIED) && ((p->end & 1) == GATES_OPENER(g) || (p->flags & PACKET_OPENS) ||
+						   (GATES_FLAGS(g) & CONN_MIDFLOW))) ||
 	       (had && ifindex && had != ifindex);
 }
 
@@ -22,8 +23,8 @@ static __always_inline bool stale(const struct conn *c, const struct packet *p, 
  * who answers in it does not begin another. */
 static __always_inline void keep_opener(struct conn *n, const struct conn *old)
 {
-	if (old && (old->flags & (CONN_DENIED | CONN_MIDFLOW)) == CONN_DENIED && old->opener == n->opener)
-		n->flags &= ~CONN_MIDFLOW;
+	if (old && (old->gates.flags & (CONN_DENIED | CONN_MIDFLOW)) == CONN_DENIED && old->gates.opener == n->gates.opener)
+		n->gates.flags &= ~CONN_MIDFLOW;
 }
 
 /* Finds the packet's flow. An ICMP error that is about no flow we know of is a
@@ -98,7 +99,7 @@ __noinline int put(struct packet *p, struct conn *n, struct conn *old)
 		count(PATH_NO_ROOM);
 		return DROP_CONNTRACK_SHARE;
 	}
-	if (old && (old->flags & CONN_DENIED) && (n->flags & CONN_DENIED)) {
+	if (old && (old->gates.flags & CONN_DENIED) && (n->gates.flags & CONN_DENIED)) {
 		/* Refused again: it goes on counting. */
 		n->created_ns = old->created_ns;
 		n->packets[0] = old->packets[0];
@@ -123,9 +124,9 @@ __noinline int put(struct packet *p, struct conn *n, struct conn *old)
 		if (had)
 			share_evicted(had);
 	}
-	if (!err && !(n->flags & CONN_DENIED)) {
-		count(n->provenance == PROVENANCE_DIRECT ? PATH_BEGUN_DIRECT : PATH_BEGUN_STACK);
-		if (n->flags & CONN_MIDFLOW)
+	if (!err && !(n->gates.flags & CONN_DENIED)) {
+		count(n->gates.provenance == PROVENANCE_DIRECT ? PATH_BEGUN_DIRECT : PATH_BEGUN_STACK);
+		if (n->gates.flags & CONN_MIDFLOW)
 			count(PATH_MIDFLOW);
 	}
 	return 0;
@@ -152,23 +153,23 @@ __noinline int judge(struct conn *c, const struct tuple *t, __u32 end, __u32 ask
 	 * policy must look whether there is a pod that has none. */
 	pod = bpf_map_lookup_elem(&ifaces, &ifindex);
 	if (!pod || !(pod->flags & IFACE_READY)) {
-		c->judged[end] |= 1 << GATE_NETPOL;
-		c->allowed[end] &= ~(1 << GATE_NETPOL);
+		c->gates.judged[end] |= 1 << GATE_NETPOL;
+		c->gates.allowed[end] &= ~(1 << GATE_NETPOL);
 		return DROP_NOT_READY;
 	}
 	if (!c->generation)
 		c->generation = v.generation;
-	if (v.stack && c->provenance == PROVENANCE_DIRECT)
-		c->provenance = PROVENANCE_STACK;
+	if (v.stack && c->gates.provenance == PROVENANCE_DIRECT)
+		c->gates.provenance = PROVENANCE_STACK;
 #pragma unroll
 	for (int g = 0; g < GATES; g++) {
 		if (!(gates & (1 << g)))
 			continue;
-		c->judged[end] |= 1 << g;
-		c->allowed[end] &= ~(1 << g);
+		c->gates.judged[end] |= 1 << g;
+		c->gates.allowed[end] &= ~(1 << g);
 		c->audit[end] &= ~(1 << g);
 		if (v.allow[g])
-			c->allowed[end] |= 1 << g;
+			c->gates.allowed[end] |= 1 << g;
 		else
 			reason = g == GATE_GROUPS ? DROP_POLICY_GROUPS : DROP_POLICY_NETPOL;
 		if (v.audit[g])
@@ -176,7 +177,7 @@ __noinline int judge(struct conn *c, const struct tuple *t, __u32 end, __u32 ask
 		c->verdict[end][g].rule = v.rule[g];
 		c->verdict[end][g].epoch = v.epoch[g];
 		if (g == GATE_GROUPS && v.untracked)
-			c->flags |= CONN_UNTRACKED;
+			c->gates.flags |= CONN_UNTRACKED;
 	}
 	return reason;
 }
@@ -200,19 +201,27 @@ static __always_inline void turn(struct tuple *t)
 
 /*
  * Compares a flow's verdicts with what policy says now, after some policy changed:
- * NetworkPolicy's are renewed, those of groups only where AWS does not track. It
- * returns 0 or the reason to drop.
+ * NetworkPolicy's are renewed, those of groups only where AWS does not track. *g
+ * becomes what the gates say now. It returns 0 or the reason to drop.
  */
-__noinline int renew(struct conn *c, const struct packet *p)
+__noinline int renew(struct conn *entry, const struct packet *p, __u64 *g)
 {
 	__u32 now = policy_now(), opener, gates, ask;
 	struct iface *pod;
+	struct conn *c;
 	struct tuple t;
+	__u64 before;
 	int reason = 0;
 
-	if (!c || !p)
-		return 0;
-	opener = c->opener & 1;
+	if (!entry || !p || !g)
+		return DROP_CONNTRACK_FULL;
+	c = conn_copy(entry, p);
+	if (!c) {
+		*g |= CONN_DENIED << 16; /* it is gone, and what it said with it */
+		return DROP_CONNTRACK_FULL;
+	}
+	before = read_gates(c);
+	opener = c->gates.opener & 1;
 	t = p->tuple;
 	if ((p->end & 1) != opener) /* as the flow's first packet had it */
 		turn(&t);
@@ -221,11 +230,11 @@ __noinline int renew(struct conn *c, const struct packet *p)
 		__u32 ifindex = c->ifindex[end];
 
 		gates = 0;
-		if (!c->judged[end] || !ifindex)
+		if (!c->gates.judged[end] || !ifindex)
 			continue;
 		if (c->verdict[end][GATE_NETPOL].epoch != policy_epoch(ifindex, GATE_NETPOL))
 			gates |= 1 << GATE_NETPOL;
-		if ((c->flags & CONN_UNTRACKED) && (c->judged[end] & (1 << GATE_GROUPS)) &&
+		if ((c->gates.flags & CONN_UNTRACKED) && (c->gates.judged[end] & (1 << GATE_GROUPS)) &&
 		    c->verdict[end][GATE_GROUPS].epoch != policy_epoch(ifindex, GATE_GROUPS))
 			gates |= 1 << GATE_GROUPS;
 		if (!gates || reason)
@@ -243,14 +252,18 @@ __noinline int renew(struct conn *c, const struct packet *p)
 	}
 	c->generation = now;
 	if (reason)
-		c->flags |= CONN_DENIED;
+		c->gates.flags |= CONN_DENIED;
+	*g = read_gates(c);
+	conn_judged(entry, before, c);
 	return reason;
 }
 
 /* The gate that refused a flow. */
-static __always_inline int refused_by(const struct conn *c)
+static __always_inline int refused_by(__u64 g)
 {
-	__u32 denied = (c->judged[0] & ~c->allowed[0]) | (c->judged[1] & ~c->allowed[1]);
+	__u64 denied = (g >> 32) & ~(g >> 48);
+
+	denied |= denied >> 8; /* of either end */
 
 	return denied & (1 << GATE_GROUPS) ? DROP_POLICY_GROUPS : DROP_POLICY_NETPOL;
 }

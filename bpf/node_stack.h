@@ -41,7 +41,7 @@ static __always_inline int judge_origin(struct conn *c, const struct packet *p, 
 		return DROP_POLICY_NETPOL;
 	gates = groups || pod->flags & IFACE_GROUPS ? BOTH_GATES : NETPOL;
 	t->src = pod->addr;
-	if ((c->opener & 1) == (end & 1))
+	if ((c->gates.opener & 1) == (end & 1))
 		return judge(c, t, end, POLICY_EGRESS, gates);
 	turn(t);
 	return judge(c, t, end, POLICY_INGRESS, gates);
@@ -73,14 +73,14 @@ __noinline int judge_stack(struct __sk_buff *skb, struct conn *c, const struct p
 		if (!from && !skb->ingress_ifindex)
 			ask |= POLICY_FROM_HOST;
 	}
-	if (from && !c->judged[end])
+	if (from && !c->gates.judged[end])
 		reason = judge_origin(c, p, end, from, groups);
-	if (reason || !to || c->judged[me])
+	if (reason || !to || c->gates.judged[me])
 		return reason;
 	t = asked_of(p);
 	if (!t)
 		return DROP_POLICY_NETPOL;
-	if ((c->opener & 1) != end) {
+	if ((c->gates.opener & 1) != end) {
 		turn(t);
 		ask = POLICY_EGRESS;
 	}
@@ -91,7 +91,7 @@ __noinline int judge_stack(struct __sk_buff *skb, struct conn *c, const struct p
  * that they enforce nothing. */
 static __always_inline __u32 gates_by_rule(const struct conn *c, __u32 end)
 {
-	__u32 gates = c->judged[end] & c->allowed[end] & ~c->audit[end];
+	__u32 gates = c->gates.judged[end] & c->gates.allowed[end] & ~c->audit[end];
 
 #pragma unroll
 	for (int g = 0; g < GATES; g++)
@@ -117,9 +117,9 @@ __noinline int judge_midflow(struct __sk_buff *skb, struct conn *c, const struct
 	if (!c || !p)
 		return DROP_POLICY_NETPOL;
 	end = p->end & 1;
-	refused = (c->judged[0] & ~c->allowed[0]) | (c->judged[1] & ~c->allowed[1]);
-	c->judged[0] = c->judged[1] = 0;
-	c->opener = 1 - end;
+	refused = (c->gates.judged[0] & ~c->gates.allowed[0]) | (c->gates.judged[1] & ~c->gates.allowed[1]);
+	c->gates.judged[0] = c->gates.judged[1] = 0;
+	c->gates.opener = 1 - end;
 	reason = judge_stack(skb, c, p, from, to);
 	if (!reason) {
 		refused &= ~(gates_by_rule(c, 0) | gates_by_rule(c, 1));
@@ -130,8 +130,8 @@ __noinline int judge_midflow(struct __sk_buff *skb, struct conn *c, const struct
 			return 0;
 	}
 	/* The verdict is that about who sends. */
-	c->judged[0] = c->judged[1] = 0;
-	c->opener = end;
+	c->gates.judged[0] = c->gates.judged[1] = 0;
+	c->gates.opener = end;
 	return judge_stack(skb, c, p, from, to);
 }
 
@@ -142,19 +142,22 @@ __noinline int judge_midflow(struct __sk_buff *skb, struct conn *c, const struct
  */
 __noinline int out_of_stack(struct __sk_buff *skb, struct packet *p, __u32 from, __u32 to)
 {
-	struct conn *c, *n = 0, *old;
+	struct conn *c, *n = 0, *old, *asked;
 	int reason = 0;
-	__u32 end, me, judged;
+	__u32 end, me;
+	__u64 g, before;
 
 	if (!p)
 		return DROP_MALFORMED;
 	end = p->end & 1;
 	me = 1 - end;
 	c = bpf_map_lookup_elem(&conns, &p->key);
-	old = c;
-	if (c && stale(c, p, to ? me : end, to ? to : from))
+	if (c && !gates_of(c, &p->key, &g))
 		c = 0;
-	if (c && c->provenance == PROVENANCE_DIRECT && !(p->flags & PACKET_ERROR) &&
+	old = c;
+	if (c && stale(c, g, p, to ? me : end, to ? to : from))
+		c = 0;
+	if (c && GATES_PROVENANCE(g) == PROVENANCE_DIRECT && !(p->flags & PACKET_ERROR) &&
 	    ask_ct(skb, &p->tuple, CT_BACK) == CT_TRANSLATED)
 		return DROP_TUPLE_COLLISION;
 
@@ -164,6 +167,7 @@ __noinline int out_of_stack(struct __sk_buff *skb, struct packet *p, __u32 from,
 			return DROP_CONNTRACK_FULL;
 		keep_opener(n, old);
 		n->share = slot_of(from ? from : to);
+		g = read_gates(n);
 		c = n;
 	}
 	if (to && !c->ifindex[me])
@@ -175,17 +179,25 @@ __noinline int out_of_stack(struct __sk_buff *skb, struct packet *p, __u32 from,
 	else if (!c->eni_ifindex && !from)
 		c->eni_ifindex = skb->ingress_ifindex;
 	if (c->generation && c->generation != policy_now())
-		renew(c, p);
-	if (!(c->flags & CONN_DENIED) && c->opener == end) {
-		judged = c->judged[0] | c->judged[1] << 8;
-		reason = judge_stack(skb, c, p, from, to);
-		if (reason && (c->flags & CONN_MIDFLOW) && !(p->flags & PACKET_OPENS) &&
-		    !(c->seen & (CONN_SEEN << me)))
-			reason = judge_midflow(skb, c, p, from, to);
+		renew(c, p, &g);
+	/* What the entry says of another packet is no verdict about this one. */
+	if (!(GATES_FLAGS(g) & CONN_DENIED) && GATES_OPENER(g) == end &&
+	    ((from && !GATES_JUDGED(g, end)) || (to && !GATES_JUDGED(g, me)))) {
+		asked = n ? n : conn_copy(c, p);
+		if (!asked)
+			return DROP_CONNTRACK_FULL;
+		before = read_gates(asked);
+		reason = judge_stack(skb, asked, p, from, to);
+		if (reason && (GATES_FLAGS(before) & CONN_MIDFLOW) && !(p->flags & PACKET_OPENS) &&
+		    !(asked->seen & (CONN_SEEN << me)))
+			reason = judge_midflow(skb, asked, p, from, to);
 		if (reason)
-			c->flags |= CONN_DENIED;
-		else if (judged != (__u32)(c->judged[0] | c->judged[1] << 8))
-			tell_allowed(skb, p, c, to ? POLICY_INGRESS : POLICY_EGRESS);
+			asked->gates.flags |= CONN_DENIED;
+		else
+			tell_allowed(skb, p, asked, to ? POLICY_INGRESS : POLICY_EGRESS);
+		g = read_gates(asked);
+		if (!n)
+			conn_judged(c, before, asked);
 	}
 	if (n) {
 		reason = put(p, n, old);
@@ -194,5 +206,5 @@ __noinline int out_of_stack(struct __sk_buff *skb, struct packet *p, __u32 from,
 			return reason ? reason : DROP_CONNTRACK_FULL;
 	}
 	conn_see(c, p, to && !(c->seen & (CONN_SENDER << end)));
-	return c->flags & CONN_DENIED ? refused_by(c) : 0;
+	return GATES_FLAGS(g) & CONN_DENIED ? refused_by(g) : 0;
 }

@@ -178,32 +178,36 @@ func (d *Datapath) ConntrackID() (string, error) {
 }
 
 // connBatch is a part of the table; it is valid until the next one.
-type connBatch struct {
+type connBatch[V any] struct {
 	keys   []bpfgen.NodeConnKey
-	values []bpfgen.NodeConn
+	values []V
 }
 
 // sweepBatch bounds how many entries are read, and removed, in one go.
 const sweepBatch = 256
 
-func (d *Datapath) connBatches() iter.Seq2[connBatch, error] {
-	return func(yield func(connBatch, error) bool) {
+func (d *Datapath) connBatches() iter.Seq2[connBatch[bpfgen.NodeConn], error] {
+	return connBatches[bpfgen.NodeConn](d.objs.Conns)
+}
+
+func connBatches[V any](m *ebpf.Map) iter.Seq2[connBatch[V], error] {
+	return func(yield func(connBatch[V], error) bool) {
 		size := sweepBatch
-		keys, values := make([]bpfgen.NodeConnKey, size), make([]bpfgen.NodeConn, size)
+		keys, values := make([]bpfgen.NodeConnKey, size), make([]V, size)
 		var cursor ebpf.MapBatchCursor
 		for {
-			n, err := d.objs.Conns.BatchLookup(&cursor, keys, values, nil)
+			n, err := m.BatchLookup(&cursor, keys, values, nil)
 			if errors.Is(err, unix.ENOSPC) {
 				// One bucket holds more than fits.
 				size *= 2
-				keys, values = make([]bpfgen.NodeConnKey, size), make([]bpfgen.NodeConn, size)
+				keys, values = make([]bpfgen.NodeConnKey, size), make([]V, size)
 				continue
 			}
 			if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-				yield(connBatch{}, fmt.Errorf("read the map of connections: %w", err))
+				yield(connBatch[V]{}, fmt.Errorf("read the map of connections: %w", err))
 				return
 			}
-			if n > 0 && !yield(connBatch{keys[:n], values[:n]}, nil) || err != nil {
+			if n > 0 && !yield(connBatch[V]{keys[:n], values[:n]}, nil) || err != nil {
 				return
 			}
 		}
@@ -225,10 +229,10 @@ func (m mono) at(ns uint64) time.Time { return m.zero.Add(time.Duration(ns)) }
 
 func (m mono) connection(k *bpfgen.NodeConnKey, v *bpfgen.NodeConn) Connection {
 	const icmp, icmp6 = unix.IPPROTO_ICMP, unix.IPPROTO_ICMPV6
-	flag := func(f bpfgen.NodeConnFlag) bool { return v.Flags&uint8(f) != 0 }
+	flag := func(f bpfgen.NodeConnFlag) bool { return v.Gates.Flags&uint8(f) != 0 }
 	c := Connection{
 		Protocol:   k.Protocol,
-		Provenance: Provenance(v.Provenance),
+		Provenance: Provenance(v.Gates.Provenance),
 		State:      ConnState(v.State),
 		Local:      flag(bpfgen.NodeConnFlagCONN_LOCAL),
 		Midflow:    flag(bpfgen.NodeConnFlagCONN_MIDFLOW),
@@ -244,16 +248,16 @@ func (m mono) connection(k *bpfgen.NodeConnKey, v *bpfgen.NodeConn) Connection {
 			Packets: v.Packets[i], Bytes: v.Bytes[i], TCPFlags: v.TcpFlags[i],
 		}
 		for g := range e.Gates {
-			if v.Judged[i]>>g&1 != 0 {
+			if v.Gates.Judged[i]>>g&1 != 0 {
 				e.Gates[g] = GateVerdict{
-					Judged: true, Allowed: v.Allowed[i]>>g&1 != 0 || v.Audit[i]>>g&1 != 0, Audit: v.Audit[i]>>g&1 != 0,
+					Judged: true, Allowed: v.Gates.Allowed[i]>>g&1 != 0 || v.Audit[i]>>g&1 != 0, Audit: v.Audit[i]>>g&1 != 0,
 					Rule: v.Verdict[i][g].Rule, Epoch: v.Verdict[i][g].Epoch,
 				}
 			}
 		}
 		return e
 	}
-	opener := v.Opener & 1
+	opener := v.Gates.Opener & 1
 	c.Opener, c.Responder = end(opener), end(1-opener)
 	if k.Protocol == icmp || k.Protocol == icmp6 {
 		c.Opener.Port, c.Responder.Port = 0, 0
@@ -392,7 +396,7 @@ func (d *Datapath) sweepConns(now uint64) (removed int, err error) {
 			}
 			fill.entries++
 			share.keep(v)
-			if Provenance(v.Provenance) == Direct {
+			if Provenance(v.Gates.Provenance) == Direct {
 				fill.direct++
 			}
 		}

@@ -354,3 +354,27 @@ func TestKilledOverPolicy(t *testing.T) {
 		})
 	}
 }
+
+// One flow's packets on both CPUs at once, each of which enters the flow anew as it
+// is refused: no packet takes for its own verdict what the other makes of the entry.
+func TestOneFlowOnTwoCPUs(t *testing.T) {
+	w := newWorld(t)
+	w.quiet = true
+	d := w.open(Options{BeforeReady: func(context.Context, Endpoint) error { return nil }})
+	neighbour := w.addPod(d, 2)
+	heard := w.listen(t, map[string]string{w.wire: "r1", neighbour.ns: "eth0"})
+	ns := w.netns("pod")
+	e, err := d.Add(context.Background(), endpoint(1, ns), openNetns(t, ns))
+	if err == nil {
+		err = d.forbid(e)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	gales := []*storm{w.storm(ns, e, farIP, neighbour.Addr), w.storm(ns, e, farIP, neighbour.Addr)}
+	for _, gale := range gales {
+		rounds := gale.rounds.Load()
+		eventually(t, "the storm goes on", func() bool { return gale.rounds.Load() > rounds+10000 })
+	}
+	heard.passesOnly(gales[0])
+}

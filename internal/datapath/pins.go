@@ -28,7 +28,7 @@ const layoutVersion = uint32(bpfgen.NodeNodeConstNODE_LAYOUT)
 type migration func(dir string) error
 
 // migrations are keyed by the layout that they start from.
-var migrations = map[uint32]migration{1: widenIfaces, 2: widenSlots}
+var migrations = map[uint32]migration{1: widenIfaces, 2: toLayout3}
 
 // lockPins makes the directories and takes the lock that lets one agent at a
 // time own them. It goes with the process.

@@ -4,7 +4,10 @@ import (
 	"context"
 	"net/netip"
 	"path/filepath"
+	"slices"
 	"testing"
+	"time"
+	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -166,7 +169,7 @@ func TestSweepForgetsPods(t *testing.T) {
 }
 
 // The maps of layout 1 are read through: endpoints live on, their entries say what
-// layout 2 adds, their slots what layout 3 does, and counters go on.
+// layout 2 adds, their slots and connections what layout 3 does, and counters go on.
 func TestLayout1IsReadThrough(t *testing.T) {
 	w := newWorld(t)
 	d := w.open(Options{})
@@ -177,6 +180,45 @@ func TestLayout1IsReadThrough(t *testing.T) {
 	counted[0].Before.FromPackets = 1000
 	if err := d.objs.IfaceStats.Update(&index, counted, ebpf.UpdateExist); err != nil {
 		t.Fatal(err)
+	}
+	if w.ask(a.ns, a.Addr, farIP, 20) == "" {
+		t.Fatal("not answered before")
+	}
+	untimed := func() []Connection { // each Open converts times for itself, to the microsecond
+		all := connections(t, d, a.Addr, farIP)
+		for i := range all {
+			all[i].Created, all[i].Last = time.Time{}, time.Time{}
+		}
+		return all
+	}
+	before := untimed()
+	conns, err := ebpf.NewMap(&ebpf.MapSpec{
+		Name: "conns", Type: ebpf.Hash, KeySize: uint32(unsafe.Sizeof(bpfgen.NodeConnKey{})), ValueSize: uint32(unsafe.Sizeof(connOfLayout2{})),
+		MaxEntries: d.objs.Conns.MaxEntries(), Flags: unix.BPF_F_NO_PREALLOC,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conns.Close()
+	for batch, err := range d.connBatches() {
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i, c := range batch.values {
+			v := connOfLayout2{
+				CreatedNs: c.CreatedNs, LastNs: c.LastNs, Packets: c.Packets, Bytes: c.Bytes, Ifindex: c.Ifindex, TimeoutS: c.TimeoutS,
+				EniIfindex: c.EniIfindex, TcpFlags: c.TcpFlags, Opener: c.Gates.Opener, Provenance: c.Gates.Provenance, State: c.State,
+				Judged: c.Gates.Judged, Allowed: c.Gates.Allowed, Audit: c.Audit, Flags: c.Gates.Flags, Seen: c.Seen, Generation: c.Generation,
+			}
+			for end := range v.Verdict {
+				for g := range v.Verdict[end] {
+					v.Verdict[end][g].Rule, v.Verdict[end][g].Epoch = c.Verdict[end][g].Rule, c.Verdict[end][g].Epoch
+				}
+			}
+			if err := conns.Put(&batch.keys[i], &v); err != nil {
+				t.Fatal(err)
+			}
+		}
 	}
 	var now bpfgen.NodeIface
 	if err := d.objs.Ifaces.Lookup(&index, &now); err != nil {
@@ -207,6 +249,9 @@ func TestLayout1IsReadThrough(t *testing.T) {
 	if err := replacePin(dir, bpfgen.NodeMapSlots, slots); err != nil {
 		t.Fatal(err)
 	}
+	if err := replacePin(dir, bpfgen.NodeMapConns, conns); err != nil {
+		t.Fatal(err)
+	}
 	meta, err := ebpf.LoadPinnedMap(filepath.Join(dir, bpfgen.NodeMapMeta), nil)
 	if err != nil {
 		t.Fatal(err)
@@ -216,6 +261,9 @@ func TestLayout1IsReadThrough(t *testing.T) {
 		t.Fatal(err)
 	}
 	d = w.open(Options{})
+	if after := untimed(); len(before) == 0 || !slices.Equal(after, before) {
+		t.Errorf("connections %+v, before %+v", after, before)
+	}
 	var then bpfgen.NodeIface
 	if err := d.objs.Ifaces.Lookup(&index, &then); err != nil || then.Eni != 2 || then.Slot == 0 || then.Addr != now.Addr || then.Mark != now.Mark {
 		t.Errorf("%+v, %v", then, err)

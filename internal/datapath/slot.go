@@ -1,16 +1,11 @@
 package datapath
 
 import (
-	"errors"
 	"fmt"
-	"io/fs"
-	"os"
-	"path/filepath"
 
 	"github.com/cilium/ebpf"
 
 	"github.com/underlay-cni/underlay/internal/datapath/bpfgen"
-	"github.com/underlay-cni/underlay/internal/nl"
 )
 
 // Slots number the host veths within 16 bits, 1 up: a packet's tc_index, which
@@ -65,74 +60,4 @@ func (d *Datapath) leaveSlot(index int) {
 		_ = d.objs.Slots.Update(&slot, &none, ebpf.UpdateAny) // an array's element is always there
 		delete(d.slots, index)
 	}
-}
-
-// eniIndexOf is the inverse of Mark; 0 for none.
-func eniIndexOf(mark uint32) int {
-	for i := 1; i <= MaxENIIndex; i++ {
-		if Mark(i) == mark&MarkMask {
-			return i
-		}
-	}
-	return 0
-}
-
-// ifaceOfLayout1 is a value of that map.
-type ifaceOfLayout1 struct {
-	Addr            bpfgen.NodeAddr
-	PodMac, HostMac [6]uint8
-	Mark, Flags     uint32
-}
-
-// widenIfaces is the way from layout 1 to 2: an interface's entry says which ENI
-// is its own, and its slot. The map with the wider values takes the place of the
-// other in one step; the programs of the agent before go on with the one that
-// they have.
-func widenIfaces(dir string) error {
-	spec, err := bpfgen.LoadNode()
-	if err != nil {
-		return fmt.Errorf("read the embedded BPF object: %w", err)
-	}
-	old, err := ebpf.LoadPinnedMap(filepath.Join(dir, bpfgen.NodeMapIfaces), nil)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil // there never was one
-	}
-	if err != nil {
-		return fmt.Errorf("open the map of interfaces: %w", err)
-	}
-	defer old.Close()
-	want := spec.Maps[bpfgen.NodeMapIfaces].Copy()
-	if old.ValueSize() == want.ValueSize {
-		return nil // done before a crash
-	}
-	want.Pinning = ebpf.PinNone
-	wide, err := ebpf.NewMap(want)
-	if err != nil {
-		return fmt.Errorf("make the map of interfaces: %w", err)
-	}
-	defer wide.Close()
-	var index, slot uint32
-	var v ifaceOfLayout1
-	it := old.Iterate()
-	for it.Next(&index, &v) {
-		slot++
-		w := bpfgen.NodeIface{Addr: v.Addr, PodMac: v.PodMac, HostMac: v.HostMac, Mark: v.Mark, Flags: v.Flags, Eni: uint32(eniIndexOf(v.Mark)), Slot: slot}
-		if err := nl.AwaitMemory(func() error { return wide.Update(&index, &w, ebpf.UpdateAny) }); err != nil {
-			return fmt.Errorf("copy interface %d: %w", index, err)
-		}
-	}
-	if err := it.Err(); err != nil {
-		return fmt.Errorf("read the map of interfaces: %w", err)
-	}
-	return replacePin(dir, bpfgen.NodeMapIfaces, wide)
-}
-
-// widenSlots is the way from layout 2 to 3: a slot says all of its interface.
-// Open fills them from the interfaces; the programs of the agent before go on with
-// the map that they have.
-func widenSlots(dir string) error {
-	if err := os.Remove(filepath.Join(dir, bpfgen.NodeMapSlots)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove the map of slots: %w", err)
-	}
-	return nil
 }

@@ -19,7 +19,17 @@ type NodeAddr struct {
 }
 
 type NodeConn struct {
-	_         structs.HostLayout
+	_     structs.HostLayout
+	Key   NodeConnKey
+	Gates struct {
+		_          structs.HostLayout
+		Opener     uint8
+		Provenance uint8
+		Flags      uint8
+		Pad        uint8
+		Judged     [2]uint8
+		Allowed    [2]uint8
+	}
 	CreatedNs uint64
 	LastNs    uint64
 	Packets   [2]uint64
@@ -33,15 +43,9 @@ type NodeConn struct {
 	TimeoutS   uint32
 	EniIfindex uint32
 	TcpFlags   [2]uint8
-	Opener     uint8
-	Provenance uint8
-	State      uint8
-	Judged     [2]uint8
-	Allowed    [2]uint8
 	Audit      [2]uint8
-	Flags      uint8
+	State      uint8
 	Seen       uint8
-	Pad        uint8
 	Share      uint16
 	Generation uint32
 	Slot       [2]uint16
