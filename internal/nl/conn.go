@@ -19,8 +19,13 @@ type Conn struct {
 	mu  sync.Mutex
 	fd  int
 	seq uint32
-	buf []byte
 }
+
+// buffers take one datagram of an answer each: 64 KiB, of which a dump fills at
+// most half (netlink_recvmsg in net/netlink/af_netlink.c). A connection has one
+// while it reads and not for life: in a burst of pods hundreds are open, and
+// wait for their turn.
+var buffers = sync.Pool{New: func() any { return new([64 << 10]byte) }}
 
 // Dial opens a socket in the calling thread's network namespace.
 func Dial() (*Conn, error) {
@@ -38,7 +43,7 @@ func Dial() (*Conn, error) {
 		unix.Close(fd)
 		return nil, fmt.Errorf("bind rtnetlink socket: %w", err)
 	}
-	return &Conn{fd: fd, buf: make([]byte, 64<<10)}, nil
+	return &Conn{fd: fd}, nil
 }
 
 // DialIn opens a socket in the network namespace that netns is an open file of.
@@ -119,8 +124,10 @@ func (c *Conn) exec(buf []byte, ops []op, first uint32) (refused []error, err er
 	if err := c.send(buf); err != nil {
 		return nil, fmt.Errorf("send %s: %w", ops[0].text, err)
 	}
+	room := buffers.Get().(*[64 << 10]byte)
+	defer buffers.Put(room)
 	for answered := 0; answered < len(ops); {
-		err := c.receive(func(m message) error {
+		err := c.receive(room[:], func(m message) error {
 			i := int(m.seq - first)
 			if i < 0 || i >= len(ops) || m.typ != unix.NLMSG_ERROR {
 				return nil // of an earlier request that was given up
@@ -165,10 +172,12 @@ func (c *Conn) dumpOnce(b *Batch) (out [][]byte, whole bool, err error) {
 	if err := c.send(b.buf); err != nil {
 		return nil, false, fmt.Errorf("send %s: %w", b.ops[0].text, err)
 	}
+	room := buffers.Get().(*[64 << 10]byte)
+	defer buffers.Put(room)
 	whole = true
 	for done := false; !done; {
 		var refused error
-		err := c.receive(func(m message) error {
+		err := c.receive(room[:], func(m message) error {
 			if m.seq != c.seq {
 				return nil
 			}
@@ -204,20 +213,20 @@ func (c *Conn) send(buf []byte) error {
 	}
 }
 
-// receive reads one datagram and calls fn for each message in it, whose body
-// is valid during the call only.
-func (c *Conn) receive(fn func(message) error) error {
-	n, _, err := unix.Recvfrom(c.fd, c.buf, unix.MSG_TRUNC)
+// receive reads one datagram into buf and calls fn for each message in it,
+// whose body is valid during the call only.
+func (c *Conn) receive(buf []byte, fn func(message) error) error {
+	n, _, err := unix.Recvfrom(c.fd, buf, unix.MSG_TRUNC)
 	if errors.Is(err, unix.EINTR) {
 		return nil // the caller asks again: its answers are still queued
 	}
 	if err != nil {
 		return err
 	}
-	if n > len(c.buf) {
-		return fmt.Errorf("datagram of %d bytes exceeds the buffer of %d", n, len(c.buf))
+	if n > len(buf) {
+		return fmt.Errorf("datagram of %d bytes exceeds the buffer of %d", n, len(buf))
 	}
-	return eachMessage(c.buf[:n], fn)
+	return eachMessage(buf[:n], fn)
 }
 
 // message is one netlink message, header taken apart.
