@@ -91,7 +91,8 @@ type Datapath struct {
 	conn, slow  *nl.Conn
 	netnsCookie uint64
 	objs        bpfgen.NodeObjects
-	hooks       hooking // of host veths
+	programIDs  sync.Map // *ebpf.Program to uint32: those of objs, once asked
+	hooks       hooking  // of host veths
 	eniHooks    hooking
 
 	// work bounds the Adds that are in the kernel at once: they queue for the
