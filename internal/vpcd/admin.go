@@ -236,9 +236,14 @@ func (a *admin) netns(name string) string {
 	return fabric.NetnsPath(name)
 }
 
-// instances lists the instances. What it names as a namespace is there, unless
-// the fabric is in trouble, which health tells.
+// instances lists the instances. What it names as a namespace is there with its
+// interfaces, configured, unless the fabric is in trouble, which health tells.
 func (a *admin) instances(r *http.Request) (any, error) {
+	// What is due is done first: who goes to a namespace by its name, and
+	// changes addresses, must not meet us at configuring an interface.
+	if err := a.api.Settle(); err != nil {
+		return nil, err
+	}
 	// First the view, then the wait: what became true meanwhile may not be in
 	// the fabric yet, and is not told.
 	state := a.store.View()

@@ -12,6 +12,7 @@ import (
 	"net/url"
 	"os"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -169,6 +170,24 @@ func TestRunWithoutFabric(t *testing.T) {
 	}
 	if code := r.admin("DELETE", "managed-services/db-1", nil, &deleted); code != 404 || deleted["error"] == "" {
 		t.Errorf("delete again: %d %v", code, deleted)
+	}
+}
+
+// What is due is done before instances are listed: with no attach latency, an
+// instance that is named has its interface, and nobody who goes there by that
+// name meets vpcd at configuring it.
+func TestInstancesListedAttached(t *testing.T) {
+	r := start(t, Options{Name: "t", Dir: t.TempDir(), NoFabric: true})
+	v := r.id("vpc", "CreateVpc", "CidrBlock=10.0.0.0/16")
+	s := r.id("subnet", "CreateSubnet", "VpcId="+v, "CidrBlock=10.0.1.0/24")
+	for n := range 20 {
+		id := r.id("i", "RunInstances", "ImageId=ami-00000000000000001", "InstanceType=m5.large", "MinCount=1", "MaxCount=1", "SubnetId="+s)
+		var instances []InstanceInfo
+		r.admin("GET", "instances", nil, &instances)
+		i := slices.IndexFunc(instances, func(i InstanceInfo) bool { return i.InstanceID == id })
+		if i < 0 || instances[i].State != "running" {
+			t.Fatalf("instance %d, %s: %+v", n, id, instances)
+		}
 	}
 }
 
