@@ -30,6 +30,11 @@ const (
 	// written to. Then the oldest is given up, and the flow log says SKIPDATA.
 	maxOpenWindows = 10
 
+	// recordClock is how much too early a record's times may be: packets are timed
+	// by the kernel's coarse clock, which moves by a tick of 10 ms at most
+	// (CONFIG_HZ=100).
+	recordClock = 10 * time.Millisecond
+
 	// shortFlowLog is the MaxAggregationInterval in seconds of those that have no
 	// long records.
 	shortFlowLog = 60
@@ -156,7 +161,7 @@ func wanted(f *store.FlowLog, losses map[string]span, records []shownRecord) []f
 	lost, some := losses[f.ID]
 	told := map[string]bool{} // interfaces that what was lost is told of
 	for _, r := range records {
-		if !covers(f, &r.Record) || r.End.Before(f.Created) {
+		if !covers(f, &r.Record) || r.End.Before(f.Created.Add(-recordClock)) {
 			continue
 		}
 		if some && !told[string(r.Interface)] {

@@ -343,6 +343,19 @@ func TestFlowRecordsGivenUp(t *testing.T) {
 	}
 }
 
+// Of the packets that are sent as soon as there is a flow log it has records,
+// though their clock may be behind; of those before it has none.
+func TestFlowLogBegins(t *testing.T) {
+	created := time.Unix(1000, 0)
+	f := &store.FlowLog{ID: "fl-1", Resource: "eni-1", Traffic: "ALL", Created: created}
+	for early, want := range map[time.Duration]int{-time.Second: 1, recordClock - 1: 1, 2 * recordClock: 0} {
+		r := shownRecord{Record: flow.Record{Interface: "eni-1", Status: flow.OK, End: created.Add(-early)}}
+		if got := wanted(f, nil, []shownRecord{r}); len(got) != want {
+			t.Errorf("%d records that ended %v before it was made, want %d", len(got), early, want)
+		}
+	}
+}
+
 // No key leads out of the folder of buckets, and a window that is written again
 // is in the same file.
 func TestFlowFileKeys(t *testing.T) {
