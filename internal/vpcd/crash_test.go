@@ -40,6 +40,7 @@ func TestMain(m *testing.M) {
 type childOptions struct {
 	Name, Dir, BPFFS string
 	NoFabric         bool
+	FlowInterval     time.Duration
 }
 
 func child(options string) error {
@@ -48,7 +49,7 @@ func child(options string) error {
 		return err
 	}
 	return Run(context.Background(), Options{
-		Name: c.Name, Dir: c.Dir, BPFFS: c.BPFFS, NoFabric: c.NoFabric, Listen: "127.0.0.1:0",
+		Name: c.Name, Dir: c.Dir, BPFFS: c.BPFFS, NoFabric: c.NoFabric, Listen: "127.0.0.1:0", FlowInterval: c.FlowInterval,
 		Logger: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})),
 		Ready:  func(a net.Addr) { fmt.Println("http://" + a.String()) },
 	})
@@ -57,7 +58,7 @@ func child(options string) error {
 // startChild starts a vpcd in a process of its own; kill ends it by SIGKILL.
 func startChild(t *testing.T, o Options) (r *running, kill func()) {
 	t.Helper()
-	options, err := json.Marshal(childOptions{Name: o.Name, Dir: o.Dir, BPFFS: o.BPFFS, NoFabric: o.NoFabric})
+	options, err := json.Marshal(childOptions{Name: o.Name, Dir: o.Dir, BPFFS: o.BPFFS, NoFabric: o.NoFabric, FlowInterval: o.FlowInterval})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -193,10 +193,10 @@ func (k *keptFlows) save() error {
 	return nil
 }
 
-// closeWindows closes the windows whose intervals have all ended: the one that
-// runs began at running. A window is by the clock, as the first interval in it
+// closeWindows closes the windows whose intervals are all kept: what is not kept
+// yet began at since. A window is by the clock, as the first interval in it
 // began, or less when there are very many records.
-func (k *keptFlows) closeWindows(running time.Time, length, long time.Duration) error {
+func (k *keptFlows) closeWindows(since time.Time, length, long time.Duration) error {
 	before := len(k.progress.Open)
 	for {
 		pending := k.between(k.progress.Window, math.MaxUint64)
@@ -208,7 +208,7 @@ func (k *keptFlows) closeWindows(running time.Time, length, long time.Duration) 
 			records += pending[n].records
 			n++
 		}
-		if n == len(pending) && records < maxFileRecords && running.Truncate(length).Equal(began) {
+		if n == len(pending) && records < maxFileRecords && since.Truncate(length).Equal(began) {
 			break
 		}
 		last := pending[n-1]
@@ -216,7 +216,7 @@ func (k *keptFlows) closeWindows(running time.Time, length, long time.Duration) 
 		// Long records are due when the next interval is of another ten minutes.
 		all := k.between(k.progress.Long, math.MaxUint64)
 		for at, i := range all {
-			next := running
+			next := since
 			if at+1 < len(all) {
 				next = all[at+1].start
 			}

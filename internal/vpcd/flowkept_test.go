@@ -2,6 +2,7 @@ package vpcd
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -9,6 +10,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -28,6 +30,7 @@ type minutes struct {
 	records []fabric.Record // of the running interval
 	ended   []*fabric.Interval
 	there   []*fabric.Logged
+	reading func() // called once, by ReadInterval
 }
 
 func (m *minutes) RunningSince() time.Time { return m.since }
@@ -46,6 +49,10 @@ func (m *minutes) EndedIntervals() (out []uint64) {
 }
 
 func (m *minutes) ReadInterval(n uint64) (*fabric.Interval, error) {
+	if do := m.reading; do != nil {
+		m.reading = nil
+		do()
+	}
 	for _, i := range m.ended {
 		if i.Number == n {
 			return i, nil
@@ -117,8 +124,11 @@ func (w *flowWorld) restart() {
 		net: w.net, store: w.st, account: "123456789012", region: "us-east-1", kept: kept, recent: newRecentFlows(),
 		files: newDelivery(filepath.Join(w.dir, s3Folder), "123456789012", "us-east-1"), log: slog.New(slog.NewTextHandler(&w.text, nil)),
 		interval: func() time.Duration { return time.Minute }, window: func() time.Duration { return 5 * time.Minute },
+		ended: make(chan struct{}, 1),
 	}
-	w.log.begin()
+	if err := w.log.begin(); err != nil {
+		w.t.Fatal(err)
+	}
 }
 
 // flowLog makes a flow log of all of the VPC.
@@ -129,8 +139,14 @@ func (w *flowWorld) flowLog(id string, interval int) {
 	})
 }
 
-// minute lets a minute pass in which each of the interfaces given sends a packet.
+// minute lets a minute pass in which each of the interfaces given sends a packet,
+// and has it delivered.
 func (w *flowWorld) minute(sends ...int) error {
+	return errors.Join(w.pass(sends...), w.log.deliver())
+}
+
+// pass lets such a minute pass.
+func (w *flowWorld) pass(sends ...int) error {
 	for _, n := range sends {
 		at := w.net.now.Add(time.Duration(10*n) * time.Second)
 		w.net.records = append(w.net.records, fabric.Record{
@@ -139,7 +155,7 @@ func (w *flowWorld) minute(sends ...int) error {
 		})
 	}
 	w.net.now = w.net.now.Add(time.Minute)
-	return w.log.once(w.net.now)
+	return w.log.endDue(w.net.now)
 }
 
 // lines are those of a flow log's files, times in seconds since the beginning.
@@ -204,6 +220,73 @@ func TestFlowFileIntervals(t *testing.T) {
 		if w.text.Len() > 0 {
 			t.Errorf("logged: %s", &w.text)
 		}
+	}
+}
+
+// An interval may end while those before it are delivered: it comes into the
+// window, and into the long record, in which it belongs.
+func TestFlowIntervalEndsMeanwhile(t *testing.T) {
+	w := newFlowWorld(t)
+	w.flowLog("fl-600", 600)
+	for m := range 10 {
+		if m == 3 || m == 8 {
+			w.net.reading = func() {
+				if err := w.pass(1, 2); err != nil {
+					t.Error(err)
+				}
+			}
+		}
+		if m == 4 || m == 9 { // it has passed
+			if err := w.log.deliver(); err != nil {
+				t.Fatal(err)
+			}
+		} else if err := w.minute(1, 2); err != nil {
+			t.Fatal(err)
+		}
+		if got, want := len(logFiles(t, filepath.Join(w.dir, s3Folder), "fl-600")), (m+1)/5; got != want {
+			t.Errorf("after %d minutes %d files, want %d", m+1, got, want)
+		}
+	}
+	var want []string
+	for m := range 10 {
+		want = append(want, fmt.Sprintf("eni-1 1 100 %d-%d OK", 60*m+10, 60*m+11))
+	}
+	if d := cmp.Diff(append(want, "eni-2 10 1000 20-561 OK"), w.lines("fl-600")); d != "" {
+		t.Errorf("(-want +got):\n%s", d)
+	}
+}
+
+// When intervals end faster than they are delivered, so many wait and no more,
+// and nothing is lost.
+func TestFlowIntervalsWait(t *testing.T) {
+	w := newFlowWorld(t)
+	w.flowLog("fl-60", 60)
+	const all = 2 * maxKeptIntervals
+	refused := 0
+	for range all {
+		if w.pass(1) != nil {
+			refused++
+		}
+	}
+	if got := len(w.net.ended); got != maxKeptIntervals+1 || refused != all-got || len(w.log.ended) == 0 {
+		t.Errorf("%d intervals wait, %d minutes ended none; want %d and %d", got, refused, maxKeptIntervals+1, all-maxKeptIntervals-1)
+	}
+	if err := w.log.deliver(); err != nil {
+		t.Fatal(err)
+	}
+	for range 5 {
+		if err := w.minute(1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ok := 0
+	for _, l := range w.lines("fl-60") {
+		if strings.HasPrefix(l, "eni-1 1 100 ") {
+			ok++
+		}
+	}
+	if want := all + 5; len(w.net.ended) != 0 || ok != want {
+		t.Errorf("%d records of packets, want %d; %d intervals wait", ok, want, len(w.net.ended))
 	}
 }
 

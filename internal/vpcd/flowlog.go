@@ -9,6 +9,8 @@ import (
 	"slices"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/underlay-cni/underlay/internal/vpc"
 	"github.com/underlay-cni/underlay/internal/vpcd/fabric"
 	"github.com/underlay-cni/underlay/internal/vpcd/flow"
@@ -27,7 +29,7 @@ const (
 
 	// maxKeptIntervals is how many intervals wait in the kernel when vpcd's own
 	// folder cannot be written to. Then the oldest is given up, and flow logs say
-	// SKIPDATA.
+	// SKIPDATA. When more wait, the interval that runs goes on.
 	maxKeptIntervals = 10
 )
 
@@ -48,6 +50,9 @@ type recorder interface {
 // then the kernel keeps it, so that a process that dies loses none. From there
 // records come into the files of flow logs, a window of several intervals at a
 // time: what a process that died has left of them the next one writes, the same.
+//
+// One goroutine ends intervals and another delivers them, so that however much
+// there is to deliver, the next interval ends in time.
 type flowLogger struct {
 	net             recorder
 	store           *store.Store
@@ -59,50 +64,80 @@ type flowLogger struct {
 	kept            *keptFlows
 	files           *delivery
 	recent          *recentFlows
+	ended           chan struct{} // of size 1: there is something to deliver
 
-	told    map[uint64]bool // intervals that recent has and that are not discarded
-	trouble string          // the last error, to log it once
+	// Of the goroutine that delivers.
+	told map[uint64]bool // intervals that recent has and that are not discarded
 }
 
 // Run works until ctx ends.
 func (l *flowLogger) Run(ctx context.Context) error {
-	l.begin()
 	defer l.recent.close()
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return l.endIntervals(ctx) })
+	group.Go(func() error { return l.deliverIntervals(ctx) })
+	return group.Wait()
+}
+
+// endIntervals ends each interval when it is due.
+func (l *flowLogger) endIntervals(ctx context.Context) error {
 	tick := time.NewTicker(flowPoll)
 	defer tick.Stop()
-	l.report(l.deliver()) // what the process before has left
+	trouble := lastError{log: func(err error) { l.log.Error("flow interval not ended", "err", err) }}
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case now := <-tick.C:
-			l.report(l.once(now))
+			trouble.report(l.endDue(now))
+		}
+	}
+}
+
+// deliverIntervals delivers what the process before has left, and then what ends.
+func (l *flowLogger) deliverIntervals(ctx context.Context) error {
+	trouble := lastError{log: func(err error) { l.log.Error("flow records not delivered", "err", err) }}
+	trouble.report(l.begin())
+	for {
+		trouble.report(l.deliver())
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-l.ended:
 		}
 	}
 }
 
 // begin tells recent what was recorded before.
-func (l *flowLogger) begin() {
+func (l *flowLogger) begin() error {
 	l.told = map[uint64]bool{}
 	before, err := l.kept.latest(maxRecentFlows)
-	l.report(err)
 	l.recent.add(before)
+	return err
 }
 
-// report logs an error when it is new.
-func (l *flowLogger) report(err error) {
+// lastError logs errors of something that is done again and again, each when it
+// is new.
+type lastError struct {
+	log  func(error)
+	text string // "": it was none
+}
+
+func (e *lastError) report(err error) {
 	text := ""
 	if err != nil {
 		text = err.Error()
 	}
-	if text != "" && text != l.trouble {
-		l.log.Error("flow records not delivered", "err", err)
+	if text != "" && text != e.text {
+		e.log(err)
 	}
-	l.trouble = text
+	e.text = text
 }
 
-// once ends the running interval if it is due, and delivers it.
-func (l *flowLogger) once(now time.Time) error {
+// endDue ends the running interval if it is due, and has it delivered. A vpcd
+// does it before it serves: one that dies again and again before flowPoll is over
+// would never end an interval, and its room would be used up.
+func (l *flowLogger) endDue(now time.Time) error {
 	start := l.net.RunningSince()
 	records, room, err := l.net.IntervalFill()
 	if err != nil {
@@ -114,33 +149,43 @@ func (l *flowLogger) once(now time.Time) error {
 	if now.Before(start.Truncate(length).Add(length)) && records <= room/2 {
 		return nil
 	}
-	if err := l.net.EndInterval(); err != nil {
-		return err
+	defer func() {
+		select {
+		case l.ended <- struct{}{}:
+		default:
+		}
+	}()
+	if n := len(l.net.EndedIntervals()); n > maxKeptIntervals {
+		return fmt.Errorf("%d intervals wait to be written, so the one that runs goes on, and what finds no room in it is SKIPDATA; see that vpcd has CPU time and a disk that is fast enough", n)
 	}
-	return l.deliver()
+	return l.net.EndInterval()
 }
 
 // deliver brings all intervals that have ended to where they are wanted, oldest
 // first: to who asks, into vpcd's own folder and out of the kernel, and what is
 // due into the files of flow logs.
 func (l *flowLogger) deliver() error {
-	err := l.keep()
-	if e := l.kept.closeWindows(l.net.RunningSince(), l.window(), l.longInterval()); e != nil {
+	since, err := l.keep()
+	if e := l.kept.closeWindows(since, l.window(), l.longInterval()); e != nil {
 		return errors.Join(err, e)
 	}
 	return errors.Join(err, l.files.deliver(l.kept, l.store.View(), l.log))
 }
 
-// keep takes the intervals that have ended from the fabric.
-func (l *flowLogger) keep() error {
-	var failed error
+// keep takes the intervals that have ended from the fabric, and returns when what
+// it has not taken began. Others may end meanwhile.
+func (l *flowLogger) keep() (since time.Time, failed error) {
+	since = l.net.RunningSince()
 	for _, n := range l.net.EndedIntervals() {
 		if failed != nil && l.told[n] {
 			continue
 		}
 		i, err := l.net.ReadInterval(n)
 		if err != nil {
-			return err
+			return since, err
+		}
+		if failed == nil {
+			since = i.Start
 		}
 		records := l.records(i)
 		if !l.told[n] && !l.kept.has(i) {
@@ -153,22 +198,24 @@ func (l *flowLogger) keep() error {
 		if failed != nil {
 			continue
 		}
+		since = i.End
 		if err := l.discard(n); err != nil {
-			return err
+			return since, err
 		}
 	}
 	for numbers := l.net.EndedIntervals(); failed != nil && len(numbers) > maxKeptIntervals; numbers = numbers[1:] {
 		i, err := l.net.ReadInterval(numbers[0])
 		if err != nil {
-			return err
+			return since, err
 		}
+		since = i.End
 		l.kept.giveUp(i.Start, i.End, l.store.View(), nil)
 		l.log.Error("flow records lost", "interval", i.Number, "start", i.Start, "end", i.End, "err", failed)
 		if err := l.discard(i.Number); err != nil {
-			return err
+			return since, err
 		}
 	}
-	return failed
+	return since, failed
 }
 
 func (l *flowLogger) discard(number uint64) error {

@@ -389,6 +389,39 @@ func TestKillLosesNoFlowRecord(t *testing.T) {
 	t.Logf("%d packets, %d bytes in %d files", packets, size, len(logFiles(t, filepath.Join(o.Dir, s3Folder), id)))
 }
 
+// A vpcd that is killed as soon as it serves has ended the interval that was due:
+// however often that happens, records find room.
+func TestKilledEarlyEndsIntervals(t *testing.T) {
+	o := labOptions(t)
+	o.FlowInterval = time.Millisecond
+	// The latest interval that there is, by its pin.
+	latest := func() (n uint64) {
+		pins, err := filepath.Glob(filepath.Join(o.BPFFS, "v*", "intervals", "*"))
+		if err != nil || len(pins) == 0 {
+			t.Fatalf("pins %v, %v", pins, err)
+		}
+		for _, p := range pins {
+			number, _, _ := strings.Cut(filepath.Base(p), "-")
+			i, err := strconv.ParseUint(number, 16, 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			n = max(n, i)
+		}
+		return n
+	}
+	_, kill := startChild(t, o)
+	kill()
+	for range 3 {
+		before := latest()
+		_, kill := startChild(t, o)
+		kill()
+		if after := latest(); after == before {
+			t.Errorf("interval %d still runs", after)
+		}
+	}
+}
+
 // Who refused is no matter of AWS's records: they are one.
 func TestMergedRefusals(t *testing.T) {
 	e := &fabric.Logged{ENI: "eni-1"}

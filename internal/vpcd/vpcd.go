@@ -145,6 +145,10 @@ func Run(ctx context.Context, o Options) (err error) {
 			net: f, store: state, account: o.Account, region: o.Region, zoneIDs: ids, log: o.Logger, files: files, recent: newRecentFlows(),
 			interval: func() time.Duration { return cmp.Or(control.Get().FlowInterval, o.FlowInterval) },
 			window:   func() time.Duration { return cmp.Or(control.Get().FileInterval, o.FileInterval) }, kept: kept,
+			ended: make(chan struct{}, 1),
+		}
+		if e := adm.flow.endDue(time.Now()); e != nil { // it is tried again soon
+			o.Logger.Error("flow interval not ended", "err", e)
 		}
 		servers = append(servers, inside)
 		jobs = append(jobs, adm.fabric.Run, adm.flow.Run, out.Run,
