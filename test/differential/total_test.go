@@ -71,7 +71,6 @@ func (f *flowTotals) read(worlds []*watched) error {
 			f.packets += out.packets + in.packets
 			if skips[eni] {
 				f.skipped++
-				continue
 			}
 			for _, one := range []struct {
 				what                    string
