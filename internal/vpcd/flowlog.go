@@ -234,24 +234,28 @@ type shownRecord struct {
 }
 
 // records are what an interval says: records by their time, then those of
-// interfaces of which something was skipped, or of which there is nothing.
+// interfaces of which something was skipped, or of which there is nothing. As AWS
+// tells them apart, what groups refused and what an ACL did is one REJECT.
 func (l *flowLogger) records(i *fabric.Interval) []shownRecord {
 	state := l.store.View()
 	out := make([]shownRecord, 0, len(i.Records))
+	var refused []shownRecord
 	seen := map[vpc.ENIID]bool{}
-	for _, r := range merged(i.Records) {
+	for _, r := range i.Records {
 		s := l.about(state, r.Interface)
 		s.Start, s.End, s.Status, s.Egress, s.Source, s.Destination = r.First, r.Last, flow.OK, r.Egress, r.Source, r.Destination
 		s.SourcePort, s.DestinationPort, s.Protocol = int(r.SourcePort), int(r.DestinationPort), int(r.Protocol)
 		s.Packets, s.Bytes, s.TCPFlags, s.TrafficPath = int64(r.Packets), int64(r.Bytes), r.TCPFlags, r.Path
-		s.Action, s.RefusedBy = flow.Accept, string(r.Refused)
-		if r.Refused != fabric.Accepted {
-			s.Action = flow.Reject
-		}
-		s.running = i.End.IsZero()
-		out = append(out, s)
+		s.Action, s.RefusedBy, s.running = flow.Accept, string(r.Refused), i.End.IsZero()
 		seen[r.Interface.ENI] = true
+		if r.Refused == fabric.Accepted {
+			out = append(out, s)
+			continue
+		}
+		s.Action = flow.Reject
+		refused = append(refused, s)
 	}
+	out = append(out, merged(refused)...)
 	slices.SortStableFunc(out, func(a, b shownRecord) int { return a.Start.Compare(b.Start) })
 	if i.End.IsZero() {
 		return out
@@ -290,40 +294,4 @@ func (l *flowLogger) about(state *store.State, e *fabric.Logged) shownRecord {
 		s.Machine = cmp.Or(x.Service, string(x.NAT))
 	}
 	return s
-}
-
-// merged are records as AWS tells them apart: one that groups refused and one
-// that an ACL did are one REJECT.
-func merged(records []fabric.Record) []fabric.Record {
-	type key struct {
-		eni      vpc.ENIID
-		egress   bool
-		tuple    string
-		protocol uint8
-	}
-	at := map[key]int{}
-	out := make([]fabric.Record, 0, len(records))
-	for _, r := range records {
-		if r.Refused == fabric.Accepted {
-			out = append(out, r)
-			continue
-		}
-		k := key{r.Interface.ENI, r.Egress, fmt.Sprint(r.Source, r.SourcePort, r.Destination, r.DestinationPort, r.Path), r.Protocol}
-		i, ok := at[k]
-		if !ok {
-			at[k] = len(out)
-			out = append(out, r)
-			continue
-		}
-		o := &out[i]
-		o.Packets, o.Bytes, o.TCPFlags = o.Packets+r.Packets, o.Bytes+r.Bytes, o.TCPFlags|r.TCPFlags
-		if r.First.Before(o.First) {
-			o.First = r.First
-		}
-		if r.Last.After(o.Last) {
-			o.Last = r.Last
-		}
-		o.Refused += "," + r.Refused
-	}
-	return out
 }

@@ -2,7 +2,6 @@ package vpcd
 
 import (
 	"bufio"
-	"bytes"
 	"compress/gzip"
 	"encoding/json"
 	"fmt"
@@ -430,12 +429,18 @@ func TestMergedRefusals(t *testing.T) {
 	o.Refused, o.Packets, o.Bytes, o.First, o.Last, o.TCPFlags = fabric.RefusedACL, 1, 40, time.Unix(3, 0), time.Unix(9, 0), 1
 	passed := r
 	passed.Refused = fabric.Accepted
-	got := merged([]fabric.Record{r, passed, o})
-	both := r
-	both.Refused, both.Packets, both.Bytes, both.First, both.Last, both.TCPFlags = "security-group,network-acl", 3, 120, time.Unix(3, 0), time.Unix(9, 0), 3
-	var want bytes.Buffer
-	fmt.Fprint(&want, []fabric.Record{both, passed})
-	if fmt.Sprint(got) != want.String() {
-		t.Errorf("%v, want %v", got, want.String())
+	other := o
+	other.DestinationPort = 1
+	var got []string
+	for _, s := range newFlowWorld(t).log.records(&fabric.Interval{Records: []fabric.Record{r, passed, o, other}}) {
+		got = append(got, fmt.Sprint(s.Action, " ", s.RefusedBy, " to port ", s.DestinationPort, ": ", s.Packets, " packets, ", s.Bytes, " bytes, ", s.Start.Unix(), "-", s.End.Unix(), ", flags ", s.TCPFlags))
+	}
+	want := []string{
+		"REJECT security-group,network-acl to port 0: 3 packets, 120 bytes, 3-9, flags 3",
+		"REJECT network-acl to port 1: 1 packets, 40 bytes, 3-9, flags 1",
+		"ACCEPT  to port 0: 2 packets, 80 bytes, 5-6, flags 2",
+	}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Errorf("(-want +got):\n%s", d)
 	}
 }

@@ -36,42 +36,37 @@ func nitro(state *store.State, id vpc.InstanceID) bool {
 	return !ok || limits.Nitro()
 }
 
-// longRecord is what tells long records of one interface apart.
-type longRecord struct {
-	of                          shownRecord
+// recordKind is what tells records apart, but for their time and who refused.
+type recordKind struct {
+	of                          int // which interface
 	egress                      bool
 	source, destination         [2]uint64
 	sourcePort, destinationPort int
 	protocol, path              int
-	action                      string
+	action                      string // without packets, the status
 }
 
-// longer makes long records of those of several intervals that follow each
-// other, of the interfaces that have them: a flow's are one, and an interface
-// has NODATA only if there is nothing of it in all of them.
-func longer(records []shownRecord) []shownRecord {
+// merged are records, those of one kind as one.
+func merged(records []shownRecord) []shownRecord {
 	var out []shownRecord
-	at := map[longRecord]int{}
-	some := map[vpc.ENIID]bool{}
-	for _, r := range records {
-		if !r.Long {
-			continue
+	at, interfaces := map[recordKind]int{}, map[shownRecord]int{}
+	for i := range records {
+		r := &records[i]
+		of := shownRecord{Record: r.OfInterface(), Long: r.Long}
+		if _, ok := interfaces[of]; !ok {
+			interfaces[of] = len(interfaces)
 		}
-		of := shownRecord{Record: r.OfInterface(), Long: true}
-		k := longRecord{
-			of: of, egress: r.Egress, source: packAddr(r.Source), destination: packAddr(r.Destination), sourcePort: r.SourcePort, destinationPort: r.DestinationPort,
-			protocol: r.Protocol, path: r.TrafficPath, action: r.Action,
-		}
-		if r.Status != flow.OK {
-			k = longRecord{of: of, action: r.Status}
-		}
-		if r.Status != flow.NoData {
-			some[r.Interface] = true
+		k := recordKind{of: interfaces[of], action: r.Status}
+		if r.Status == flow.OK {
+			k = recordKind{
+				of: k.of, egress: r.Egress, source: packAddr(r.Source), destination: packAddr(r.Destination), sourcePort: r.SourcePort, destinationPort: r.DestinationPort,
+				protocol: r.Protocol, path: r.TrafficPath, action: r.Action,
+			}
 		}
 		n, ok := at[k]
 		if !ok {
 			at[k] = len(out)
-			out = append(out, r)
+			out = append(out, *r)
 			continue
 		}
 		o := &out[n]
@@ -88,7 +83,20 @@ func longer(records []shownRecord) []shownRecord {
 			}
 		}
 	}
-	return slices.DeleteFunc(out, func(r shownRecord) bool { return r.Status == flow.NoData && some[r.Interface] })
+	return out
+}
+
+// longer makes long records of those of several intervals that follow each
+// other, of the interfaces that have them: a flow's are one, and an interface
+// has NODATA only if there is nothing of it in all of them.
+func longer(records []shownRecord) []shownRecord {
+	some := map[vpc.ENIID]bool{}
+	for i := range records {
+		if records[i].Status != flow.NoData {
+			some[records[i].Interface] = true
+		}
+	}
+	return slices.DeleteFunc(merged(records), func(r shownRecord) bool { return r.Status == flow.NoData && some[r.Interface] })
 }
 
 // longRecords returns the long records that are due with a window.
