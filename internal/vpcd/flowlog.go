@@ -31,6 +31,11 @@ const (
 	// folder cannot be written to. Then the oldest is given up, and flow logs say
 	// SKIPDATA. When more wait, the interval that runs goes on.
 	maxKeptIntervals = 10
+
+	// Of what waits in the kernel a vpcd that starts leaves so many intervals for
+	// later, if it gets rid of the others within the time: it does not serve before.
+	leftIntervals = 3
+	catchUpTime   = 250 * time.Millisecond
 )
 
 // recorder is what the flow logger needs of a *fabric.Fabric.
@@ -132,6 +137,26 @@ func (e *lastError) report(err error) {
 		e.log(err)
 	}
 	e.text = text
+}
+
+// catchUp keeps intervals that wait in the kernel, one at least if there are many. A
+// vpcd does it first of all: those that die again and again before they have delivered
+// anything would end more intervals than they take away.
+func (l *flowLogger) catchUp() error {
+	begun := time.Now()
+	for waiting := l.net.EndedIntervals(); len(waiting) > leftIntervals; waiting = waiting[1:] {
+		i, err := l.net.ReadInterval(waiting[0])
+		if err == nil {
+			err = l.kept.add(i, l.records(i))
+		}
+		if err == nil {
+			err = l.net.DiscardInterval(i.Number)
+		}
+		if err != nil || time.Since(begun) > catchUpTime {
+			return err
+		}
+	}
+	return nil
 }
 
 // endDue ends the running interval if it is due, and has it delivered. A vpcd

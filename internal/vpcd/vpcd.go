@@ -147,7 +147,11 @@ func Run(ctx context.Context, o Options) (err error) {
 			window:   func() time.Duration { return cmp.Or(control.Get().FileInterval, o.FileInterval) }, kept: kept,
 			ended: make(chan struct{}, 1),
 		}
-		if e := adm.flow.endDue(time.Now()); e != nil { // it is tried again soon
+		// What does not succeed is tried again soon.
+		if e := adm.flow.catchUp(); e != nil {
+			o.Logger.Error("flow records not kept", "err", e)
+		}
+		if e := adm.flow.endDue(time.Now()); e != nil {
 			o.Logger.Error("flow interval not ended", "err", e)
 		}
 		servers = append(servers, inside)
