@@ -303,15 +303,19 @@ static __always_inline int drop(struct __sk_buff *skb, __u32 ifindex, __u32 reas
 
 static __always_inline bool same_mac(const __u8 *a, const __u8 *b)
 {
-	return ((a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) |
-		(a[3] ^ b[3]) | (a[4] ^ b[4]) | (a[5] ^ b[5])) == 0;
+	const quarter_word *x = (const void *)a, *y = (const void *)b;
+
+	return ((x[0] ^ y[0]) | (x[1] ^ y[1]) | (x[2] ^ y[2])) == 0;
 }
 
 static __always_inline void copy_mac(__u8 *to, const __u8 *from)
 {
+	const quarter_word *y = (const void *)from;
+	quarter_word *x = (void *)to;
+
 #pragma unroll
-	for (int i = 0; i < 6; i++)
-		to[i] = from[i];
+	for (int i = 0; i < 3; i++)
+		x[i] = y[i];
 }
 
 /* The last four bytes of a v4-mapped address, network order. */
@@ -476,7 +480,7 @@ int from_pod(struct __sk_buff *skb)
 	struct conn *c = 0, *made;
 	__u64 g = 0;
 	bool plain = false;
-	struct addr src;
+	struct addr src ADDR_ALIGNED;
 	struct ethhdr *eth;
 	struct iphdr *ip;
 	struct eni *eni;
@@ -653,7 +657,7 @@ int to_eni(struct __sk_buff *skb)
 {
 	__u32 slot = skb->tc_index, reason, from;
 	struct packet *p;
-	struct addr src;
+	struct addr src ADDR_ALIGNED;
 	__be32 saddr;
 
 	skb->tc_index = 0;

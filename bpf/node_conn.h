@@ -21,7 +21,7 @@ struct conn_key {
 	__u8 protocol;
 	__u8 asker;		/* ICMP query: the end that asks, plus 1 */
 	__u8 pad[2];
-};
+} __attribute__((aligned(8)));
 
 /* Who forwards a flow, for life (D6). */
 enum provenance {
@@ -196,6 +196,8 @@ struct packet {
 	struct tuple tuple;
 	struct conn_key key;
 	__u64 now;
+	__u64 tick;		/* of the kernel, at which its clock was read */
+	__u64 clock;
 	__u32 packets;		/* as on the wire */
 	__u32 bytes;
 	__u32 id;		/* of the datagram that a fragment is of */
@@ -205,9 +207,17 @@ struct packet {
 	__u8 ttl;
 };
 
-static __always_inline __u64 now_ns(void)
+/* Sets the packet's time. The kernel's coarse clock moves with its ticks: while
+ * there was none since this CPU's last packet, that one's time is good still. */
+static __always_inline void set_now(struct packet *p)
 {
-	return bpf_ktime_get_coarse_ns() + clock_offset;
+	__u64 tick = bpf_jiffies64();
+
+	if (p->tick != tick) {
+		p->tick = tick;
+		p->clock = bpf_ktime_get_coarse_ns();
+	}
+	p->now = p->clock + clock_offset;
 }
 
 static __always_inline void count(__u32 what)
@@ -216,14 +226,6 @@ static __always_inline void count(__u32 what)
 
 	if (n)
 		(*n)++;
-}
-
-static __always_inline void map_v4(struct addr *to, __be32 from)
-{
-	__builtin_memset(to->b, 0, 10);
-	to->b[10] = 0xff;
-	to->b[11] = 0xff;
-	__builtin_memcpy(&to->b[12], &from, 4);
 }
 
 /* Reads an ICMP or ICMPv6 header that asks or answers. */
@@ -363,12 +365,22 @@ static __noinline int read_ipv6(struct __sk_buff *skb, __u32 offset, struct netw
 	return 0;
 }
 
+/* Sets all of a key that is not addresses: one word, as the kernel reads it. */
+static __always_inline void set_rest(struct conn_key *k, __u64 port0, __u64 port1, __u64 protocol, __u64 asker)
+{
+	_Static_assert(offsetof(struct conn_key, port) == 32 && offsetof(struct conn_key, protocol) == 36 &&
+		       offsetof(struct conn_key, asker) == 37 && sizeof(*k) == 40, "little-endian words");
+
+	*(word *)(void *)k->port = port0 | port1 << 16 | protocol << 32 | asker << 40;
+}
+
 /* Makes the key of a tuple; p->end is the end that sends. */
 static __always_inline void set_key(struct packet *p)
 {
 	const struct tuple *t = &p->tuple;
 	struct conn_key *k = &p->key;
-	const __u64 *src = (const void *)&t->src, *dst = (const void *)&t->dst;
+	const word *src = (const void *)&t->src, *dst = (const void *)&t->dst;
+	__u64 low, high, asker = 0;
 	__u32 end;
 
 	/* Any order will do that is the same for both directions. */
@@ -379,39 +391,29 @@ static __always_inline void set_key(struct packet *p)
 	else
 		end = t->sport > t->dport;
 	p->end = end;
-	if (end) {
-		k->addr[0] = t->dst;
-		k->addr[1] = t->src;
-		k->port[0] = t->dport;
-		k->port[1] = t->sport;
-	} else {
-		k->addr[0] = t->src;
-		k->addr[1] = t->dst;
-		k->port[0] = t->sport;
-		k->port[1] = t->dport;
-	}
-	k->protocol = t->protocol;
-	k->asker = 0;
-	k->pad[0] = 0;
-	k->pad[1] = 0;
+	copy_addr(&k->addr[0], end ? &t->dst : &t->src);
+	copy_addr(&k->addr[1], end ? &t->src : &t->dst);
+	low = end ? t->dport : t->sport;
+	high = end ? t->sport : t->dport;
 	if ((t->protocol == IPPROTO_ICMP || t->protocol == IPPROTO_ICMPV6) && !t->query) {
-		k->port[0] = t->icmp_type;
-		k->port[1] = t->icmp_code;
+		low = t->icmp_type;
+		high = t->icmp_code;
 	}
 	if (t->query) {
 		/* The same for question and answer, and another for a question
 		 * that goes the other way. */
-		k->port[0] = t->sport;
-		k->port[1] = t->dport;
-		k->asker = (t->query == QUERY_REQUEST ? end : 1 - end) + 1;
+		low = t->sport;
+		high = t->dport;
+		asker = (t->query == QUERY_REQUEST ? end : 1 - end) + 1;
 	}
+	set_rest(k, low, high, t->protocol, asker);
 }
 
 /* Turns the tuple into that of the flow which an ICMP error at offset is about,
  * if it is to be known. */
 static __noinline int read_error(struct __sk_buff *skb, __u32 offset, struct packet *p)
 {
-	struct network n = {};
+	struct network n ADDR_ALIGNED = {};
 	struct tuple *t = &p->tuple;
 	__u8 l4[8];
 	int bad;
@@ -477,7 +479,7 @@ static __always_inline bool read_plain(struct __sk_buff *skb, struct packet *p)
 	t->icmp_type = 0;
 	t->icmp_code = 0;
 	t->query = QUERY_NONE;
-	p->now = now_ns();
+	set_now(p);
 	p->id = 0;
 	p->ttl = ip->ttl;
 	p->packets = 1;
@@ -503,7 +505,7 @@ static __always_inline bool read_plain(struct __sk_buff *skb, struct packet *p)
  */
 __noinline int read_other(struct __sk_buff *skb, struct packet *p, int v6, int errors)
 {
-	struct network n = {};
+	struct network n ADDR_ALIGNED = {};
 	__u32 header, segments, have;
 	__u8 l4[14] = {};
 	struct tuple *t;
@@ -523,7 +525,7 @@ __noinline int read_other(struct __sk_buff *skb, struct packet *p, int v6, int e
 	t->icmp_type = 0;
 	t->icmp_code = 0;
 	t->query = QUERY_NONE;
-	p->now = now_ns();
+	set_now(p);
 	p->id = n.id;
 	p->ttl = n.ttl;
 	p->tcp_flags = 0;
@@ -748,7 +750,8 @@ static __always_inline void conn_see(struct conn *c, const struct packet *p, boo
 	/* What is said about a flow does not keep it alive. */
 	if (p->flags & PACKET_ERROR)
 		return;
-	c->last_ns = p->now;
+	if ((__s64)(p->now - c->last_ns) > 0)
+		c->last_ns = p->now;
 	if (!(c->seen & (CONN_SEEN << end)))
 		c->seen |= CONN_SEEN << end;
 

@@ -142,7 +142,11 @@ static __always_inline __u32 local_pod(const struct addr *a)
 
 static __always_inline bool in_vpc(const struct addr *a)
 {
-	struct net_key k = { .bits = 128, .addr = *a };
+	const half_word *words = (const void *)a;
+	struct {
+		__u32 bits;
+		__u32 addr[4];
+	} k = { 128, { words[0], words[1], words[2], words[3] } }; /* struct net_key by words */
 	__u32 *flags = bpf_map_lookup_elem(&nets, &k);
 
 	return flags && (*flags & NET_DIRECT);

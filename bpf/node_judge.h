@@ -188,11 +188,12 @@ __noinline int judge(struct conn *c, const struct tuple *t, __u32 end, __u32 ask
 /* Turns a tuple into that of the answer. */
 static __always_inline void turn(struct tuple *t)
 {
-	struct addr a = t->src;
+	struct addr a ADDR_ALIGNED;
 	__u16 port = t->sport;
 
-	t->src = t->dst;
-	t->dst = a;
+	copy_addr(&a, &t->src);
+	copy_addr(&t->src, &t->dst);
+	copy_addr(&t->dst, &a);
 	if (t->query)
 		return;
 	t->sport = t->dport;

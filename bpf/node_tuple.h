@@ -13,7 +13,7 @@ struct tuple {
 	__u8 icmp_type;
 	__u8 icmp_code;
 	__u8 query;		/* enum icmp_query */
-};
+} __attribute__((aligned(8)));
 
 enum icmp_query {
 	QUERY_NONE = 0,		/* not an ICMP query */
@@ -28,9 +28,37 @@ enum gate {
 	GATES,
 };
 
+/* Addresses are written, copied and compared by words: a processor that reads a word
+ * which was just stored byte by byte waits until all of it is in its cache. Those on
+ * a program's stack must be aligned for it. */
+#define ADDR_ALIGNED __attribute__((aligned(8)))
+
+/* Words that hold what has another type, too. */
+typedef __u64 __attribute__((may_alias)) word;
+typedef __u32 __attribute__((may_alias)) half_word;
+typedef __u16 __attribute__((may_alias)) quarter_word;
+
+static __always_inline void copy_addr(struct addr *to, const struct addr *from)
+{
+	const word *y = (const void *)from;
+	word *x = (void *)to;
+
+	x[0] = y[0];
+	x[1] = y[1];
+}
+
+static __always_inline void map_v4(struct addr *to, __be32 from)
+{
+	word *x = (void *)to;
+
+	/* 10 bytes 0, 2 bytes 0xff, and the address. */
+	x[0] = 0;
+	x[1] = bpf_htonl(0xffff) | (__u64)from << 32;
+}
+
 static __always_inline bool same_addr(const struct addr *a, const struct addr *b)
 {
-	const __u64 *x = (const void *)a, *y = (const void *)b;
+	const word *x = (const void *)a, *y = (const void *)b;
 
 	return ((x[0] ^ y[0]) | (x[1] ^ y[1])) == 0;
 }

@@ -302,6 +302,8 @@ type NodeScratch struct {
 		Tuple    NodeTuple
 		Key      NodeConnKey
 		Now      uint64
+		Tick     uint64
+		Clock    uint64
 		Packets  uint32
 		Bytes    uint32
 		Id       uint32
