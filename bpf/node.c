@@ -15,7 +15,7 @@
  *
  * What passes returns TC_ACT_UNSPEC (TCX calls it TCX_NEXT), not TC_ACT_OK:
  * that would end the chain and with it every program that somebody else
- * attached behind ours. If nobody else decides, the packet goes on to the
+ * attached behind ours (but see IFACE_ALONE). If nobody else decides, the packet goes on to the
  * stack as well. Drops return TC_ACT_SHOT and end it.
  *
  * The headers are those of the kernel's user API and libbpf's helper
@@ -81,6 +81,7 @@ enum iface_flags {
 	IFACE_READY = 1,	/* the gate is open: policy is in place */
 	IFACE_STACK = 2,	/* no flow of it bypasses the stack */
 	IFACE_GROUPS = 4,	/* its groups are judged here for all that it sends and receives */
+	IFACE_ALONE = 8,	/* what passes goes to the stack at once: see pass */
 };
 
 /* endpoint.state */
@@ -387,6 +388,20 @@ static __always_inline void count_traffic(const struct iface *pod, const struct 
 	}
 }
 
+/*
+ * Leaves a packet to the stack, with its tc_index. While a program is moved from
+ * clsact to TCX it stands on both: then the first ends the chain, so that the second
+ * does not see the packet. The kernel takes its tc_index from tc_classid there.
+ */
+static __always_inline int pass(struct __sk_buff *skb, const struct iface *pod, __u32 tc_index)
+{
+	skb->tc_index = tc_index;
+	if (!(pod->flags & IFACE_ALONE))
+		return TC_ACT_UNSPEC;
+	skb->tc_classid = tc_index;
+	return TC_ACT_OK;
+}
+
 /* The pod here that is an end of a flow; ifindex is its host veth. */
 static __always_inline struct iface *pod_at(struct conn *c, __u32 end, __u32 ifindex)
 {
@@ -599,8 +614,7 @@ int from_pod(struct __sk_buff *skb)
 		count(PATH_STACK);
 	}
 	skb->mark = (skb->mark & ~NODE_MARK_MASK) | (ep->mark & NODE_MARK_MASK);
-	skb->tc_index = ep->slot;
-	return TC_ACT_UNSPEC;
+	return pass(skb, ep, ep->slot);
 }
 
 #include "node_stack.h"
@@ -649,7 +663,7 @@ int to_pod(struct __sk_buff *skb)
 	}
 
 	count_traffic(ep, p, false);
-	return TC_ACT_UNSPEC;
+	return pass(skb, ep, 0);
 }
 
 SEC("tc")

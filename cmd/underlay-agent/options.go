@@ -57,7 +57,7 @@ func parseFlags(args []string, stderr io.Writer) (options, error) {
 	f.StringVar(&o.socket, "socket", "/run/underlay/agent.sock", "`path` of the unix socket for the CNI plugin")
 	f.StringVar(&o.bpffs, "bpffs", "/sys/fs/bpf/underlay", "`directory` in a mounted BPF file system that outlives the agent")
 	f.StringVar(&o.imds, "imds", "deny", "may pods reach the instance metadata: allow or deny")
-	f.StringVar((*string)(&o.hook), "hook", string(datapath.Hooks[0]), "where the BPF programs stand: clsact, in place at once; tcx, which costs packets less, leaves the ingress qdisc to others, such as the CNI project's bandwidth plugin, and takes the kernel 10 to 50 ms for each pod; or auto, clsact on pods' devices and tcx on ENIs where the kernel has it")
+	f.StringVar((*string)(&o.hook), "hook", string(datapath.Hooks[0]), "where the BPF programs stand: clsact, in place at once; tcx, which costs packets less, leaves the ingress qdisc to others, such as the CNI project's bandwidth plugin, and takes the kernel 10 to 50 ms for each pod; or auto, clsact on pods' devices until a pod is busy, and tcx then and on ENIs, where the kernel has it")
 	f.StringVar((*string)(&o.snat), "snat", string(datapath.SNATs[0]), "by which address pods speak to the internet: eni, the primary one of their own interface; primary, that of the node's first, for public subnets, where no other interface has a public address; or none of the node, but their own, where somebody else translates")
 	f.Func("snat-exclude", "`ranges` of public addresses that pods speak to under their own, such as a peered VPC's: CIDR,CIDR; may be repeated. The VPC's ranges, as they change, RFC 1918, RFC 6598 and link-local always are", func(s string) error {
 		more, err := parseRanges(s)

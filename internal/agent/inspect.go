@@ -79,7 +79,7 @@ func (a *Agent) Inspect(ctx context.Context) (*agentapi.Inspection, error) {
 		return nil, agentapi.Errorf(agentapi.CodeDatapath, "read the datapath's state: %v; see the agent's log", err)
 	}
 	in.Datapath = agentapi.Datapath{
-		Hook: string(st.Hook), ENIHook: string(st.ENIHook), Direct: st.Direct, Connections: st.Connections, DirectConnections: st.DirectConnections, MaxConnections: st.MaxConnections,
+		Hook: string(st.Hook), ENIHook: string(st.ENIHook), Moved: st.Moved, Direct: st.Direct, Connections: st.Connections, DirectConnections: st.DirectConnections, MaxConnections: st.MaxConnections,
 		DirectPackets: st.Paths.Direct, StackPackets: st.Paths.Stack + st.Paths.Exceptions, SlowShare: st.Paths.SlowShare(),
 	}
 	return in, nil

@@ -175,7 +175,8 @@ type Datapath struct {
 	// Where the programs stand, on pods' devices and on ENIs: clsact or tcx.
 	Hook    string `json:"hook"`
 	ENIHook string `json:"eniHook"`
-	Direct  bool   `json:"direct"` // connections within the VPC may bypass the kernel's stack
+	Moved   int    `json:"moved,omitempty"` // busy pods whose programs are on tcx by now, although hook is clsact
+	Direct  bool   `json:"direct"`          // connections within the VPC may bypass the kernel's stack
 	// Entries of conntrack, and those that bypass the stack, a few seconds ago.
 	Connections       int     `json:"connections"`
 	DirectConnections int     `json:"directConnections"`

@@ -402,6 +402,9 @@ func (s *status) pathTable(w io.Writer, color bool) {
 			direct = text("on")
 		}
 		hooks := d.Hook
+		if d.Moved > 0 {
+			hooks += fmt.Sprintf(", %d busy on tcx", d.Moved)
+		}
 		if d.ENIHook != "" && d.ENIHook != d.Hook {
 			hooks += ", ENIs " + d.ENIHook
 		}

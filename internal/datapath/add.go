@@ -35,6 +35,7 @@ func (d *Datapath) Add(ctx context.Context, e Endpoint, netns *os.File) (Endpoin
 		return Endpoint{}, err
 	}
 	defer release()
+	defer d.change()()
 	d.mu.Lock()
 	addr, exists := d.byKey[e.key()]
 	d.mu.Unlock()

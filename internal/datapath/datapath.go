@@ -10,6 +10,8 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -72,6 +74,7 @@ type Options struct {
 	loader func(spec *ebpf.CollectionSpec, to any, opts *ebpf.CollectionOptions) error
 
 	reached func(step string) error // for tests, see Datapath.reach
+	settled time.Duration           // for tests, instead of moveSettled
 	// For tests: entries of the table of connections, and how many of them pods
 	// share; 0: as the programs have it.
 	maxConns, maxShared uint32
@@ -104,6 +107,9 @@ type Datapath struct {
 	wake, urgent chan struct{}
 	stopReaper   func() // waits until it has ended; nil: it was not started
 	stopSweeper  func() // the same; see conn.go
+	stopMover    func() // the same; see move.go
+	closed       atomic.Bool
+	changed      atomic.Int64 // when the latest Add or Delete began or ended, CLOCK_MONOTONIC
 
 	// eniMu is held while the ENIs or the VPC's ranges are set, and guards what
 	// they were set to; present is nil before.
@@ -127,6 +133,7 @@ type Datapath struct {
 	next     int                   // the ifindex to try next
 	slots    map[int]uint32        // by ifindex, see slot.go
 	eniLinks map[int]device        // by ENI index: where eniPrograms stand
+	moved    map[int]bool          // host veths whose programs are on TCX, see move.go; by ifindex
 	nextSlot uint32
 	fill     connFill   // as the latest sweep saw it
 	doomed   []*remains // until they are removed
@@ -174,6 +181,7 @@ func Open(opts Options) (*Datapath, error) {
 		indexes:  map[int]key{},
 		slots:    map[int]uint32{},
 		eniLinks: map[int]device{},
+		moved:    map[int]bool{},
 	}
 	if err := checkSNAT(opts.SNAT, opts.SNATExclude); err != nil {
 		return nil, err
@@ -221,6 +229,7 @@ func (d *Datapath) open() (err error) {
 	if err := d.startSweeper(); err != nil {
 		return err
 	}
+	d.startMover()
 	if err := d.setSysctl("ipv4/ip_forward", "1"); err != nil {
 		return err
 	}
@@ -283,9 +292,13 @@ func (d *Datapath) load() error {
 }
 
 // Close gives the directory and all file descriptors back, once what was deleted
-// is gone. All else stays in the kernel and goes on working.
+// is gone. All else stays in the kernel and goes on working. To close it again is no
+// error, and does nothing.
 func (d *Datapath) Close() error {
-	for _, stop := range []func(){d.stopReaper, d.stopSweeper} {
+	if d.closed.Swap(true) {
+		return nil // the numbers of its file descriptors may be another's
+	}
+	for _, stop := range []func(){d.stopMover, d.stopReaper, d.stopSweeper} {
 		if stop != nil {
 			stop()
 		}
@@ -350,6 +363,7 @@ func (d *Datapath) releaseIndex(i int) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	delete(d.indexes, i)
+	delete(d.moved, i)
 	d.leaveSlot(i)
 }
 

@@ -31,6 +31,7 @@ func (d *Datapath) Delete(ctx context.Context, containerID, ifName string) (Endp
 		return Endpoint{}, err
 	}
 	defer release()
+	defer d.change()()
 	d.mu.Lock()
 	addr, live := d.byKey[k]
 	if !live {
@@ -133,6 +134,7 @@ func (d *Datapath) dismantle(e *Endpoint, withLink bool) error {
 	d.mu.Lock()
 	if d.indexes[e.HostIfIndex] == e.key() {
 		delete(d.indexes, e.HostIfIndex)
+		delete(d.moved, e.HostIfIndex)
 		d.leaveSlot(e.HostIfIndex)
 	}
 	d.mu.Unlock()

@@ -58,7 +58,7 @@
 // All methods are safe for concurrent use. Operations on one container and
 // interface wait for each other; at most two Adds are in the kernel at once,
 // which takes one lock for all of it. One process at a time has the directory
-// of pins (flock). The reaper, the sweeper and, with Options.Ended, the reader
-// of its ring run from Open to Close; no other goroutine outlives the method that
+// of pins (flock). The reaper, the sweeper, who moves busy pods' programs (move.go)
+// and, with Options.Ended, the reader of its ring run from Open to Close; no other goroutine outlives the method that
 // starts it.
 package datapath

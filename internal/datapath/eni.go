@@ -277,7 +277,9 @@ func (d *Datapath) Watch(ctx context.Context, changed func()) error {
 		}
 		return r.Dst.Bits() == 32
 	}
-	ours := func(index int) bool { return index >= firstIndex && index <= lastIndex || d.isENILink(index) }
+	ours := func(index int) bool {
+		return index >= firstIndex && index <= lastIndex && !d.isMoved(index) || d.isENILink(index)
+	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return watchNAT(ctx, d.netns, changed) })
 	g.Go(func() error {

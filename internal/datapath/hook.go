@@ -16,9 +16,9 @@ import (
 type Hook string
 
 const (
-	// Auto is Clsact on host veths, whose programs must be in place at once, and
-	// TCX on ENIs, whose packets it spares some 60 ns at each hook; Clsact there
-	// too if the kernel has no TCX.
+	// Auto is Clsact on host veths at first, whose programs must be in place at
+	// once, and TCX once a pod is busy (move.go); and TCX on ENIs. Clsact alone if
+	// the kernel has no TCX.
 	Auto Hook = "auto"
 	// Clsact is the classic qdisc of tc: a program is in place in some 50 µs.
 	Clsact Hook = "clsact"
@@ -57,10 +57,11 @@ type hooks interface {
 	forget(device) error
 }
 
-// hooking is a kind of hooks, and the other, which an agent before may have used.
+// hooking is a kind of hooks, and the other, which an agent before may have used;
+// nil: what it left is taken over as it is.
 type hooking struct {
 	hooks
-	kind Hook // Clsact or TCX
+	kind Hook // Clsact or TCX; of Auto's host veths, that of a new one
 	old  hooks
 }
 
@@ -68,6 +69,9 @@ type hooking struct {
 func (h hooking) replace(dev device) error {
 	if err := h.attach(dev); err != nil {
 		return err
+	}
+	if h.old == nil {
+		return nil
 	}
 	return h.old.detach(dev)
 }
@@ -83,9 +87,9 @@ func (d *Datapath) setHooks() error {
 	case TCX:
 		d.hooks, d.eniHooks = onTCX, onTCX
 	case Auto, "":
-		d.hooks, d.eniHooks = onClsact, onTCX
+		d.hooks, d.eniHooks = hooking{(*either)(d), Clsact, nil}, onTCX
 		if err := onTCX.probe(); errors.Is(err, ebpf.ErrNotSupported) {
-			d.eniHooks = onClsact
+			d.hooks, d.eniHooks = onClsact, onClsact
 		} else if err != nil {
 			return err
 		}
@@ -137,7 +141,7 @@ func (d *Datapath) repairProgram(ctx context.Context, k key) error {
 		return nil
 	}
 	d.log.Warn("programs were taken off a pod's device, put back", "link", e.HostIfName, "err", damage)
-	return d.hooks.attach(e.device())
+	return d.reattach(&e)
 }
 
 // program is one that stands on a device's hook.

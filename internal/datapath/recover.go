@@ -115,7 +115,7 @@ func (d *Datapath) restore(e *Endpoint, l nl.Link) error {
 			return err
 		}
 	}
-	if err := d.hooks.replace(e.device()); err != nil {
+	if err := d.reattach(e); err != nil {
 		return err
 	}
 	var b nl.Batch

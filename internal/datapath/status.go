@@ -4,6 +4,7 @@ package datapath
 type Status struct {
 	// Where the programs stand, on host veths and on ENIs: Clsact or TCX.
 	Hook, ENIHook Hook
+	Moved         int  // host veths of pods that were busy, whose programs are on TCX by now
 	Direct        bool // connections within the VPC may bypass the stack
 	// Connections are the entries of conntrack as the latest sweep, every 5 s, saw
 	// them; MaxConnections how many there can be.
@@ -28,10 +29,10 @@ func (d *Datapath) Status() (Status, error) {
 		return Status{}, err
 	}
 	d.mu.Lock()
-	fill := d.fill
+	fill, moved := d.fill, len(d.moved)
 	d.mu.Unlock()
 	return Status{
-		Hook: d.hooks.kind, ENIHook: d.eniHooks.kind, Direct: d.opts.Direct, Paths: paths,
+		Hook: d.hooks.kind, ENIHook: d.eniHooks.kind, Moved: moved, Direct: d.opts.Direct, Paths: paths,
 		Connections: fill.entries, DirectConnections: fill.direct, MaxConnections: int(d.objs.Conns.MaxEntries()),
 	}, nil
 }

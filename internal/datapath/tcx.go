@@ -107,8 +107,22 @@ func (t *tcx) attached(dev device, p program) (link.Link, error) {
 	return l, nil
 }
 
-// A link without a pin detaches its program.
-func (t *tcx) detach(dev device) error { return t.forget(dev) }
+// detach does not leave it to the kernel to detach what has no pin any more, which
+// it does a moment later.
+func (t *tcx) detach(dev device) error {
+	for _, p := range dev.programs {
+		l, err := t.attached(dev, p)
+		if err != nil {
+			continue // it is not there
+		}
+		err = l.Detach()
+		_ = l.Close()
+		if err != nil {
+			return fmt.Errorf("detach %s of %s: %w", p.name, dev.name, err)
+		}
+	}
+	return t.forget(dev)
+}
 
 func (t *tcx) forget(dev device) error {
 	var errs []error

@@ -81,13 +81,13 @@ func BenchmarkNode(b *testing.B) {
 	testenv.Require(b, "root", "bpf", "portmap") // for iptables
 	allowedCPUs(b)
 	ours := newUnderlay(b, "ours")
-	podA, podB, podC := ours.pod(0), ours.pod(1), ours.pod(0)
+	podA, podB, podC := ours.busy(0), ours.busy(1), ours.busy(0)
 	bare, emptyNF := newSite(b, "bare"), withEmptyNetfilter(b, "emptynf")
 	aws, awsPods := newAWS(b, "aws")
 	vxlan, vxlanPods := newVXLAN(b, "vxlan")
 	floorPods := newFloor(b, "floor")
 	withService := newUnderlay(b, "svc")
-	serviceFrom, serviceTo := withService.pod(0), withService.pod(1)
+	serviceFrom, serviceTo := withService.busy(0), withService.busy(1)
 	awsService, awsServicePods := newAWS(b, "awssvc")
 
 	pod := contender{"pod", pairTo(podA.ns, podB.ns, podB.addr), ""}
@@ -178,7 +178,7 @@ func grown(b testing.TB, name string, little, much func(u *underlay, from, to be
 	var out [2]pair
 	for i, size := range []string{"small", "large"} {
 		u := newUnderlay(b, name+size)
-		from, to := u.pod(0), u.pod(1)
+		from, to := u.busy(0), u.busy(1)
 		out[i] = pairTo(from.ns, to.ns, to.addr)
 		if make := []func(*underlay, benchPod, benchPod){little, much}[i]; make != nil {
 			make(u, from, to)

@@ -195,6 +195,17 @@ func (u *underlay) pod(i int) benchPod {
 	return p
 }
 
+// busy is pod for one that is measured: its programs are moved to where an agent has
+// those of a pod that sends much, a few seconds after it began.
+func (u *underlay) busy(i int) benchPod {
+	u.b.Helper()
+	p := u.pod(i)
+	if err := u.d[i].Move(context.Background(), p.addr); err != nil {
+		u.b.Fatal(err)
+	}
+	return p
+}
+
 // What a pod's policy is where nothing else is said.
 const usualRules, usualPeers = 10, 10
 

@@ -224,6 +224,7 @@ const (
 	NodeIfaceFlagsIFACE_READY  NodeIfaceFlags = 1
 	NodeIfaceFlagsIFACE_STACK  NodeIfaceFlags = 2
 	NodeIfaceFlagsIFACE_GROUPS NodeIfaceFlags = 4
+	NodeIfaceFlagsIFACE_ALONE  NodeIfaceFlags = 8
 )
 
 type NodeIfaceTraffic struct {
