@@ -213,7 +213,9 @@ struct packet {
 	__u8 always_tracked; /* whatever the rules: through a NAT gateway (EC2 user guide) */
 	__u16 id; /* of a first fragment's datagram */
 	__u64 now; /* when it came, ns of the monotonic clock */
-	__u32 packets; /* as on the wire */
+	__u16 packets; /* as on the wire */
+	__u8 by_rules; /* that it may leave: map asked says whose */
+	__u8 pad;
 	__u32 bytes;
 };
 
@@ -554,6 +556,48 @@ static __always_inline int is_syn(const struct packet *p)
 }
 
 /*
+ * By which policies rules let the packet that is under way leave its sender. A
+ * change of one ENI's groups changes its own rules and what those of others make
+ * of it: a packet is judged by what was before at both ends, or by what is after.
+ */
+struct asked {
+	__u32 own; /* fabric end of the sender */
+	__u32 peer; /* whose groups counted, 0: nobody's */
+	__u64 own_version;
+	__u64 peer_version;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct asked);
+} asked SEC(".maps");
+
+static __always_inline void note_asked(__u32 own, __u64 own_version, __u32 peer, __u64 peer_version)
+{
+	__u32 zero = 0;
+	struct asked *a = bpf_map_lookup_elem(&asked, &zero);
+
+	if (!a)
+		return;
+	a->own = own;
+	a->own_version = own_version;
+	a->peer = peer;
+	a->peer_version = peer_version;
+}
+
+/* agrees says whether the receiver's gate has met the same policies. */
+static __always_inline int agrees(__u32 own, __u64 own_version, __u32 peer, __u64 peer_version)
+{
+	__u32 zero = 0;
+	struct asked *a = bpf_map_lookup_elem(&asked, &zero);
+
+	return a && (a->peer != own || a->peer_version == own_version) &&
+	       (a->own != peer || a->own_version == peer_version);
+}
+
+/*
  * gate says whether an ENI's security groups let a packet pass: 0, or the
  * reason why not. peer is the ENI whose groups the rules may name, 0 if none is
  * known: a source counts only with the ENI that sends from it (AWS: references
@@ -618,6 +662,12 @@ __noinline int gate(struct packet *p, __u32 ifindex, __u32 which, __u32 peer)
 	bpf_loop(RULES / RULES_PER_TURN, match, &q, 0);
 	if (!q.allowed)
 		return refused;
+	if (direction == EGRESS) {
+		p->by_rules = 1;
+		note_asked(ifindex, policy->version, peer, q.peer ? q.peer->version : 0);
+	} else if (p->by_rules && !agrees(ifindex, policy->version, peer, q.peer ? q.peer->version : 0)) {
+		return refused;
+	}
 	/* An error, or an answer that nobody asked for, has no answer itself. */
 	if (p->tuple.protocol == IPPROTO_ICMP && p->tuple.query != QUERY_REQUEST)
 		return 0;

@@ -3,8 +3,9 @@
  * The gates of IPv6: security groups with their tracking, network ACLs and flow
  * records, as fabric_gate.h, fabric_acl.h and fabric_log.h have them for IPv4.
  * What is kept is kept apart, so that IPv4's keys stay short: rules, flows,
- * entries and records of IPv6 have maps of their own. Which groups an ENI has
- * is in map policies alone, and skips and counters are of both.
+ * entries and records of IPv6 have maps of their own, skips and counters are of
+ * both. Which groups an ENI has stands in both policies: rules that name them and
+ * the ENI's own are exchanged in one step.
  */
 
 /* As rule. */
@@ -23,6 +24,7 @@ struct rule6 {
 /* What an ENI's groups come to for IPv6. Never changed once it is in map policies6. */
 struct policy6 {
 	__u64 version; /* digest of all that follows */
+	__u64 groups[GROUPS]; /* as in policy */
 	__u32 tcp_timeout; /* s, as in policy */
 	__u32 udp_timeout;
 	__u32 stream_timeout;
@@ -123,7 +125,7 @@ struct packet6 {
 	__u8 icmp_type;
 	__u8 icmp_code;
 	__u8 first_fragment; /* others follow */
-	__u8 pad;
+	__u8 by_rules; /* that it may leave: map asked says whose */
 };
 
 static __always_inline void copy6(__be32 *to, const __be32 *from)
@@ -201,7 +203,7 @@ static __always_inline void see6(struct flow *f, enum direction direction, const
 /* What match6 asks of each rule; allowed is the answer. */
 struct question6 {
 	const struct rule6 *rules;
-	const struct policy *peer; /* whose groups count, or none */
+	const struct policy6 *peer; /* whose groups count, or none */
 	__be32 address[4]; /* the peer's */
 	__u32 count;
 	__u16 dport;
@@ -300,21 +302,29 @@ static __always_inline int is_syn6(const struct packet6 *p)
  * allowed6 asks the rules of a direction, one after the other. It and begin6 are
  * not inlined, for their stacks.
  */
-static __noinline int allowed6(const struct packet6 *p, const struct policy6 *policy,
+static __noinline int allowed6(struct packet6 *p, const struct policy6 *policy, __u32 ifindex,
 			       __u32 direction, __u32 peer)
 {
 	struct question6 q = {};
+	__u64 version;
 
 	q.rules = policy->rules[direction & INGRESS];
 	q.count = policy->count[direction & INGRESS];
 	copy6(q.address, direction == EGRESS ? p->tuple.daddr : p->tuple.saddr);
-	q.peer = peer ? policy_of(peer) : 0;
+	q.peer = peer ? policy6_of(peer) : 0;
 	q.dport = p->tuple.dport;
 	q.protocol = p->tuple.protocol;
 	q.type = p->icmp_type;
 	q.code = p->icmp_code;
 	bpf_loop(RULES / RULES_PER_TURN, match6, &q, 0);
-	return q.allowed;
+	if (!q.allowed)
+		return 0;
+	version = q.peer ? q.peer->version : 0;
+	if (direction == INGRESS)
+		return !p->by_rules || agrees(ifindex, policy->version, peer, version);
+	p->by_rules = 1;
+	note_asked(ifindex, policy->version, peer, version);
+	return 1;
 }
 
 /*
@@ -389,7 +399,7 @@ __noinline int gate6(struct packet6 *p, __u32 ifindex, __u32 which, __u32 peer)
 		set_flow_key6(&key, ifindex, direction, &p->tuple);
 	}
 
-	if (!allowed6(p, policy, direction, peer))
+	if (!allowed6(p, policy, ifindex, direction, peer))
 		return refused;
 	/* An error, or an answer that nobody asked for, has no answer itself. */
 	if (p->tuple.protocol == IPPROTO_ICMPV6 && p->tuple.query != QUERY_REQUEST)

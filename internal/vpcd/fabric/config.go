@@ -282,7 +282,7 @@ func check(n namespaces, c Config) (desired, error) {
 			}
 		}
 		if p.flags()&ipv6 != 0 && policies6[key] == nil {
-			if policies6[key], err = policy6Of(i.Groups, i.Timeouts, groups); err != nil {
+			if policies6[key], err = policy6Of(i.Groups, policies[key].Groups, i.Timeouts, groups); err != nil {
 				errs = append(errs, fmt.Errorf("interface %s: %w", i.ID, err))
 			}
 		}

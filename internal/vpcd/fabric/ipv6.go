@@ -143,10 +143,12 @@ func compareRules6(a, b bpfgen.FabricRule6) int {
 }
 
 // policy6Of puts the rules of groups for IPv6 together, as policyOf does those
-// for IPv4, which tells of groups that are not there.
-func policy6Of(groups []vpc.SecurityGroupID, timeouts IdleTimeouts, all map[vpc.SecurityGroupID]*ruleset) (*bpfgen.FabricPolicy6, error) {
+// for IPv4, which tells of groups that are not there, and what numbers the others
+// have.
+func policy6Of(groups []vpc.SecurityGroupID, numbers [maxGroups]uint64, timeouts IdleTimeouts, all map[vpc.SecurityGroupID]*ruleset) (*bpfgen.FabricPolicy6, error) {
 	var errs []error
 	p := &bpfgen.FabricPolicy6{
+		Groups:        numbers,
 		TcpTimeout:    seconds(timeouts.TCPEstablished, defaultTCPEstablished),
 		UdpTimeout:    seconds(timeouts.UDP, defaultUDP),
 		StreamTimeout: seconds(timeouts.UDPStream, defaultUDPStream),
@@ -167,7 +169,7 @@ func policy6Of(groups []vpc.SecurityGroupID, timeouts IdleTimeouts, all map[vpc.
 		p.Count[d] = uint32(copy(p.Rules[d][:], rules))
 		p.Open[d] = uint32(openTo6(rules))
 	}
-	p.Version = version(p.TcpTimeout, p.UdpTimeout, p.StreamTimeout, p.Count, p.Rules[egress][:p.Count[egress]], p.Rules[ingress][:p.Count[ingress]])
+	p.Version = version(p.Groups, p.TcpTimeout, p.UdpTimeout, p.StreamTimeout, p.Count, p.Rules[egress][:p.Count[egress]], p.Rules[ingress][:p.Count[ingress]])
 	return p, errors.Join(errs...)
 }
 

@@ -60,12 +60,12 @@ func TestTraffic6(t *testing.T) {
 	a.reaches6(near.six)
 	a.reaches6(b.six)
 	// From an address of its prefix, as a pod's.
-	a.ip("addr", "add", "2001:db8:0:100:1::7/128", "dev", "lo")
+	a.ip("addr", "add", "2001:db8:0:100:1::7/128", "dev", "lo", "nodad")
 	if out, err := a.ping6(b.six, "-I", "2001:db8:0:100:1::7"); err != nil {
 		t.Errorf("ping from a prefix: %v: %s", err, out)
 	}
 	// From one that is not its own.
-	a.ip("addr", "add", "2001:db8:0:100::99/128", "dev", "lo")
+	a.ip("addr", "add", "2001:db8:0:100::99/128", "dev", "lo", "nodad")
 	a.counts(SourceAddress, func() {
 		if out, err := a.ping6(b.six, "-I", "2001:db8:0:100::99", "-W", "0.15"); err == nil {
 			t.Errorf("ping from a stranger's address: %s", out)
@@ -245,5 +245,66 @@ func (h *host) wants6Adopted(to *host, packet []byte) {
 			h.l.t.Error("nothing arrives before the first Set")
 			return
 		}
+	}
+}
+
+// TestGroupsExchanged: the receiver has the group that the sender may send to, and
+// takes nothing, or another that takes everything. At no time does anything pass,
+// also not while one group takes the other's place.
+func TestGroupsExchanged(t *testing.T) {
+	l := newLab6(t)
+	a := l.add6(subnetA, "10.0.0.4", "2001:db8:0:100::4")
+	b := l.add6(subnetB, "10.0.1.4", "2001:db8:0:101::4")
+	named := l.group(2, nil, nil)
+	open := l.group(3, []Rule{{Protocol: 17, From: 53, To: 53, Peers: everywhere}, {Protocol: 17, From: 53, To: 53, Peers: everywhere6}}, nil)
+	a.groups(l.group(1, nil, []Rule{{Protocol: 17, From: 53, To: 53, Group: named}}))
+	b.groups(named)
+	l.set()
+	a.ip("neigh", "replace", "10.0.0.1", "lladdr", RouterMAC.String(), "dev", "eth0", "nud", "permanent")
+	a.ip("neigh", "replace", "fe80:ec2::1", "lladdr", RouterMAC.String(), "dev", "eth0", "nud", "permanent")
+	before := b.counters().RxPackets
+
+	sent := make(chan int, 1)
+	go func() {
+		n := 0
+		defer func() { sent <- n }()
+		_ = nl.Do(NetnsPath(a.ns), func() error {
+			// From each port once: what was refused must not have begun a flow.
+			for port := 10000; port < 60000; port++ {
+				for _, domain := range []int{unix.AF_INET, unix.AF_INET6} {
+					var from, to unix.Sockaddr = &unix.SockaddrInet4{Port: port}, &unix.SockaddrInet4{Port: 53, Addr: b.addr.As4()}
+					if domain == unix.AF_INET6 {
+						from, to = &unix.SockaddrInet6{Port: port}, &unix.SockaddrInet6{Port: 53, Addr: b.six.As16()}
+					}
+					fd, err := unix.Socket(domain, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+					if err != nil {
+						return err
+					}
+					if unix.Bind(fd, from) == nil && unix.Sendto(fd, []byte("x"), 0, to) == nil {
+						n++
+					}
+					unix.Close(fd)
+				}
+			}
+			return nil
+		})
+	}()
+	changes, n := 0, 0
+	for n == 0 {
+		changes++
+		if b.groups(named); changes%2 == 1 {
+			b.groups(open)
+		}
+		l.set()
+		select {
+		case n = <-sent:
+		default:
+		}
+	}
+	if n < 90000 || changes < 4 {
+		t.Errorf("%d datagrams, %d changes", n, changes)
+	}
+	if got := b.counters().RxPackets - before; got > 0 {
+		t.Errorf("%d of %d datagrams passed, in %d changes", got, n, changes)
 	}
 }

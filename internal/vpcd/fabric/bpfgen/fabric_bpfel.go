@@ -64,6 +64,14 @@ type FabricAddress6 struct {
 	Addr [4]uint32
 }
 
+type FabricAsked struct {
+	_           structs.HostLayout
+	Own         uint32
+	Peer        uint32
+	OwnVersion  uint64
+	PeerVersion uint64
+}
+
 type FabricBucket struct {
 	_    structs.HostLayout
 	Lock struct {
@@ -293,6 +301,7 @@ type FabricPolicy struct {
 type FabricPolicy6 struct {
 	_             structs.HostLayout
 	Version       uint64
+	Groups        [16]uint64
 	TcpTimeout    uint32
 	UdpTimeout    uint32
 	StreamTimeout uint32
@@ -459,6 +468,7 @@ const (
 	FabricMapAcls                  = "acls"
 	FabricMapAcls6                 = "acls6"
 	FabricMapAllowances            = "allowances"
+	FabricMapAsked                 = "asked"
 	FabricMapBuckets               = "buckets"
 	FabricMapCounts                = "counts"
 	FabricMapElastics              = "elastics"
@@ -575,6 +585,7 @@ type FabricMapSpecs struct {
 	Acls        *ebpf.MapSpec `ebpf:"acls"`
 	Acls6       *ebpf.MapSpec `ebpf:"acls6"`
 	Allowances  *ebpf.MapSpec `ebpf:"allowances"`
+	Asked       *ebpf.MapSpec `ebpf:"asked"`
 	Buckets     *ebpf.MapSpec `ebpf:"buckets"`
 	Counts      *ebpf.MapSpec `ebpf:"counts"`
 	Elastics    *ebpf.MapSpec `ebpf:"elastics"`
@@ -655,6 +666,7 @@ type FabricMaps struct {
 	Acls        *ebpf.Map `ebpf:"acls"`
 	Acls6       *ebpf.Map `ebpf:"acls6"`
 	Allowances  *ebpf.Map `ebpf:"allowances"`
+	Asked       *ebpf.Map `ebpf:"asked"`
 	Buckets     *ebpf.Map `ebpf:"buckets"`
 	Counts      *ebpf.Map `ebpf:"counts"`
 	Elastics    *ebpf.Map `ebpf:"elastics"`
@@ -687,6 +699,7 @@ func (m *FabricMaps) Close() error {
 		m.Acls,
 		m.Acls6,
 		m.Allowances,
+		m.Asked,
 		m.Buckets,
 		m.Counts,
 		m.Elastics,
