@@ -148,6 +148,8 @@ __noinline int judge(struct conn *c, const struct tuple *t, __u32 end, __u32 ask
 		return DROP_POLICY_NETPOL;
 	end &= 1;
 	ifindex = c->ifindex[end];
+	if (!(gates & (1 << GATE_GROUPS)))
+		ask |= POLICY_NO_GROUPS;
 	policy_judge(t, ifindex, ask, &v);
 	/* A pod that goes loses its entry first and its policy then: who finds no
 	 * policy must look whether there is a pod that has none. */

@@ -19,6 +19,7 @@ enum policy_ask {
 	POLICY_INGRESS = 1,	/* what it receives */
 	POLICY_DIRECTION = 1,	/* the bit of the two above */
 	POLICY_FROM_HOST = 2,	/* the packet came from no interface: the node's own */
+	POLICY_NO_GROUPS = 4,	/* the gate of security groups is not asked, and allows */
 };
 
 /* Rules' ids that stand for no rule; those of package policy. */
@@ -437,7 +438,7 @@ __noinline int policy_judge(const struct tuple *t, __u32 ifindex, __u32 ask, str
 		v->rule[GATE_GROUPS] = v->rule[GATE_NETPOL] = own;
 		return 0;
 	}
-	if (e.table[GATE_GROUPS])
+	if (e.table[GATE_GROUPS] && !(ask & POLICY_NO_GROUPS))
 		policy_gate(t, e.table[GATE_GROUPS], ask & POLICY_DIRECTION, GATE_GROUPS, v);
 	if (e.table[GATE_NETPOL])
 		policy_gate(t, e.table[GATE_NETPOL], ask & POLICY_DIRECTION, GATE_NETPOL, v);
