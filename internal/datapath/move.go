@@ -128,6 +128,12 @@ func (d *Datapath) isMoved(index int) bool {
 	return d.moved[index]
 }
 
+// isMovedAddr is isMoved for the pod with that address.
+func (d *Datapath) isMovedAddr(addr netip.Addr) bool {
+	e, err := d.record(addr)
+	return err == nil && d.isMoved(e.HostIfIndex)
+}
+
 // change notes that an Add or Delete begins, and by what it returns, that it ends.
 func (d *Datapath) change() func() {
 	now := func() { d.changed.Store(int64(monoNow())) }
@@ -183,7 +189,10 @@ func (d *Datapath) moveBusy(ctx context.Context) {
 func (d *Datapath) moveThose(ctx context.Context, before, now map[netip.Addr]Traffic) {
 	for addr, t := range now {
 		was, ok := before[addr]
-		if !ok || t.FromPackets-was.FromPackets < moveRate*uint64(moveEvery/time.Second) || !d.isSettled() {
+		if !ok || t.FromPackets < was.FromPackets { // it is another pod's address by now
+			continue
+		}
+		if t.FromPackets-was.FromPackets < moveRate*uint64(moveEvery/time.Second) || d.isMovedAddr(addr) || !d.isSettled() {
 			continue
 		}
 		if err := d.Move(ctx, addr); err != nil && ctx.Err() == nil {

@@ -237,18 +237,18 @@ func TestBusyPodsAreMoved(t *testing.T) {
 	onceForAllHooks(t)
 	w := newWorld(t)
 	d := w.open(Options{Hook: Auto})
-	a, idle := w.addPod(d, 1), w.addPod(d, 2)
+	a, idle, next := w.addPod(d, 1), w.addPod(d, 2), w.addPod(d, 3)
 	const enough = moveRate * uint64(moveEvery/time.Second)
-	before := map[netip.Addr]Traffic{a.Addr: {}, idle.Addr: {FromPackets: 7}}
-	now := map[netip.Addr]Traffic{a.Addr: {FromPackets: enough}, idle.Addr: {FromPackets: enough}, farIP: {FromPackets: enough}}
+	before := map[netip.Addr]Traffic{a.Addr: {}, idle.Addr: {FromPackets: 7}, next.Addr: {FromPackets: 2 * enough}}
+	now := map[netip.Addr]Traffic{a.Addr: {FromPackets: enough}, idle.Addr: {FromPackets: enough}, next.Addr: {FromPackets: enough}, farIP: {FromPackets: enough}}
 	d.moveThose(ctx, before, now)
 	if d.isMoved(a.HostIfIndex) {
 		t.Error("moved right after an ADD")
 	}
 	d.opts.settled = 1
 	d.moveThose(ctx, before, now)
-	if !d.isMoved(a.HostIfIndex) || d.isMoved(idle.HostIfIndex) {
-		t.Errorf("moved: the busy pod %t, the other %t", d.isMoved(a.HostIfIndex), d.isMoved(idle.HostIfIndex))
+	if !d.isMoved(a.HostIfIndex) || d.isMoved(idle.HostIfIndex) || d.isMoved(next.HostIfIndex) {
+		t.Errorf("moved: the busy pod %t, one below the rate %t, one whose address was a busier pod's %t", d.isMoved(a.HostIfIndex), d.isMoved(idle.HostIfIndex), d.isMoved(next.HostIfIndex))
 	}
 	if _, err := d.Delete(ctx, a.ContainerID, a.IfName); err != nil {
 		t.Fatal(err)
