@@ -103,7 +103,7 @@ func TestRoundTrip(t *testing.T) {
 // comes back whole, whatever its size.
 func TestCallRoundTrip(t *testing.T) {
 	want := pipe.Call{Env: []string{"CNI_COMMAND=ADD", "CNI_ARGS=a=\xff;"}, Stdin: []byte("{\x00}")}
-	var size int
+	var size atomic.Int64
 	h := &handler{cni: func(_ context.Context, c *pipe.Call, f *os.File) (byte, []byte) {
 		if diff := cmp.Diff(&want, c); diff != "" {
 			t.Errorf("-sent +received:\n%s", diff)
@@ -115,7 +115,7 @@ func TestCallRoundTrip(t *testing.T) {
 		if err := errors.Join(syscall.Stat("/proc/self/ns/net", &sent), syscall.Fstat(int(f.Fd()), &got)); err != nil || sent.Ino != got.Ino {
 			return pipe.ExitFailed, []byte("another file came")
 		}
-		return pipe.ExitOK, bytes.Repeat([]byte{'x'}, size)
+		return pipe.ExitOK, bytes.Repeat([]byte{'x'}, int(size.Load()))
 	}}
 	socket := serve(t, h)
 	ns, err := os.Open("/proc/self/ns/net")
@@ -124,10 +124,11 @@ func TestCallRoundTrip(t *testing.T) {
 	}
 	defer ns.Close()
 	caller := new(pipe.Caller)
-	for _, size = range []int{0, 1, 5000, pipe.MaxMessage - 1} {
+	for _, n := range []int{0, 1, 5000, pipe.MaxMessage - 1} {
+		size.Store(int64(n))
 		caller.Put(&want)
-		if exit, out, err := caller.Do(socket, int(ns.Fd()), 5); err != nil || exit != pipe.ExitOK || len(out) != size {
-			t.Errorf("an answer of %d bytes: %d, %d bytes %.50s, %v", size, exit, len(out), out, err)
+		if exit, out, err := caller.Do(socket, int(ns.Fd()), 5); err != nil || exit != pipe.ExitOK || len(out) != n {
+			t.Errorf("an answer of %d bytes: %d, %d bytes %.50s, %v", n, exit, len(out), out, err)
 		}
 	}
 	caller.Put(&want)

@@ -98,7 +98,7 @@ func TestHooksAreExchanged(t *testing.T) {
 			case <-stop:
 				return
 			default:
-				if w.ask(a.ns, a.Addr, farIP, 1) == "" {
+				if w.askFor(2*time.Second, a.ns, a.Addr, farIP, 1) == "" {
 					lost.Add(1)
 				}
 			}

@@ -2,6 +2,7 @@ package datapath
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"strings"
@@ -59,6 +60,8 @@ func TestRemove(t *testing.T) {
 	w.ip(w.node, "link set eth1 up") // as after SetENIs, which nothing takes back
 	w.ip(w.node, "addr add 10.0.1.10/32 dev eth1")
 	w.ip(w.node, "rule add priority 21 lookup 99")
+	// The kernel says some time later that a device's other end is up.
+	eventually(t, "no route is down", func() bool { return !strings.Contains(fmt.Sprint(w.footprint()), "linkdown") })
 	before := w.footprint()
 	if r, err := w.remove(false); err != nil || r.Any() {
 		t.Errorf("nothing is there: %+v, %v", r, err)

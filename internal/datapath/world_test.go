@@ -367,12 +367,18 @@ func (w *world) echo(netns string, at netip.Addr) {
 // returns the sender's address as the echo saw it; "" if it never answered.
 func (w *world) ask(netns string, from, to netip.Addr, tries int) string {
 	w.t.Helper()
+	return w.askFor(200*time.Millisecond, netns, from, to, tries)
+}
+
+// askFor is ask, and waits so long for each answer.
+func (w *world) askFor(patience time.Duration, netns string, from, to netip.Addr, tries int) string {
+	w.t.Helper()
 	c := w.udp(netns, from, 0)
 	defer c.Close()
 	buf := make([]byte, 64)
 	for range tries {
 		_, _ = c.WriteToUDPAddrPort([]byte("who am I?"), netip.AddrPortFrom(to, echoPort))
-		_ = c.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
+		_ = c.SetReadDeadline(time.Now().Add(patience))
 		if n, err := c.Read(buf); err == nil {
 			return string(buf[:n])
 		}

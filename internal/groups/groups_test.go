@@ -613,6 +613,7 @@ func TestBadPoller(t *testing.T) {
 				b := w.book(BookOptions{Dial: at.dial, Away: func(err error) { away = err }}, need(sgA))
 				time.Sleep(time.Minute) //nolint:forbidigo // of the bubble's clock
 				at.Close()
+				synctest.Wait()
 				// What comes before a gap makes sense, and is taken.
 				if st := b.Status(); name != "a gap" && (st.Source != Own || !slices.Equal(ports(b, sgA), []int{80})) {
 					t.Errorf("%+v, ports %v", st, ports(b, sgA))

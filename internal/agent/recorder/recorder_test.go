@@ -309,6 +309,7 @@ func TestRunAndRecent(t *testing.T) {
 		done := make(chan error)
 		go func() { done <- r.Run(ctx) }()
 		time.Sleep(61 * time.Second)
+		synctest.Wait()
 		n.sent = 5
 		ended, running, err := r.Recent(time.Time{})
 		if err != nil || len(ended) != 1 || ended[0].Packets != 3 || len(running) != 1 || running[0].Packets != 2 {

@@ -338,7 +338,7 @@ func TestSharedWithC(t *testing.T) {
 
 		"address6":      {binary.Size(bpfgen.FabricAddress6{}), 24},
 		"rule6":         {binary.Size(bpfgen.FabricRule6{}), 48},
-		"policy6":       {binary.Size(bpfgen.FabricPolicy6{}), 40 + 2*1000*48},
+		"policy6":       {binary.Size(bpfgen.FabricPolicy6{}), 40 + 16*8 + 2*1000*48},
 		"flow_key6":     {binary.Size(bpfgen.FabricFlowKey6{}), 44},
 		"acl_entry6":    {binary.Size(bpfgen.FabricAclEntry6{}), 40},
 		"acl6":          {binary.Size(bpfgen.FabricAcl6{}), 16 + 2*40*40},
