@@ -15,8 +15,8 @@
  *
  * What passes returns TC_ACT_UNSPEC (TCX calls it TCX_NEXT), not TC_ACT_OK:
  * that would end the chain and with it every program that somebody else
- * attached behind ours (but see IFACE_ALONE). If nobody else decides, the packet goes on to the
- * stack as well. Drops return TC_ACT_SHOT and end it.
+ * attached behind ours (but see IFACE_ALONE). If nobody else decides, the packet
+ * goes on to the stack as well. Drops return TC_ACT_SHOT and end it.
  *
  * The headers are those of the kernel's user API and libbpf's helper
  * declarations. One field of one kernel type is relocated, for the kernel's
@@ -228,6 +228,7 @@ struct {
 } slots SEC(".maps");
 
 #include "node_tuple.h"
+#include "node_packet.h"
 #include "node_conn.h"
 #include "node_policy.h"
 #include "node_event.h"

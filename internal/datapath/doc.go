@@ -11,8 +11,9 @@
 //	       └──────────────────── direct ───────────────────┘
 //
 // A flow whose first packet the kernel's stack would only route bypasses it, for
-// life; everything else takes it. bpf/node_conn.h is conntrack, bpf/node_direct.h
-// says which flows are direct, bpf/node_policy.h judges.
+// life; everything else takes it. bpf/node_packet.h reads packets, bpf/node_conn.h
+// is conntrack, bpf/node_direct.h says which flows are direct, bpf/node_policy.h
+// judges.
 //
 // # State
 //
