@@ -78,7 +78,7 @@ var faults = []fault{
 	{name: "IPv6 CIDRs of ACLs compared on 64 bits", on: onACLs, dual: true, more: true, file: "fabric_ipv6_gate.h", old: "if (!within6(q->address, e->net, e->mask))", new: "if (((q->address[0] & e->mask[0]) ^ e->net[0]) | ((q->address[1] & e->mask[1]) ^ e->net[1]))"},
 	{name: "ICMPv6 type ignored", on: onGroups, dual: true, file: "fabric_ipv6_gate.h", old: "return (r->from == ANY || r->from == q->type) &&", new: "return"},
 	{name: "ICMPv6 type ignored by ACLs", on: onACLs, dual: true, more: true, file: "fabric_ipv6_gate.h", old: "return (e->from == ANY || e->from == q->type) &&", new: "return"},
-	{name: "references mean IPv4 alone", on: onGroups, dual: true, file: "fabric_ipv6_gate.h", old: "q.peer = peer ? policy_of(peer) : 0;", new: "q.peer = peer >> 30 ? policy_of(peer) : 0;"},
+	{name: "references mean IPv4 alone", on: onGroups, dual: true, file: "fabric_ipv6_gate.h", old: "q.peer = peer ? policy6_of(peer) : 0;", new: "q.peer = peer >> 30 ? policy6_of(peer) : 0;"},
 	{name: "untracked flows of IPv6 outlive their rule", on: onGroups, dual: true, more: true, file: "fabric_ipv6_gate.h", old: "if (policy && (policy->version == f->version ||", new: "if (policy && (1 ||"},
 	{name: "ICMPv6 errors belong to no flow", on: onGroups, dual: true, file: "fabric_ipv6.h", old: "\tp->is_error = 1;", new: "\tp->is_error = 0;"},
 	{name: "later fragments of IPv6 without their first pass", on: onGroups, dual: true, file: "fabric_ipv6.h", old: "if (!first || first->expires <= p->now || c.start < first->headers)\n\t\t\treturn DROP_FRAGMENT;", new: "if (!first)\n\t\t\treturn 0;"},
