@@ -28,8 +28,8 @@ import (
 
 func main() {
 	// A burst of pods leaves garbage behind. Collected at a quarter of the live
-	// heap, not at all of it, 230 at once cost 31 MiB at their peak instead of 35,
-	// and no time that could be told from chance.
+	// heap, not at all of it, 230 at once cost a fifth less at their peak, which is
+	// 33 MB now (TestBurst), and no time that could be told from chance.
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(25)
 	}
