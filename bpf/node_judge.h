@@ -264,9 +264,7 @@ __noinline int renew(struct conn *entry, const struct packet *p, __u64 *g)
 /* The gate that refused a flow. */
 static __always_inline int refused_by(__u64 g)
 {
-	__u64 denied = (g >> 32) & ~(g >> 48);
-
-	denied |= denied >> 8; /* of either end */
+	__u32 denied = (GATES_JUDGED(g, 0) & ~GATES_ALLOWED(g, 0)) | (GATES_JUDGED(g, 1) & ~GATES_ALLOWED(g, 1));
 
 	return denied & (1 << GATE_GROUPS) ? DROP_POLICY_GROUPS : DROP_POLICY_NETPOL;
 }

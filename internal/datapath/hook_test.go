@@ -2,7 +2,6 @@ package datapath
 
 import (
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -89,23 +88,9 @@ func TestHooksAreExchanged(t *testing.T) {
 	if w.ask(a.ns, a.Addr, farIP, 20) == "" {
 		t.Fatal("not answered before any change")
 	}
-	var lost atomic.Int64
-	stop, stopped := make(chan struct{}), make(chan struct{})
-	go func() {
-		defer close(stopped)
-		for {
-			select {
-			case <-stop:
-				return
-			default:
-				if w.askFor(2*time.Second, a.ns, a.Addr, farIP, 1) == "" {
-					lost.Add(1)
-				}
-			}
-		}
-	}()
+	stop := w.keepAsking(2*time.Second, a, farIP)
 	had := map[Hook]bool{testHook: true}
-	mayLose := int64(0)
+	mayLose := uint64(0)
 	for _, hook := range []Hook{TCX, Clsact, Clsact, TCX, TCX, testHook} {
 		if err := d.Close(); err != nil {
 			t.Fatal(err)
@@ -126,10 +111,8 @@ func TestHooksAreExchanged(t *testing.T) {
 			t.Errorf("after the change to %s: pins %v, %v", hook, pins, err)
 		}
 	}
-	close(stop)
-	<-stopped // the last request has its answer, or is lost
-	if n := lost.Load(); n > mayLose {
-		t.Errorf("%d requests were not answered, want at most %d", n, mayLose)
+	if _, lost := stop(); lost > mayLose {
+		t.Errorf("%d requests were not answered, want at most %d", lost, mayLose)
 	}
 	if w.ask(a.ns, a.Addr, farIP, 20) == "" {
 		t.Error("not answered afterwards")

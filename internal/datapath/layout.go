@@ -31,46 +31,56 @@ type ifaceOfLayout1 struct {
 }
 
 // widenIfaces is the way from layout 1 to 2: an interface's entry says which ENI
-// is its own, and its slot. The map with the wider values takes the place of the
-// other in one step; the programs of the agent before go on with the one that
+// is its own, and its slot. The programs of the agent before go on with the map that
 // they have.
 func widenIfaces(dir string) error {
+	return widen(dir, bpfgen.NodeMapIfaces, func(old, wide *ebpf.Map) error {
+		var index, slot uint32
+		var v ifaceOfLayout1
+		it := old.Iterate()
+		for it.Next(&index, &v) {
+			slot++
+			w := bpfgen.NodeIface{Addr: v.Addr, PodMac: v.PodMac, HostMac: v.HostMac, Mark: v.Mark, Flags: v.Flags, Eni: uint32(eniIndexOf(v.Mark)), Slot: slot}
+			if err := nl.AwaitMemory(func() error { return wide.Update(&index, &w, ebpf.UpdateAny) }); err != nil {
+				return fmt.Errorf("copy interface %d: %w", index, err)
+			}
+		}
+		if err := it.Err(); err != nil {
+			return fmt.Errorf("read the map of interfaces: %w", err)
+		}
+		return nil
+	})
+}
+
+// widen has a pinned map's entries copied into one whose values are as they are now,
+// which takes the other's place in one step.
+func widen(dir, name string, entries func(old, wide *ebpf.Map) error) error {
 	spec, err := bpfgen.LoadNode()
 	if err != nil {
 		return fmt.Errorf("read the embedded BPF object: %w", err)
 	}
-	old, err := ebpf.LoadPinnedMap(filepath.Join(dir, bpfgen.NodeMapIfaces), nil)
+	old, err := ebpf.LoadPinnedMap(filepath.Join(dir, name), nil)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // there never was one
 	}
 	if err != nil {
-		return fmt.Errorf("open the map of interfaces: %w", err)
+		return fmt.Errorf("open map %s: %w", name, err)
 	}
 	defer old.Close()
-	want := spec.Maps[bpfgen.NodeMapIfaces].Copy()
+	want := spec.Maps[name].Copy()
 	if old.ValueSize() == want.ValueSize {
 		return nil // done before a crash
 	}
 	want.Pinning = ebpf.PinNone
 	wide, err := ebpf.NewMap(want)
 	if err != nil {
-		return fmt.Errorf("make the map of interfaces: %w", err)
+		return fmt.Errorf("make map %s: %w", name, err)
 	}
 	defer wide.Close()
-	var index, slot uint32
-	var v ifaceOfLayout1
-	it := old.Iterate()
-	for it.Next(&index, &v) {
-		slot++
-		w := bpfgen.NodeIface{Addr: v.Addr, PodMac: v.PodMac, HostMac: v.HostMac, Mark: v.Mark, Flags: v.Flags, Eni: uint32(eniIndexOf(v.Mark)), Slot: slot}
-		if err := nl.AwaitMemory(func() error { return wide.Update(&index, &w, ebpf.UpdateAny) }); err != nil {
-			return fmt.Errorf("copy interface %d: %w", index, err)
-		}
+	if err := entries(old, wide); err != nil {
+		return err
 	}
-	if err := it.Err(); err != nil {
-		return fmt.Errorf("read the map of interfaces: %w", err)
-	}
-	return replacePin(dir, bpfgen.NodeMapIfaces, wide)
+	return replacePin(dir, name, wide)
 }
 
 // toLayout3 is the way from layout 2: a slot says all of its interface, a
@@ -104,41 +114,21 @@ type connOfLayout2 struct {
 // programs of the agent before count until they are exchanged, well within a second,
 // is not carried over; what they begin meanwhile is taken up as begun before.
 func widenConns(dir string) error {
-	spec, err := bpfgen.LoadNode()
-	if err != nil {
-		return fmt.Errorf("read the embedded BPF object: %w", err)
-	}
-	old, err := ebpf.LoadPinnedMap(filepath.Join(dir, bpfgen.NodeMapConns), nil)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil // layout 1 had none
-	}
-	if err != nil {
-		return fmt.Errorf("open the map of connections: %w", err)
-	}
-	defer old.Close()
-	want := spec.Maps[bpfgen.NodeMapConns].Copy()
-	if old.ValueSize() == want.ValueSize {
-		return nil // done before a crash
-	}
-	want.Pinning = ebpf.PinNone
-	wide, err := ebpf.NewMap(want)
-	if err != nil {
-		return fmt.Errorf("make the map of connections: %w", err)
-	}
-	defer wide.Close()
-	for batch, err := range connBatches[connOfLayout2](old) {
-		if err != nil {
-			return err
+	return widen(dir, bpfgen.NodeMapConns, func(old, wide *ebpf.Map) error {
+		for batch, err := range connBatches[connOfLayout2](old) {
+			if err != nil {
+				return err
+			}
+			values := make([]bpfgen.NodeConn, len(batch.keys))
+			for i := range values {
+				values[i] = batch.values[i].widen(batch.keys[i])
+			}
+			if err := nl.AwaitMemory(func() error { _, err := wide.BatchUpdate(batch.keys, values, nil); return err }); err != nil {
+				return fmt.Errorf("copy connections: %w", err)
+			}
 		}
-		values := make([]bpfgen.NodeConn, len(batch.keys))
-		for i := range values {
-			values[i] = batch.values[i].widen(batch.keys[i])
-		}
-		if err := nl.AwaitMemory(func() error { _, err := wide.BatchUpdate(batch.keys, values, nil); return err }); err != nil {
-			return fmt.Errorf("copy connections: %w", err)
-		}
-	}
-	return replacePin(dir, bpfgen.NodeMapConns, wide)
+		return nil
+	})
 }
 
 func (v *connOfLayout2) widen(k bpfgen.NodeConnKey) bpfgen.NodeConn {

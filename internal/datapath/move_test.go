@@ -6,7 +6,6 @@ import (
 	"os"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -167,33 +166,17 @@ func TestMoveUnderTraffic(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var asked, lost atomic.Uint64
-	stop, stopped := make(chan struct{}), make(chan struct{})
-	go func() {
-		defer close(stopped)
-		for {
-			select {
-			case <-stop:
-				return
-			default:
-				asked.Add(1)
-				if w.ask(a.ns, a.Addr, farIP, 1) == "" {
-					lost.Add(1)
-				}
-			}
-		}
-	}()
+	stop := w.keepAsking(200*time.Millisecond, a, farIP)
 	if err := d.Move(ctx, a.Addr); err != nil {
 		t.Error(err)
 	}
-	close(stop)
-	<-stopped
+	asked, lost := stop()
 	after, err := d.Traffic()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if from, to := after[a.Addr].FromPackets-before[a.Addr].FromPackets, after[a.Addr].ToPackets-before[a.Addr].ToPackets; lost.Load() != 0 || from != asked.Load() || to != from {
-		t.Errorf("%d asked, %d without an answer: %d packets counted from the pod and %d to it", asked.Load(), lost.Load(), from, to)
+	if from, to := after[a.Addr].FromPackets-before[a.Addr].FromPackets, after[a.Addr].ToPackets-before[a.Addr].ToPackets; lost != 0 || from != asked || to != from {
+		t.Errorf("%d asked, %d without an answer: %d packets counted from the pod and %d to it", asked, lost, from, to)
 	}
 	if got := strings.Join(w.whereOf(d, a.device()), " "); got != "tcx tcx" {
 		t.Errorf("moved: %s", got)

@@ -370,6 +370,33 @@ func (w *world) ask(netns string, from, to netip.Addr, tries int) string {
 	return w.askFor(200*time.Millisecond, netns, from, to, tries)
 }
 
+// keepAsking asks an echo from a pod, one datagram after the other, each of which
+// has so long to be answered. stop ends it and tells how many were sent, and how
+// many of them had no answer.
+func (w *world) keepAsking(patience time.Duration, from pod, to netip.Addr) (stop func() (asked, lost uint64)) {
+	var asked, lost uint64
+	quit, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		for {
+			select {
+			case <-quit:
+				return
+			default:
+				asked++
+				if w.askFor(patience, from.ns, from.Addr, to, 1) == "" {
+					lost++
+				}
+			}
+		}
+	}()
+	return func() (uint64, uint64) {
+		close(quit)
+		<-ended
+		return asked, lost
+	}
+}
+
 // askFor is ask, and waits so long for each answer.
 func (w *world) askFor(patience time.Duration, netns string, from, to netip.Addr, tries int) string {
 	w.t.Helper()
