@@ -1,6 +1,7 @@
 package differential
 
 import (
+	"cmp"
 	"encoding/binary"
 	"net/netip"
 
@@ -75,7 +76,7 @@ func transport(p *vpcmodel.Packet, payload []byte) []byte {
 		binary.BigEndian.PutUint16(b[2:], p.DstPort)
 		binary.BigEndian.PutUint16(b[4:], uint16(8+len(payload)))
 		b = append(b, payload...)
-		binary.BigEndian.PutUint16(b[6:], max(1, checksum(pseudo(p, len(b)), b)))
+		binary.BigEndian.PutUint16(b[6:], cmp.Or(checksum(pseudo(p, len(b)), b), 0xffff)) // RFC 768: 0 is none
 	case packet.ProtoICMP:
 		b = []byte{p.Type, p.Code, 0, 0, 0, 0, 0, 0}
 		if q := p.About; q != nil {
