@@ -607,7 +607,7 @@ int from_pod(struct __sk_buff *skb)
 			if (eni && (eni->flags & ENI_DIRECT) && !must_take_stack(skb, p, eni->ifindex) &&
 			    lower_ttl(skb)) {
 				count(PATH_DIRECT);
-				return leave_by_eni(skb, eni);
+				return leave_by_eni(skb, p, ep, eni);
 			}
 		}
 		count(PATH_EXCEPTION);

@@ -296,6 +296,16 @@ const (
 	NodeProvenancePROVENANCE_DIRECT NodeProvenance = 2
 )
 
+type NodeRouter struct {
+	_       structs.HostLayout
+	AskedNs uint64
+	Ifindex uint32
+	Mac     [6]uint8
+	Own     [6]uint8
+	Known   uint8
+	_       [7]byte
+}
+
 type NodeScratch struct {
 	_      structs.HostLayout
 	Packet struct {
@@ -361,6 +371,7 @@ const (
 	NodeMapPolicyEndpoints       = "policy_endpoints"
 	NodeMapPolicyGeneration      = "policy_generation"
 	NodeMapPolicyTables          = "policy_tables"
+	NodeMapRouters               = "routers"
 	NodeMapScratch               = "scratch"
 	NodeMapShares                = "shares"
 	NodeMapSharesSwept           = "shares_swept"
@@ -458,6 +469,7 @@ type NodeMapSpecs struct {
 	PolicyEndpoints  *ebpf.MapSpec `ebpf:"policy_endpoints"`
 	PolicyGeneration *ebpf.MapSpec `ebpf:"policy_generation"`
 	PolicyTables     *ebpf.MapSpec `ebpf:"policy_tables"`
+	Routers          *ebpf.MapSpec `ebpf:"routers"`
 	Scratch          *ebpf.MapSpec `ebpf:"scratch"`
 	Shares           *ebpf.MapSpec `ebpf:"shares"`
 	SharesSwept      *ebpf.MapSpec `ebpf:"shares_swept"`
@@ -525,6 +537,7 @@ type NodeMaps struct {
 	PolicyEndpoints  *ebpf.Map `ebpf:"policy_endpoints"`
 	PolicyGeneration *ebpf.Map `ebpf:"policy_generation"`
 	PolicyTables     *ebpf.Map `ebpf:"policy_tables"`
+	Routers          *ebpf.Map `ebpf:"routers"`
 	Scratch          *ebpf.Map `ebpf:"scratch"`
 	Shares           *ebpf.Map `ebpf:"shares"`
 	SharesSwept      *ebpf.Map `ebpf:"shares_swept"`
@@ -550,6 +563,7 @@ func (m *NodeMaps) Close() error {
 		m.PolicyEndpoints,
 		m.PolicyGeneration,
 		m.PolicyTables,
+		m.Routers,
 		m.Scratch,
 		m.Shares,
 		m.SharesSwept,
