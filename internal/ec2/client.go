@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
+	"github.com/aws/aws-sdk-go-v2/aws/retry"
 	"github.com/aws/aws-sdk-go-v2/config"
 	awsec2 "github.com/aws/aws-sdk-go-v2/service/ec2"
 	"github.com/aws/aws-sdk-go-v2/service/ec2/types"
@@ -131,7 +132,7 @@ func (c *Client) Alive(ctx context.Context, ids []vpc.InstanceID) (map[vpc.Insta
 		in := &awsec2.DescribeInstancesInput{MaxResults: aws.Int32(1000), Filters: []types.Filter{filter("instance-id", values...),
 			filter("instance-state-name", "pending", "running", "stopping", "stopped")}}
 		for {
-			page, err := call(ctx, c.api.DescribeInstances, in)
+			page, err := read(ctx, c.api.DescribeInstances, in)
 			if err != nil {
 				return nil, fmt.Errorf("describe %d instances: %w", len(ids), err)
 			}
@@ -157,7 +158,7 @@ func (c *Client) interfaces(ctx context.Context, filters ...types.Filter) ([]vpc
 	var out []vpc.ENI
 	in := &awsec2.DescribeNetworkInterfacesInput{Filters: filters, MaxResults: aws.Int32(1000)}
 	for {
-		page, err := call(ctx, c.api.DescribeNetworkInterfaces, in)
+		page, err := read(ctx, c.api.DescribeNetworkInterfaces, in)
 		if err != nil {
 			return nil, err
 		}
@@ -177,7 +178,7 @@ func (c *Client) interfaces(ctx context.Context, filters ...types.Filter) ([]vpc
 
 // Subnet describes one subnet.
 func (c *Client) Subnet(ctx context.Context, id vpc.SubnetID) (vpc.Subnet, error) {
-	out, err := call(ctx, c.api.DescribeSubnets, &awsec2.DescribeSubnetsInput{SubnetIds: []string{string(id)}})
+	out, err := read(ctx, c.api.DescribeSubnets, &awsec2.DescribeSubnetsInput{SubnetIds: []string{string(id)}})
 	if err != nil {
 		return vpc.Subnet{}, fmt.Errorf("describe %s: %w", id, err)
 	}
@@ -199,7 +200,7 @@ func (c *Client) Limits(ctx context.Context, instanceType string) (vpc.InstanceL
 	if l, ok := vpc.LimitsOf(instanceType); ok {
 		return l, nil
 	}
-	out, err := call(ctx, c.api.DescribeInstanceTypes, &awsec2.DescribeInstanceTypesInput{InstanceTypes: []types.InstanceType{types.InstanceType(instanceType)}})
+	out, err := read(ctx, c.api.DescribeInstanceTypes, &awsec2.DescribeInstanceTypesInput{InstanceTypes: []types.InstanceType{types.InstanceType(instanceType)}})
 	if err != nil {
 		return vpc.InstanceLimits{}, fmt.Errorf("describe instance type %s: %w", instanceType, err)
 	}
@@ -401,6 +402,17 @@ func call[In, Out any](ctx context.Context, fn func(context.Context, *In, ...fun
 	ctx, cancel := context.WithTimeoutCause(ctx, callTimeout, errors.New("no answer within "+callTimeout.String()))
 	defer cancel()
 	return fn(ctx, in)
+}
+
+// read is call for what changes nothing. It asks once more if the connection broke,
+// which happens to net/http now and then with an answer half read
+// (https://github.com/aws/aws-sdk-go-v2/issues/2737).
+func read[In, Out any](ctx context.Context, fn func(context.Context, *In, ...func(*awsec2.Options)) (*Out, error), in *In) (*Out, error) {
+	out, err := call(ctx, fn, in)
+	if err != nil && ctx.Err() == nil && (retry.RetryableConnectionError{}).IsErrorRetryable(err).Bool() {
+		return call(ctx, fn, in)
+	}
+	return out, err
 }
 
 func tags(m map[string]string) []types.Tag {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
@@ -21,7 +22,7 @@ import (
 
 // answer is one response of a scripted EC2.
 type answer struct {
-	status int
+	status int // 0: the connection breaks within the body
 	body   string
 }
 
@@ -46,6 +47,10 @@ func scripted(t *testing.T, answers map[string][]answer) (*Client, func() []url.
 		if len(list) > 1 {
 			answers[q.Get("Action")] = list[1:]
 		}
+		if a.status == 0 {
+			breakOff(t, w, a.body)
+			return
+		}
 		w.WriteHeader(a.status)
 		fmt.Fprint(w, a.body)
 	}))
@@ -61,6 +66,44 @@ func scripted(t *testing.T, answers map[string][]answer) (*Client, func() []url.
 	}
 	c.poll, c.again = time.Millisecond, time.Millisecond
 	return c, func() []url.Values { mu.Lock(); defer mu.Unlock(); return got }
+}
+
+// breakOff answers with half of a body, and resets the connection.
+func breakOff(t *testing.T, w http.ResponseWriter, body string) {
+	c, _, err := w.(http.Hijacker).Hijack()
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", 2*len(body), body)
+	_ = c.(*net.TCPConn).SetLinger(0)
+	c.Close()
+}
+
+// A read whose connection breaks is made once more, and no other call is.
+func TestConnectionBreaks(t *testing.T) {
+	c, got := scripted(t, map[string][]answer{
+		"DescribeSubnets":        {{0, "<DescribeSubnetsResponse>"}, {200, `<DescribeSubnetsResponse><subnetSet><item><subnetId>subnet-1</subnetId><vpcId>vpc-1</vpcId><cidrBlock>10.0.0.0/24</cidrBlock></item></subnetSet></DescribeSubnetsResponse>`}},
+		"DescribeInstances":      {{0, "<DescribeInstancesResponse>"}},
+		"DeleteNetworkInterface": {{0, "<DeleteNetworkInterfaceResponse>"}},
+	})
+	ctx := context.Background()
+	if s, err := c.Subnet(ctx, "subnet-1"); err != nil || s.VPC != "vpc-1" {
+		t.Errorf("%+v, %v", s, err)
+	}
+	if _, err := c.Alive(ctx, []vpc.InstanceID{"i-1"}); err == nil {
+		t.Error("an answer that never came whole is one")
+	}
+	if err := c.DeleteInterface(ctx, "eni-1", ""); err == nil {
+		t.Error("a deletion whose answer broke off is done")
+	}
+	calls := map[string]int{}
+	for _, q := range got() {
+		calls[q.Get("Action")]++
+	}
+	if diff := cmp.Diff(map[string]int{"DescribeSubnets": 2, "DescribeInstances": 2, "DeleteNetworkInterface": 1}, calls); diff != "" {
+		t.Errorf("calls:\n%s", diff)
+	}
 }
 
 func fault(code, msg string) string {

@@ -30,7 +30,7 @@ func (c *Client) SecurityGroups(ctx context.Context, in vpc.VPCID, ids []vpc.Sec
 	for _, q := range queries {
 		in := &awsec2.DescribeSecurityGroupsInput{Filters: q, MaxResults: aws.Int32(1000)}
 		for {
-			page, err := call(ctx, c.api.DescribeSecurityGroups, in)
+			page, err := read(ctx, c.api.DescribeSecurityGroups, in)
 			if err != nil {
 				return nil, fmt.Errorf("describe security groups: %w", err)
 			}
@@ -53,7 +53,7 @@ func (c *Client) SecurityGroupRules(ctx context.Context, ids []vpc.SecurityGroup
 	for some := range slices.Chunk(ids, maxFilterValues) {
 		in := &awsec2.DescribeSecurityGroupRulesInput{Filters: []types.Filter{groupFilter(some)}, MaxResults: aws.Int32(1000)}
 		for {
-			page, err := call(ctx, c.api.DescribeSecurityGroupRules, in)
+			page, err := read(ctx, c.api.DescribeSecurityGroupRules, in)
 			if err != nil {
 				return nil, fmt.Errorf("describe the rules of %d security groups: %w", len(ids), err)
 			}
@@ -90,7 +90,7 @@ func (c *Client) PrefixListVersions(ctx context.Context, ids []vpc.PrefixListID)
 		}
 		in := &awsec2.DescribeManagedPrefixListsInput{Filters: []types.Filter{filter("prefix-list-id", values...)}, MaxResults: aws.Int32(100)}
 		for {
-			page, err := call(ctx, c.api.DescribeManagedPrefixLists, in)
+			page, err := read(ctx, c.api.DescribeManagedPrefixLists, in)
 			if err != nil {
 				return nil, fmt.Errorf("describe %d prefix lists: %w", len(ids), err)
 			}
@@ -111,7 +111,7 @@ func (c *Client) PrefixListEntries(ctx context.Context, id vpc.PrefixListID) ([]
 	var out []netip.Prefix
 	in := &awsec2.GetManagedPrefixListEntriesInput{PrefixListId: aws.String(string(id)), MaxResults: aws.Int32(100)}
 	for {
-		page, err := call(ctx, c.api.GetManagedPrefixListEntries, in)
+		page, err := read(ctx, c.api.GetManagedPrefixListEntries, in)
 		if err != nil {
 			return nil, fmt.Errorf("read the entries of %s: %w", id, err)
 		}

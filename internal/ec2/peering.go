@@ -18,7 +18,7 @@ func (c *Client) PeerCIDRs(ctx context.Context, of vpc.VPCID) ([]netip.Prefix, e
 	var out []netip.Prefix
 	in := &awsec2.DescribeVpcPeeringConnectionsInput{Filters: []types.Filter{filter("status-code", "active")}, MaxResults: aws.Int32(1000)}
 	for {
-		page, err := call(ctx, c.api.DescribeVpcPeeringConnections, in)
+		page, err := read(ctx, c.api.DescribeVpcPeeringConnections, in)
 		if err != nil {
 			return nil, fmt.Errorf("describe the peerings of %s: %w", of, err)
 		}
