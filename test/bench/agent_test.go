@@ -107,7 +107,7 @@ func (a agentSide) ask(b testing.TB, command, name string) {
 	}
 }
 
-// recordSize is that of struct endpoint of bpf/node.c, in bytes.
+// recordSize is that of struct endpoint of bpf/node_state.h, in bytes.
 const recordSize = 1208
 
 // kernelFloor makes the same netlink and bpf calls as an ADD, in a namespace of

@@ -11,7 +11,7 @@ import (
 	"github.com/underlay-cni/underlay/internal/vpcd/fabric/bpfgen"
 )
 
-// Flags of an ENI and kinds of a route, as bpf/fabric.c has them.
+// Flags of an ENI and kinds of a route, as bpf/fabric_state.h has them.
 const (
 	flagCheck  = bpfgen.FabricEniFlagENI_SOURCE_DEST_CHECK
 	flagReady  = bpfgen.FabricEniFlagENI_READY
