@@ -21,6 +21,7 @@ import (
 	"github.com/underlay-cni/underlay/internal/cli/cluster"
 	"github.com/underlay-cni/underlay/internal/cli/kubebuild"
 	"github.com/underlay-cni/underlay/internal/ec2"
+	"github.com/underlay-cni/underlay/internal/nl"
 	"github.com/underlay-cni/underlay/internal/plan"
 	"github.com/underlay-cni/underlay/internal/vpc"
 )
@@ -203,7 +204,7 @@ func (k *kubeBuilder) prepare(ctx context.Context) error {
 		return err
 	}
 	// It is listened on from now on, so that no one else gets the port.
-	if k.l, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
+	if k.l, err = nl.Listen("127.0.0.1:0"); err != nil {
 		return fmt.Errorf("listen for kubectl: %w", err)
 	}
 	cp := k.k.ControlPlane

@@ -244,7 +244,8 @@ type builder struct {
 func (b *builder) build(ctx context.Context) error {
 	h := b.home
 	listen, err := b.o.listen, error(nil)
-	if b.o.listenExplicit && !strings.HasSuffix(listen, ":0") {
+	fixed := b.o.listenExplicit && !strings.HasSuffix(listen, ":0")
+	if fixed {
 		err = checkFree(listen)
 	} else {
 		listen, err = freeListen(listen)
@@ -283,7 +284,7 @@ func (b *builder) build(ctx context.Context) error {
 	done := b.p.step("vpcd: EC2 API, IMDS and fabric")
 	err = startVPCD(ctx, h, b.vpcd, listen)
 	for range 3 { // somebody was quicker: another lab that starts now
-		if err == nil || b.o.listenExplicit || ctx.Err() != nil || !strings.Contains(lastLines(b.log, 3), "address already in use") {
+		if err == nil || fixed || ctx.Err() != nil || !strings.Contains(lastLines(b.log, 3), "address already in use") {
 			break
 		}
 		if listen, err = freeListen("127.0.0.1:0"); err == nil {

@@ -15,6 +15,8 @@ import (
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
+
+	"github.com/underlay-cni/underlay/internal/nl"
 )
 
 // admin is vpcd's own interface, beside the EC2 API on the same address.
@@ -231,13 +233,13 @@ func checkFree(address string) error {
 // another free port of the same host. The port may be taken by another program
 // before vpcd has it; vpcd then says so.
 func freeListen(want string) (string, error) {
-	l, err := net.Listen("tcp", want)
+	l, err := nl.Listen(want)
 	if err != nil {
 		host, _, serr := net.SplitHostPort(want)
 		if serr != nil {
 			return "", fmt.Errorf("read the address %q: %w", want, serr)
 		}
-		if l, err = net.Listen("tcp", net.JoinHostPort(host, "0")); err != nil {
+		if l, err = nl.Listen(net.JoinHostPort(host, "0")); err != nil {
 			return "", fmt.Errorf("find a free port: %w", err)
 		}
 	}

@@ -4,7 +4,7 @@
 // namespace where it was opened; a Batch is several requests in one system
 // call, each answered; the readers (Links, Routes, Rules, Addrs, Neighs)
 // repeat a dump that the kernel declares inconsistent. Do runs a function on a
-// thread that is in another namespace.
+// thread that is in another namespace; Listen takes ports that last.
 //
 // The messages are built here rather than by a library because three things
 // decide how long a pod waits: both ends of a veth made in place with chosen

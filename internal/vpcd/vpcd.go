@@ -41,7 +41,7 @@ type Options struct {
 	Name     string   // of the lab: its namespaces are ul-NAME-…
 	Dir      string   // for the state; made if it is not there
 	BPFFS    string   // a directory in a mounted bpffs, for the fabric's pins
-	Listen   string   // address of the EC2 API and of /_vpcd/
+	Listen   string   // address of the EC2 API and of /_vpcd/; port 0: one as nl.Listen takes it
 	NoFabric bool     // the API alone: no namespaces, no packets, no IMDS
 	Region   string   // "" is us-east-1
 	Zones    int      // 0 is 3
@@ -74,7 +74,7 @@ func Run(ctx context.Context, o Options) (err error) {
 		return fmt.Errorf("make the state directory: %w", err)
 	}
 	// First of all, as it fails at once on an address in use.
-	listener, err := net.Listen("tcp", o.Listen)
+	listener, err := nl.Listen(o.Listen)
 	if err != nil {
 		return fmt.Errorf("listen for EC2 clients: %w; stop what is there, or choose another address with --listen", err)
 	}

@@ -22,6 +22,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/underlay-cni/underlay/internal/nl"
 	"github.com/underlay-cni/underlay/test/lab"
 )
 
@@ -231,7 +232,7 @@ func storms(b *testing.B, s *apiServer, what string, n int, goal float64, call f
 // a mixed load. Clients and server share the machine's cores; the CPU that a
 // call takes of vpcd does not depend on who else is on the machine.
 func BenchmarkVPCD(b *testing.B) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := nl.Listen("127.0.0.1:0")
 	if err != nil {
 		b.Fatal(err)
 	}

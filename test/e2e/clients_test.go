@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -29,6 +28,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/ec2/types"
 	"github.com/aws/smithy-go"
 
+	"github.com/underlay-cni/underlay/internal/nl"
 	"github.com/underlay-cni/underlay/internal/testenv"
 	"github.com/underlay-cni/underlay/internal/vpcd/api"
 	"github.com/underlay-cni/underlay/internal/vpcd/chaos"
@@ -50,11 +50,11 @@ type vpcdAlone struct {
 
 func startVPCD(t *testing.T) *vpcdAlone {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := nl.Listen("127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	listen := l.Addr().String() // free a moment ago; nobody else takes it but by chance
+	listen := l.Addr().String() // free, and the kernel gives it to nobody
 	if err := l.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -534,7 +534,7 @@ func TestGoSDKDrivesEveryHandler(t *testing.T) {
 func TestVPCDKilledLosesNoAcknowledgedCall(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := nl.Listen("127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
