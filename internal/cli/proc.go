@@ -28,32 +28,35 @@ func procOf(pid int) (proc, error) {
 	if err != nil {
 		return proc{}, fmt.Errorf("look at process %d: %w", pid, err)
 	}
-	start, state, err := parseStat(b)
+	start, ended, err := parseStat(b)
 	if err != nil {
 		return proc{}, fmt.Errorf("look at process %d: %w", pid, err)
 	}
-	if state == 'Z' || state == 'X' {
+	if ended {
 		return proc{}, fmt.Errorf("look at process %d: it has ended", pid)
 	}
 	return proc{PID: pid, Start: start}, nil
 }
 
-// parseStat returns the start time and the state in /proc/PID/stat. The second
-// field is the command's name in parentheses, which may hold anything.
-func parseStat(b []byte) (start uint64, state byte, err error) {
+// parseStat returns the start time in /proc/PID/stat, and whether the process has
+// ended: a killed one's first thread can be a zombie while another is in the kernel
+// still, with all that the process has open. The second field is the command's name
+// in parentheses, which may hold anything.
+func parseStat(b []byte) (start uint64, ended bool, err error) {
 	i := bytes.LastIndexByte(b, ')')
 	if i < 0 {
-		return 0, 0, errors.New("parse stat: no command name")
+		return 0, false, errors.New("parse stat: no command name")
 	}
 	f := strings.Fields(string(b[i+1:])) // f[0] is field 3, the state
 	if len(f) < 20 || len(f[0]) != 1 {
-		return 0, 0, fmt.Errorf("parse stat: %d fields after the command name", len(f))
+		return 0, false, fmt.Errorf("parse stat: %d fields after the command name", len(f))
 	}
 	start, err = strconv.ParseUint(f[19], 10, 64)
-	if err != nil {
-		return 0, 0, fmt.Errorf("parse stat: %w", err)
+	threads, threadsErr := strconv.Atoi(f[17])
+	if err := errors.Join(err, threadsErr); err != nil {
+		return 0, false, fmt.Errorf("parse stat: %w", err)
 	}
-	return start, f[0][0], nil
+	return start, (f[0] == "Z" || f[0] == "X") && threads <= 1, nil
 }
 
 // alive reports whether the process still runs; a zombie does not.

@@ -1,9 +1,12 @@
 package cli
 
 import (
+	"bytes"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	goruntime "runtime"
 	"slices"
 	"testing"
 	"time"
@@ -14,6 +17,15 @@ import (
 
 func TestParseStat(t *testing.T) {
 	const rest = " S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 4711 20 21\n"
+	for stat, ended := range map[string]bool{
+		"12 (vpcd) Z 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 1 0 4711 20 21": true,
+		"12 (vpcd) Z 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 2 0 4711 20 21": false,
+		"12 (vpcd) D 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 1 0 4711 20 21": false,
+	} {
+		if start, got, err := parseStat([]byte(stat)); err != nil || start != 4711 || got != ended {
+			t.Errorf("parseStat(%q) = %d, %t, %v", stat, start, got, err)
+		}
+	}
 	for stat, ok := range map[string]bool{
 		"12 (vpcd)" + rest:        true,
 		"12 (a) b (c ) d)" + rest: true,
@@ -22,9 +34,9 @@ func TestParseStat(t *testing.T) {
 		"12 vpcd S":               false,
 		"12 (x)" + " S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 x 20": false,
 	} {
-		start, state, err := parseStat([]byte(stat))
-		if (err == nil) != ok || (ok && (start != 4711 || state != 'S')) {
-			t.Errorf("parseStat(%q) = %d, %c, %v", stat, start, state, err)
+		start, ended, err := parseStat([]byte(stat))
+		if (err == nil) != ok || (ok && (start != 4711 || ended)) {
+			t.Errorf("parseStat(%q) = %d, %t, %v", stat, start, ended, err)
 		}
 	}
 }
@@ -76,6 +88,60 @@ func TestEnd(t *testing.T) {
 	_ = soft.Wait()
 	if err := hard.Wait(); err == nil {
 		t.Error("who ignores SIGTERM was not killed")
+	}
+}
+
+const leaderEnv = "UL_TEST_LEADER_ENDS_FIRST"
+
+// init is of a child that TestLeaderEndsFirst starts: its first thread ends, another
+// waits for the end of standard input.
+func init() {
+	if os.Getenv(leaderEnv) == "" {
+		return
+	}
+	waits := make(chan struct{})
+	go func() {
+		goruntime.LockOSThread()
+		close(waits)
+		_, _ = unix.Read(0, make([]byte, 1))
+		unix.Exit(0)
+	}()
+	<-waits
+	_, _, _ = unix.RawSyscall(unix.SYS_EXIT, 0, 0, 0) // of this thread alone, which init runs on
+}
+
+// A process has not ended while one of its threads lives.
+func TestLeaderEndsFirst(t *testing.T) {
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), leaderEnv+"=1")
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Process.Kill()
+	p, err := procOf(cmd.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	zombie := func() bool {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.PID))
+		return err == nil && bytes.Contains(b, []byte(") Z "))
+	}
+	if err := poll(t.Context(), time.Millisecond, func() (bool, error) { return zombie(), nil }); err != nil {
+		t.Fatal(err)
+	}
+	if !p.alive() {
+		t.Error("it has ended while a thread of it lives")
+	}
+	in.Close()
+	if err := poll(t.Context(), time.Millisecond, func() (bool, error) { return !p.alive(), nil }); err != nil || !zombie() {
+		t.Errorf("when its last thread has ended: %v", err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Error(err)
 	}
 }
 
