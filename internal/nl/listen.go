@@ -1,7 +1,6 @@
 package nl
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -15,9 +14,9 @@ import (
 // Ports of the kernel's own choice are within localPorts: of who listens on port 0,
 // and of who connects. What is below is given to nobody by chance.
 const (
-	localPorts   = "/proc/sys/net/ipv4/ip_local_port_range"
-	firstApart   = 20_000
-	triesToApart = 100
+	localPorts = "/proc/sys/net/ipv4/ip_local_port_range"
+	firstApart = 20_000
+	tries      = 100
 )
 
 // Listen listens for TCP on HOST:PORT. For port 0 it takes one that is free and that
@@ -28,15 +27,15 @@ func Listen(address string) (net.Listener, error) {
 	if err != nil || port != "0" {
 		return net.Listen("tcp", address)
 	}
-	var end int
+	var end int // where those of the kernel's choice begin
 	text, err := os.ReadFile(localPorts)
 	if err == nil {
 		_, err = fmt.Sscan(string(text), &end)
 	}
-	if end = cmp.Or(end, firstApart); err != nil || end <= firstApart {
+	if err != nil || end <= firstApart {
 		return net.Listen("tcp", address)
 	}
-	for range triesToApart {
+	for range tries {
 		l, err := net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(firstApart+rand.IntN(end-firstApart))))
 		if err == nil || !errors.Is(err, unix.EADDRINUSE) {
 			return l, err
