@@ -18,8 +18,8 @@ func TestListen(t *testing.T) {
 		t.Fatal(err)
 	}
 	var kernels int // the first port of its choice
-	if _, err := fmt.Sscan(string(text), &kernels); err != nil || kernels <= firstApart {
-		t.Fatalf("%s has %q, %v", localPorts, text, err)
+	if _, err := fmt.Sscan(string(text), &kernels); err != nil {
+		t.Fatalf("%s has %q: %v", localPorts, text, err)
 	}
 	seen := map[string]bool{}
 	for range 50 {
@@ -29,7 +29,7 @@ func TestListen(t *testing.T) {
 		}
 		defer l.Close()
 		a := l.Addr().(*net.TCPAddr)
-		if seen[a.String()] || !a.IP.IsLoopback() || a.Port < firstApart || a.Port >= kernels {
+		if seen[a.String()] || !a.IP.IsLoopback() || kernels > firstApart && (a.Port < firstApart || a.Port >= kernels) {
 			t.Errorf("listens on %s", a)
 		}
 		seen[a.String()] = true
