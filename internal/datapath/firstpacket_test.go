@@ -72,7 +72,7 @@ func (w *world) storm(netns string, e Endpoint, targets ...netip.Addr) *storm {
 		binary.BigEndian.PutUint16(last[6:], 200)
 		for _, f := range [][]byte{first, last} {
 			f[10], f[11] = 0, 0
-			binary.BigEndian.PutUint16(f[10:], checksum(f[:20]))
+			binary.BigEndian.PutUint16(f[10:], packet.Checksum(0, f[:20]))
 			forbidden = append(forbidden, packet.Frame(mac, packet.MAC(hostMAC), packet.EtherTypeIPv4, f))
 		}
 		forbidden = append(forbidden, packet.Frame(mac, packet.MAC(hostMAC), packet.EtherTypeIPv4, packet.Echo4(e.Addr, to, 1, 1, []byte(marker))))
@@ -136,17 +136,6 @@ func (w *world) storm(netns string, e Endpoint, targets ...netip.Addr) *storm {
 	s.stop = sync.OnceFunc(func() { stopped.Store(true); wg.Wait() })
 	w.t.Cleanup(s.stop)
 	return s
-}
-
-func checksum(header []byte) uint16 {
-	sum := uint32(0)
-	for i := 0; i < len(header); i += 2 {
-		sum += uint32(binary.BigEndian.Uint16(header[i:]))
-	}
-	for sum>>16 != 0 {
-		sum = sum&0xffff + sum>>16
-	}
-	return ^uint16(sum)
 }
 
 // ears listen where nothing forbidden may arrive.

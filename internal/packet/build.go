@@ -36,7 +36,7 @@ func UDP4(src, dst netip.AddrPort, payload []byte) []byte {
 	binary.BigEndian.PutUint16(udp[2:4], dst.Port())
 	binary.BigEndian.PutUint16(udp[4:6], uint16(8+len(payload)))
 	udp = append(udp, payload...)
-	sum := onesSum(pseudoHeader(src.Addr(), dst.Addr(), ProtoUDP, len(udp)), udp)
+	sum := Checksum(pseudoHeader(src.Addr(), dst.Addr(), ProtoUDP, len(udp)), udp)
 	if sum == 0 {
 		sum = 0xffff // RFC 768: 0 means no checksum
 	}
@@ -51,7 +51,7 @@ func Echo4(src, dst netip.Addr, id, seq uint16, payload []byte) []byte {
 	binary.BigEndian.PutUint16(icmp[4:6], id)
 	binary.BigEndian.PutUint16(icmp[6:8], seq)
 	icmp = append(icmp, payload...)
-	binary.BigEndian.PutUint16(icmp[2:4], onesSum(0, icmp))
+	binary.BigEndian.PutUint16(icmp[2:4], Checksum(0, icmp))
 	return IPv4(src, dst, ProtoICMP, icmp)
 }
 
@@ -65,7 +65,7 @@ func IPv4(src, dst netip.Addr, proto uint8, payload []byte) []byte {
 	b[9] = proto
 	copy(b[12:16], src.AsSlice())
 	copy(b[16:20], dst.AsSlice())
-	binary.BigEndian.PutUint16(b[10:12], onesSum(0, b[:20]))
+	binary.BigEndian.PutUint16(b[10:12], Checksum(0, b[:20]))
 	return append(b, payload...)
 }
 
@@ -77,8 +77,8 @@ func pseudoHeader(src, dst netip.Addr, proto uint8, length int) uint32 {
 		uint32(proto) + uint32(length)
 }
 
-// onesSum returns the Internet checksum (RFC 1071) of b, begun with sum.
-func onesSum(sum uint32, b []byte) uint16 {
+// Checksum returns the Internet checksum (RFC 1071) of b, begun with sum.
+func Checksum(sum uint32, b []byte) uint16 {
 	for ; len(b) >= 2; b = b[2:] {
 		sum += uint32(binary.BigEndian.Uint16(b))
 	}

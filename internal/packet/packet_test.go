@@ -37,7 +37,7 @@ func TestBuildThenParse(t *testing.T) {
 		if p.Tuple != tc.want || string(p.Payload) != tc.data || p.SrcMAC != macA || p.DstMAC != macB || p.TTL != 64 {
 			t.Errorf("%s: %+v, payload %q", tc.name, p, p.Payload)
 		}
-		if onesSum(0, tc.frame[14:34]) != 0 {
+		if Checksum(0, tc.frame[14:34]) != 0 {
 			t.Errorf("%s: the IPv4 header does not sum to zero", tc.name)
 		}
 	}
@@ -45,7 +45,7 @@ func TestBuildThenParse(t *testing.T) {
 
 func TestUDPChecksumVerifies(t *testing.T) {
 	ip := UDP4(netip.AddrPortFrom(ipA, 1), netip.AddrPortFrom(ipB, 2), []byte("odd"))
-	if got := onesSum(pseudoHeader(ipA, ipB, ProtoUDP, len(ip)-20), ip[20:]); got != 0 {
+	if got := Checksum(pseudoHeader(ipA, ipB, ProtoUDP, len(ip)-20), ip[20:]); got != 0 {
 		t.Errorf("sum over the datagram = %#x, want 0", got)
 	}
 }

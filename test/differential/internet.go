@@ -199,7 +199,7 @@ func numberOf(datagram []byte) uint32 {
 // match says how a datagram that was received stands to a translated one: "" if it
 // is as it should be.
 func (r *runner) match(t *translated, got []byte) string {
-	if len(got) < 28 || checksum(0, got[:20]) != 0 {
+	if len(got) < 28 || packet.Checksum(0, got[:20]) != 0 {
 		return "with a wrong checksum of its IP header"
 	}
 	want := t.seen
@@ -229,7 +229,7 @@ func (r *runner) match(t *translated, got []byte) string {
 	same := bytes.Clone(got)
 	same[8] = expect[8]
 	same[10], same[11] = 0, 0
-	binary.BigEndian.PutUint16(same[10:], checksum(0, same[:20]))
+	binary.BigEndian.PutUint16(same[10:], packet.Checksum(0, same[:20]))
 	if t.cut {
 		same[4], same[5], expect[4], expect[5] = 0, 0, 0, 0
 		same[10], same[11], expect[10], expect[11] = 0, 0, 0, 0
@@ -243,7 +243,7 @@ func (r *runner) match(t *translated, got []byte) string {
 // told reads an ICMP error that says a packet was too long, from the router of the
 // sender's subnet: its MTU, and the head of the packet that it is about.
 func told(datagram []byte) (mtu int, from netip.Addr, about []byte) {
-	if len(datagram) < 56 || datagram[9] != packet.ProtoICMP || datagram[20] != 3 || datagram[21] != 4 || checksum(0, datagram[20:]) != 0 {
+	if len(datagram) < 56 || datagram[9] != packet.ProtoICMP || datagram[20] != 3 || datagram[21] != 4 || packet.Checksum(0, datagram[20:]) != 0 {
 		return 0, netip.Addr{}, nil
 	}
 	return int(binary.BigEndian.Uint16(datagram[26:])), addr(datagram[12:16]), datagram[28:]

@@ -69,14 +69,14 @@ func transport(p *vpcmodel.Packet, payload []byte) []byte {
 		b[12], b[13] = 5<<4, p.Flags
 		binary.BigEndian.PutUint16(b[14:], 65535)
 		b = append(b, payload...)
-		binary.BigEndian.PutUint16(b[16:], checksum(pseudo(p, len(b)), b))
+		binary.BigEndian.PutUint16(b[16:], packet.Checksum(pseudo(p, len(b)), b))
 	case packet.ProtoUDP:
 		b = make([]byte, 8, 8+len(payload))
 		binary.BigEndian.PutUint16(b[0:], p.SrcPort)
 		binary.BigEndian.PutUint16(b[2:], p.DstPort)
 		binary.BigEndian.PutUint16(b[4:], uint16(8+len(payload)))
 		b = append(b, payload...)
-		binary.BigEndian.PutUint16(b[6:], cmp.Or(checksum(pseudo(p, len(b)), b), 0xffff)) // RFC 768: 0 is none
+		binary.BigEndian.PutUint16(b[6:], cmp.Or(packet.Checksum(pseudo(p, len(b)), b), 0xffff)) // RFC 768: 0 is none
 	case packet.ProtoICMP:
 		b = []byte{p.Type, p.Code, 0, 0, 0, 0, 0, 0}
 		if q := p.About; q != nil {
@@ -90,10 +90,10 @@ func transport(p *vpcmodel.Packet, payload []byte) []byte {
 			binary.BigEndian.PutUint16(b[4:], p.Ident)
 			b = append(b, payload...)
 		}
-		binary.BigEndian.PutUint16(b[2:], checksum(0, b))
+		binary.BigEndian.PutUint16(b[2:], packet.Checksum(0, b))
 	case packet.ProtoICMPv6:
 		b = icmp6(p, payload)
-		binary.BigEndian.PutUint16(b[2:], checksum(pseudo(p, len(b)), b))
+		binary.BigEndian.PutUint16(b[2:], packet.Checksum(pseudo(p, len(b)), b))
 	default:
 		b = append(make([]byte, 8), payload...)
 	}
@@ -107,7 +107,7 @@ func ip(src, dst netip.Addr, proto uint8, ident, fragment uint16, body []byte) [
 	binary.BigEndian.PutUint16(b[6:], fragment)
 	b[8] = 61
 	b[10], b[11] = 0, 0
-	binary.BigEndian.PutUint16(b[10:], checksum(0, b[:20]))
+	binary.BigEndian.PutUint16(b[10:], packet.Checksum(0, b[:20]))
 	return b
 }
 
@@ -119,20 +119,6 @@ func pseudo(p *vpcmodel.Packet, length int) uint32 {
 		}
 	}
 	return sum
-}
-
-// checksum is the Internet checksum (RFC 1071) of b, begun with sum.
-func checksum(sum uint32, b []byte) uint16 {
-	for ; len(b) >= 2; b = b[2:] {
-		sum += uint32(binary.BigEndian.Uint16(b))
-	}
-	if len(b) == 1 {
-		sum += uint32(b[0]) << 8
-	}
-	for sum>>16 != 0 {
-		sum = sum&0xffff + sum>>16
-	}
-	return ^uint16(sum)
 }
 
 func addr(b []byte) netip.Addr { return netip.AddrFrom4([4]byte(b)) }
