@@ -22,7 +22,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/underlay-cni/underlay/internal/nl"
 	"github.com/underlay-cni/underlay/test/lab"
 )
 
@@ -232,14 +231,7 @@ func storms(b *testing.B, s *apiServer, what string, n int, goal float64, call f
 // a mixed load. Clients and server share the machine's cores; the CPU that a
 // call takes of vpcd does not depend on who else is on the machine.
 func BenchmarkVPCD(b *testing.B) {
-	l, err := nl.Listen("127.0.0.1:0")
-	if err != nil {
-		b.Fatal(err)
-	}
-	s := &apiServer{dir: b.TempDir(), listen: l.Addr().String()}
-	if err := l.Close(); err != nil {
-		b.Fatal(err)
-	}
+	s := &apiServer{dir: b.TempDir(), listen: lab.FreeAddress(b)}
 	s.start(b)
 	b.Logf("%d cores", runtime.NumCPU())
 	settings, err := http.NewRequestWithContext(b.Context(), http.MethodPut, "http://"+s.listen+"/_vpcd/chaos", strings.NewReader(`{"quotas":{"interfaces-per-zone":30000}}`))

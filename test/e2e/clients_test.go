@@ -28,7 +28,6 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/ec2/types"
 	"github.com/aws/smithy-go"
 
-	"github.com/underlay-cni/underlay/internal/nl"
 	"github.com/underlay-cni/underlay/internal/testenv"
 	"github.com/underlay-cni/underlay/internal/vpcd/api"
 	"github.com/underlay-cni/underlay/internal/vpcd/chaos"
@@ -50,14 +49,7 @@ type vpcdAlone struct {
 
 func startVPCD(t *testing.T) *vpcdAlone {
 	t.Helper()
-	l, err := nl.Listen("127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	listen := l.Addr().String() // free, and the kernel gives it to nobody
-	if err := l.Close(); err != nil {
-		t.Fatal(err)
-	}
+	listen := lab.FreeAddress(t)
 	var log bytes.Buffer
 	cmd := exec.Command(filepath.Join(lab.Bin, "vpcd"), "serve", "--no-fabric", "--dir", t.TempDir(), "--listen", listen)
 	cmd.Stderr = &log
@@ -534,14 +526,7 @@ func TestGoSDKDrivesEveryHandler(t *testing.T) {
 func TestVPCDKilledLosesNoAcknowledgedCall(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	l, err := nl.Listen("127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	listen := l.Addr().String()
-	if err := l.Close(); err != nil {
-		t.Fatal(err)
-	}
+	listen := lab.FreeAddress(t)
 	start := func() *exec.Cmd {
 		cmd := exec.Command(filepath.Join(lab.Bin, "vpcd"), "serve", "--no-fabric", "--dir", dir, "--listen", listen)
 		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}

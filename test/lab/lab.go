@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/underlay-cni/underlay/internal/nl"
 	"github.com/underlay-cni/underlay/internal/testenv"
 )
 
@@ -356,4 +357,16 @@ func Demo(t testing.TB, demo ...string) []Proof {
 		t.Errorf("the demo left %v (%v)", left, err)
 	}
 	return proofs
+}
+
+// FreeAddress is an address of loopback on which nobody listens, and whose port the
+// kernel gives to nobody by chance.
+func FreeAddress(t testing.TB) string {
+	t.Helper()
+	l, err := nl.Listen("127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
 }
