@@ -152,22 +152,30 @@ static __always_inline bool in_vpc(const struct addr *a)
 	return flags && (*flags & NET_DIRECT);
 }
 
+/* Asks the kernel's routing about a packet with a mark; how is of FIB_LOOKUP_…. It
+ * returns 0 if the stack would send it on, and fills in how. */
+static __always_inline long lookup_fib(struct __sk_buff *skb, struct bpf_fib_lookup *fib, const struct tuple *t,
+				       __u32 mark, __u32 how)
+{
+	__builtin_memset(fib, 0, sizeof(*fib));
+	fib->family = 2; /* AF_INET */
+	fib->l4_protocol = t->protocol;
+	fib->sport = bpf_htons(t->sport);
+	fib->dport = bpf_htons(t->dport);
+	fib->ifindex = skb->ifindex;
+	fib->ipv4_src = v4_of(&t->src);
+	fib->ipv4_dst = v4_of(&t->dst);
+	__builtin_memcpy(fib->smac, &mark, sizeof(mark));
+	return bpf_fib_lookup(skb, fib, sizeof(*fib), how | FIB_LOOKUP_MARK);
+}
+
 /* The device by which the stack would send the packet on; 0 if it would not, as
  * when the destination is the node's own. */
 __noinline __u32 ask_fib(struct __sk_buff *skb, const struct tuple *t, __u32 mark)
 {
-	struct bpf_fib_lookup fib = { .family = 2 /* AF_INET */ };
+	struct bpf_fib_lookup fib;
 
-	if (!t)
-		return 0;
-	fib.l4_protocol = t->protocol;
-	fib.sport = bpf_htons(t->sport);
-	fib.dport = bpf_htons(t->dport);
-	fib.ifindex = skb->ifindex;
-	fib.ipv4_src = v4_of(&t->src);
-	fib.ipv4_dst = v4_of(&t->dst);
-	__builtin_memcpy(fib.smac, &mark, sizeof(mark));
-	if (bpf_fib_lookup(skb, &fib, sizeof(fib), FIB_LOOKUP_SKIP_NEIGH | FIB_LOOKUP_MARK))
+	if (!t || lookup_fib(skb, &fib, t, mark, FIB_LOOKUP_SKIP_NEIGH))
 		return 0;
 	return fib.ifindex;
 }
@@ -250,18 +258,12 @@ struct {
 __noinline int ask_router(struct __sk_buff *skb, const struct tuple *t, __u32 mark, const struct eni *eni,
 			  struct router *r)
 {
-	struct bpf_fib_lookup fib = { .family = 2 /* AF_INET */ };
+	struct bpf_fib_lookup fib;
 
 	if (!t || !eni || !r)
 		return 0;
-	fib.l4_protocol = t->protocol;
-	fib.ifindex = skb->ifindex;
-	fib.ipv4_src = v4_of(&t->src);
-	fib.ipv4_dst = v4_of(&t->dst);
-	__builtin_memcpy(fib.smac, &mark, sizeof(mark));
 	r->ifindex = eni->ifindex;
-	r->known = !bpf_fib_lookup(skb, &fib, sizeof(fib), FIB_LOOKUP_MARK) &&
-		   fib.ifindex == eni->ifindex && fib.ipv4_dst == eni->gateway;
+	r->known = !lookup_fib(skb, &fib, t, mark, 0) && fib.ifindex == eni->ifindex && fib.ipv4_dst == eni->gateway;
 	copy_mac(r->mac, fib.dmac);
 	copy_mac(r->own, fib.smac);
 	return 0;
