@@ -160,6 +160,11 @@ func (w *world) openWith(opts Options, enis []ENI) *Datapath {
 	if err := d.SetENIs(context.Background(), enis); err != nil {
 		w.t.Fatal(err)
 	}
+	if w.cached {
+		if err := programs.Replaced(mapDir(w.bpffs)); err != nil {
+			w.t.Fatal(err)
+		}
+	}
 	return d
 }
 

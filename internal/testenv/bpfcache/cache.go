@@ -213,7 +213,7 @@ func (c *Cache) Release(world string, quiesce func() error) {
 			err = quiesce()
 		}
 		if ok && err == nil {
-			err = errors.Join(forgetLast(home), emptyAll(filepath.Join(home, "maps")))
+			err = errors.Join(forget(home, usedPrefix), forget(home, lastPrefix), emptyAll(filepath.Join(home, "maps")))
 		}
 		c.mu.Lock()
 		defer c.mu.Unlock()
@@ -242,12 +242,18 @@ func sets(home, key string) []string {
 	return out
 }
 
-const lastPrefix = "last_"
+// In the directory of a world's maps: the sets that were loaded in this world and may
+// run there still, and the one that was loaded last.
+const (
+	usedPrefix = "used_"
+	lastPrefix = "last_"
+)
 
-// choose returns a set of programs that is not the one of the latest Load, or "".
+// choose returns a set of programs that runs nowhere in the world, or "": for one that
+// runs is not new, and must not have its maps emptied under it.
 func (c *Cache) choose(home, key string) (string, error) {
 	for _, set := range sets(home, key) {
-		_, err := os.Stat(filepath.Join(home, lastPrefix+set))
+		_, err := os.Stat(filepath.Join(home, usedPrefix+set))
 		if errors.Is(err, fs.ErrNotExist) {
 			return set, nil
 		}
@@ -258,20 +264,58 @@ func (c *Cache) choose(home, key string) (string, error) {
 	return "", nil
 }
 
+// setLast marks a set as used in the world, and as the one that was loaded last.
 func setLast(home, set string) error {
-	if err := forgetLast(home); err != nil {
+	if err := forget(home, lastPrefix); err != nil {
 		return err
 	}
-	return os.Mkdir(filepath.Join(home, lastPrefix+set), 0o700)
+	for _, prefix := range []string{usedPrefix, lastPrefix} {
+		if err := os.Mkdir(filepath.Join(home, prefix+set), 0o700); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
-func forgetLast(home string) error {
+// Replaced says that of all programs that were loaded in a world only those of the
+// latest Load still run: the others may be given to a Load again, rather than have the
+// verifier look anew. Without it none is, until the world is released.
+func (c *Cache) Replaced(world string) error {
+	c.mu.Lock()
+	home, ok := c.used[world]
+	c.mu.Unlock()
+	if !ok {
+		return nil
+	}
 	entries, err := os.ReadDir(home)
 	if err != nil {
 		return err
 	}
 	for _, e := range entries {
-		if strings.HasPrefix(e.Name(), lastPrefix) {
+		set, used := strings.CutPrefix(e.Name(), usedPrefix)
+		if !used {
+			continue
+		}
+		if _, err := os.Stat(filepath.Join(home, lastPrefix+set)); err == nil {
+			continue
+		} else if !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		if err := os.Remove(filepath.Join(home, e.Name())); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// forget removes marks.
+func forget(home, prefix string) error {
+	entries, err := os.ReadDir(home)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), prefix) {
 			if err := os.Remove(filepath.Join(home, e.Name())); err != nil {
 				return err
 			}

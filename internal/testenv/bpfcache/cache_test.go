@@ -263,7 +263,19 @@ func TestLoad(t *testing.T) {
 	if first.filled(t); records(t, first.Ring) != 0 {
 		t.Error("the second one's programs write to the first one's ring")
 	}
-	// The third has the first one's programs, as new.
+	// The first one's may run still, and what they run with is not touched.
+	first.fill(t)
+	between := m.load(c)
+	if got := id(t, between.Program); got == id(t, first.Program) || got == id(t, second.Program) {
+		t.Error("a third Load has programs that may run")
+	}
+	if got := first.filled(t); !slices.Contains(got, "own") || !slices.Contains(got, "ring") {
+		t.Errorf("programs that may run have only %v filled", got)
+	}
+	// Once they do not, they are given again, as new.
+	if err := c.Replaced(m.pins); err != nil {
+		t.Fatal(err)
+	}
 	third := m.load(c)
 	if id(t, third.Program) != id(t, first.Program) {
 		t.Error("the third Load has the verifier look again")
@@ -273,6 +285,9 @@ func TestLoad(t *testing.T) {
 	}
 	// And from another process.
 	third.fill(t)
+	if err := c.Replaced(m.pins); err != nil {
+		t.Fatal(err)
+	}
 	fourth := m.load(Join(c.Dir()))
 	if id(t, fourth.Program) != id(t, second.Program) {
 		t.Error("another process has the verifier look again, or the latest programs")

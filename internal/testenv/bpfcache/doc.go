@@ -13,8 +13,8 @@
 //
 // A test sees no difference to CollectionSpec.LoadAndAssign: a new world has empty
 // maps, one that is opened again has those that are pinned there, and the programs
-// of a second Load are never those of the one before, so that they have to be put
-// in their place.
+// of a second Load are none that may run there still (see Replaced), so that they have
+// to be put in the place of those, whose own maps nobody touches.
 //
 // # State
 //
@@ -24,6 +24,7 @@
 //	m<number>/maps/<map>                      the shared maps
 //	m<number>/s_<key>_<number>/p_<program>    a set of programs
 //	m<number>/s_<key>_<number>/m_<map>        and the maps that are its own
+//	m<number>/used_<set>                      a directory: the set may run in the world
 //	m<number>/last_<set>                      a directory: the set of the latest Load
 //
 // Only the process that made the cache gives maps to new worlds and takes them back.

@@ -283,6 +283,19 @@ func (l *lab) set() {
 	if err := l.Set(context.Background(), l.cfg); err != nil {
 		l.t.Fatal(err)
 	}
+	l.replaced()
+}
+
+// replaced says that the programs of processes before run no more: Set has put
+// others in their place.
+func (l *lab) replaced() {
+	l.t.Helper()
+	if programs == nil {
+		return
+	}
+	if err := programs.Replaced(filepath.Join(labOptions(l.name).BPFFS, layout)); err != nil {
+		l.t.Fatal(err)
+	}
 }
 
 // do runs fn in the guest.
