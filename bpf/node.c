@@ -227,6 +227,7 @@ static __always_inline struct iface *pod_at(struct conn *c, __u32 end, __u32 ifi
 	return pod;
 }
 
+#include "node_route.h"
 #include "node_direct.h"
 
 enum eni_flag eni_flag_btf SEC(".bss.btf") = 0;

@@ -5,6 +5,8 @@
  *
  * A flow may if its first packet would leave the stack as it came, by the same
  * device: the stack's own tables and its conntrack are asked, once per flow.
+ *
+ * Needs node_route.h.
  */
 
 #define MAX_ENIS	32
@@ -82,10 +84,6 @@ extern void bpf_ct_release(struct nf_conn *) __ksym __weak;
 #define CT_CONFIRMED	(1 << 3)
 #define CT_NAT		(1 << 4 | 1 << 5)
 
-/* Of include/uapi/linux/bpf.h since Linux 6.10; the mark lies where smac does. */
-#define FIB_LOOKUP_SKIP_NEIGH	(1 << 2)
-#define FIB_LOOKUP_MARK		(1 << 5)
-
 #define PACKET_HOST	0	/* linux/if_packet.h: sent to this device's MAC */
 
 enum ct_answer {
@@ -150,34 +148,6 @@ static __always_inline bool in_vpc(const struct addr *a)
 	__u32 *flags = bpf_map_lookup_elem(&nets, &k);
 
 	return flags && (*flags & NET_DIRECT);
-}
-
-/* Asks the kernel's routing about a packet with a mark; how is of FIB_LOOKUP_…. It
- * returns 0 if the stack would send it on, and fills in how. */
-static __always_inline long lookup_fib(struct __sk_buff *skb, struct bpf_fib_lookup *fib, const struct tuple *t,
-				       __u32 mark, __u32 how)
-{
-	__builtin_memset(fib, 0, sizeof(*fib));
-	fib->family = 2; /* AF_INET */
-	fib->l4_protocol = t->protocol;
-	fib->sport = bpf_htons(t->sport);
-	fib->dport = bpf_htons(t->dport);
-	fib->ifindex = skb->ifindex;
-	fib->ipv4_src = v4_of(&t->src);
-	fib->ipv4_dst = v4_of(&t->dst);
-	__builtin_memcpy(fib->smac, &mark, sizeof(mark));
-	return bpf_fib_lookup(skb, fib, sizeof(*fib), how | FIB_LOOKUP_MARK);
-}
-
-/* The device by which the stack would send the packet on; 0 if it would not, as
- * when the destination is the node's own. */
-__noinline __u32 ask_fib(struct __sk_buff *skb, const struct tuple *t, __u32 mark)
-{
-	struct bpf_fib_lookup fib;
-
-	if (!t || lookup_fib(skb, &fib, t, mark, FIB_LOOKUP_SKIP_NEIGH))
-		return 0;
-	return fib.ifindex;
 }
 
 /* Whether a packet can be the first of a flow that bypasses the stack: it is one

@@ -351,6 +351,16 @@ type NodeTuple struct {
 	Query    uint8
 }
 
+type NodeWay struct {
+	_    structs.HostLayout
+	Src  uint32
+	Dst  uint32
+	From uint32
+	Mark uint32
+	Id   uint32
+	To   uint32
+}
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
@@ -377,6 +387,7 @@ const (
 	NodeMapSharesSwept           = "shares_swept"
 	NodeMapSlots                 = "slots"
 	NodeMapTraffic               = "traffic"
+	NodeMapWays                  = "ways"
 	NodeProgFromEni              = "from_eni"
 	NodeProgFromPod              = "from_pod"
 	NodeProgToEni                = "to_eni"
@@ -475,6 +486,7 @@ type NodeMapSpecs struct {
 	SharesSwept      *ebpf.MapSpec `ebpf:"shares_swept"`
 	Slots            *ebpf.MapSpec `ebpf:"slots"`
 	Traffic          *ebpf.MapSpec `ebpf:"traffic"`
+	Ways             *ebpf.MapSpec `ebpf:"ways"`
 }
 
 // NodeVariableSpecs contains global variables before they are loaded into the kernel.
@@ -543,6 +555,7 @@ type NodeMaps struct {
 	SharesSwept      *ebpf.Map `ebpf:"shares_swept"`
 	Slots            *ebpf.Map `ebpf:"slots"`
 	Traffic          *ebpf.Map `ebpf:"traffic"`
+	Ways             *ebpf.Map `ebpf:"ways"`
 }
 
 func (m *NodeMaps) Close() error {
@@ -569,6 +582,7 @@ func (m *NodeMaps) Close() error {
 		m.SharesSwept,
 		m.Slots,
 		m.Traffic,
+		m.Ways,
 	)
 }
 
