@@ -235,6 +235,7 @@ enum net_flag net_flag_btf SEC(".bss.btf") = 0;
 
 #include "node_share.h"
 #include "node_judge.h"
+#include "node_closed.h"
 
 /* Enters a flow that a pod begins. It returns 0 or the reason to drop. */
 __noinline int begin_from_pod(struct __sk_buff *skb, struct packet *p, const struct iface *pod,
@@ -248,6 +249,11 @@ __noinline int begin_from_pod(struct __sk_buff *skb, struct packet *p, const str
 
 	if (!p || !pod)
 		return DROP_MALFORMED;
+	n = old ? 0 : conn_back(p, skb->ifindex);
+	if (n) {
+		n->seen |= CONN_SENDER << (p->end & 1);
+		return put(p, n, 0);
+	}
 	n = conn_new(p, PROVENANCE_STACK);
 	if (!n)
 		return DROP_CONNTRACK_FULL;
@@ -410,6 +416,8 @@ int from_pod(struct __sk_buff *skb)
 			    !must_take_stack(skb, p, peer) &&
 			    lower_ttl(skb)) {
 				count(PATH_DIRECT);
+				if (conn_leaves(c, p))
+					conn_leave(c, p, g);
 				return enter_pod(skb, p, peer, other);
 			}
 		} else {
@@ -417,6 +425,8 @@ int from_pod(struct __sk_buff *skb)
 			if (eni && (eni->flags & ENI_DIRECT) && !must_take_stack(skb, p, eni->ifindex) &&
 			    lower_ttl(skb)) {
 				count(PATH_DIRECT);
+				if (conn_leaves(c, p))
+					conn_leave(c, p, g);
 				return leave_by_eni(skb, p, ep, eni);
 			}
 		}
@@ -522,6 +532,9 @@ __noinline int begin_from_eni(struct __sk_buff *skb, struct packet *p, struct co
 	if (!p)
 		return -1;
 	me = 1 - (p->end & 1);
+	n = old ? 0 : conn_back(p, 0);
+	if (n && n->ifindex[me])
+		return put(p, n, 0);
 	to = local_pod(&p->tuple.dst);
 	if (!to)
 		return -1;
@@ -599,6 +612,8 @@ int from_eni(struct __sk_buff *skb)
 	if (!lower_ttl(skb))
 		return TC_ACT_UNSPEC;
 	count(PATH_DIRECT);
+	if (conn_leaves(c, p))
+		conn_leave(c, p, g);
 	return enter_pod(skb, p, to, pod);
 }
 

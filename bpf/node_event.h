@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
  * What the programs tell the agent: verdicts, for who watches, and the last
- * count of flows whose entry another took over.
+ * count of flows whose entry they removed.
  */
 
 enum event_kind {
@@ -23,12 +23,14 @@ struct event {
 	__u8 pad[5];
 };
 
-/* A flow whose entry was taken over by the next flow with its tuple, or which
- * was removed to make room. */
+/* A flow that is over: closed, or its entry taken over by the next flow with its
+ * tuple, or removed to make room. */
 struct ended {
 	struct conn_key key;
 	struct conn conn;
 };
+
+#define ENDS_SIZE	(1024 * 1024)
 
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
@@ -37,7 +39,8 @@ struct {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 1024 * 1024);
+	__uint(max_entries, ENDS_SIZE);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);	/* the next agent reads what this one has not */
 } ends SEC(".maps");
 
 /* Whether somebody listens, and how many events may be sent until the agent
@@ -91,11 +94,21 @@ __noinline int tell_allowed(struct __sk_buff *skb, const struct packet *p, const
 	return send_event(skb, &p->tuple, &e);
 }
 
+/* Whether somebody wants to know of flows that are over. */
+const volatile __u32 ends_wanted = 0;
+
+/* Ends are read every few seconds, or when a quarter of the ring is full: to wake who
+ * reads for each would cost more than all else. */
+static __always_inline void submit_ended(struct ended *e)
+{
+	bpf_ringbuf_submit(e, bpf_ringbuf_query(&ends, BPF_RB_AVAIL_DATA) < ENDS_SIZE / 4 ? BPF_RB_NO_WAKEUP : BPF_RB_FORCE_WAKEUP);
+}
+
 static __noinline int send_ended(const struct conn_key *key, const struct conn *c)
 {
 	struct ended *e;
 
-	if (!key || !c)
+	if (!key || !c || !ends_wanted)
 		return 0;
 	e = bpf_ringbuf_reserve(&ends, sizeof(*e), 0);
 	if (!e) {
@@ -104,6 +117,6 @@ static __noinline int send_ended(const struct conn_key *key, const struct conn *
 	}
 	e->key = *key;
 	e->conn = *c;
-	bpf_ringbuf_submit(e, 0);
+	submit_ended(e);
 	return 0;
 }

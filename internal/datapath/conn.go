@@ -142,7 +142,8 @@ type Connection struct {
 }
 
 // Connections iterates over the conntrack, in no order. What comes or goes
-// meanwhile may be missed or seen twice.
+// meanwhile may be missed or seen twice; when it has come to the end, Options.Ended
+// knows of all that went before.
 func (d *Datapath) Connections() iter.Seq2[Connection, error] {
 	return func(yield func(Connection, error) bool) {
 		for batch, err := range d.connBatches() {
@@ -156,6 +157,7 @@ func (d *Datapath) Connections() iter.Seq2[Connection, error] {
 				}
 			}
 		}
+		d.drainEnds()
 	}
 }
 
@@ -275,18 +277,13 @@ const sweepEvery = 5 * time.Second
 
 func (d *Datapath) startSweeper() error {
 	stop, ended := make(chan struct{}), make(chan struct{})
-	closeRing := func() {}
 	if d.opts.Ended != nil {
 		r, err := ringbuf.NewReader(d.objs.Ends)
 		if err != nil {
 			return fmt.Errorf("read the ring of connections that ended: %w", err)
 		}
-		read := make(chan struct{})
-		go func() {
-			defer close(read)
-			d.readEnds(r)
-		}()
-		closeRing = func() { _ = r.Close(); <-read }
+		d.ends = &ends{ring: r, drained: make(chan struct{}), over: make(chan struct{})}
+		go d.readEnds(d.ends)
 	}
 	go func() {
 		defer close(ended)
@@ -299,13 +296,26 @@ func (d *Datapath) startSweeper() error {
 			}
 			select {
 			case <-tick.C:
+				d.drainEnds()
 			case <-stop:
 				return
 			}
 		}
 	}()
-	d.stopSweeper = sync.OnceFunc(func() { close(stop); <-ended; closeRing() })
+	d.stopSweeper = sync.OnceFunc(func() {
+		close(stop)
+		<-ended
+		if d.ends != nil {
+			d.ends.close()
+		}
+	})
 	return nil
+}
+
+func (d *Datapath) drainEnds() {
+	if d.ends != nil {
+		d.ends.drain()
+	}
 }
 
 // connFill is what the latest sweep saw.

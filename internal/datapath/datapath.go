@@ -122,6 +122,7 @@ type Datapath struct {
 
 	monitored sync.Mutex // held by who reads the events
 	endMu     sync.Mutex // held while Options.Ended is called
+	ends      *ends      // nil: nobody wants to know
 
 	// mu guards the fields below, which are read from the maps by Open and
 	// follow them.
@@ -259,6 +260,9 @@ func (d *Datapath) load() error {
 	}
 	if d.opts.Direct {
 		constants[bpfgen.NodeVarDirectEnabled] = 1
+	}
+	if d.opts.Ended != nil {
+		constants[bpfgen.NodeVarEndsWanted] = 1
 	}
 	if d.opts.maxShared != 0 {
 		constants[bpfgen.NodeVarShareOf] = d.opts.maxShared

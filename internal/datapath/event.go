@@ -9,6 +9,7 @@ import (
 	"os"
 	"sync"
 	"time"
+	"unsafe"
 
 	"github.com/cilium/ebpf/ringbuf"
 
@@ -134,17 +135,54 @@ func (d *Datapath) event(e *bpfgen.NodeEvent) Event {
 	return out
 }
 
-// readEnds tells of the connections whose entry another took over, until the ring
-// is closed. What finds no room in the ring goes without.
-func (d *Datapath) readEnds(r *ringbuf.Reader) {
+// ends reads of connections that the programs removed. What finds no room in the ring
+// goes without.
+type ends struct {
+	ring    *ringbuf.Reader
+	mu      sync.Mutex    // held by drain
+	drained chan struct{} // sent to when the ring was empty after a drain began
+	over    chan struct{} // closed when nobody reads any more
+}
+
+// readEnds tells of such connections until the ring is closed.
+func (d *Datapath) readEnds(e *ends) {
+	defer close(e.over)
+	var rec ringbuf.Record
 	for {
-		rec, err := r.Read()
-		if err != nil {
+		switch err := e.ring.ReadInto(&rec); {
+		case errors.Is(err, ringbuf.ErrFlushed):
+			e.drained <- struct{}{}
+		case err != nil:
 			return
+		case len(rec.RawSample) >= int(unsafe.Sizeof(bpfgen.NodeEnded{})):
+			one := (*bpfgen.NodeEnded)(unsafe.Pointer(unsafe.SliceData(rec.RawSample)))
+			d.ended(&one.Key, &one.Conn)
 		}
-		var e bpfgen.NodeEnded
-		if _, err := binary.Decode(rec.RawSample, binary.NativeEndian, &e); err == nil {
-			d.ended(&e.Key, &e.Conn)
+	}
+}
+
+// drain returns when all has been told of that was in the ring: for less than a
+// quarter of it the programs wake nobody.
+func (e *ends) drain() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.ring.Flush() != nil {
+		return // it is closed
+	}
+	select {
+	case <-e.drained:
+	case <-e.over:
+	}
+}
+
+// close stops the reading. What is in the ring then is the next agent's.
+func (e *ends) close() {
+	_ = e.ring.Close()
+	for {
+		select {
+		case <-e.drained: // whose drain has seen the end
+		case <-e.over:
+			return
 		}
 	}
 }

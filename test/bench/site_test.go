@@ -152,7 +152,7 @@ func newUnderlay(b testing.TB, name string) *underlay {
 			b.Fatal(err)
 		}
 		b.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH); _ = os.Remove(dir) })
-		opts := datapath.Options{Direct: true, BPFFS: filepath.Join(dir, "agent"), MTU: wireMTU, Logger: slog.New(slog.DiscardHandler)}
+		opts := datapath.Options{Direct: true, BPFFS: filepath.Join(dir, "agent"), MTU: wireMTU, Logger: slog.New(slog.DiscardHandler), Ended: func(datapath.Connection) {}}
 		err := nl.Do(nl.Path(node), func() (err error) { u.d[i], err = datapath.Open(opts); return err })
 		if err != nil {
 			b.Fatal(err)

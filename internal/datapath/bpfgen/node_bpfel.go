@@ -18,6 +18,30 @@ type NodeAddr struct {
 	B [16]uint8
 }
 
+type NodeClosed struct {
+	_    structs.HostLayout
+	Lock struct {
+		_   structs.HostLayout
+		Val uint32
+	}
+	Generation uint32
+	AtNs       uint64
+	Key        NodeConnKey
+	Gates      struct {
+		_          structs.HostLayout
+		Opener     uint8
+		Provenance uint8
+		Flags      uint8
+		Pad        uint8
+		Judged     [2]uint8
+		Allowed    [2]uint8
+	}
+	Ifindex    [2]uint32
+	EniIfindex uint32
+	Share      uint16
+	Pad        uint16
+}
+
 type NodeConn struct {
 	_     structs.HostLayout
 	Key   NodeConnKey
@@ -365,6 +389,7 @@ type NodeWay struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	NodeMapClosed                = "closed"
 	NodeMapConns                 = "conns"
 	NodeMapDrops                 = "drops"
 	NodeMapEndpoints             = "endpoints"
@@ -395,6 +420,7 @@ const (
 	NodeVarClockOffset           = "clock_offset"
 	NodeVarDirectEnabled         = "direct_enabled"
 	NodeVarEndsLost              = "ends_lost"
+	NodeVarEndsWanted            = "ends_wanted"
 	NodeVarEventBudget           = "event_budget"
 	NodeVarEventListeners        = "event_listeners"
 	NodeVarEventsLost            = "events_lost"
@@ -464,6 +490,7 @@ type NodeProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type NodeMapSpecs struct {
+	Closed           *ebpf.MapSpec `ebpf:"closed"`
 	Conns            *ebpf.MapSpec `ebpf:"conns"`
 	Drops            *ebpf.MapSpec `ebpf:"drops"`
 	Endpoints        *ebpf.MapSpec `ebpf:"endpoints"`
@@ -496,6 +523,7 @@ type NodeVariableSpecs struct {
 	ClockOffset           *ebpf.VariableSpec `ebpf:"clock_offset"`
 	DirectEnabled         *ebpf.VariableSpec `ebpf:"direct_enabled"`
 	EndsLost              *ebpf.VariableSpec `ebpf:"ends_lost"`
+	EndsWanted            *ebpf.VariableSpec `ebpf:"ends_wanted"`
 	EventBudget           *ebpf.VariableSpec `ebpf:"event_budget"`
 	EventListeners        *ebpf.VariableSpec `ebpf:"event_listeners"`
 	EventsLost            *ebpf.VariableSpec `ebpf:"events_lost"`
@@ -533,6 +561,7 @@ func (o *NodeObjects) Close() error {
 //
 // It can be passed to LoadNodeObjects or ebpf.CollectionSpec.LoadAndAssign.
 type NodeMaps struct {
+	Closed           *ebpf.Map `ebpf:"closed"`
 	Conns            *ebpf.Map `ebpf:"conns"`
 	Drops            *ebpf.Map `ebpf:"drops"`
 	Endpoints        *ebpf.Map `ebpf:"endpoints"`
@@ -560,6 +589,7 @@ type NodeMaps struct {
 
 func (m *NodeMaps) Close() error {
 	return _NodeClose(
+		m.Closed,
 		m.Conns,
 		m.Drops,
 		m.Endpoints,
@@ -593,6 +623,7 @@ type NodeVariables struct {
 	ClockOffset           *ebpf.Variable `ebpf:"clock_offset"`
 	DirectEnabled         *ebpf.Variable `ebpf:"direct_enabled"`
 	EndsLost              *ebpf.Variable `ebpf:"ends_lost"`
+	EndsWanted            *ebpf.Variable `ebpf:"ends_wanted"`
 	EventBudget           *ebpf.Variable `ebpf:"event_budget"`
 	EventListeners        *ebpf.Variable `ebpf:"event_listeners"`
 	EventsLost            *ebpf.Variable `ebpf:"events_lost"`
