@@ -119,7 +119,8 @@ func TestClosedLeaves(t *testing.T) {
 		t.Errorf("after another policy, a FIN comes back as %+v", c)
 	}
 	closed(far, 40013)
-	time.Sleep(2100 * time.Millisecond)
+	over := time.Now().Add(2100 * time.Millisecond)
+	eventually(t, "its time is over", func() bool { return time.Now().After(over) })
 	if c, back := late(true, 40013); back || !c.Midflow {
 		t.Errorf("after its time, a FIN comes back as %+v", c)
 	}
