@@ -3,6 +3,7 @@ package kubernetes
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -35,20 +36,34 @@ func (c *cluster) eniOf(n lab.Node) (eni map[netip.Addr]string, secondary map[ne
 	return eni, secondary
 }
 
-// firstENIs returns who holds the addresses of the nodes' first interfaces: the
-// pod's container by its address.
-func (c *cluster) firstENIs() map[netip.Addr]string {
+// firstENI returns who holds the addresses of a node's first interface, the pod's
+// container by its address, and how many of them cool down.
+func (c *cluster) firstENI(n lab.Node) (held map[netip.Addr]string, cooling int) {
 	c.t.Helper()
-	held := map[netip.Addr]string{}
-	for _, n := range c.Lab.Nodes {
-		in := c.Inspect(n)
-		for _, e := range in.Endpoints {
-			if i := slices.IndexFunc(in.ENIs, func(eni agentapi.ENI) bool { return eni.ID == e.ENI }); e.State == "live" && i >= 0 && in.ENIs[i].Device == 0 {
-				held[e.IP] = e.ContainerID
-			}
+	held = map[netip.Addr]string{}
+	in := c.Inspect(n)
+	for _, e := range in.Endpoints {
+		i := slices.IndexFunc(in.ENIs, func(eni agentapi.ENI) bool { return eni.ID == e.ENI })
+		switch {
+		case i < 0 || in.ENIs[i].Device != 0:
+		case e.State == "live":
+			held[e.IP] = e.ContainerID
+		case e.State == "tombstone":
+			cooling++
 		}
 	}
-	return held
+	return held, cooling
+}
+
+// firstENIs returns who holds the addresses of the nodes' first interfaces.
+func (c *cluster) firstENIs() map[netip.Addr]string {
+	c.t.Helper()
+	all := map[netip.Addr]string{}
+	for _, n := range c.Lab.Nodes {
+		held, _ := c.firstENI(n)
+		maps.Copy(all, held)
+	}
+	return all
 }
 
 // crowd fills the nodes' first interfaces with pods that stay until the test is
@@ -57,22 +72,36 @@ func (c *cluster) firstENIs() map[netip.Addr]string {
 func (c *cluster) crowd(t *testing.T) map[netip.Addr]string {
 	t.Helper()
 	ns := c.namespace("crowd")
-	limit := 0
-	var manifest strings.Builder
-	for _, n := range c.Lab.Nodes {
-		limit = c.Inspect(n).Limits.IPv4PerENI - 1
-		for i := range limit {
-			manifest.WriteString(idle(fmt.Sprintf("%s-%d", n.Name, i), n.Name, ""))
+	pods, limit := 0, 0
+	// An address that cooled down as the first pods came is left for the next round.
+	for round := range 3 {
+		var manifest strings.Builder
+		for _, n := range c.Lab.Nodes {
+			limit = c.Inspect(n).Limits.IPv4PerENI - 1
+			var held map[netip.Addr]string
+			lab.Eventually(t, 2*time.Minute, "no address of the first interface of "+n.Name+" cools down", func() error {
+				var cooling int
+				if held, cooling = c.firstENI(n); cooling > 0 {
+					return fmt.Errorf("%d do", cooling)
+				}
+				return nil
+			})
+			for i := range limit - len(held) {
+				manifest.WriteString(idle(fmt.Sprintf("%s-%d-%d", n.Name, round, i), n.Name, ""))
+				pods++
+			}
+		}
+		if manifest.Len() > 0 {
+			c.apply(ns, manifest.String())
+			c.awaitPods(ns, pods, 3*time.Minute)
+		}
+		if held := c.firstENIs(); len(held) == limit*len(c.Lab.Nodes) {
+			t.Logf("all %d addresses of the nodes' first interfaces are held", len(held))
+			return held
 		}
 	}
-	c.apply(ns, manifest.String())
-	c.awaitPods(ns, limit*len(c.Lab.Nodes), 3*time.Minute)
-	held := c.firstENIs()
-	if len(held) != limit*len(c.Lab.Nodes) {
-		t.Fatalf("pods hold %d addresses of first interfaces, of %d nodes with %d each: some are left for the specs", len(held), len(c.Lab.Nodes), limit)
-	}
-	t.Logf("all %d addresses of the nodes' first interfaces are held", len(held))
-	return held
+	t.Fatalf("%d nodes with %d addresses of a first interface each, and some are left for the specs", len(c.Lab.Nodes), limit)
+	return nil
 }
 
 // A pod on an interface that is not the node's first is reached and reaches
