@@ -11,7 +11,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -35,7 +34,7 @@ func TestMain(m *testing.M) {
 		os.Exit(runRole(role))
 	}
 	if os.Geteuid() == 0 {
-		sweepDead()
+		testenv.SweepDead(netnsPrefix)
 		var err error
 		if programs, err = bpfcache.New(filepath.Join("/run", fmt.Sprintf("%s%d-programs", netnsPrefix, os.Getpid()))); err != nil {
 			fmt.Fprintln(os.Stderr, "programs are loaded anew for each test:", err)
@@ -62,36 +61,6 @@ var programs *bpfcache.Cache
 
 // testHook is the kind of hook of a Datapath that a test opens without one.
 var testHook Hook
-
-// sweepDead removes namespaces and mounts of test processes that are gone.
-func sweepDead() {
-	names, _ := filepath.Glob(filepath.Join(nl.NetnsDir, netnsPrefix+"*"))
-	for _, path := range names {
-		pid, _, _ := strings.Cut(strings.TrimPrefix(filepath.Base(path), netnsPrefix), "-")
-		if dead(pid) {
-			_ = nl.DeleteNamed(filepath.Base(path))
-		}
-	}
-	mounts, _ := os.ReadFile("/proc/self/mounts")
-	for line := range strings.Lines(string(mounts)) {
-		fields := strings.Fields(line)
-		if len(fields) < 3 || fields[2] != "bpf" {
-			continue
-		}
-		base := filepath.Base(fields[1])
-		pid, ok := strings.CutPrefix(base, netnsPrefix)
-		pid, _, _ = strings.Cut(pid, "-")
-		if ok && dead(pid) {
-			_ = unix.Unmount(fields[1], unix.MNT_DETACH)
-			_ = os.Remove(fields[1])
-		}
-	}
-}
-
-func dead(pid string) bool {
-	n, err := strconv.Atoi(pid)
-	return err == nil && errors.Is(unix.Kill(n, 0), unix.ESRCH)
-}
 
 // world is a node with two ENIs, and a router at the other end of both:
 //

@@ -30,6 +30,7 @@ func TestMain(m *testing.M) {
 	if flag.Lookup("test.bench").Value.String() == "" {
 		os.Exit(m.Run()) // nothing to build for
 	}
+	testenv.SweepDead("ul-bench")
 	os.Exit(lab.Main(m))
 }
 
