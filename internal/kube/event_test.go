@@ -164,7 +164,6 @@ func TestLeaving(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			run(t, o, func(f *fakeAPI, c *Client) {
-				f.set(func() { f.daemonSet = &appsv1.DaemonSet{} })
 				settle(time.Second)
 				if !c.known {
 					t.Fatal("the DaemonSet was not found at the start")
@@ -174,7 +173,7 @@ func TestLeaving(t *testing.T) {
 				if (why != "") != (tc.want != "") || !strings.Contains(why, tc.want) || (err != nil) != tc.err {
 					t.Errorf("%q, %v; want %q", why, err, tc.want)
 				}
-			})
+			}, func(f *fakeAPI) { f.daemonSet = &appsv1.DaemonSet{} })
 		})
 	}
 	// Who never had the right does not take its absence for a removal.

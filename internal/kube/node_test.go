@@ -12,10 +12,14 @@ import (
 	"k8s.io/apimachinery/pkg/api/resource"
 )
 
-// run runs a client in a bubble of virtual time.
-func run(t *testing.T, o Options, fn func(*fakeAPI, *Client)) {
+// run runs a client in a bubble of virtual time, against an API server that before
+// has prepared.
+func run(t *testing.T, o Options, fn func(*fakeAPI, *Client), before ...func(*fakeAPI)) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFake(t)
+		for _, fn := range before {
+			fn(f)
+		}
 		c := f.client(o)
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error)
