@@ -51,7 +51,7 @@ _Static_assert(MAX_CLOSED == 1 << (32 - 17), "as many places as the hash has val
 static __always_inline bool conn_leaves(const struct conn *c, const struct packet *p)
 {
 	return c->state == CONN_CLOSED && p->tcp_flags == TCP_ACK &&
-	       (c->tcp_flags[0] & c->tcp_flags[1] & (TCP_FIN | TCP_RST)) == TCP_FIN &&
+	       (c->tcp_flags[0] & c->tcp_flags[1] & TCP_FIN) &&
 	       !((c->tcp_flags[0] | c->tcp_flags[1]) & TCP_RST) && !(p->flags & PACKET_ERROR);
 }
 
@@ -69,11 +69,9 @@ __noinline int conn_leave(struct conn *c, const struct packet *p, __u64 g)
 	if (!place)
 		return 0;
 	if (ends_wanted) {
-		e = bpf_ringbuf_reserve(&ends, sizeof(*e), 0);
+		e = new_ended(&p->key, c);
 		if (!e)
 			return 0;
-		e->key = p->key;
-		e->conn = *c;
 	}
 	slot = c->share;
 	bpf_spin_lock(&place->lock);
@@ -100,8 +98,7 @@ __noinline int conn_leave(struct conn *c, const struct packet *p, __u64 g)
 }
 
 /* Prepares the entry of a connection that was closed, for a packet of it that comes
- * late, of which ifindex is the pod; 0: whose, the connection says. False: there is
- * none. */
+ * late, of which ifindex is the pod; 0: whose, the connection says. 0: there is none. */
 static __always_inline struct conn *conn_back(const struct packet *p, __u32 ifindex)
 {
 	struct closed *place;

@@ -104,19 +104,28 @@ static __always_inline void submit_ended(struct ended *e)
 	bpf_ringbuf_submit(e, bpf_ringbuf_query(&ends, BPF_RB_AVAIL_DATA) < ENDS_SIZE / 4 ? BPF_RB_NO_WAKEUP : BPF_RB_FORCE_WAKEUP);
 }
 
+/* What is to be submitted, or discarded; 0: the ring has no room. */
+static __always_inline struct ended *new_ended(const struct conn_key *key, const struct conn *c)
+{
+	struct ended *e = bpf_ringbuf_reserve(&ends, sizeof(*e), 0);
+
+	if (e) {
+		e->key = *key;
+		e->conn = *c;
+	}
+	return e;
+}
+
 static __noinline int send_ended(const struct conn_key *key, const struct conn *c)
 {
 	struct ended *e;
 
 	if (!key || !c || !ends_wanted)
 		return 0;
-	e = bpf_ringbuf_reserve(&ends, sizeof(*e), 0);
-	if (!e) {
+	e = new_ended(key, c);
+	if (e)
+		submit_ended(e);
+	else
 		__sync_fetch_and_add(&ends_lost, 1);
-		return 0;
-	}
-	e->key = *key;
-	e->conn = *c;
-	submit_ended(e);
 	return 0;
 }

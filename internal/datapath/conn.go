@@ -157,7 +157,7 @@ func (d *Datapath) Connections() iter.Seq2[Connection, error] {
 				}
 			}
 		}
-		d.drainEnds()
+		d.ends.drain()
 	}
 }
 
@@ -296,7 +296,7 @@ func (d *Datapath) startSweeper() error {
 			}
 			select {
 			case <-tick.C:
-				d.drainEnds()
+				d.ends.drain()
 			case <-stop:
 				return
 			}
@@ -305,17 +305,9 @@ func (d *Datapath) startSweeper() error {
 	d.stopSweeper = sync.OnceFunc(func() {
 		close(stop)
 		<-ended
-		if d.ends != nil {
-			d.ends.close()
-		}
+		d.ends.close()
 	})
 	return nil
-}
-
-func (d *Datapath) drainEnds() {
-	if d.ends != nil {
-		d.ends.drain()
-	}
 }
 
 // connFill is what the latest sweep saw.

@@ -136,7 +136,7 @@ func (d *Datapath) event(e *bpfgen.NodeEvent) Event {
 }
 
 // ends reads of connections that the programs removed. What finds no room in the ring
-// goes without.
+// goes without. Of nil, drain and close do nothing.
 type ends struct {
 	ring    *ringbuf.Reader
 	mu      sync.Mutex    // held by drain
@@ -164,6 +164,9 @@ func (d *Datapath) readEnds(e *ends) {
 // drain returns when all has been told of that was in the ring: for less than a
 // quarter of it the programs wake nobody.
 func (e *ends) drain() {
+	if e == nil {
+		return
+	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.ring.Flush() != nil {
@@ -177,6 +180,9 @@ func (e *ends) drain() {
 
 // close stops the reading. What is in the ring then is the next agent's.
 func (e *ends) close() {
+	if e == nil {
+		return
+	}
 	_ = e.ring.Close()
 	for {
 		select {

@@ -11,17 +11,12 @@ import (
 )
 
 // SweepDead removes what test processes left that were killed: named network
-// namespaces, and BPF file systems with their directories, whose name is the prefix,
-// the process's number, a dash or nothing, and more.
+// namespaces, and BPF file systems in /run with their directories, whose name is the
+// prefix, the process's number, and no more or a dash and more.
 func SweepDead(prefix string) {
 	left, _ := filepath.Glob(filepath.Join("/run/netns", prefix+"*"))
-	mounts, _ := os.ReadFile("/proc/self/mounts")
-	for line := range strings.Lines(string(mounts)) {
-		if fields := strings.Fields(line); len(fields) > 2 && fields[2] == "bpf" {
-			left = append(left, fields[1])
-		}
-	}
-	for _, path := range left {
+	mounts, _ := filepath.Glob(filepath.Join("/run", prefix+"*"))
+	for _, path := range append(left, mounts...) {
 		rest, ours := strings.CutPrefix(filepath.Base(path), prefix)
 		pid, _, _ := strings.Cut(rest, "-")
 		if ours && dead(pid) {

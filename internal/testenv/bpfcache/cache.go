@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 
@@ -287,41 +288,33 @@ func (c *Cache) Replaced(world string) error {
 	if !ok {
 		return nil
 	}
-	entries, err := os.ReadDir(home)
+	last, err := marked(home, lastPrefix)
 	if err != nil {
 		return err
 	}
-	for _, e := range entries {
-		set, used := strings.CutPrefix(e.Name(), usedPrefix)
-		if !used {
-			continue
-		}
-		if _, err := os.Stat(filepath.Join(home, lastPrefix+set)); err == nil {
-			continue
-		} else if !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		if err := os.Remove(filepath.Join(home, e.Name())); err != nil {
-			return err
-		}
-	}
-	return nil
+	return forget(home, usedPrefix, last...)
 }
 
-// forget removes marks.
-func forget(home, prefix string) error {
+// marked lists the sets that have a mark.
+func marked(home, prefix string) (out []string, err error) {
 	entries, err := os.ReadDir(home)
-	if err != nil {
-		return err
-	}
 	for _, e := range entries {
-		if strings.HasPrefix(e.Name(), prefix) {
-			if err := os.Remove(filepath.Join(home, e.Name())); err != nil {
-				return err
-			}
+		if set, ok := strings.CutPrefix(e.Name(), prefix); ok {
+			out = append(out, set)
 		}
 	}
-	return nil
+	return out, err
+}
+
+// forget removes a mark from all sets but some.
+func forget(home, prefix string, but ...string) error {
+	all, err := marked(home, prefix)
+	for _, set := range all {
+		if !slices.Contains(but, set) {
+			err = errors.Join(err, os.Remove(filepath.Join(home, prefix+set)))
+		}
+	}
+	return err
 }
 
 // load loads a set of programs that is not there yet, and keeps it.

@@ -14,7 +14,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"strconv"
-	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -132,13 +131,7 @@ func sweep() {
 	for lab := range labs {
 		removeLab(lab)
 	}
-	caches, _ := filepath.Glob(filepath.Join("/run", cachePrefix+"*"))
-	for _, dir := range caches {
-		if pid, err := strconv.Atoi(strings.TrimPrefix(filepath.Base(dir), cachePrefix)); err == nil && unix.Kill(pid, 0) != nil {
-			_ = unix.Unmount(dir, unix.MNT_DETACH)
-			_ = os.Remove(dir)
-		}
-	}
+	testenv.SweepDead(cachePrefix)
 }
 
 func removeLab(lab string) error {
