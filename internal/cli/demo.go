@@ -368,7 +368,7 @@ func (d *demo) capture(ctx context.Context, node, eni string, to netip.Addr) str
 		}
 	}
 	f := d.a.labFlag()
-	return fmt.Sprintf("underlay exec client%[1]s -- ping -q -i 0.2 -c 30 %[2]s > /dev/null &\nunderlay node exec %[3]s%[1]s -- timeout 10 tcpdump -l -nn -e -i %[4]s -c 4 'not arp and not net 169.254.0.0/16'; kill $!", f, to, node, link)
+	return fmt.Sprintf("underlay exec client%[1]s -- ping -q -i 0.2 -c 30 %[2]s > /dev/null &\nunderlay node exec %[3]s%[1]s -- timeout 10 tcpdump -l -nn -e -i %[4]s -c 4 'ip and not net 169.254.0.0/16'; kill $!", f, to, node, link)
 }
 
 var captured = regexp.MustCompile(`ethertype IPv4 \(0x0800\), length \d+: (\d+(?:\.\d+){3}) > (\d+(?:\.\d+){3}): ICMP echo (request|reply)`)
