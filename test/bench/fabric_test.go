@@ -61,7 +61,7 @@ func BenchmarkFabric(b *testing.B) {
 			}
 		}
 		name := group + "/" + k.name
-		samples := Interleave(b, []Subject{{"subject of " + name, rate(subject)}, {"base of " + name, rate(floor)}})
+		samples := Interleave(b, 1, []Subject{{"subject of " + name, rate(subject)}, {"base of " + name, rate(floor)}})
 		r := RowOf(name, base, samples[0], samples[1])
 		r.Subject, r.Floor, r.Unit = k.per*1e9/Median(samples[0]), k.per*1e9/Median(samples[1]), k.unit
 		b.Logf("%s: %.0f against %.0f %s", name, r.Subject, r.Floor, r.Unit)
@@ -283,22 +283,21 @@ func (l *fabricLab) routed(p pair) pair {
 	return pair{from: p.from, to: p.to, addr: netip.MustParseAddr("198.18.1.2")}
 }
 
+// datagramsPerSecond is udp64 by the clock.
+func datagramsPerSecond(b testing.TB, p pair) float64 {
+	w := udp64(b, p, *slice)
+	return w.n / w.wall.Seconds()
+}
+
 // perCPUSecond turns a measure by the clock into one by the CPU time of this
 // process, in which the kernel's work for it is: on one CPU it is what the
 // measure would be if the CPU were this process's own. Other processes then
 // cost nothing but their traces in the caches.
 func perCPUSecond(b testing.TB, measure func(testing.TB, pair) float64, p pair) float64 {
-	wall, used := time.Now(), cpuTime(b)
+	w := must(startWatch())(b)
 	rate := measure(b, p)
-	return rate * time.Since(wall).Seconds() / (cpuTime(b) - used).Seconds()
-}
-
-func cpuTime(b testing.TB) time.Duration {
-	var u unix.Rusage
-	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
-		b.Fatal(err)
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+	done := must(w.of(rate))(b)
+	return rate * done.wall.Seconds() / done.cpu.Seconds()
 }
 
 // oneCPU keeps this process on one CPU: what sender, wires and receiver cost

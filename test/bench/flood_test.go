@@ -154,7 +154,7 @@ func BenchmarkFlood(b *testing.B) {
 		{"tcp", func(v *victim) float64 { return carry(b, near, v.tcp, 64<<10) }},
 		{"udp64", func(v *victim) float64 { return carry(b, near, v.udp, 64) }},
 	} {
-		samples := Interleave(b, []Subject{
+		samples := Interleave(b, 1, []Subject{
 			{"under a flood", func() float64 { stop := flooded.flood(b, other); defer stop(); return m.of(flooded) }},
 			{"without", func() float64 { return m.of(quiet) }},
 		})

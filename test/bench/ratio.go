@@ -47,7 +47,7 @@ func chosen(name string) bool {
 // round, larger than 0.
 func Compare(b *testing.B, name, base string, subject, floor func() float64) Row {
 	b.Helper()
-	samples := Interleave(b, []Subject{{"subject of " + name, subject}, {"base of " + name, floor}})
+	samples := Interleave(b, 1, []Subject{{"subject of " + name, subject}, {"base of " + name, floor}})
 	r := RowOf(name, base, samples[0], samples[1])
 	b.ReportMetric(r.Ratio, "ratio")
 	return r
@@ -56,26 +56,42 @@ func Compare(b *testing.B, name, base string, subject, floor func() float64) Row
 // Subject is one thing that is measured beside others.
 type Subject struct {
 	Name    string
-	Measure func() float64 // of one round, larger than 0
+	Measure func() float64 // of one round, or a part of it, larger than 0
 }
 
 // Interleave measures all subjects in turns, after one round to warm up, and
-// returns the figures of each.
-func Interleave(b testing.TB, subjects []Subject) [][]float64 {
+// returns the figures of each. The figure of a round is the mean of so many parts,
+// which are taken in turns as well.
+func Interleave(b testing.TB, parts int, subjects []Subject) [][]float64 {
 	b.Helper()
 	out := make([][]float64, len(subjects))
 	for round := -1; round < *turns; round++ {
-		for i, s := range subjects {
-			v := s.Measure()
-			if v <= 0 || math.IsNaN(v) || math.IsInf(v, 0) {
-				b.Fatalf("%s: a round measured %g", s.Name, v)
+		measured := make([][]float64, len(subjects))
+		for range parts {
+			for i, s := range subjects {
+				v := s.Measure()
+				if v <= 0 || math.IsNaN(v) || math.IsInf(v, 0) {
+					b.Fatalf("%s: a round measured %g", s.Name, v)
+				}
+				measured[i] = append(measured[i], v)
 			}
+		}
+		for i, v := range measured {
 			if round >= 0 {
-				out[i] = append(out[i], v)
+				out[i] = append(out[i], mean(v))
 			}
 		}
 	}
 	return out
+}
+
+// mean of at least one value.
+func mean(v []float64) float64 {
+	sum := 0.0
+	for _, x := range v {
+		sum += x
+	}
+	return sum / float64(len(v))
 }
 
 // RowOf is the row of subject to floor, whose rounds were measured in turns.

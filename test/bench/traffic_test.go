@@ -19,7 +19,39 @@ import (
 // cubic, Nagle off. Go's own sockets wait in epoll, and that work would be the
 // same on both sides of a ratio and bring it towards 1.
 
-var slice = flag.Duration("slice", 300*time.Millisecond, "`time` that one measurement of traffic takes")
+var slice = flag.Duration("slice", 300*time.Millisecond, "`time` that the traffic of one turn takes")
+
+// work is so many of something, in so much time by the clock, and of CPU time of
+// this process, in which the kernel's work for it is.
+type work struct {
+	n         float64
+	wall, cpu time.Duration
+}
+
+// watch is when some work began.
+type watch struct {
+	wall time.Time
+	cpu  time.Duration
+}
+
+func startWatch() (w watch, err error) {
+	w.cpu, err = cpuTime()
+	w.wall = time.Now()
+	return w, err
+}
+
+// of returns the work that was done since then.
+func (w watch) of(n float64) (work, error) {
+	wall := time.Since(w.wall)
+	cpu, err := cpuTime()
+	return work{n, wall, cpu - w.cpu}, err
+}
+
+func cpuTime() (time.Duration, error) {
+	var u unix.Rusage
+	err := unix.Getrusage(unix.RUSAGE_SELF, &u)
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano()), err
+}
 
 // tcpSocket opens a blocking socket in the calling thread's namespace.
 func tcpSocket() (int, error) {
@@ -116,9 +148,9 @@ func full(fd int, buf []byte, op func(int, []byte) (int, error)) error {
 	return nil
 }
 
-// stream sends as much as goes from one CPU to another (negative: wherever), and
-// returns bytes per second.
-func stream(b testing.TB, p pair, sender, receiver int) float64 {
+// stream sends as much as goes in that time from one CPU to another (negative:
+// wherever), and returns the bytes.
+func stream(b testing.TB, p pair, sender, receiver int, long time.Duration) work {
 	const chunk = 128 << 10
 	l, port := p.tcpListen(b)
 	defer unix.Close(l)
@@ -138,25 +170,33 @@ func stream(b testing.TB, p pair, sender, receiver int) float64 {
 		}
 	})
 	fd := lab.In(b, p.from, func() (int, error) { return p.tcpConnect(port) })
-	sent := apart(sender, func() (start time.Time, err error) {
+	sent := apart(sender, func() (watch, error) {
 		defer unix.Close(fd)
 		buf := make([]byte, chunk)
-		for start = time.Now(); err == nil && time.Since(start) < *slice; {
+		w, err := startWatch()
+		for err == nil && time.Since(w.wall) < long {
 			err = full(fd, buf, unix.Write)
 		}
-		return start, err
+		return w, err
 	})
-	start := (<-sent).must(b)
-	n := (<-received).must(b)
-	return float64(n) / time.Since(start).Seconds()
+	w := (<-sent).must(b)
+	return must(w.of(float64((<-received).must(b))))(b)
+}
+
+// must ends the benchmark with an error.
+func must[T any](v T, err error) func(testing.TB) T {
+	return func(b testing.TB) T {
+		b.Helper()
+		return result[T]{v, err}.must(b)
+	}
 }
 
 // tcp1 is stream on one CPU, tcp2 between two.
-func tcp1(b testing.TB, p pair) float64 { return stream(b, p, -1, -1) }
+func tcp1(b testing.TB, p pair, long time.Duration) work { return stream(b, p, -1, -1, long) }
 
-func tcp2(b testing.TB, p pair) float64 {
+func tcp2(b testing.TB, p pair, long time.Duration) work {
 	client, server := twoCPUs(b)
-	return stream(b, p, client, server)
+	return stream(b, p, client, server, long)
 }
 
 // twoCPUs are those of client and server, the same if there is but one.
@@ -165,10 +205,10 @@ func twoCPUs(b testing.TB) (client, server int) {
 	return cpus[0], cpus[len(cpus)-1]
 }
 
-// pingPong sends a byte and waits for it, again and again, client and server on
-// these CPUs (negative: wherever), and returns round trips per second and the
+// pingPong sends a byte and waits for it, again and again for that time, client and
+// server on these CPUs (negative: wherever), and returns the round trips and the
 // 99th percentile of their time, in seconds.
-func pingPong(b testing.TB, p pair, client, server int) (perSecond, p99 float64) {
+func pingPong(b testing.TB, p pair, client, server int, long time.Duration) (trips work, p99 float64) {
 	l, port := p.tcpListen(b)
 	defer unix.Close(l)
 	served := apart(server, func() (int, error) {
@@ -185,47 +225,46 @@ func pingPong(b testing.TB, p pair, client, server int) (perSecond, p99 float64)
 		}
 	})
 	fd := lab.In(b, p.from, func() (int, error) { return p.tcpConnect(port) })
-	times := (<-apart(client, func() ([]time.Duration, error) {
+	times := make([]time.Duration, 0, 1<<16)
+	trips = (<-apart(client, func() (work, error) {
 		defer unix.Close(fd)
 		one := make([]byte, 1)
-		times := make([]time.Duration, 0, 1<<16)
-		start := time.Now()
-		for last := start; last.Sub(start) < *slice; {
+		w, err := startWatch()
+		if err != nil {
+			return work{}, err
+		}
+		for last := w.wall; last.Sub(w.wall) < long; {
 			if err := errors.Join(full(fd, one, unix.Write), full(fd, one, unix.Read)); err != nil {
-				return nil, err
+				return work{}, err
 			}
 			now := time.Now()
 			times = append(times, now.Sub(last))
 			last = now
 		}
-		return times, nil
+		return w.of(float64(len(times)))
 	})).must(b)
 	(<-served).must(b)
-	var sum time.Duration
-	for _, t := range times {
-		sum += t
-	}
 	slices.Sort(times)
-	return float64(len(times)) / sum.Seconds(), times[int(math.Ceil(0.99*float64(len(times))))-1].Seconds()
+	return trips, times[int(math.Ceil(0.99*float64(len(times))))-1].Seconds()
 }
 
 // rr1 is pingPong on one CPU.
-func rr1(b testing.TB, p pair) float64 {
-	rate, _ := pingPong(b, p, -1, -1)
-	return rate
+func rr1(b testing.TB, p pair, long time.Duration) work {
+	trips, _ := pingPong(b, p, -1, -1, long)
+	return trips
 }
 
 // crr is connect between two CPUs, crr1 on one.
-func crr(b testing.TB, p pair) float64 {
+func crr(b testing.TB, p pair, long time.Duration) work {
 	client, server := twoCPUs(b)
-	return connect(b, p, client, server)
+	return connect(b, p, client, server, long)
 }
 
-func crr1(b testing.TB, p pair) float64 { return connect(b, p, -1, -1) }
+func crr1(b testing.TB, p pair, long time.Duration) work { return connect(b, p, -1, -1, long) }
 
-// connect connects, sends a byte, waits for it and closes, again and again, and
-// returns connections per second.
-func connect(b testing.TB, p pair, client, server int) float64 {
+// connect connects, sends a byte, waits for it and closes, again and again for that
+// time, and returns the connections.
+func connect(b testing.TB, p pair, client, server int, long time.Duration) work {
 	l, port := p.tcpListen(b)
 	served := apart(server, func() (int, error) {
 		one := make([]byte, 1)
@@ -240,37 +279,37 @@ func connect(b testing.TB, p pair, client, server int) float64 {
 			_ = unix.Close(fd)
 		}
 	})
-	n := 0
-	var took time.Duration
-	// The namespace is entered once per round: its cost is not the network's.
-	_ = lab.In(b, p.from, func() (int, error) {
+	// The namespace is entered once: its cost is not the network's.
+	made := lab.In(b, p.from, func() (work, error) {
 		if err := pin(client); err != nil {
-			return 0, err
+			return work{}, err
 		}
 		one := make([]byte, 1)
-		start := time.Now()
-		for time.Since(start) < *slice {
+		w, err := startWatch()
+		if err != nil {
+			return work{}, err
+		}
+		n := 0
+		for ; time.Since(w.wall) < long; n++ {
 			fd, err := p.tcpConnect(port)
 			if err == nil {
 				err = errors.Join(full(fd, one, unix.Write), full(fd, one, unix.Read))
 			}
 			if err = errors.Join(err, unix.Close(fd)); err != nil {
-				return 0, err
+				return work{}, err
 			}
-			n++
 		}
-		took = time.Since(start)
-		return 0, nil
+		return w.of(float64(n))
 	})
 	_ = unix.Shutdown(l, unix.SHUT_RDWR) // wakes the accept
 	(<-served).must(b)
 	_ = unix.Close(l)
-	return float64(n) / took.Seconds()
+	return made
 }
 
-// datagramsPerSecond sends datagrams of 64 bytes (IP length 92), as netperf does,
-// and counts those that are received.
-func datagramsPerSecond(b testing.TB, p pair) float64 {
+// udp64 sends datagrams of 64 bytes (IP length 92) for that time, as netperf does,
+// and returns those that were received.
+func udp64(b testing.TB, p pair, long time.Duration) work {
 	const size, batch = 64, 32
 	server := lab.In(b, p.to, func() (int, error) { return udpSocket(netip.AddrPortFrom(p.addr, 0), unix.Bind) })
 	defer unix.Close(server)
@@ -285,8 +324,9 @@ func datagramsPerSecond(b testing.TB, p pair) float64 {
 	client := lab.In(b, p.from, func() (int, error) { return udpSocket(to, unix.Connect) })
 	defer unix.Close(client)
 	out, in := make([]byte, size), make([]byte, size)
-	received, start := 0, time.Now()
-	for time.Since(start) < *slice {
+	received := 0
+	w := must(startWatch())(b)
+	for time.Since(w.wall) < long {
 		for range batch {
 			if _, err := unix.Write(client, out); err != nil {
 				b.Fatal(err)
@@ -300,7 +340,7 @@ func datagramsPerSecond(b testing.TB, p pair) float64 {
 			received++
 		}
 	}
-	return float64(received) / time.Since(start).Seconds()
+	return must(w.of(float64(received)))(b)
 }
 
 // udpSocket opens a blocking socket in the calling thread's namespace, and binds
