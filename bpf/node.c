@@ -212,21 +212,6 @@ static __always_inline int pass(struct __sk_buff *skb, const struct iface *pod, 
 	return TC_ACT_OK;
 }
 
-/* The pod here that is an end of a flow; ifindex is its host veth. */
-static __always_inline struct iface *pod_at(struct conn *c, __u32 end, __u32 ifindex)
-{
-	__u32 number = c->slot[end & 1];
-	struct slot *s = bpf_map_lookup_elem(&slots, &number);
-	struct iface *pod;
-
-	if (s && s->ifindex == ifindex)
-		return &s->iface;
-	pod = bpf_map_lookup_elem(&ifaces, &ifindex);
-	if (pod && c->ifindex[end & 1] == ifindex)
-		c->slot[end & 1] = pod->slot;
-	return pod;
-}
-
 #include "node_route.h"
 #include "node_direct.h"
 
@@ -261,7 +246,7 @@ __noinline int begin_from_pod(struct __sk_buff *skb, struct packet *p, const str
 	eni = eni_of(pod);
 	end = p->end & 1;
 	n->ifindex[end] = skb->ifindex;
-	n->share = pod->slot;
+	n->slot[end] = n->share = pod->slot;
 	n->seen |= CONN_SENDER << end;
 	if (eni && (eni->flags & ENI_DIRECT) && !(pod->flags & IFACE_STACK) &&
 	    plain_opening(skb, p) && in_vpc(&p->tuple.dst)) {
@@ -279,6 +264,8 @@ __noinline int begin_from_pod(struct __sk_buff *skb, struct packet *p, const str
 			if (in_subnet(eni, &p->tuple.dst)) {
 				n->gates.flags |= CONN_LOCAL;
 				n->ifindex[1 - end] = peer;
+				if (other)
+					n->slot[1 - end] = other->slot;
 			}
 		}
 		if (n->gates.provenance == PROVENANCE_DIRECT)
@@ -549,7 +536,7 @@ __noinline int begin_from_eni(struct __sk_buff *skb, struct packet *p, struct co
 	if (!n)
 		return -1;
 	n->ifindex[me] = to;
-	n->share = pod->slot;
+	n->slot[me] = n->share = pod->slot;
 	n->eni_ifindex = eni->ifindex;
 	reason = judge(n, &p->tuple, me, POLICY_INGRESS, pod->flags & IFACE_GROUPS ? BOTH_GATES : NETPOL);
 	if (reason)

@@ -216,21 +216,36 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } eni_idle SEC(".maps");
 
+/* The pod here that is an end of a flow; ifindex is its host veth. */
+static __always_inline struct iface *pod_at(struct conn *c, __u32 end, __u32 ifindex)
+{
+	__u32 number = c->slot[end & 1];
+	struct slot *s = bpf_map_lookup_elem(&slots, &number);
+	struct iface *pod;
+
+	if (s && s->ifindex == ifindex)
+		return &s->iface;
+	pod = bpf_map_lookup_elem(&ifaces, &ifindex);
+	if (pod && c->ifindex[end & 1] == ifindex)
+		c->slot[end & 1] = pod->slot;
+	return pod;
+}
+
 /* How long a flow may be idle in its state: as the ENI has it of the pod that
  * began it, or of the one that it goes to. Asked where the state changes. */
-__noinline __u32 idle_timeout(const struct conn *c, __u32 protocol)
+__noinline __u32 idle_timeout(struct conn *c, __u32 protocol)
 {
 	bool stream = c && c->state == CONN_ESTABLISHED;
-	__u32 ifindex, set = 0, usual;
+	__u32 end, set = 0, usual;
 	struct iface *pod;
 	struct idle *i;
 
 	if (!c)
 		return 0;
-	ifindex = c->ifindex[c->gates.opener & 1];
-	if (!ifindex)
-		ifindex = c->ifindex[1 - (c->gates.opener & 1)];
-	pod = bpf_map_lookup_elem(&ifaces, &ifindex);
+	end = c->gates.opener & 1;
+	if (!c->ifindex[end])
+		end = 1 - end;
+	pod = pod_at(c, end, c->ifindex[end & 1]);
 	i = pod ? bpf_map_lookup_elem(&eni_idle, &pod->eni) : 0;
 	if (protocol == IPPROTO_TCP) {
 		set = i ? i->tcp_established : 0;

@@ -153,7 +153,7 @@ __noinline int judge(struct conn *c, const struct tuple *t, __u32 end, __u32 ask
 	policy_judge(t, ifindex, ask, &v);
 	/* A pod that goes loses its entry first and its policy then: who finds no
 	 * policy must look whether there is a pod that has none. */
-	pod = bpf_map_lookup_elem(&ifaces, &ifindex);
+	pod = pod_at(c, end, ifindex);
 	if (!pod || !(pod->flags & IFACE_READY)) {
 		c->gates.judged[end] |= 1 << GATE_NETPOL;
 		c->gates.allowed[end] &= ~(1 << GATE_NETPOL);

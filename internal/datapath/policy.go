@@ -323,7 +323,7 @@ func (d *Datapath) readTables() error {
 			}
 			t.number = numbers[i]
 			p.tables[t.digest], p.numbers[t.number] = t, t
-			p.epoch = max(p.epoch, t.epoch)
+			p.epoch = max(p.epoch, t.epoch) // the latest is there: a table goes only after one with a later epoch came
 		}
 		if err != nil {
 			return nil

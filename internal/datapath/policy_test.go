@@ -227,6 +227,19 @@ func TestPolicyTablesAreShared(t *testing.T) {
 	if n := tableCount(t, d); n > unusedTables+3 {
 		t.Errorf("%d tables, of which 3 are in use", n)
 	}
+	// No epoch is given twice, whatever became of the table that had the latest.
+	latest := d.policies.epoch
+	for _, e := range pods {
+		if err := d.SetPolicy(e, policy.Tables{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if next := w.open(Options{}); next.policies.epoch < latest {
+		t.Errorf("the next agent gives epochs after %d, and %d was given", next.policies.epoch, latest)
+	}
 }
 
 // An endpoint's policy goes on without an agent, and the next one finds it; what no
