@@ -117,13 +117,13 @@ func report(rows []Row, table, picture string) error {
 
 Made by `+"`make bench`"+` (test/bench, BenchmarkNode); [latest.json](latest.json) has the rows. Everything is a veth pair between network namespaces of one machine: **no physical NIC**, so that what a card would do (offloads, interrupts, its own limits) is not in it, and what the kernel does weighs more than it would.
 
-Linux %s, %s/%s, %d CPUs; commit %s; %s. %d turns of %s each, in %d parts; all that a row compares in one run and part by part in turns; median of the turns' ratios, with the median's 95 %% interval. TCP with cubic. tcp1, rr1, crr1 and udp64 are on one CPU, and seconds are CPU time of all that is at work there; tcp2, rr and crr go by the clock, client and server on a CPU each. Pods' programs are where an agent has those of a pod that has been busy for some seconds, on TCX.
+Linux %s, %s/%s, %d CPUs; commit %s; %s. %d turns of %s each, streams' of %s, in %d parts; all that a row compares in one run and part by part in turns; median of the turns' ratios, with the median's 95 %% interval. TCP with cubic. tcp1, rr1, crr1 and udp64 are on one CPU, and seconds are CPU time of all that is at work there; tcp2, rr and crr go by the clock, client and server on a CPU each. Pods' programs are where an agent has those of a pod that has been busy for some seconds, on TCX.
 
 ![ratios](node.svg)
 
 | | ratio | 95 %% | target | | Underlay | base | |
 |---|---|---|---|---|---|---|---|
-`, kernelRelease(), runtime.GOOS, runtime.GOARCH, runtime.NumCPU(), commit(), began.UTC().Format(time.DateOnly), *turns, *slice, parts)
+`, kernelRelease(), runtime.GOOS, runtime.GOARCH, runtime.NumCPU(), commit(), began.UTC().Format(time.DateOnly), *turns, *slice, streamParts**slice, parts)
 	for _, t := range targets {
 		i := slices.IndexFunc(rows, func(r Row) bool { return r.Name == t.row })
 		if i < 0 {
