@@ -285,8 +285,7 @@ func (l *fabricLab) routed(p pair) pair {
 
 // datagramsPerSecond is udp64 by the clock.
 func datagramsPerSecond(b testing.TB, p pair) float64 {
-	w := udp64(b, p, *slice)
-	return w.n / w.wall.Seconds()
+	return udp64(b, p, *slice).perSecond()
 }
 
 // perCPUSecond turns a measure by the clock into one by the CPU time of this
@@ -294,10 +293,10 @@ func datagramsPerSecond(b testing.TB, p pair) float64 {
 // measure would be if the CPU were this process's own. Other processes then
 // cost nothing but their traces in the caches.
 func perCPUSecond(b testing.TB, measure func(testing.TB, pair) float64, p pair) float64 {
-	w := must(startWatch())(b)
+	w := startWatch()
 	rate := measure(b, p)
-	done := must(w.of(rate))(b)
-	return rate * done.wall.Seconds() / done.cpu.Seconds()
+	all := w.of(1)
+	return rate * all.perCPUSecond() / all.perSecond()
 }
 
 // oneCPU keeps this process on one CPU: what sender, wires and receiver cost

@@ -64,18 +64,13 @@ func carry(b testing.TB, cpu int, ends [2]int, size int) float64 {
 			}
 		}
 		message, answer := make([]byte, size), make([]byte, 1)
-		used := func() time.Duration {
-			var u unix.Rusage
-			_ = unix.Getrusage(unix.RUSAGE_THREAD, &u) // has no failure
-			return time.Duration(u.Utime.Nano() + u.Stime.Nano())
-		}
-		began, sent := used(), 0
+		began, sent := cpuTime(unix.RUSAGE_THREAD), 0
 		for start := time.Now(); time.Since(start) < *slice; sent += size {
 			if err := errors.Join(full(ends[0], message, unix.Write), full(ends[1], message, unix.Read), full(ends[1], answer, unix.Write), full(ends[0], answer, unix.Read)); err != nil {
 				return 0, err
 			}
 		}
-		return float64(sent) / (used() - began).Seconds(), nil
+		return float64(sent) / (cpuTime(unix.RUSAGE_THREAD) - began).Seconds(), nil
 	})).must(b)
 }
 

@@ -24,16 +24,15 @@ type measure struct {
 	name, unit string
 	of         func(testing.TB, pair, time.Duration) work
 	perCPU     bool // per second of this process's CPU time, and not of the clock
-	long       bool // a stream, whose windows grow for a while: its parts are longer
 }
 
 var (
-	measureTCP1 = measure{"tcp1", "bytes/s", tcp1, true, true}
-	measureTCP2 = measure{"tcp2", "bytes/s", tcp2, false, true}
-	measureRR1  = measure{"rr1", "round trips/s", rr1, true, false}
-	measureCRR  = measure{"crr", "connections/s", crr, false, false}
-	measureCRR1 = measure{"crr1", "connections/s", crr1, true, false}
-	measureUDP  = measure{"udp64", "datagrams/s", udp64, true, false}
+	measureTCP1 = measure{"tcp1", "bytes/s", tcp1, true}
+	measureTCP2 = measure{"tcp2", "bytes/s", tcp2, false}
+	measureRR1  = measure{"rr1", "round trips/s", rr1, true}
+	measureCRR  = measure{"crr", "connections/s", crr, false}
+	measureCRR1 = measure{"crr1", "connections/s", crr1, true}
+	measureUDP  = measure{"udp64", "datagrams/s", udp64, true}
 )
 
 // parts is into how many pieces the traffic of a turn is cut, so that what happens on
@@ -41,19 +40,12 @@ var (
 // which depends on how its sender and receiver meet, is the mean of as many streams.
 const parts = 10
 
-// streamParts is how much longer a part of a stream is.
-const streamParts = 3
-
 func (m measure) take(b testing.TB, p pair) float64 {
-	long := *slice / parts
-	if m.long {
-		long *= streamParts
-	}
-	w := m.of(b, p, long)
+	w := m.of(b, p, *slice/parts)
 	if m.perCPU {
-		return w.n / w.cpu.Seconds()
+		return w.perCPUSecond()
 	}
-	return w.n / w.wall.Seconds()
+	return w.perSecond()
 }
 
 // contender is one way for packets that is measured beside others.
@@ -167,7 +159,7 @@ func roundTrips(b *testing.B, first, base contender) []Row {
 			client, server := twoCPUs(b)
 			trips, p99 := pingPong(b, c.pair, client, server, *slice/parts)
 			slow[i] = append(slow[i], p99)
-			return trips.n / trips.wall.Seconds()
+			return trips.perSecond()
 		}})
 	}
 	samples := Interleave(b, parts, subjects)
