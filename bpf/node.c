@@ -41,6 +41,8 @@
 #include "node_conn.h"
 #include "node_policy.h"
 #include "node_event.h"
+#include "node_share.h"
+#include "node_table.h"
 
 /* Keeps types in the object's BTF that no map or program names. */
 enum node_const node_const_btf SEC(".bss.btf") = 0;
@@ -53,7 +55,6 @@ enum conn_flag conn_flag_btf SEC(".bss.btf") = 0;
 enum path_count path_count_btf SEC(".bss.btf") = 0;
 enum gate gate_btf SEC(".bss.btf") = 0;
 struct event *event_btf SEC(".bss.btf") = 0;
-struct ended *ended_btf SEC(".bss.btf") = 0;
 
 /* ARP for IPv4 over Ethernet (RFC 826). linux/if_arp.h hides the addresses, and
  * its includes do not compile for the BPF target. */
@@ -95,7 +96,7 @@ __noinline int drop_packet(struct __sk_buff *skb, __u32 ifindex, __u32 reason,
 		stats->last_drop_proto = bpf_ntohs(skb->protocol);
 	}
 	if (event_listeners && p) {
-		struct conn *c = bpf_map_lookup_elem(&conns, &p->key);
+		struct conn *c = conn_among(&p->key);
 		__u32 egress;
 
 		if (c) {
@@ -218,9 +219,7 @@ static __always_inline int pass(struct __sk_buff *skb, const struct iface *pod, 
 enum eni_flag eni_flag_btf SEC(".bss.btf") = 0;
 enum net_flag net_flag_btf SEC(".bss.btf") = 0;
 
-#include "node_share.h"
 #include "node_judge.h"
-#include "node_closed.h"
 
 /* Enters a flow that a pod begins. It returns 0 or the reason to drop. */
 __noinline int begin_from_pod(struct __sk_buff *skb, struct packet *p, const struct iface *pod,
@@ -234,11 +233,6 @@ __noinline int begin_from_pod(struct __sk_buff *skb, struct packet *p, const str
 
 	if (!p || !pod)
 		return DROP_MALFORMED;
-	n = old ? 0 : conn_back(p, skb->ifindex);
-	if (n) {
-		n->seen |= CONN_SENDER << (p->end & 1);
-		return put(p, n, 0);
-	}
 	n = conn_new(p, PROVENANCE_STACK);
 	if (!n)
 		return DROP_CONNTRACK_FULL;
@@ -311,7 +305,7 @@ int from_pod(struct __sk_buff *skb)
 	/* Most packets are of a flow that is there: its entry tells whose they are. */
 	if (skb->protocol == bpf_htons(ETH_P_IP) && read_plain(skb, p)) {
 		plain = true;
-		c = bpf_map_lookup_elem(&conns, &p->key);
+		c = conn_find(&p->key);
 		if (c)
 			ep = pod_at(c, p->end, ifindex);
 	}
@@ -376,7 +370,7 @@ int from_pod(struct __sk_buff *skb)
 		c = 0;
 	if (!c || stale(c, g, p, p->end, ifindex)) {
 		reason = begin_from_pod(skb, p, ep, c);
-		c = bpf_map_lookup_elem(&conns, &p->key);
+		c = conn_among(&p->key);
 		made = conn_made();
 		if (reason || !c || !made)
 			return drop_packet(skb, ifindex, reason ? reason : DROP_CONNTRACK_FULL, p);
@@ -403,8 +397,6 @@ int from_pod(struct __sk_buff *skb)
 			    !must_take_stack(skb, p, peer) &&
 			    lower_ttl(skb)) {
 				count(PATH_DIRECT);
-				if (conn_leaves(c, p))
-					conn_leave(c, p, g);
 				return enter_pod(skb, p, peer, other);
 			}
 		} else {
@@ -412,8 +404,6 @@ int from_pod(struct __sk_buff *skb)
 			if (eni && (eni->flags & ENI_DIRECT) && !must_take_stack(skb, p, eni->ifindex) &&
 			    lower_ttl(skb)) {
 				count(PATH_DIRECT);
-				if (conn_leaves(c, p))
-					conn_leave(c, p, g);
 				return leave_by_eni(skb, p, ep, eni);
 			}
 		}
@@ -519,9 +509,6 @@ __noinline int begin_from_eni(struct __sk_buff *skb, struct packet *p, struct co
 	if (!p)
 		return -1;
 	me = 1 - (p->end & 1);
-	n = old ? 0 : conn_back(p, 0);
-	if (n && n->ifindex[me])
-		return put(p, n, 0);
 	to = local_pod(&p->tuple.dst);
 	if (!to)
 		return -1;
@@ -561,7 +548,7 @@ int from_eni(struct __sk_buff *skb)
 	/* What cannot be read, the stack drops, or to_pod. */
 	if (read_packet(skb, p, 0))
 		return TC_ACT_UNSPEC;
-	c = bpf_map_lookup_elem(&conns, &p->key);
+	c = conn_find(&p->key);
 	me = 1 - (p->end & 1);
 	if (c && !gates_of(c, &p->key, &g))
 		c = 0;
@@ -571,7 +558,7 @@ int from_eni(struct __sk_buff *skb)
 		reason = begin_from_eni(skb, p, c);
 		if (reason < 0)
 			return TC_ACT_UNSPEC;
-		c = bpf_map_lookup_elem(&conns, &p->key);
+		c = conn_among(&p->key);
 		made = conn_made();
 		if (reason || !c || !made)
 			return drop_packet(skb, local_pod(&p->tuple.dst), reason ? reason : DROP_CONNTRACK_FULL, p);
@@ -599,8 +586,6 @@ int from_eni(struct __sk_buff *skb)
 	if (!lower_ttl(skb))
 		return TC_ACT_UNSPEC;
 	count(PATH_DIRECT);
-	if (conn_leaves(c, p))
-		conn_leave(c, p, g);
 	return enter_pod(skb, p, to, pod);
 }
 

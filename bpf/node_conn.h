@@ -11,6 +11,7 @@
  */
 
 #define MAX_CONNS	262144
+#define MAX_ENIS	32
 
 /* Who forwards a flow, for life (D6). */
 enum provenance {
@@ -80,8 +81,8 @@ struct conn {
 	__u16 slot[2];		/* of that pod, as last seen: good while slots agrees */
 };
 
-/* Grown by need: 256 bytes of kernel memory an entry. When it is full no flow
- * begins; those that are there go on. */
+/* Of flows that find no way in their set (node_table.h). Grown by need: 256 bytes of
+ * kernel memory an entry. When it is full no flow begins; those that are there go on. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, MAX_CONNS);
@@ -126,8 +127,8 @@ const volatile __u32 tcp_closed_timeout = 10;
 const volatile __u32 icmp_timeout = 30;
 const volatile __u32 other_timeout = 600;
 
-#define EINVAL	22
 #define EEXIST	17
+#define EINVAL	22
 
 static __always_inline void count(__u32 what)
 {
@@ -210,7 +211,7 @@ struct idle {
 /* By index of the ENI. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 32);	/* as enis */
+	__uint(max_entries, MAX_ENIS);
 	__type(key, __u32);
 	__type(value, struct idle);
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
@@ -260,58 +261,23 @@ __noinline __u32 idle_timeout(struct conn *c, __u32 protocol)
 	return set ? set : usual;
 }
 
-/* Follows the flow's state with a packet, and counts it if counts. */
-static __always_inline void conn_see(struct conn *c, const struct packet *p, bool counts)
-{
-	__u32 end = p->end & 1;
-	__u8 flags;
-
-	if (counts) {
-		__sync_fetch_and_add(&c->packets[end], p->packets);
-		__sync_fetch_and_add(&c->bytes[end], p->bytes);
-	}
-	/* What is said about a flow does not keep it alive. */
-	if (p->flags & PACKET_ERROR)
-		return;
-	if ((__s64)(p->now - c->last_ns) > 0)
-		c->last_ns = p->now;
-	if (!(c->seen & (CONN_SEEN << end)))
-		c->seen |= CONN_SEEN << end;
-
-	if (p->tuple.protocol == IPPROTO_TCP) {
-		if (!(p->tcp_flags & ~c->tcp_flags[end]) && c->state != CONN_OPENING)
-			return;
-		flags = c->tcp_flags[end] | p->tcp_flags;
-		c->tcp_flags[end] = flags;
-		if ((flags & TCP_RST) || (c->tcp_flags[0] & c->tcp_flags[1] & TCP_FIN)) {
-			c->state = CONN_CLOSED;
-			c->timeout_s = tcp_closed_timeout;
-		} else if (c->state == CONN_OPENING && end == c->gates.opener && (flags & TCP_ACK) &&
-			   c->tcp_flags[1 - end]) {
-			/* Answered, and the answer acknowledged. */
-			c->state = CONN_ESTABLISHED;
-			c->timeout_s = idle_timeout(c, IPPROTO_TCP);
-		} else if (c->state == CONN_OPENING && (c->gates.flags & CONN_MIDFLOW) && c->tcp_flags[0] &&
-			   c->tcp_flags[1]) {
-			c->state = CONN_ESTABLISHED;
-			c->timeout_s = idle_timeout(c, IPPROTO_TCP);
-		}
-		return;
-	}
-	if (p->tuple.protocol == IPPROTO_UDP && c->state == CONN_OPENING && c->packets[0] > 1 &&
-	    c->packets[1] > 1) {
-		/* More than one request and response (EC2 user guide). */
-		c->state = CONN_ESTABLISHED;
-		c->timeout_s = idle_timeout(c, IPPROTO_UDP);
-	}
-}
+/* The router of an ENI, as the kernel's neighbours had it when this CPU last asked. */
+struct router {
+	__u64 asked_ns;
+	__u32 ifindex;		/* of the ENI */
+	__u8 mac[6];
+	__u8 own[6];		/* the ENI's */
+	__u8 known;		/* 0: the kernel did not say */
+};
 
 /* Where a packet is read, and an entry prepared: not on the stack, which is short.
- * Programs do not interrupt each other on a CPU. */
+ * Programs do not interrupt each other on a CPU. And what a CPU remembers: one map for
+ * all, since each that a packet's way meets is two more cache lines. */
 struct scratch {
 	struct packet packet;
 	struct conn conn;
 	struct tuple asked;
+	struct router routers[MAX_ENIS]; /* by index of the ENI */
 };
 
 struct {
@@ -327,6 +293,14 @@ static __always_inline struct packet *packet_new(void)
 	struct scratch *s = bpf_map_lookup_elem(&scratch, &zero);
 
 	return s ? &s->packet : 0;
+}
+
+static __always_inline struct router *router_of(__u32 eni)
+{
+	__u32 zero = 0;
+	struct scratch *s = bpf_map_lookup_elem(&scratch, &zero);
+
+	return s && eni < MAX_ENIS ? &s->routers[eni] : 0;
 }
 
 /* A packet's tuple, to be changed and asked about. */

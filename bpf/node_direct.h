@@ -9,7 +9,6 @@
  * Needs node_route.h.
  */
 
-#define MAX_ENIS	32
 #define MAX_NETS	1024
 
 enum eni_flag {
@@ -204,23 +203,6 @@ static __always_inline bool lower_ttl(struct __sk_buff *skb)
 	return true;
 }
 
-/* The router of an ENI, as the kernel's neighbours had it when this CPU last asked. */
-struct router {
-	__u64 asked_ns;
-	__u32 ifindex;		/* of the ENI */
-	__u8 mac[6];
-	__u8 own[6];		/* the ENI's */
-	__u8 known;		/* 0: the kernel did not say */
-};
-
-/* By index of the ENI. */
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, MAX_ENIS);
-	__type(key, __u32);
-	__type(value, struct router);
-} routers SEC(".maps");
-
 /* How long an answer is good. */
 #define ROUTER_NS	100000000ULL
 
@@ -250,7 +232,7 @@ static __always_inline int leave_by_eni(struct __sk_buff *skb, const struct pack
 	struct bpf_redir_neigh to = { .nh_family = 2 /* AF_INET */, .ipv4_nh = eni->gateway };
 	struct ethhdr *eth = (void *)(long)skb->data;
 	__u32 index = pod->eni;
-	struct router *r = bpf_map_lookup_elem(&routers, &index);
+	struct router *r = router_of(index);
 
 	skb->tc_index = TC_DIRECT;
 	if (!r || (void *)(eth + 1) > (void *)(long)skb->data_end)

@@ -23,13 +23,6 @@ struct event {
 	__u8 pad[5];
 };
 
-/* A flow that is over: closed, or its entry taken over by the next flow with its
- * tuple, or removed to make room. */
-struct ended {
-	struct conn_key key;
-	struct conn conn;
-};
-
 #define ENDS_SIZE	(1024 * 1024)
 
 struct {
@@ -37,6 +30,7 @@ struct {
 	__uint(max_entries, 256 * 1024);
 } events SEC(".maps");
 
+/* Of flows that are over, their entries: removed, or taken over by the next flow. */
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, ENDS_SIZE);
@@ -97,35 +91,22 @@ __noinline int tell_allowed(struct __sk_buff *skb, const struct packet *p, const
 /* Whether somebody wants to know of flows that are over. */
 const volatile __u32 ends_wanted = 0;
 
-/* Ends are read every few seconds, or when a quarter of the ring is full: to wake who
- * reads for each would cost more than all else. */
-static __always_inline void submit_ended(struct ended *e)
+/* Tells of a flow that is over; false: the ring has no room. Ends are read every few
+ * seconds, or when a quarter of the ring is full: to wake who reads for each would cost
+ * more than all else. */
+static __always_inline bool told_ended(struct conn *c)
 {
-	bpf_ringbuf_submit(e, bpf_ringbuf_query(&ends, BPF_RB_AVAIL_DATA) < ENDS_SIZE / 4 ? BPF_RB_NO_WAKEUP : BPF_RB_FORCE_WAKEUP);
+	__u64 how;
+
+	if (!ends_wanted)
+		return true;
+	how = bpf_ringbuf_query(&ends, BPF_RB_AVAIL_DATA) < ENDS_SIZE / 4 ? BPF_RB_NO_WAKEUP : BPF_RB_FORCE_WAKEUP;
+	return !bpf_ringbuf_output(&ends, c, sizeof(*c), how);
 }
 
-/* What is to be submitted, or discarded; 0: the ring has no room. */
-static __always_inline struct ended *new_ended(const struct conn_key *key, const struct conn *c)
+static __noinline int send_ended(struct conn *c)
 {
-	struct ended *e = bpf_ringbuf_reserve(&ends, sizeof(*e), 0);
-
-	if (e) {
-		e->key = *key;
-		e->conn = *c;
-	}
-	return e;
-}
-
-static __noinline int send_ended(const struct conn_key *key, const struct conn *c)
-{
-	struct ended *e;
-
-	if (!key || !c || !ends_wanted)
-		return 0;
-	e = new_ended(key, c);
-	if (e)
-		submit_ended(e);
-	else
+	if (c && !told_ended(c))
 		__sync_fetch_and_add(&ends_lost, 1);
 	return 0;
 }

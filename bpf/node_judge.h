@@ -31,11 +31,11 @@ static __always_inline void keep_opener(struct conn *n, const struct conn *old)
  * packet of its own. */
 static __always_inline struct conn *find(struct __sk_buff *skb, struct packet *p, int v6)
 {
-	struct conn *c = bpf_map_lookup_elem(&conns, &p->key);
+	struct conn *c = conn_among(&p->key);
 
 	if (!c && (p->flags & PACKET_ERROR)) {
 		read_other(skb, p, v6, 0);
-		c = bpf_map_lookup_elem(&conns, &p->key);
+		c = conn_among(&p->key);
 	}
 	return c;
 }
@@ -55,13 +55,13 @@ struct room {
 	__u32 found;
 };
 
-static long make_room_of(struct bpf_map *map, struct conn_key *key, struct conn *c, struct room *r)
+static long make_room_of(__attribute__((unused)) struct bpf_map *map, struct conn_key *key, struct conn *c, struct room *r)
 {
 	if (conn_over(c, r->now)) {
 		__u32 slot = c->share;
 
-		send_ended(key, c);
-		if (!bpf_map_delete_elem(map, key)) {
+		send_ended(c);
+		if (conn_unspill(key)) {
 			share_evicted(0);
 			if (slot)
 				share_evicted(slot);
@@ -87,7 +87,6 @@ __noinline int make_room(__u64 now)
  * the reason to drop. */
 __noinline int put(struct packet *p, struct conn *n, struct conn *old)
 {
-	__u64 how = old ? BPF_ANY : BPF_NOEXIST;
 	__u32 had = old ? old->share : 0;
 	long err;
 
@@ -107,24 +106,28 @@ __noinline int put(struct packet *p, struct conn *n, struct conn *old)
 		n->bytes[0] = old->bytes[0];
 		n->bytes[1] = old->bytes[1];
 	} else if (old) {
-		send_ended(&p->key, old);
+		send_ended(old);
 	}
-	err = bpf_map_update_elem(&conns, &p->key, n, how);
-	if (err && err != -EEXIST && make_room(p->now))
-		err = bpf_map_update_elem(&conns, &p->key, n, how);
-	if (err && err != -EEXIST) {
+	err = conn_put(&p->key, n, old);
+	if (err < 0 && err != -EEXIST && make_room(p->now))
+		err = conn_put(&p->key, n, old);
+	if (err == -EEXIST)
+		return 0; /* another CPU has just entered it */
+	if (err < 0) {
 		count(PATH_NO_ROOM);
 		return DROP_CONNTRACK_FULL;
 	}
-	if (!err && !old)
+	if (err == CONN_MORE) {
 		share_begun(0);
-	if (!err && n->share != had) {
+		had = 0;
+	}
+	if (n->share != had) {
 		if (n->share)
 			share_begun(n->share);
 		if (had)
 			share_evicted(had);
 	}
-	if (!err && !(n->gates.flags & CONN_DENIED)) {
+	if (!(n->gates.flags & CONN_DENIED)) {
 		count(n->gates.provenance == PROVENANCE_DIRECT ? PATH_BEGUN_DIRECT : PATH_BEGUN_STACK);
 		if (n->gates.flags & CONN_MIDFLOW)
 			count(PATH_MIDFLOW);

@@ -151,7 +151,7 @@ __noinline int out_of_stack(struct __sk_buff *skb, struct packet *p, __u32 from,
 		return DROP_MALFORMED;
 	end = p->end & 1;
 	me = 1 - end;
-	c = bpf_map_lookup_elem(&conns, &p->key);
+	c = conn_among(&p->key);
 	if (c && !gates_of(c, &p->key, &g))
 		c = 0;
 	old = c;
@@ -201,7 +201,7 @@ __noinline int out_of_stack(struct __sk_buff *skb, struct packet *p, __u32 from,
 	}
 	if (n) {
 		reason = put(p, n, old);
-		c = bpf_map_lookup_elem(&conns, &p->key);
+		c = conn_among(&p->key);
 		if (reason || !c)
 			return reason ? reason : DROP_CONNTRACK_FULL;
 	}

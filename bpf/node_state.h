@@ -15,7 +15,7 @@ enum node_const {
 	 * ENI's mark index, 1..31, and are never all zero after from_pod. */
 	NODE_MARK_MASK = 0x3046,
 	/* Version of the maps' layout, in map `meta`. */
-	NODE_LAYOUT = 3,
+	NODE_LAYOUT = 4,
 	/* Size of map policy_tables; its number 0 is nobody's. Endpoints with equal
 	 * policy share a table; while one is exchanged for another both are there. */
 	NODE_POLICY_TABLES = 16384,

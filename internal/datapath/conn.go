@@ -179,19 +179,10 @@ func (d *Datapath) ConntrackID() (string, error) {
 	return fmt.Sprintf("%s/%d", strings.TrimSpace(string(boot)), id), nil
 }
 
-// connBatch is a part of the table; it is valid until the next one.
-type connBatch[V any] struct {
-	keys   []bpfgen.NodeConnKey
-	values []V
-}
-
 // sweepBatch bounds how many entries are read, and removed, in one go.
 const sweepBatch = 256
 
-func (d *Datapath) connBatches() iter.Seq2[connBatch[bpfgen.NodeConn], error] {
-	return connBatches[bpfgen.NodeConn](d.objs.Conns)
-}
-
+// connBatches iterates over a hash table of connections.
 func connBatches[V any](m *ebpf.Map) iter.Seq2[connBatch[V], error] {
 	return func(yield func(connBatch[V], error) bool) {
 		size := sweepBatch
@@ -209,7 +200,7 @@ func connBatches[V any](m *ebpf.Map) iter.Seq2[connBatch[V], error] {
 				yield(connBatch[V]{}, fmt.Errorf("read the map of connections: %w", err))
 				return
 			}
-			if n > 0 && !yield(connBatch[V]{keys[:n], values[:n]}, nil) || err != nil {
+			if n > 0 && !yield(connBatch[V]{keys: keys[:n], values: values[:n]}, nil) || err != nil {
 				return
 			}
 		}
@@ -381,6 +372,10 @@ func (d *Datapath) sweepConns(now uint64) (removed int, err error) {
 	if err != nil {
 		return 0, err
 	}
+	removed, err = d.sweepWays(now)
+	if err != nil {
+		return removed, err
+	}
 	gone := func(index uint32) bool { return index != 0 && !here[index] }
 	var fill connFill
 	var over []bpfgen.NodeConnKey
@@ -388,11 +383,14 @@ func (d *Datapath) sweepConns(now uint64) (removed int, err error) {
 	// vanishes under it.
 	for batch, err := range d.connBatches() {
 		if err != nil {
-			return 0, err
+			return removed, err
 		}
 		for i := range batch.keys {
 			v := &batch.values[i]
-			if connOver(v, now) || gone(v.Ifindex[0]) || gone(v.Ifindex[1]) {
+			if batch.left != nil && batch.left[i] {
+				continue // it takes no room
+			}
+			if batch.left == nil && (connOver(v, now) || gone(v.Ifindex[0]) || gone(v.Ifindex[1])) {
 				over = append(over, batch.keys[i])
 				continue
 			}
@@ -404,16 +402,13 @@ func (d *Datapath) sweepConns(now uint64) (removed int, err error) {
 		}
 	}
 	for i := range over {
-		ok, err := d.removeConn(&over[i], func(v *bpfgen.NodeConn) bool {
-			return connOver(v, now) || gone(v.Ifindex[0]) || gone(v.Ifindex[1])
-		})
+		n, err := d.sweepConn(&over[i], now)
+		removed += n
 		if err != nil {
 			return removed, err
 		}
-		if ok {
-			removed++
-		}
 	}
+	d.ends.drain()
 	d.mu.Lock()
 	d.fill = fill
 	d.mu.Unlock()
@@ -422,26 +417,4 @@ func (d *Datapath) sweepConns(now uint64) (removed int, err error) {
 
 func connOver(v *bpfgen.NodeConn, now uint64) bool {
 	return v.LastNs+uint64(v.TimeoutS)*uint64(time.Second) < now
-}
-
-// removeConn removes a connection that is still over, and tells of it. A packet
-// that came between the look and the removal has the entry put back.
-func (d *Datapath) removeConn(k *bpfgen.NodeConnKey, over func(*bpfgen.NodeConn) bool) (bool, error) {
-	var v bpfgen.NodeConn
-	err := d.objs.Conns.LookupAndDelete(k, &v)
-	if errors.Is(err, ebpf.ErrKeyNotExist) {
-		return false, nil
-	}
-	if err != nil {
-		return false, fmt.Errorf("remove a connection that is over: %w", err)
-	}
-	if !over(&v) {
-		err := d.objs.Conns.Update(k, &v, ebpf.UpdateNoExist)
-		if err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
-			return false, fmt.Errorf("put a connection back: %w", err)
-		}
-		return false, nil
-	}
-	d.ended(k, &v)
-	return true, nil
 }

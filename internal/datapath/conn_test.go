@@ -54,6 +54,9 @@ func track(t *testing.T, own netip.Addr, max uint32, fn func(*tracker)) {
 		tr.d.mono = newMono()
 		defer tr.close()
 		tr.load(0)
+		if err := tr.d.seedConns(); err != nil {
+			return err
+		}
 		index, slot := uint32(trackerIndex), uint32(1)
 		iface := bpfgen.NodeIface{Addr: addrKey(own), PodMac: trackerMAC, Mark: Mark(2), Flags: uint32(bpfgen.NodeIfaceFlagsIFACE_READY), Eni: 2, Slot: slot}
 		cpus := make([]bpfgen.NodeIfaceCounters, ebpf.MustPossibleCPU())
@@ -79,8 +82,10 @@ func (tr *tracker) load(later time.Duration) *bpfgen.NodePrograms {
 		if strings.HasPrefix(name, ".") {
 			m.Pinning = ebpf.PinNone
 		}
-		if name == bpfgen.NodeMapConns && tr.max != 0 {
-			m.MaxEntries = tr.max
+	}
+	if tr.max != 0 {
+		if err := resizeConns(spec, tr.max); err != nil {
+			tr.t.Fatal(err)
 		}
 	}
 	for name, value := range map[string]any{bpfgen.NodeVarIpv6Allowed: uint32(1), bpfgen.NodeVarClockOffset: uint64(later)} {
@@ -498,8 +503,8 @@ func TestConntrackFull(t *testing.T) {
 			}
 		}
 		// The kernel keeps a few elements per CPU on the side.
-		if n := len(tr.all()); n > size || n != begun || begun < size-8*ebpf.MustPossibleCPU() {
-			t.Errorf("%d begun, %d there, of at most %d", begun, n, size)
+		if n := len(tr.all()); n > size+setWays || n != begun || begun < size+setWays-8*ebpf.MustPossibleCPU() {
+			t.Errorf("%d begun, %d there, of at most %d", begun, n, size+setWays)
 		}
 		if tr.drops()["conntrack_full"] != uint64(size+10-begun) {
 			t.Errorf("drops: %v", tr.drops())
@@ -508,18 +513,22 @@ func TestConntrackFull(t *testing.T) {
 			out, in := flow(i)
 			tr.pass(tr.in(0, in), tr.out(0, out))
 		}
-		// All but one are over.
-		a := netip.AddrPortFrom(podIP, 1000)
-		tr.pass(tr.out(50*time.Second, tcp(a, peerPort, ack)))
+		evicted := func(want int) {
+			t.Helper()
+			if p, err := tr.d.Paths(); err != nil || p.Evicted != uint64(want) || p.NoRoom != uint64(size+10-begun) {
+				t.Errorf("%+v, %v, want %d removed", p, err, want)
+			}
+			if n := len(tr.all()); n != begun+1-want {
+				t.Errorf("%d connections: %+v", n, tr.all())
+			}
+		}
+		// All are over but those of the set.
+		for i := range setWays {
+			tr.pass(tr.out(50*time.Second, tcp(netip.AddrPortFrom(podIP, uint16(1000+i)), peerPort, ack)))
+		}
 		out, _ := flow(size + 20)
 		tr.pass(tr.out(70*time.Second, out))
-		if n := len(tr.all()); n != 2 {
-			t.Errorf("%d connections: %+v", n, tr.all())
-		}
-		p, err := tr.d.Paths()
-		if err != nil || p.Evicted != uint64(begun-1) || p.NoRoom != uint64(size+10-begun) {
-			t.Errorf("%+v, %v", p, err)
-		}
+		evicted(begun - setWays)
 	})
 }
 

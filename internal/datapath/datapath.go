@@ -273,7 +273,9 @@ func (d *Datapath) load() error {
 		}
 	}
 	if d.opts.maxConns != 0 {
-		spec.Maps[bpfgen.NodeMapConns].MaxEntries = d.opts.maxConns
+		if err := resizeConns(spec, d.opts.maxConns); err != nil {
+			return fmt.Errorf("set the size of the table of connections: %w", err)
+		}
 	}
 	if err := prepareLayout(d.opts.BPFFS, spec, migrations); err != nil {
 		return err
@@ -292,7 +294,7 @@ func (d *Datapath) load() error {
 	case err != nil:
 		return fmt.Errorf("load the BPF programs and maps: %w", err)
 	}
-	return nil
+	return d.seedConns()
 }
 
 // Close gives the directory and all file descriptors back, once what was deleted

@@ -147,6 +147,7 @@ type ends struct {
 // readEnds tells of such connections until the ring is closed.
 func (d *Datapath) readEnds(e *ends) {
 	defer close(e.over)
+	const size = int(unsafe.Sizeof(bpfgen.NodeConn{}))
 	var rec ringbuf.Record
 	for {
 		switch err := e.ring.ReadInto(&rec); {
@@ -154,9 +155,10 @@ func (d *Datapath) readEnds(e *ends) {
 			e.drained <- struct{}{}
 		case err != nil:
 			return
-		case len(rec.RawSample) >= int(unsafe.Sizeof(bpfgen.NodeEnded{})):
-			one := (*bpfgen.NodeEnded)(unsafe.Pointer(unsafe.SliceData(rec.RawSample)))
-			d.ended(&one.Key, &one.Conn)
+		case len(rec.RawSample) >= size:
+			// Before layout 4 the key stood in front of it once more.
+			c := (*bpfgen.NodeConn)(unsafe.Pointer(&rec.RawSample[len(rec.RawSample)-size]))
+			d.ended(&c.Key, c)
 		}
 	}
 }

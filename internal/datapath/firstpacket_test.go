@@ -27,12 +27,12 @@ const (
 	mayPass     = "may-pass-by-policy"
 )
 
-// onlyDiscard lets the endpoint send to UDP port 9, and nothing else.
+// onlyDiscard lets the endpoint send to port 9, and nothing else.
 func onlyDiscard(e Endpoint) (policy.Tables, error) {
 	in := &policy.Input{
 		Policies: []policy.NetworkPolicy{{
 			Namespace: "default", Name: "only-discard", Types: []policy.Direction{policy.Egress},
-			Egress: []policy.PolicyRule{{Ports: []policy.Port{{Protocol: policy.UDP, Port: allowedPort}}}},
+			Egress: []policy.PolicyRule{{Ports: []policy.Port{{Protocol: policy.UDP, Port: allowedPort}, {Protocol: policy.TCP, Port: allowedPort}}}},
 		}},
 		Namespaces: map[string]map[string]string{"default": {}},
 	}

@@ -15,7 +15,7 @@ import (
 
 // What is pinned below Options.BPFFS:
 //
-//	maps/{meta,endpoints,ifaces,iface_stats,slots,traffic,drops,paths,conns,closed,ends,fragments,enis,eni_idle,nets,policy_tables,policy_endpoints,policy_generation}
+//	maps/{meta,endpoints,ifaces,iface_stats,slots,traffic,drops,paths,conns,conn_sets,conn_ways,conn_seeds,ends,fragments,enis,eni_idle,nets,policy_tables,policy_endpoints,policy_generation}
 //	links/<host interface>_{from_pod,to_pod}, links/<ENI's device>_{from_eni,to_eni}
 func mapDir(bpffs string) string  { return filepath.Join(bpffs, "maps") }
 func linkDir(bpffs string) string { return filepath.Join(bpffs, "links") }
@@ -28,7 +28,7 @@ const layoutVersion = uint32(bpfgen.NodeNodeConstNODE_LAYOUT)
 type migration func(dir string) error
 
 // migrations are keyed by the layout that they start from.
-var migrations = map[uint32]migration{1: widenIfaces, 2: toLayout3}
+var migrations = map[uint32]migration{1: widenIfaces, 2: toLayout3, 3: removeClosed}
 
 // lockPins makes the directories and takes the lock that lets one agent at a
 // time own them. It goes with the process.

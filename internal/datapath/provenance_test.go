@@ -1,8 +1,12 @@
 package datapath
 
 import (
+	"cmp"
 	"context"
+	"errors"
+	"io/fs"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"slices"
 	"testing"
@@ -28,6 +32,11 @@ func (d *Datapath) forgetConns(t *testing.T) {
 	}
 	for i := range keys {
 		_ = d.objs.Conns.Delete(&keys[i])
+	}
+	for set := range d.objs.ConnSets.MaxEntries() {
+		if err := d.objs.ConnSets.Put(set, bpfgen.NodeConnSet{}); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 
@@ -184,11 +193,16 @@ func TestLayout1IsReadThrough(t *testing.T) {
 	if w.ask(a.ns, a.Addr, farIP, 20) == "" {
 		t.Fatal("not answered before")
 	}
+	datagrams := w.connected(a.ns, farIP)
+	if !answers(datagrams, true) {
+		t.Fatal("not answered before")
+	}
 	untimed := func() []Connection { // each Open converts times for itself, to the microsecond
 		all := connections(t, d, a.Addr, farIP)
 		for i := range all {
 			all[i].Created, all[i].Last = time.Time{}, time.Time{}
 		}
+		slices.SortFunc(all, func(a, b Connection) int { return cmp.Compare(a.Opener.Port, b.Opener.Port) })
 		return all
 	}
 	before := untimed()
@@ -252,6 +266,14 @@ func TestLayout1IsReadThrough(t *testing.T) {
 	if err := replacePin(dir, bpfgen.NodeMapConns, conns); err != nil {
 		t.Fatal(err)
 	}
+	for _, name := range []string{bpfgen.NodeMapConnSets, bpfgen.NodeMapConnWays, bpfgen.NodeMapConnSeeds} {
+		if err := os.Remove(filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := conns.Pin(filepath.Join(dir, "closed")); err != nil { // whatever it was
+		t.Fatal(err)
+	}
 	meta, err := ebpf.LoadPinnedMap(filepath.Join(dir, bpfgen.NodeMapMeta), nil)
 	if err != nil {
 		t.Fatal(err)
@@ -261,8 +283,19 @@ func TestLayout1IsReadThrough(t *testing.T) {
 		t.Fatal(err)
 	}
 	d = w.open(Options{})
-	if after := untimed(); len(before) == 0 || !slices.Equal(after, before) {
+	if after := untimed(); len(before) != 2 || !slices.Equal(after, before) {
 		t.Errorf("connections %+v, before %+v", after, before)
+	}
+	if !answers(datagrams, true) {
+		t.Error("what was there is not answered afterwards")
+	}
+	// By from_pod: that of the ENI is the agent's before, until this one has set its ENIs.
+	goneOn := func(c Connection) bool { return c.Opener.Packets > 1 && !c.Midflow }
+	if after := untimed(); len(after) != 2 || !slices.ContainsFunc(after, goneOn) {
+		t.Errorf("what was there is another: %+v", after)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "closed")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the map of closed connections is there: %v", err)
 	}
 	var then bpfgen.NodeIface
 	if err := d.objs.Ifaces.Lookup(&index, &then); err != nil || then.Eni != 2 || then.Slot == 0 || then.Addr != now.Addr || then.Mark != now.Mark {

@@ -33,6 +33,6 @@ func (d *Datapath) Status() (Status, error) {
 	d.mu.Unlock()
 	return Status{
 		Hook: d.hooks.kind, ENIHook: d.eniHooks.kind, Moved: moved, Direct: d.opts.Direct, Paths: paths,
-		Connections: fill.entries, DirectConnections: fill.direct, MaxConnections: int(d.objs.Conns.MaxEntries()),
+		Connections: fill.entries, DirectConnections: fill.direct, MaxConnections: int(d.objs.Conns.MaxEntries() + d.objs.ConnWays.MaxEntries()),
 	}, nil
 }

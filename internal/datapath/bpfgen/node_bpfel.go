@@ -18,30 +18,6 @@ type NodeAddr struct {
 	B [16]uint8
 }
 
-type NodeClosed struct {
-	_    structs.HostLayout
-	Lock struct {
-		_   structs.HostLayout
-		Val uint32
-	}
-	Generation uint32
-	AtNs       uint64
-	Key        NodeConnKey
-	Gates      struct {
-		_          structs.HostLayout
-		Opener     uint8
-		Provenance uint8
-		Flags      uint8
-		Pad        uint8
-		Judged     [2]uint8
-		Allowed    [2]uint8
-	}
-	Ifindex    [2]uint32
-	EniIfindex uint32
-	Share      uint16
-	Pad        uint16
-}
-
 type NodeConn struct {
 	_     structs.HostLayout
 	Key   NodeConnKey
@@ -93,6 +69,17 @@ type NodeConnKey struct {
 	Pad      [2]uint8
 }
 
+type NodeConnSeed struct {
+	_  structs.HostLayout
+	By [5]uint64
+}
+
+type NodeConnSet struct {
+	_       structs.HostLayout
+	Tags    uint64
+	Spilled uint64
+}
+
 type NodeConnState uint32
 
 const (
@@ -100,6 +87,14 @@ const (
 	NodeConnStateCONN_ESTABLISHED NodeConnState = 2
 	NodeConnStateCONN_CLOSED      NodeConnState = 3
 )
+
+type NodeConnWay struct {
+	_          structs.HostLayout
+	Written    uint64
+	Conn       NodeConn
+	Room       [2]uint64
+	WrittenEnd uint64
+}
 
 type NodeDropReason uint32
 
@@ -124,12 +119,6 @@ const (
 	NodeDropReasonDROP_CONNTRACK_SHARE   NodeDropReason = 17
 	NodeDropReasonDROP_REASONS           NodeDropReason = 18
 )
-
-type NodeEnded struct {
-	_    structs.HostLayout
-	Key  NodeConnKey
-	Conn NodeConn
-}
 
 type NodeEndpoint struct {
 	_            structs.HostLayout
@@ -281,7 +270,7 @@ type NodeNodeConst uint32
 
 const (
 	NodeNodeConstNODE_MARK_MASK     NodeNodeConst = 12358
-	NodeNodeConstNODE_LAYOUT        NodeNodeConst = 3
+	NodeNodeConstNODE_LAYOUT        NodeNodeConst = 4
 	NodeNodeConstNODE_POLICY_TABLES NodeNodeConst = 16384
 )
 
@@ -320,16 +309,6 @@ const (
 	NodeProvenancePROVENANCE_DIRECT NodeProvenance = 2
 )
 
-type NodeRouter struct {
-	_       structs.HostLayout
-	AskedNs uint64
-	Ifindex uint32
-	Mac     [6]uint8
-	Own     [6]uint8
-	Known   uint8
-	_       [7]byte
-}
-
 type NodeScratch struct {
 	_      structs.HostLayout
 	Packet struct {
@@ -347,8 +326,17 @@ type NodeScratch struct {
 		TcpFlags uint8
 		Ttl      uint8
 	}
-	Conn  NodeConn
-	Asked NodeTuple
+	Conn    NodeConn
+	Asked   NodeTuple
+	Routers [32]struct {
+		_       structs.HostLayout
+		AskedNs uint64
+		Ifindex uint32
+		Mac     [6]uint8
+		Own     [6]uint8
+		Known   uint8
+		_       [7]byte
+	}
 }
 
 type NodeShare struct {
@@ -361,6 +349,16 @@ type NodeSlot struct {
 	_       structs.HostLayout
 	Iface   NodeIface
 	Ifindex uint32
+}
+
+type NodeSweep struct {
+	_       structs.HostLayout
+	Now     uint64
+	Key     NodeConnKey
+	Set     uint32
+	Sets    uint32
+	Removed uint32
+	Full    uint32
 }
 
 type NodeTuple struct {
@@ -389,7 +387,9 @@ type NodeWay struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	NodeMapClosed                = "closed"
+	NodeMapConnSeeds             = "conn_seeds"
+	NodeMapConnSets              = "conn_sets"
+	NodeMapConnWays              = "conn_ways"
 	NodeMapConns                 = "conns"
 	NodeMapDrops                 = "drops"
 	NodeMapEndpoints             = "endpoints"
@@ -406,7 +406,6 @@ const (
 	NodeMapPolicyEndpoints       = "policy_endpoints"
 	NodeMapPolicyGeneration      = "policy_generation"
 	NodeMapPolicyTables          = "policy_tables"
-	NodeMapRouters               = "routers"
 	NodeMapScratch               = "scratch"
 	NodeMapShares                = "shares"
 	NodeMapSharesSwept           = "shares_swept"
@@ -415,6 +414,8 @@ const (
 	NodeMapWays                  = "ways"
 	NodeProgFromEni              = "from_eni"
 	NodeProgFromPod              = "from_pod"
+	NodeProgSweepConn            = "sweep_conn"
+	NodeProgSweepWays            = "sweep_ways"
 	NodeProgToEni                = "to_eni"
 	NodeProgToPod                = "to_pod"
 	NodeVarClockOffset           = "clock_offset"
@@ -430,6 +431,7 @@ const (
 	NodeVarIpv6Allowed           = "ipv6_allowed"
 	NodeVarOtherTimeout          = "other_timeout"
 	NodeVarRoomMadeNs            = "room_made_ns"
+	NodeVarSetMask               = "set_mask"
 	NodeVarShareOf               = "share_of"
 	NodeVarTcpClosedTimeout      = "tcp_closed_timeout"
 	NodeVarTcpEstablishedTimeout = "tcp_established_timeout"
@@ -480,17 +482,21 @@ type NodeSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type NodeProgramSpecs struct {
-	FromEni *ebpf.ProgramSpec `ebpf:"from_eni"`
-	FromPod *ebpf.ProgramSpec `ebpf:"from_pod"`
-	ToEni   *ebpf.ProgramSpec `ebpf:"to_eni"`
-	ToPod   *ebpf.ProgramSpec `ebpf:"to_pod"`
+	FromEni   *ebpf.ProgramSpec `ebpf:"from_eni"`
+	FromPod   *ebpf.ProgramSpec `ebpf:"from_pod"`
+	SweepConn *ebpf.ProgramSpec `ebpf:"sweep_conn"`
+	SweepWays *ebpf.ProgramSpec `ebpf:"sweep_ways"`
+	ToEni     *ebpf.ProgramSpec `ebpf:"to_eni"`
+	ToPod     *ebpf.ProgramSpec `ebpf:"to_pod"`
 }
 
 // NodeMapSpecs contains maps before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type NodeMapSpecs struct {
-	Closed           *ebpf.MapSpec `ebpf:"closed"`
+	ConnSeeds        *ebpf.MapSpec `ebpf:"conn_seeds"`
+	ConnSets         *ebpf.MapSpec `ebpf:"conn_sets"`
+	ConnWays         *ebpf.MapSpec `ebpf:"conn_ways"`
 	Conns            *ebpf.MapSpec `ebpf:"conns"`
 	Drops            *ebpf.MapSpec `ebpf:"drops"`
 	Endpoints        *ebpf.MapSpec `ebpf:"endpoints"`
@@ -507,7 +513,6 @@ type NodeMapSpecs struct {
 	PolicyEndpoints  *ebpf.MapSpec `ebpf:"policy_endpoints"`
 	PolicyGeneration *ebpf.MapSpec `ebpf:"policy_generation"`
 	PolicyTables     *ebpf.MapSpec `ebpf:"policy_tables"`
-	Routers          *ebpf.MapSpec `ebpf:"routers"`
 	Scratch          *ebpf.MapSpec `ebpf:"scratch"`
 	Shares           *ebpf.MapSpec `ebpf:"shares"`
 	SharesSwept      *ebpf.MapSpec `ebpf:"shares_swept"`
@@ -533,6 +538,7 @@ type NodeVariableSpecs struct {
 	Ipv6Allowed           *ebpf.VariableSpec `ebpf:"ipv6_allowed"`
 	OtherTimeout          *ebpf.VariableSpec `ebpf:"other_timeout"`
 	RoomMadeNs            *ebpf.VariableSpec `ebpf:"room_made_ns"`
+	SetMask               *ebpf.VariableSpec `ebpf:"set_mask"`
 	ShareOf               *ebpf.VariableSpec `ebpf:"share_of"`
 	TcpClosedTimeout      *ebpf.VariableSpec `ebpf:"tcp_closed_timeout"`
 	TcpEstablishedTimeout *ebpf.VariableSpec `ebpf:"tcp_established_timeout"`
@@ -561,7 +567,9 @@ func (o *NodeObjects) Close() error {
 //
 // It can be passed to LoadNodeObjects or ebpf.CollectionSpec.LoadAndAssign.
 type NodeMaps struct {
-	Closed           *ebpf.Map `ebpf:"closed"`
+	ConnSeeds        *ebpf.Map `ebpf:"conn_seeds"`
+	ConnSets         *ebpf.Map `ebpf:"conn_sets"`
+	ConnWays         *ebpf.Map `ebpf:"conn_ways"`
 	Conns            *ebpf.Map `ebpf:"conns"`
 	Drops            *ebpf.Map `ebpf:"drops"`
 	Endpoints        *ebpf.Map `ebpf:"endpoints"`
@@ -578,7 +586,6 @@ type NodeMaps struct {
 	PolicyEndpoints  *ebpf.Map `ebpf:"policy_endpoints"`
 	PolicyGeneration *ebpf.Map `ebpf:"policy_generation"`
 	PolicyTables     *ebpf.Map `ebpf:"policy_tables"`
-	Routers          *ebpf.Map `ebpf:"routers"`
 	Scratch          *ebpf.Map `ebpf:"scratch"`
 	Shares           *ebpf.Map `ebpf:"shares"`
 	SharesSwept      *ebpf.Map `ebpf:"shares_swept"`
@@ -589,7 +596,9 @@ type NodeMaps struct {
 
 func (m *NodeMaps) Close() error {
 	return _NodeClose(
-		m.Closed,
+		m.ConnSeeds,
+		m.ConnSets,
+		m.ConnWays,
 		m.Conns,
 		m.Drops,
 		m.Endpoints,
@@ -606,7 +615,6 @@ func (m *NodeMaps) Close() error {
 		m.PolicyEndpoints,
 		m.PolicyGeneration,
 		m.PolicyTables,
-		m.Routers,
 		m.Scratch,
 		m.Shares,
 		m.SharesSwept,
@@ -633,6 +641,7 @@ type NodeVariables struct {
 	Ipv6Allowed           *ebpf.Variable `ebpf:"ipv6_allowed"`
 	OtherTimeout          *ebpf.Variable `ebpf:"other_timeout"`
 	RoomMadeNs            *ebpf.Variable `ebpf:"room_made_ns"`
+	SetMask               *ebpf.Variable `ebpf:"set_mask"`
 	ShareOf               *ebpf.Variable `ebpf:"share_of"`
 	TcpClosedTimeout      *ebpf.Variable `ebpf:"tcp_closed_timeout"`
 	TcpEstablishedTimeout *ebpf.Variable `ebpf:"tcp_established_timeout"`
@@ -645,16 +654,20 @@ type NodeVariables struct {
 //
 // It can be passed to LoadNodeObjects or ebpf.CollectionSpec.LoadAndAssign.
 type NodePrograms struct {
-	FromEni *ebpf.Program `ebpf:"from_eni"`
-	FromPod *ebpf.Program `ebpf:"from_pod"`
-	ToEni   *ebpf.Program `ebpf:"to_eni"`
-	ToPod   *ebpf.Program `ebpf:"to_pod"`
+	FromEni   *ebpf.Program `ebpf:"from_eni"`
+	FromPod   *ebpf.Program `ebpf:"from_pod"`
+	SweepConn *ebpf.Program `ebpf:"sweep_conn"`
+	SweepWays *ebpf.Program `ebpf:"sweep_ways"`
+	ToEni     *ebpf.Program `ebpf:"to_eni"`
+	ToPod     *ebpf.Program `ebpf:"to_pod"`
 }
 
 func (p *NodePrograms) Close() error {
 	return _NodeClose(
 		p.FromEni,
 		p.FromPod,
+		p.SweepConn,
+		p.SweepWays,
 		p.ToEni,
 		p.ToPod,
 	)

@@ -1,0 +1,189 @@
+package datapath
+
+import (
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"iter"
+	"os"
+	"path/filepath"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/underlay-cni/underlay/internal/datapath/bpfgen"
+)
+
+// The table of connections is in sets of ways, and where these are full in a hash
+// table: bpf/node_table.h.
+
+// setWays is how many ways a set has.
+const setWays = 8
+
+// noKey is the padding of a key while its way is written.
+const noKey = 0xff
+
+// resizeConns has the programs' table hold so many connections in its hash table, and
+// have one set: for tests.
+func resizeConns(spec *ebpf.CollectionSpec, entries uint32) error {
+	const sets = 1
+	spec.Maps[bpfgen.NodeMapConns].MaxEntries = entries
+	spec.Maps[bpfgen.NodeMapConnSets].MaxEntries = sets
+	spec.Maps[bpfgen.NodeMapConnWays].MaxEntries = sets * setWays
+	return spec.Variables[bpfgen.NodeVarSetMask].Set(uint32(sets - 1))
+}
+
+// seedConns makes the numbers by which the programs hash, once for a table.
+func (d *Datapath) seedConns() error {
+	var zero uint32
+	var seed bpfgen.NodeConnSeed
+	if err := d.objs.ConnSeeds.Lookup(&zero, &seed); err != nil {
+		return fmt.Errorf("read the seed of the table of connections: %w", err)
+	}
+	if seed.By[0] != 0 {
+		return nil
+	}
+	var b [8]byte
+	for i := range seed.By {
+		_, _ = rand.Read(b[:]) // never fails
+		seed.By[i] = binary.NativeEndian.Uint64(b[:]) | 1
+	}
+	if err := d.objs.ConnSeeds.Update(&zero, &seed, ebpf.UpdateAny); err != nil {
+		return fmt.Errorf("write the seed of the table of connections: %w", err)
+	}
+	// What was there before layout 4 is in the hash table, and in nobody's count.
+	var a bpfgen.NodeAddr
+	if err := d.objs.Endpoints.NextKey(nil, &a); errors.Is(err, ebpf.ErrKeyNotExist) {
+		return nil
+	} else if err != nil {
+		return fmt.Errorf("read the map of endpoints: %w", err)
+	}
+	for set := range d.objs.ConnSets.MaxEntries() {
+		if err := d.objs.ConnSets.Put(set, bpfgen.NodeConnSet{Spilled: 1}); err != nil {
+			return fmt.Errorf("write the sets of connections: %w", err)
+		}
+	}
+	return nil
+}
+
+// removeClosed is the way from layout 3 to 4: what is closed stays in the table of
+// connections, which has got sets. What is in its hash table goes on there.
+func removeClosed(dir string) error {
+	if err := os.Remove(filepath.Join(dir, "closed")); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove the map of closed connections: %w", err)
+	}
+	return nil
+}
+
+// connBatch is a part of the table; it is valid until the next one.
+type connBatch[V any] struct {
+	keys   []bpfgen.NodeConnKey
+	values []V
+	left   []bool // closed, and in no share: its way is another's who wants it; nil: none
+}
+
+// connBatches iterates over the table, in no order.
+func (d *Datapath) connBatches() iter.Seq2[connBatch[bpfgen.NodeConn], error] {
+	return func(yield func(connBatch[bpfgen.NodeConn], error) bool) {
+		for batch, err := range d.wayBatches() {
+			if !yield(batch, err) || err != nil {
+				return
+			}
+		}
+		for batch, err := range connBatches[bpfgen.NodeConn](d.objs.Conns) {
+			if !yield(batch, err) {
+				return
+			}
+		}
+	}
+}
+
+// wayBatches iterates over the connections in sets.
+func (d *Datapath) wayBatches() iter.Seq2[connBatch[bpfgen.NodeConn], error] {
+	const sets = 128 // that are read in one go
+	return func(yield func(connBatch[bpfgen.NodeConn], error) bool) {
+		fail := func(err error) {
+			yield(connBatch[bpfgen.NodeConn]{}, fmt.Errorf("read the sets of connections: %w", err))
+		}
+		numbers, heads := make([]uint32, sets), make([]bpfgen.NodeConnSet, sets)
+		indexes, ways := make([]uint32, sets*setWays), make([]bpfgen.NodeConnWay, sets*setWays)
+		var atSet, atWay ebpf.MapBatchCursor
+		for {
+			n, end := d.objs.ConnSets.BatchLookup(&atSet, numbers, heads, nil)
+			if end != nil && !errors.Is(end, ebpf.ErrKeyNotExist) {
+				fail(end)
+				return
+			}
+			m, err := d.objs.ConnWays.BatchLookup(&atWay, indexes[:n*setWays], ways[:n*setWays], nil)
+			if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+				fail(err)
+				return
+			}
+			var batch connBatch[bpfgen.NodeConn]
+			for i := range ways[:m] {
+				tag := byte(heads[i/setWays].Tags >> (8 * (i % setWays)))
+				if tag == 0 {
+					continue
+				}
+				w := &ways[i]
+				if torn(w) {
+					if err := d.objs.ConnWays.Lookup(&indexes[i], w); err != nil {
+						fail(err)
+						return
+					}
+				}
+				if !torn(w) && w.Conn.Key.Pad[0] != noKey {
+					batch.keys, batch.values, batch.left = append(batch.keys, w.Conn.Key), append(batch.values, w.Conn), append(batch.left, tag&0x80 != 0)
+				}
+			}
+			if len(batch.keys) > 0 && !yield(batch, nil) || end != nil {
+				return
+			}
+		}
+	}
+}
+
+// torn tells of what was read while it was written.
+func torn(w *bpfgen.NodeConnWay) bool { return w.Written != w.WrittenEnd || w.Written%2 != 0 }
+
+// sweepWays frees the ways of connections that are over at a time of CLOCK_MONOTONIC,
+// and of those of pods that are gone, and tells how many there were.
+func (d *Datapath) sweepWays(now uint64) (removed int, err error) {
+	const sets = 256 // of which the ends find room in the ring
+	all := d.objs.ConnSets.MaxEntries()
+	for set := uint32(0); set < all; {
+		ask := bpfgen.NodeSweep{Now: now, Set: set, Sets: min(sets, all-set)}
+		said, err := d.runSweep(d.objs.SweepWays, &ask)
+		removed += int(said.Removed)
+		if err != nil {
+			return removed, err
+		}
+		set += ask.Sets - said.Sets
+	}
+	return removed, nil
+}
+
+// sweepConn removes a connection of the hash table, if it is over still.
+func (d *Datapath) sweepConn(k *bpfgen.NodeConnKey, now uint64) (removed int, err error) {
+	said, err := d.runSweep(d.objs.SweepConn, &bpfgen.NodeSweep{Now: now, Key: *k})
+	return int(said.Removed), err
+}
+
+// runSweep has a program remove connections; the ring, by which it tells of them, is
+// emptied if that is full.
+func (d *Datapath) runSweep(program *ebpf.Program, ask *bpfgen.NodeSweep) (said bpfgen.NodeSweep, err error) {
+	for range 3 {
+		if _, err := program.Run(&ebpf.RunOptions{Context: ask, ContextOut: &said}); err != nil {
+			return said, fmt.Errorf("sweep the table of connections: %w", err)
+		}
+		if said.Full == 0 {
+			return said, nil
+		}
+		d.ends.drain()
+		if said.Removed > 0 {
+			return said, nil
+		}
+	}
+	return said, errors.New("sweep the table of connections: the ring of those that ended has no room")
+}
