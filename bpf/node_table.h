@@ -16,7 +16,7 @@
  */
 
 #define SET_WAYS	8
-#define MAX_SETS	4096
+#define MAX_SETS	16384
 #define WAY_TAGS	0x7f7f7f7f7f7f7f7fULL
 #define WAYS_LEFT	0x8080808080808080ULL	/* closed: the way is another's who wants it */
 #define EACH_WAY	0x0101010101010101ULL
@@ -66,7 +66,7 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } conn_seeds SEC(".maps");
 
-/* How many sets there are, a power of two, less one. */
+/* How many sets there are, a power of two, less one: by the node's memory. */
 const volatile __u32 set_mask = MAX_SETS - 1;
 
 /* Where a key is looked for. */
@@ -322,19 +322,24 @@ static __always_inline bool conn_unspill(const struct conn_key *k)
 }
 
 /* A connection is closed: its way is another's who wants it, and it is in no share any
- * more. One in `conns` stays until the sweep. */
-static __noinline int conn_left(const struct conn_key *k, __u32 share)
+ * more. One in `conns` goes at once, or stays for the sweep if the ring of ends is full. */
+static __noinline int conn_left(const struct conn_key *k, struct conn *c)
 {
 	struct place at;
 	__u64 tags, bit;
-	__u32 way;
+	__u32 way, share;
 
-	if (!k || !place_of(k, &at) || !way_of(k, &at, &way))
+	if (!k || !c || !place_of(k, &at))
 		return 0;
-	bit = 0x80ULL << (8 * ((way - 1) & 7));
-	tags = *(volatile __u64 *)&at.set->tags;
-	if (tags & bit || __sync_val_compare_and_swap(&at.set->tags, tags, tags | bit) != tags)
+	share = c->share;
+	if (way_of(k, &at, &way)) {
+		bit = 0x80ULL << (8 * ((way - 1) & 7));
+		tags = *(volatile __u64 *)&at.set->tags;
+		if (tags & bit || __sync_val_compare_and_swap(&at.set->tags, tags, tags | bit) != tags)
+			return 0;
+	} else if (!at.set->spilled || !told_ended(c) || !conn_unspill(k)) {
 		return 0;
+	}
 	share_evicted(0);
 	if (share)
 		share_evicted(share);
@@ -369,7 +374,7 @@ static __always_inline void conn_see(struct conn *c, const struct packet *p, boo
 	if (p->tuple.protocol == IPPROTO_TCP) {
 		if (!(p->tcp_flags & ~c->tcp_flags[end]) && c->state != CONN_OPENING) {
 			if (conn_leaves(c, p))
-				conn_left(&p->key, c->share);
+				conn_left(&p->key, c);
 			return;
 		}
 		flags = c->tcp_flags[end] | p->tcp_flags;
@@ -378,7 +383,7 @@ static __always_inline void conn_see(struct conn *c, const struct packet *p, boo
 			c->state = CONN_CLOSED;
 			c->timeout_s = tcp_closed_timeout;
 			if (flags & TCP_RST)
-				conn_left(&p->key, c->share);
+				conn_left(&p->key, c);
 		} else if (c->state == CONN_OPENING && end == c->gates.opener && (flags & TCP_ACK) &&
 			   c->tcp_flags[1 - end]) {
 			/* Answered, and the answer acknowledged. */
@@ -407,7 +412,29 @@ struct sweep {
 	__u32 sets;		/* how many; less those that were */
 	__u32 removed;
 	__u32 full;		/* the ring of ends had no room for one */
+	__u32 stayed;		/* of those that are in a share */
+	__u32 direct;		/* of these */
 };
+
+/* Of each pod's share, entries that the sweep left in sets. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, MAX_IFACES + 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} shares_stayed SEC(".maps");
+
+static __always_inline void conn_stays(struct sweep *s, const struct conn *c)
+{
+	__u32 slot = c->share;
+	__u64 *n = bpf_map_lookup_elem(&shares_stayed, &slot);
+
+	s->stayed++;
+	if (c->gates.provenance == PROVENANCE_DIRECT)
+		s->direct++;
+	if (n)
+		(*n)++;
+}
 
 static __always_inline bool pod_gone(__u32 ifindex)
 {
@@ -435,7 +462,14 @@ static long sweep_set(__u32 i, struct sweep *s)
 		if (!(at->tags & bits))
 			continue;
 		w = way_at(set, way);
-		if (!w || !conn_gone(&w->conn, s->now) || !way_lock(w, &next))
+		if (!w)
+			continue;
+		if (!conn_gone(&w->conn, s->now)) {
+			if (!(at->tags & bits & WAYS_LEFT))
+				conn_stays(s, &w->conn);
+			continue;
+		}
+		if (!way_lock(w, &next))
 			continue;
 		if (!(at->tags & bits) || !conn_gone(&w->conn, s->now)) {
 			way_unlock(w, next);
@@ -465,6 +499,8 @@ int sweep_ways(struct sweep *s)
 	s->sets = here.sets;
 	s->removed = here.removed;
 	s->full = here.full;
+	s->stayed = here.stayed;
+	s->direct = here.direct;
 	return 0;
 }
 

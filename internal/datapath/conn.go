@@ -372,25 +372,22 @@ func (d *Datapath) sweepConns(now uint64) (removed int, err error) {
 	if err != nil {
 		return 0, err
 	}
-	removed, err = d.sweepWays(now)
+	var fill connFill
+	removed, err = d.sweepWays(now, share, &fill)
 	if err != nil {
 		return removed, err
 	}
 	gone := func(index uint32) bool { return index != 0 && !here[index] }
-	var fill connFill
 	var over []bpfgen.NodeConnKey
 	// First read, then removed: the kernel's iteration starts anew where an entry
 	// vanishes under it.
-	for batch, err := range d.connBatches() {
+	for batch, err := range connBatches[bpfgen.NodeConn](d.objs.Conns) {
 		if err != nil {
 			return removed, err
 		}
 		for i := range batch.keys {
 			v := &batch.values[i]
-			if batch.left != nil && batch.left[i] {
-				continue // it takes no room
-			}
-			if batch.left == nil && (connOver(v, now) || gone(v.Ifindex[0]) || gone(v.Ifindex[1])) {
+			if connOver(v, now) || gone(v.Ifindex[0]) || gone(v.Ifindex[1]) {
 				over = append(over, batch.keys[i])
 				continue
 			}

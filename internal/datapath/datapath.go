@@ -272,10 +272,12 @@ func (d *Datapath) load() error {
 			return fmt.Errorf("set %s in the BPF object: %w", name, err)
 		}
 	}
+	size := func() error { return sizeSets(spec, mapDir(d.opts.BPFFS)) }
 	if d.opts.maxConns != 0 {
-		if err := resizeConns(spec, d.opts.maxConns); err != nil {
-			return fmt.Errorf("set the size of the table of connections: %w", err)
-		}
+		size = func() error { return resizeConns(spec, d.opts.maxConns) }
+	}
+	if err := size(); err != nil {
+		return fmt.Errorf("set the size of the table of connections: %w", err)
 	}
 	if err := prepareLayout(d.opts.BPFFS, spec, migrations); err != nil {
 		return err

@@ -9,8 +9,10 @@ import (
 	"iter"
 	"os"
 	"path/filepath"
+	"unsafe"
 
 	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
 
 	"github.com/underlay-cni/underlay/internal/datapath/bpfgen"
 )
@@ -24,14 +26,47 @@ const setWays = 8
 // noKey is the padding of a key while its way is written.
 const noKey = 0xff
 
+// sizeSets has the programs' table have as many sets as there are, or on a node that
+// has none yet, as many as its memory affords: each is of 1.5 KiB, and all together
+// take no more than a 256th of it, nor more than 16,384, that is 24 MiB.
+func sizeSets(spec *ebpf.CollectionSpec, dir string) error {
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return fmt.Errorf("ask how much memory there is: %w", err)
+	}
+	sets := setsFor(uint64(info.Totalram) * uint64(info.Unit))
+	old, err := ebpf.LoadPinnedMap(filepath.Join(dir, bpfgen.NodeMapConnSets), nil)
+	switch {
+	case err == nil:
+		sets = old.MaxEntries()
+		_ = old.Close()
+	case !errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("open map %s: %w", bpfgen.NodeMapConnSets, err)
+	}
+	return setSets(spec, sets)
+}
+
+// setsFor is a power of two.
+func setsFor(memory uint64) uint32 {
+	const most, bytes = 16384, setWays * uint64(unsafe.Sizeof(bpfgen.NodeConnWay{}))
+	sets := uint32(most)
+	for sets > 1 && uint64(sets)*bytes > memory/256 {
+		sets /= 2
+	}
+	return sets
+}
+
+func setSets(spec *ebpf.CollectionSpec, sets uint32) error {
+	spec.Maps[bpfgen.NodeMapConnSets].MaxEntries = sets
+	spec.Maps[bpfgen.NodeMapConnWays].MaxEntries = sets * setWays
+	return spec.Variables[bpfgen.NodeVarSetMask].Set(sets - 1)
+}
+
 // resizeConns has the programs' table hold so many connections in its hash table, and
 // have one set: for tests.
 func resizeConns(spec *ebpf.CollectionSpec, entries uint32) error {
-	const sets = 1
 	spec.Maps[bpfgen.NodeMapConns].MaxEntries = entries
-	spec.Maps[bpfgen.NodeMapConnSets].MaxEntries = sets
-	spec.Maps[bpfgen.NodeMapConnWays].MaxEntries = sets * setWays
-	return spec.Variables[bpfgen.NodeVarSetMask].Set(uint32(sets - 1))
+	return setSets(spec, 1)
 }
 
 // seedConns makes the numbers by which the programs hash, once for a table.
@@ -80,7 +115,6 @@ func removeClosed(dir string) error {
 type connBatch[V any] struct {
 	keys   []bpfgen.NodeConnKey
 	values []V
-	left   []bool // closed, and in no share: its way is another's who wants it; nil: none
 }
 
 // connBatches iterates over the table, in no order.
@@ -109,6 +143,7 @@ func (d *Datapath) wayBatches() iter.Seq2[connBatch[bpfgen.NodeConn], error] {
 		numbers, heads := make([]uint32, sets), make([]bpfgen.NodeConnSet, sets)
 		indexes, ways := make([]uint32, sets*setWays), make([]bpfgen.NodeConnWay, sets*setWays)
 		var atSet, atWay ebpf.MapBatchCursor
+		var batch connBatch[bpfgen.NodeConn]
 		for {
 			n, end := d.objs.ConnSets.BatchLookup(&atSet, numbers, heads, nil)
 			if end != nil && !errors.Is(end, ebpf.ErrKeyNotExist) {
@@ -120,11 +155,10 @@ func (d *Datapath) wayBatches() iter.Seq2[connBatch[bpfgen.NodeConn], error] {
 				fail(err)
 				return
 			}
-			var batch connBatch[bpfgen.NodeConn]
+			batch.keys, batch.values = batch.keys[:0], batch.values[:0]
 			for i := range ways[:m] {
-				tag := byte(heads[i/setWays].Tags >> (8 * (i % setWays)))
-				if tag == 0 {
-					continue
+				if byte(heads[i/setWays].Tags>>(8*(i%setWays))) == 0 {
+					continue // it is free
 				}
 				w := &ways[i]
 				if torn(w) {
@@ -134,7 +168,7 @@ func (d *Datapath) wayBatches() iter.Seq2[connBatch[bpfgen.NodeConn], error] {
 					}
 				}
 				if !torn(w) && w.Conn.Key.Pad[0] != noKey {
-					batch.keys, batch.values, batch.left = append(batch.keys, w.Conn.Key), append(batch.values, w.Conn), append(batch.left, tag&0x80 != 0)
+					batch.keys, batch.values = append(batch.keys, w.Conn.Key), append(batch.values, w.Conn)
 				}
 			}
 			if len(batch.keys) > 0 && !yield(batch, nil) || end != nil {
@@ -148,10 +182,15 @@ func (d *Datapath) wayBatches() iter.Seq2[connBatch[bpfgen.NodeConn], error] {
 func torn(w *bpfgen.NodeConnWay) bool { return w.Written != w.WrittenEnd || w.Written%2 != 0 }
 
 // sweepWays frees the ways of connections that are over at a time of CLOCK_MONOTONIC,
-// and of those of pods that are gone, and tells how many there were.
-func (d *Datapath) sweepWays(now uint64) (removed int, err error) {
+// and of those of pods that are gone, and tells how many there were. It counts those
+// that stay, but for what is closed, which takes no room.
+func (d *Datapath) sweepWays(now uint64, share *shares, fill *connFill) (removed int, err error) {
 	const sets = 256 // of which the ends find room in the ring
 	all := d.objs.ConnSets.MaxEntries()
+	stayed := make([]uint64, len(share.slots))
+	if _, err := d.objs.SharesStayed.BatchUpdate(share.slots, stayed, nil); err != nil {
+		return 0, fmt.Errorf("write what is left of shares: %w", err)
+	}
 	for set := uint32(0); set < all; {
 		ask := bpfgen.NodeSweep{Now: now, Set: set, Sets: min(sets, all-set)}
 		said, err := d.runSweep(d.objs.SweepWays, &ask)
@@ -159,7 +198,20 @@ func (d *Datapath) sweepWays(now uint64) (removed int, err error) {
 		if err != nil {
 			return removed, err
 		}
+		fill.entries += int(said.Stayed)
+		fill.direct += int(said.Direct)
 		set += ask.Sets - said.Sets
+	}
+	var cursor ebpf.MapBatchCursor
+	slots := make([]uint32, len(stayed))
+	if _, err := d.objs.SharesStayed.BatchLookup(&cursor, slots, stayed, nil); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return removed, fmt.Errorf("read what is left of shares: %w", err)
+	}
+	share.entries[0] += uint64(fill.entries)
+	for i, slot := range slots {
+		if slot != 0 {
+			share.entries[slot] += stayed[i]
+		}
 	}
 	return removed, nil
 }

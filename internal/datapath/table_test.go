@@ -68,6 +68,9 @@ func TestSets(t *testing.T) {
 			t.Helper()
 			tr.pass(tr.out(0, tcp(from(i), peerPort, finAck)), tr.in(0, tcp(peerPort, from(i), finAck)), tr.out(0, tcp(from(i), peerPort, ack)))
 		}
+		closing(setWays + 3)
+		want("one of the hash table is closed", 2*setWays-1, setWays-1, 0)
+		begin(0, setWays+3)
 		closing(3)
 		want("one is closed", 2*setWays, setWays, 0)
 		begin(0, 100)
@@ -88,18 +91,18 @@ func TestSets(t *testing.T) {
 		want("one is reset, another has its way", 2*setWays+1, setWays+1, 0)
 
 		// Those that were not answered are over after a minute, whoever sweeps: 5 and
-		// 102 in ways, and one in the hash table.
+		// 102 in ways, and two in the hash table.
 		const later = 70 * time.Second
 		begin(later, 103)
 		begin(later, 104)
 		want("two are over", 2*setWays+1, setWays+1, 2)
 		begin(later, 105)
 		want("and no more of the set", 2*setWays+2, setWays+2, 2)
-		if n, err := tr.d.sweepConns(monoNow() + uint64(later)); n != 1 || err != nil {
+		if n, err := tr.d.sweepConns(monoNow() + uint64(later)); n != 2 || err != nil {
 			t.Errorf("swept: %d, %v", n, err)
 		}
-		want("swept", 2*setWays+1, setWays+1, 2)
-		if n, err := tr.d.sweepConns(monoNow() + uint64(500000*time.Second)); n != 2*setWays+1 || err != nil {
+		want("swept", 2*setWays, setWays, 2)
+		if n, err := tr.d.sweepConns(monoNow() + uint64(500000*time.Second)); n != 2*setWays || err != nil {
 			t.Errorf("swept: %d, %v", n, err)
 		}
 		want("all are over", 0, 0, 2)
@@ -116,6 +119,15 @@ func theOne(t *testing.T, d *Datapath, from netip.Addr, port uint16) Connection 
 	}
 	t.Fatalf("no connection from port %d", port)
 	return Connection{}
+}
+
+// A table takes no more than a 256th of the memory.
+func TestSetsFor(t *testing.T) {
+	for memory, want := range map[uint64]uint32{1 << 29: 1024, 1 << 30: 2048, 4<<30 - 1<<20: 8192, 64 << 30: 16384, 0: 1} {
+		if got := setsFor(memory); got != want {
+			t.Errorf("%d MiB of memory: %d sets, want %d", memory>>20, got, want)
+		}
+	}
 }
 
 // A direct connection that is closed takes no room, and keeps its entry while nobody

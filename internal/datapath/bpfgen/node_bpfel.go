@@ -359,6 +359,8 @@ type NodeSweep struct {
 	Sets    uint32
 	Removed uint32
 	Full    uint32
+	Stayed  uint32
+	Direct  uint32
 }
 
 type NodeTuple struct {
@@ -408,6 +410,7 @@ const (
 	NodeMapPolicyTables          = "policy_tables"
 	NodeMapScratch               = "scratch"
 	NodeMapShares                = "shares"
+	NodeMapSharesStayed          = "shares_stayed"
 	NodeMapSharesSwept           = "shares_swept"
 	NodeMapSlots                 = "slots"
 	NodeMapTraffic               = "traffic"
@@ -515,6 +518,7 @@ type NodeMapSpecs struct {
 	PolicyTables     *ebpf.MapSpec `ebpf:"policy_tables"`
 	Scratch          *ebpf.MapSpec `ebpf:"scratch"`
 	Shares           *ebpf.MapSpec `ebpf:"shares"`
+	SharesStayed     *ebpf.MapSpec `ebpf:"shares_stayed"`
 	SharesSwept      *ebpf.MapSpec `ebpf:"shares_swept"`
 	Slots            *ebpf.MapSpec `ebpf:"slots"`
 	Traffic          *ebpf.MapSpec `ebpf:"traffic"`
@@ -588,6 +592,7 @@ type NodeMaps struct {
 	PolicyTables     *ebpf.Map `ebpf:"policy_tables"`
 	Scratch          *ebpf.Map `ebpf:"scratch"`
 	Shares           *ebpf.Map `ebpf:"shares"`
+	SharesStayed     *ebpf.Map `ebpf:"shares_stayed"`
 	SharesSwept      *ebpf.Map `ebpf:"shares_swept"`
 	Slots            *ebpf.Map `ebpf:"slots"`
 	Traffic          *ebpf.Map `ebpf:"traffic"`
@@ -617,6 +622,7 @@ func (m *NodeMaps) Close() error {
 		m.PolicyTables,
 		m.Scratch,
 		m.Shares,
+		m.SharesStayed,
 		m.SharesSwept,
 		m.Slots,
 		m.Traffic,
