@@ -79,6 +79,18 @@ func (d *Datapath) seedConns() error {
 	if seed.By[0] != 0 {
 		return nil
 	}
+	// What was there before layout 4 is in the hash table, and in nobody's count.
+	var a bpfgen.NodeAddr
+	switch err := d.objs.Endpoints.NextKey(nil, &a); {
+	case err == nil:
+		for set := range d.objs.ConnSets.MaxEntries() {
+			if err := d.objs.ConnSets.Put(set, bpfgen.NodeConnSet{Spilled: 1}); err != nil {
+				return fmt.Errorf("write the sets of connections: %w", err)
+			}
+		}
+	case !errors.Is(err, ebpf.ErrKeyNotExist):
+		return fmt.Errorf("read the map of endpoints: %w", err)
+	}
 	var b [8]byte
 	for i := range seed.By {
 		_, _ = rand.Read(b[:]) // never fails
@@ -86,18 +98,6 @@ func (d *Datapath) seedConns() error {
 	}
 	if err := d.objs.ConnSeeds.Update(&zero, &seed, ebpf.UpdateAny); err != nil {
 		return fmt.Errorf("write the seed of the table of connections: %w", err)
-	}
-	// What was there before layout 4 is in the hash table, and in nobody's count.
-	var a bpfgen.NodeAddr
-	if err := d.objs.Endpoints.NextKey(nil, &a); errors.Is(err, ebpf.ErrKeyNotExist) {
-		return nil
-	} else if err != nil {
-		return fmt.Errorf("read the map of endpoints: %w", err)
-	}
-	for set := range d.objs.ConnSets.MaxEntries() {
-		if err := d.objs.ConnSets.Put(set, bpfgen.NodeConnSet{Spilled: 1}); err != nil {
-			return fmt.Errorf("write the sets of connections: %w", err)
-		}
 	}
 	return nil
 }
