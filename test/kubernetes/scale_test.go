@@ -60,7 +60,7 @@ func (c *cluster) holdings(n lab.Node) (holdings, error) {
 		out = c.Underlay("node", "exec", n.Name, "--", "bpftool", "-j", "map", "dump", "pinned", pin)
 		var entries []struct {
 			Formatted struct {
-				Value struct{ Ifindex []int }
+				Value struct{ Ifindex json.RawMessage } // of other maps one number
 			}
 		}
 		if err := json.Unmarshal([]byte(out), &entries); err != nil {
@@ -73,10 +73,11 @@ func (c *cluster) holdings(n lab.Node) (holdings, error) {
 			// Pods that are there come and go by connections; what counts is those
 			// of pods that are gone.
 			for _, e := range entries {
-				if len(e.Formatted.Value.Ifindex) != 2 {
-					return h, fmt.Errorf("bpftool map dump %s: a connection without ifindexes", pin)
+				var ends []int
+				if err := json.Unmarshal(e.Formatted.Value.Ifindex, &ends); err != nil || len(ends) != 2 {
+					return h, fmt.Errorf("bpftool map dump %s: a connection without ifindexes: %w", pin, err)
 				}
-				for _, index := range e.Formatted.Value.Ifindex {
+				for _, index := range ends {
 					if index != 0 && !veths[index] {
 						h.Records["conns of pods that are gone"]++
 					}
