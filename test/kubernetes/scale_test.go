@@ -54,6 +54,16 @@ func (c *cluster) holdings(n lab.Node) (holdings, error) {
 		if err := json.Unmarshal([]byte(out), &m); err != nil {
 			return h, fmt.Errorf("bpftool map show %s: %w", pin, err)
 		}
+		if m.Name == "conn_sets" {
+			gone, err := c.goneInSets(n, pin, veths)
+			if err != nil {
+				return h, err
+			}
+			if gone > 0 {
+				h.Records[connsGone] += gone
+			}
+			continue
+		}
 		if m.Type != "hash" && m.Type != "lru_hash" {
 			continue // arrays have all their entries always
 		}
@@ -74,13 +84,14 @@ func (c *cluster) holdings(n lab.Node) (holdings, error) {
 			// of pods that are gone.
 			for _, e := range entries {
 				var ends []int
-				if err := json.Unmarshal(e.Formatted.Value.Ifindex, &ends); err != nil || len(ends) != 2 {
+				if err := json.Unmarshal(e.Formatted.Value.Ifindex, &ends); err != nil {
 					return h, fmt.Errorf("bpftool map dump %s: a connection without ifindexes: %w", pin, err)
 				}
-				for _, index := range ends {
-					if index != 0 && !veths[index] {
-						h.Records["conns of pods that are gone"]++
-					}
+				if len(ends) != 2 {
+					return h, fmt.Errorf("bpftool map dump %s: a connection with %d ifindexes", pin, len(ends))
+				}
+				if gone := goneEnds(ends, veths); gone > 0 {
+					h.Records[connsGone] += gone
 				}
 			}
 		default:
@@ -91,6 +102,75 @@ func (c *cluster) holdings(n lab.Node) (holdings, error) {
 		return h, fmt.Errorf("%s has no pinned map: %s", n.Name, pins)
 	}
 	return h, nil
+}
+
+// connsGone is the record of connections whose pod is not there any more.
+const connsGone = "conns of pods that are gone"
+
+// goneEnds counts the ends of a connection whose veth is none of these.
+func goneEnds(ends []int, veths map[int]bool) (gone int) {
+	for _, index := range ends {
+		if index != 0 && !veths[index] {
+			gone++
+		}
+	}
+	return gone
+}
+
+// goneInSets is goneEnds for the connections that are in sets, an array next to the
+// map of the sets. Those that are free are not read: bpftool would write some 200 MB.
+func (c *cluster) goneInSets(n lab.Node, pin string, veths map[int]bool) (gone int, err error) {
+	const ways, noKey = 8, 0xff
+	array := strings.TrimSuffix(pin, "conn_sets") + "conn_ways"
+	var sets []struct {
+		Formatted struct {
+			Key   int
+			Value struct{ Tags uint64 }
+		}
+	}
+	if err := json.Unmarshal([]byte(c.Underlay("node", "exec", n.Name, "--", "bpftool", "-j", "map", "dump", "pinned", pin)), &sets); err != nil {
+		return 0, fmt.Errorf("bpftool map dump %s: %w", pin, err)
+	}
+	var lookups []string
+	for _, s := range sets {
+		for way := range ways {
+			if byte(s.Formatted.Value.Tags>>(8*way)) != 0 {
+				i := s.Formatted.Key*ways + way
+				lookups = append(lookups, fmt.Sprintf("map lookup pinned %s key %d %d %d %d\n", array, i&255, i>>8&255, i>>16&255, i>>24))
+			}
+		}
+	}
+	for some := range slices.Chunk(lookups, 200) {
+		out := c.Underlay("node", "exec", n.Name, "--", "sh", "-c", "bpftool -j batch file - <<'END'\n"+strings.Join(some, "")+"END")
+		var found []struct {
+			Output struct {
+				Formatted struct {
+					Value struct {
+						Conn struct {
+							Key     struct{ Pad []int }
+							Ifindex []int
+						}
+					}
+				}
+			}
+		}
+		if err := json.Unmarshal([]byte(out), &found); err != nil {
+			return 0, fmt.Errorf("bpftool map lookup in %s: %w", array, err)
+		}
+		if len(found) != len(some) {
+			return 0, fmt.Errorf("bpftool map lookup in %s: %d of %d are found", array, len(found), len(some))
+		}
+		for _, f := range found {
+			conn := f.Output.Formatted.Value.Conn
+			if len(conn.Ifindex) != 2 || len(conn.Key.Pad) != 2 {
+				return 0, fmt.Errorf("bpftool map lookup in %s: a connection without ifindexes", array)
+			}
+			if conn.Key.Pad[0] != noKey { // freed meanwhile
+				gone += goneEnds(conn.Ifindex, veths)
+			}
+		}
+	}
+	return gone, nil
 }
 
 // allHoldings counts on all nodes.
