@@ -127,8 +127,8 @@ const volatile __u32 tcp_closed_timeout = 10;
 const volatile __u32 icmp_timeout = 30;
 const volatile __u32 other_timeout = 600;
 
-#define EEXIST	17
 #define EINVAL	22
+#define EEXIST	17
 
 static __always_inline void count(__u32 what)
 {

@@ -61,11 +61,8 @@ static long make_room_of(__attribute__((unused)) struct bpf_map *map, struct con
 		__u32 slot = c->share;
 
 		send_ended(c);
-		if (conn_unspill(key)) {
-			share_evicted(0);
-			if (slot)
-				share_evicted(slot);
-		}
+		if (conn_unspill(key))
+			share_freed(slot);
 		count(PATH_EVICTED);
 		r->found++;
 	}

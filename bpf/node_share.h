@@ -63,3 +63,11 @@ static __always_inline void share_evicted(__u32 slot)
 	if (s)
 		__sync_fetch_and_add(&s->evicted, 1);
 }
+
+/* An entry is in no share any more, and takes no room. */
+static __always_inline void share_freed(__u32 slot)
+{
+	share_evicted(0);
+	if (slot)
+		share_evicted(slot);
+}

@@ -26,7 +26,7 @@
 struct conn_way {
 	__u64 written;		/* how often, twice; odd: somebody is at it */
 	struct conn conn;
-	__u64 room[2];
+	__u64 room[2];		/* to whole lines */
 	__u64 written_end;	/* written before the entry as `written` is after it */
 };
 
@@ -107,10 +107,22 @@ static __always_inline __u64 tagged_ways(const struct place *at)
 	return zero_ways(*(volatile __u64 *)&at->set->tags ^ at->tag * EACH_WAY);
 }
 
-/* The first of some ways, of which there is one. */
+/* The first of some ways, of which there is one: 1 to 8. */
 static __always_inline __u32 first_way(__u64 ways)
 {
 	return (((ways & -ways) - 1) & EACH_WAY) * EACH_WAY >> 56;
+}
+
+/* Where a way's byte of the tags begins. */
+static __always_inline __u32 way_shift(__u32 way)
+{
+	return 8 * ((way - 1) & (SET_WAYS - 1));
+}
+
+/* A way's bit of WAYS_LEFT. */
+static __always_inline __u64 way_left(__u32 way)
+{
+	return 0x80ULL << way_shift(way);
 }
 
 static __always_inline struct conn_way *way_at(__u32 set, __u32 way)
@@ -120,10 +132,10 @@ static __always_inline struct conn_way *way_at(__u32 set, __u32 way)
 	return bpf_map_lookup_elem(&conn_ways, &index);
 }
 
-/* The flow's way, among several whose tag is the key's; *way is which. */
-static __always_inline struct conn_way *way_among(const struct conn_key *k, const struct place *at, __u64 ways,
-					     __u32 *way)
+/* The way of a flow; *way is which. */
+static __always_inline struct conn_way *way_of(const struct conn_key *k, const struct place *at, __u32 *way)
 {
+	__u64 ways = tagged_ways(at);
 	struct conn_way *w;
 
 	for (int i = 0; i < SET_WAYS; i++) {
@@ -138,12 +150,7 @@ static __always_inline struct conn_way *way_among(const struct conn_key *k, cons
 	return 0;
 }
 
-static __always_inline struct conn_way *way_of(const struct conn_key *k, const struct place *at, __u32 *way)
-{
-	return way_among(k, at, tagged_ways(at), way);
-}
-
-/* What is seldom: the tag is several ways', or another flow's, or nobody's. */
+/* conn_find, wherever the flow is, and not in line. */
 static __noinline struct conn *conn_among(const struct conn_key *k)
 {
 	struct place at;
@@ -158,7 +165,8 @@ static __noinline struct conn *conn_among(const struct conn_key *k)
 	return at.set->spilled ? bpf_map_lookup_elem(&conns, k) : 0;
 }
 
-/* Finds a flow. */
+/* Finds a flow. In line is what most look-ups come to: the first way with the key's
+ * tag is the flow's. */
 static __always_inline struct conn *conn_find(const struct conn_key *k)
 {
 	struct place at;
@@ -240,7 +248,7 @@ static __noinline long conn_put(const struct conn_key *k, const struct conn *n, 
 {
 	struct place at;
 	struct conn_way *w;
-	__u64 tags, free, left, bit, next;
+	__u64 tags, free, left, turn, pick, bit, next;
 	__u32 way;
 	long err;
 
@@ -254,7 +262,7 @@ static __noinline long conn_put(const struct conn_key *k, const struct conn *n, 
 			way_unlock(w, next);
 			return -EEXIST;
 		}
-		bit = 0x80ULL << (8 * ((way - 1) & 7));
+		bit = way_left(way);
 		tags = __sync_fetch_and_and(&at.set->tags, ~bit);
 		way_write(w, n, next);
 		return tags & bit ? CONN_MORE : CONN_SAME;
@@ -267,37 +275,29 @@ static __noinline long conn_put(const struct conn_key *k, const struct conn *n, 
 		free = zero_ways(tags);
 		left = tags & WAYS_LEFT;
 		/* Of those that are closed by turns, so that none stays for good. */
-		if (free)
-			way = first_way(free);
-		else if (left & ~0ULL << (8 * (n->last_ns >> 22 & 7)))
-			way = first_way(left & ~0ULL << (8 * (n->last_ns >> 22 & 7)));
-		else if (left)
-			way = first_way(left);
-		else
-			way = way_over(at.number, n->last_ns);
+		turn = left & ~0ULL << (8 * (n->last_ns >> 22 & 7));
+		pick = free ? free : turn ? turn : left;
+		way = pick ? first_way(pick) : way_over(at.number, n->last_ns);
 		if (!way)
 			break;
-		bit = 0x80ULL << (8 * ((way - 1) & 7));
 		w = way_at(at.number, way);
 		if (!w || !way_lock(w, &next))
 			continue;
-		if (!free && !left && !conn_over(&w->conn, n->last_ns)) {
+		if (!pick && !conn_over(&w->conn, n->last_ns)) {
 			way_unlock(w, next);
 			continue;
 		}
 		if (__sync_val_compare_and_swap(&at.set->tags, tags,
-						(tags & ~(bit | (bit - (bit >> 7)))) |
-							(__u64)at.tag << (8 * ((way - 1) & 7))) != tags) {
+						(tags & ~(0xffULL << way_shift(way))) |
+							(__u64)at.tag << way_shift(way)) != tags) {
 			way_unlock(w, next);
 			continue;
 		}
 		if (!free)
 			send_ended(&w->conn);
-		if (!free && !left) {
+		if (!pick) {
 			count(PATH_EVICTED);
-			share_evicted(0);
-			if (w->conn.share)
-				share_evicted(w->conn.share);
+			share_freed(w->conn.share);
 		}
 		way_write(w, n, next);
 		return CONN_MORE;
@@ -333,16 +333,14 @@ static __noinline int conn_left(const struct conn_key *k, struct conn *c)
 		return 0;
 	share = c->share;
 	if (way_of(k, &at, &way)) {
-		bit = 0x80ULL << (8 * ((way - 1) & 7));
+		bit = way_left(way);
 		tags = *(volatile __u64 *)&at.set->tags;
 		if (tags & bit || __sync_val_compare_and_swap(&at.set->tags, tags, tags | bit) != tags)
 			return 0;
 	} else if (!at.set->spilled || !told_ended(c) || !conn_unspill(k)) {
 		return 0;
 	}
-	share_evicted(0);
-	if (share)
-		share_evicted(share);
+	share_freed(share);
 	return 1;
 }
 
@@ -416,24 +414,29 @@ struct sweep {
 	__u32 direct;		/* of these */
 };
 
-/* Of each pod's share, entries that the sweep left in sets. */
+/* Entries that the sweep left in sets, by slot of the pod in whose share they are. One
+ * value, which the agent reads at once. */
+struct stayed {
+	__u64 entries[MAX_IFACES + 1];
+};
+
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, MAX_IFACES + 1);
+	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, __u64);
+	__type(value, struct stayed);
 } shares_stayed SEC(".maps");
 
 static __always_inline void conn_stays(struct sweep *s, const struct conn *c)
 {
-	__u32 slot = c->share;
-	__u64 *n = bpf_map_lookup_elem(&shares_stayed, &slot);
+	__u32 slot = c->share, zero = 0;
+	struct stayed *n = bpf_map_lookup_elem(&shares_stayed, &zero);
 
 	s->stayed++;
 	if (c->gates.provenance == PROVENANCE_DIRECT)
 		s->direct++;
-	if (n)
-		(*n)++;
+	if (n && slot <= MAX_IFACES)
+		n->entries[slot]++;
 }
 
 static __always_inline bool pod_gone(__u32 ifindex)
@@ -458,7 +461,7 @@ static long sweep_set(__u32 i, struct sweep *s)
 	if (!at || !at->tags)
 		goto done;
 	for (__u32 way = 1; way <= SET_WAYS; way++) {
-		bits = 0xffULL << (8 * (way - 1));
+		bits = 0xffULL << way_shift(way);
 		if (!(at->tags & bits))
 			continue;
 		w = way_at(set, way);
@@ -496,11 +499,7 @@ int sweep_ways(struct sweep *s)
 	struct sweep here = *s;
 
 	bpf_loop(here.sets, sweep_set, &here, 0);
-	s->sets = here.sets;
-	s->removed = here.removed;
-	s->full = here.full;
-	s->stayed = here.stayed;
-	s->direct = here.direct;
+	*s = here;
 	return 0;
 }
 

@@ -146,13 +146,13 @@ type Connection struct {
 // knows of all that went before.
 func (d *Datapath) Connections() iter.Seq2[Connection, error] {
 	return func(yield func(Connection, error) bool) {
-		for batch, err := range d.connBatches() {
+		for batch, err := range d.conns() {
 			if err != nil {
 				yield(Connection{}, err)
 				return
 			}
-			for i := range batch.keys {
-				if !yield(d.mono.connection(&batch.keys[i], &batch.values[i]), nil) {
+			for i := range batch {
+				if !yield(d.mono.connection(&batch[i]), nil) {
 					return
 				}
 			}
@@ -182,7 +182,13 @@ func (d *Datapath) ConntrackID() (string, error) {
 // sweepBatch bounds how many entries are read, and removed, in one go.
 const sweepBatch = 256
 
-// connBatches iterates over a hash table of connections.
+// connBatch is a part of a hash table of connections; it is valid until the next one.
+type connBatch[V any] struct {
+	keys   []bpfgen.NodeConnKey
+	values []V
+}
+
+// connBatches iterates over such a table, in no order.
 func connBatches[V any](m *ebpf.Map) iter.Seq2[connBatch[V], error] {
 	return func(yield func(connBatch[V], error) bool) {
 		size := sweepBatch
@@ -200,7 +206,7 @@ func connBatches[V any](m *ebpf.Map) iter.Seq2[connBatch[V], error] {
 				yield(connBatch[V]{}, fmt.Errorf("read the map of connections: %w", err))
 				return
 			}
-			if n > 0 && !yield(connBatch[V]{keys: keys[:n], values: values[:n]}, nil) || err != nil {
+			if n > 0 && !yield(connBatch[V]{keys[:n], values[:n]}, nil) || err != nil {
 				return
 			}
 		}
@@ -220,7 +226,8 @@ func monoNow() uint64 {
 
 func (m mono) at(ns uint64) time.Time { return m.zero.Add(time.Duration(ns)) }
 
-func (m mono) connection(k *bpfgen.NodeConnKey, v *bpfgen.NodeConn) Connection {
+func (m mono) connection(v *bpfgen.NodeConn) Connection {
+	k := &v.Key
 	const icmp, icmp6 = unix.IPPROTO_ICMP, unix.IPPROTO_ICMPV6
 	flag := func(f bpfgen.NodeConnFlag) bool { return v.Gates.Flags&uint8(f) != 0 }
 	c := Connection{

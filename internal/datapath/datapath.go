@@ -272,11 +272,12 @@ func (d *Datapath) load() error {
 			return fmt.Errorf("set %s in the BPF object: %w", name, err)
 		}
 	}
-	size := func() error { return sizeSets(spec, mapDir(d.opts.BPFFS)) }
 	if d.opts.maxConns != 0 {
-		size = func() error { return resizeConns(spec, d.opts.maxConns) }
+		err = resizeConns(spec, d.opts.maxConns)
+	} else {
+		err = sizeSets(spec, mapDir(d.opts.BPFFS))
 	}
-	if err := size(); err != nil {
+	if err != nil {
 		return fmt.Errorf("set the size of the table of connections: %w", err)
 	}
 	if err := prepareLayout(d.opts.BPFFS, spec, migrations); err != nil {

@@ -158,7 +158,7 @@ func (d *Datapath) readEnds(e *ends) {
 		case len(rec.RawSample) >= size:
 			// Before layout 4 the key stood in front of it once more.
 			c := (*bpfgen.NodeConn)(unsafe.Pointer(&rec.RawSample[len(rec.RawSample)-size]))
-			d.ended(&c.Key, c)
+			d.ended(c)
 		}
 	}
 }
@@ -196,11 +196,11 @@ func (e *ends) close() {
 }
 
 // ended calls Options.Ended.
-func (d *Datapath) ended(k *bpfgen.NodeConnKey, v *bpfgen.NodeConn) {
+func (d *Datapath) ended(v *bpfgen.NodeConn) {
 	if d.opts.Ended == nil {
 		return
 	}
 	d.endMu.Lock()
 	defer d.endMu.Unlock()
-	d.opts.Ended(d.mono.connection(k, v))
+	d.opts.Ended(d.mono.connection(v))
 }

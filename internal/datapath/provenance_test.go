@@ -24,7 +24,7 @@ import (
 func (d *Datapath) forgetConns(t *testing.T) {
 	t.Helper()
 	var keys []bpfgen.NodeConnKey
-	for batch, err := range d.connBatches() {
+	for batch, err := range connBatches[bpfgen.NodeConn](d.objs.Conns) {
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -156,6 +156,7 @@ func TestStackOnly(t *testing.T) {
 func TestSweepForgetsPods(t *testing.T) {
 	w := newWorld(t)
 	d := w.open(Options{})
+	d.stopSweeper() // or it may be there first
 	a, b := w.addPod(d, 1), w.addPod(d, 2)
 	w.serve(w.wire, netip.AddrPortFrom(farIP, 80))
 	for _, p := range []pod{a, b} {
@@ -214,11 +215,11 @@ func TestLayout1IsReadThrough(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conns.Close()
-	for batch, err := range d.connBatches() {
+	for some, err := range d.conns() {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for i, c := range batch.values {
+		for _, c := range some {
 			v := connOfLayout2{
 				CreatedNs: c.CreatedNs, LastNs: c.LastNs, Packets: c.Packets, Bytes: c.Bytes, Ifindex: c.Ifindex, TimeoutS: c.TimeoutS,
 				EniIfindex: c.EniIfindex, TcpFlags: c.TcpFlags, Opener: c.Gates.Opener, Provenance: c.Gates.Provenance, State: c.State,
@@ -229,7 +230,7 @@ func TestLayout1IsReadThrough(t *testing.T) {
 					v.Verdict[end][g].Rule, v.Verdict[end][g].Epoch = c.Verdict[end][g].Rule, c.Verdict[end][g].Epoch
 				}
 			}
-			if err := conns.Put(&batch.keys[i], &v); err != nil {
+			if err := conns.Put(&c.Key, &v); err != nil {
 				t.Fatal(err)
 			}
 		}

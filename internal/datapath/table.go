@@ -30,20 +30,19 @@ const noKey = 0xff
 // has none yet, as many as its memory affords: each is of 1.5 KiB, and all together
 // take no more than a 256th of it, nor more than 16,384, that is 24 MiB.
 func sizeSets(spec *ebpf.CollectionSpec, dir string) error {
+	old, err := ebpf.LoadPinnedMap(filepath.Join(dir, bpfgen.NodeMapConnSets), nil)
+	if err == nil {
+		defer old.Close()
+		return setSets(spec, old.MaxEntries())
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("open map %s: %w", bpfgen.NodeMapConnSets, err)
+	}
 	var info unix.Sysinfo_t
 	if err := unix.Sysinfo(&info); err != nil {
 		return fmt.Errorf("ask how much memory there is: %w", err)
 	}
-	sets := setsFor(uint64(info.Totalram) * uint64(info.Unit))
-	old, err := ebpf.LoadPinnedMap(filepath.Join(dir, bpfgen.NodeMapConnSets), nil)
-	switch {
-	case err == nil:
-		sets = old.MaxEntries()
-		_ = old.Close()
-	case !errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("open map %s: %w", bpfgen.NodeMapConnSets, err)
-	}
-	return setSets(spec, sets)
+	return setSets(spec, setsFor(uint64(info.Totalram)*uint64(info.Unit)))
 }
 
 // setsFor is a power of two.
@@ -111,39 +110,32 @@ func removeClosed(dir string) error {
 	return nil
 }
 
-// connBatch is a part of the table; it is valid until the next one.
-type connBatch[V any] struct {
-	keys   []bpfgen.NodeConnKey
-	values []V
-}
-
-// connBatches iterates over the table, in no order.
-func (d *Datapath) connBatches() iter.Seq2[connBatch[bpfgen.NodeConn], error] {
-	return func(yield func(connBatch[bpfgen.NodeConn], error) bool) {
-		for batch, err := range d.wayBatches() {
-			if !yield(batch, err) || err != nil {
+// conns iterates over the table, in no order and some at a time; these are valid until
+// the next ones.
+func (d *Datapath) conns() iter.Seq2[[]bpfgen.NodeConn, error] {
+	return func(yield func([]bpfgen.NodeConn, error) bool) {
+		for some, err := range d.ways() {
+			if !yield(some, err) || err != nil {
 				return
 			}
 		}
 		for batch, err := range connBatches[bpfgen.NodeConn](d.objs.Conns) {
-			if !yield(batch, err) {
+			if !yield(batch.values, err) {
 				return
 			}
 		}
 	}
 }
 
-// wayBatches iterates over the connections in sets.
-func (d *Datapath) wayBatches() iter.Seq2[connBatch[bpfgen.NodeConn], error] {
+// ways is conns for those in sets.
+func (d *Datapath) ways() iter.Seq2[[]bpfgen.NodeConn, error] {
 	const sets = 128 // that are read in one go
-	return func(yield func(connBatch[bpfgen.NodeConn], error) bool) {
-		fail := func(err error) {
-			yield(connBatch[bpfgen.NodeConn]{}, fmt.Errorf("read the sets of connections: %w", err))
-		}
+	return func(yield func([]bpfgen.NodeConn, error) bool) {
+		fail := func(err error) { yield(nil, fmt.Errorf("read the sets of connections: %w", err)) }
 		numbers, heads := make([]uint32, sets), make([]bpfgen.NodeConnSet, sets)
 		indexes, ways := make([]uint32, sets*setWays), make([]bpfgen.NodeConnWay, sets*setWays)
 		var atSet, atWay ebpf.MapBatchCursor
-		var batch connBatch[bpfgen.NodeConn]
+		var some []bpfgen.NodeConn
 		for {
 			n, end := d.objs.ConnSets.BatchLookup(&atSet, numbers, heads, nil)
 			if end != nil && !errors.Is(end, ebpf.ErrKeyNotExist) {
@@ -155,7 +147,7 @@ func (d *Datapath) wayBatches() iter.Seq2[connBatch[bpfgen.NodeConn], error] {
 				fail(err)
 				return
 			}
-			batch.keys, batch.values = batch.keys[:0], batch.values[:0]
+			some = some[:0]
 			for i := range ways[:m] {
 				if byte(heads[i/setWays].Tags>>(8*(i%setWays))) == 0 {
 					continue // it is free
@@ -168,10 +160,10 @@ func (d *Datapath) wayBatches() iter.Seq2[connBatch[bpfgen.NodeConn], error] {
 					}
 				}
 				if !torn(w) && w.Conn.Key.Pad[0] != noKey {
-					batch.keys, batch.values = append(batch.keys, w.Conn.Key), append(batch.values, w.Conn)
+					some = append(some, w.Conn)
 				}
 			}
-			if len(batch.keys) > 0 && !yield(batch, nil) || end != nil {
+			if len(some) > 0 && !yield(some, nil) || end != nil {
 				return
 			}
 		}
@@ -187,8 +179,9 @@ func torn(w *bpfgen.NodeConnWay) bool { return w.Written != w.WrittenEnd || w.Wr
 func (d *Datapath) sweepWays(now uint64, share *shares, fill *connFill) (removed int, err error) {
 	const sets = 256 // of which the ends find room in the ring
 	all := d.objs.ConnSets.MaxEntries()
-	stayed := make([]uint64, len(share.slots))
-	if _, err := d.objs.SharesStayed.BatchUpdate(share.slots, stayed, nil); err != nil {
+	var zero uint32
+	var stayed bpfgen.NodeStayed
+	if err := d.objs.SharesStayed.Update(&zero, &stayed, ebpf.UpdateAny); err != nil {
 		return 0, fmt.Errorf("write what is left of shares: %w", err)
 	}
 	for set := uint32(0); set < all; {
@@ -202,15 +195,13 @@ func (d *Datapath) sweepWays(now uint64, share *shares, fill *connFill) (removed
 		fill.direct += int(said.Direct)
 		set += ask.Sets - said.Sets
 	}
-	var cursor ebpf.MapBatchCursor
-	slots := make([]uint32, len(stayed))
-	if _, err := d.objs.SharesStayed.BatchLookup(&cursor, slots, stayed, nil); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+	if err := d.objs.SharesStayed.Lookup(&zero, &stayed); err != nil {
 		return removed, fmt.Errorf("read what is left of shares: %w", err)
 	}
 	share.entries[0] += uint64(fill.entries)
-	for i, slot := range slots {
+	for slot, n := range stayed.Entries {
 		if slot != 0 {
-			share.entries[slot] += stayed[i]
+			share.entries[slot] += n
 		}
 	}
 	return removed, nil

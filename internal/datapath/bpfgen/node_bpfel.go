@@ -351,6 +351,11 @@ type NodeSlot struct {
 	Ifindex uint32
 }
 
+type NodeStayed struct {
+	_       structs.HostLayout
+	Entries [4097]uint64
+}
+
 type NodeSweep struct {
 	_       structs.HostLayout
 	Now     uint64
