@@ -108,8 +108,7 @@ func (c *cluster) namespace(name string) string {
 	c.kubectl("create", "namespace", name)
 	c.t.Cleanup(func() {
 		if c.t.Failed() {
-			out, _ := c.tryKubectl("", "get", "pods,events", "-n", name, "-o", "wide")
-			c.t.Logf("in namespace %s:\n%s", name, out)
+			c.logSick(name)
 		}
 		if _, err := c.tryKubectl("", "delete", "namespace", name, "--timeout=90s"); err != nil {
 			c.t.Error(err)
@@ -212,9 +211,15 @@ func (c *cluster) awaitPods(namespace string, n int, limit time.Duration, more .
 }
 
 // awaitWhole waits until all nodes are Ready and untainted, the agents serve and
-// the cluster's DNS answers.
+// the cluster's DNS answers. If they do not, the test's log has what is known of
+// the pods that are not Ready.
 func (c *cluster) awaitWhole() {
 	c.t.Helper()
+	defer func() {
+		if c.t.Failed() {
+			c.logSick("kube-system")
+		}
+	}()
 	lab.Eventually(c.t, 3*time.Minute, "the cluster is whole", func() error {
 		nodes, err := get[list[node]](c, "nodes")
 		if err != nil {
@@ -235,7 +240,7 @@ func (c *cluster) awaitWhole() {
 		dns, agents := 0, 0
 		for _, p := range pods.Items {
 			if !p.ready() {
-				return fmt.Errorf("pod %s is not Ready", p.Metadata.Name)
+				return fmt.Errorf("pod %s on %s is %s: conditions %v", p.Metadata.Name, p.Spec.NodeName, p.Status.Phase, p.Status.Conditions)
 			}
 			switch {
 			case p.Metadata.Labels["k8s-app"] == "kube-dns":
@@ -249,6 +254,23 @@ func (c *cluster) awaitWhole() {
 		}
 		return nil
 	})
+}
+
+// logSick logs a namespace's pods and events, and of pods that are not Ready what
+// their containers have said.
+func (c *cluster) logSick(namespace string) {
+	out, _ := c.tryKubectl("", "get", "pods,events", "-n", namespace, "-o", "wide")
+	c.t.Logf("in namespace %s:\n%s", namespace, out)
+	l, _ := get[list[pod]](c, "pods", "-n", namespace)
+	for _, p := range l.Items {
+		if p.ready() {
+			continue
+		}
+		described, _ := c.tryKubectl("", "describe", "pod", "-n", namespace, p.Metadata.Name)
+		said, _ := c.tryKubectl("", "logs", "-n", namespace, p.Metadata.Name, "--all-containers", "--tail=100")
+		before, _ := c.tryKubectl("", "logs", "-n", namespace, p.Metadata.Name, "--all-containers", "--tail=100", "--previous")
+		c.t.Logf("%s\nsaid:\n%s\nsaid before it was started again:\n%s", described, said, before)
+	}
 }
 
 // netns returns a path of the network namespace of a pod: that of its first
