@@ -78,7 +78,7 @@ struct arp_ether {
 #define IMDS_IPV4	bpf_htonl(0xa9fea9fe)	/* 169.254.169.254 */
 
 /* Counts a packet that is dropped, and tells who watches; p may be 0. */
-__noinline int drop_packet(struct __sk_buff *skb, __u32 ifindex, __u32 reason,
+__noinline __cold int drop_packet(struct __sk_buff *skb, __u32 ifindex, __u32 reason,
 				  const struct packet *p)
 {
 	struct event e = { .reason = reason };
@@ -222,7 +222,7 @@ enum net_flag net_flag_btf SEC(".bss.btf") = 0;
 #include "node_judge.h"
 
 /* Enters a flow that a pod begins. It returns 0 or the reason to drop. */
-__noinline int begin_from_pod(struct __sk_buff *skb, struct packet *p, const struct iface *pod,
+__noinline __cold int begin_from_pod(struct __sk_buff *skb, struct packet *p, const struct iface *pod,
 			      struct conn *old)
 {
 	struct conn *n;
@@ -305,7 +305,7 @@ int from_pod(struct __sk_buff *skb)
 	/* Most packets are of a flow that is there: its entry tells whose they are. */
 	if (skb->protocol == bpf_htons(ETH_P_IP) && read_plain(skb, p)) {
 		plain = true;
-		c = conn_find(&p->key);
+		c = conn_find(&p->key, &g);
 		if (c)
 			ep = pod_at(c, p->end, ifindex);
 	}
@@ -365,9 +365,9 @@ int from_pod(struct __sk_buff *skb)
 		if (reason)
 			return drop(skb, ifindex, reason);
 		c = find(skb, p, v6);
+		if (c && !gates_of(c, &p->key, &g))
+			c = 0;
 	}
-	if (c && !gates_of(c, &p->key, &g))
-		c = 0;
 	if (!c || stale(c, g, p, p->end, ifindex)) {
 		reason = begin_from_pod(skb, p, ep, c);
 		c = conn_among(&p->key);
@@ -498,7 +498,7 @@ int to_eni(struct __sk_buff *skb)
 
 /* Enters a flow that begins with a packet from the VPC to a pod here. It returns 0,
  * the reason to drop, or -1 if the stack must say what becomes of the packet. */
-__noinline int begin_from_eni(struct __sk_buff *skb, struct packet *p, struct conn *old)
+__noinline __cold int begin_from_eni(struct __sk_buff *skb, struct packet *p, struct conn *old)
 {
 	__u32 me, to;
 	struct iface *pod;
@@ -546,12 +546,10 @@ int from_eni(struct __sk_buff *skb)
 	if (skb->protocol != bpf_htons(ETH_P_IP) || skb->vlan_present || !p)
 		return TC_ACT_UNSPEC;
 	/* What cannot be read, the stack drops, or to_pod. */
-	if (read_packet(skb, p, 0))
+	if (!read_plain(skb, p) && read_other(skb, p, 0, 1))
 		return TC_ACT_UNSPEC;
-	c = conn_find(&p->key);
+	c = conn_find(&p->key, &g);
 	me = 1 - (p->end & 1);
-	if (c && !gates_of(c, &p->key, &g))
-		c = 0;
 	if (!c || stale(c, g, p, 0, 0)) {
 		if (p->flags & PACKET_ERROR)
 			return TC_ACT_UNSPEC;

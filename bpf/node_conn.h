@@ -234,7 +234,7 @@ static __always_inline struct iface *pod_at(struct conn *c, __u32 end, __u32 ifi
 
 /* How long a flow may be idle in its state: as the ENI has it of the pod that
  * began it, or of the one that it goes to. Asked where the state changes. */
-__noinline __u32 idle_timeout(struct conn *c, __u32 protocol)
+__noinline __cold __u32 idle_timeout(struct conn *c, __u32 protocol)
 {
 	bool stream = c && c->state == CONN_ESTABLISHED;
 	__u32 end, set = 0, usual;

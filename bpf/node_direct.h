@@ -207,7 +207,7 @@ static __always_inline bool lower_ttl(struct __sk_buff *skb)
 #define ROUTER_NS	100000000ULL
 
 /* Asks the kernel how it would frame a packet that leaves by an ENI. */
-__noinline int ask_router(struct __sk_buff *skb, const struct tuple *t, __u32 mark, const struct eni *eni,
+__noinline __cold int ask_router(struct __sk_buff *skb, const struct tuple *t, __u32 mark, const struct eni *eni,
 			  struct router *r)
 {
 	struct bpf_fib_lookup fib;

@@ -207,7 +207,7 @@ static __always_inline void turn(struct tuple *t)
  * NetworkPolicy's are renewed, those of groups only where AWS does not track. *g
  * becomes what the gates say now. It returns 0 or the reason to drop.
  */
-__noinline int renew(struct conn *entry, const struct packet *p, __u64 *g)
+__noinline __cold int renew(struct conn *entry, const struct packet *p, __u64 *g)
 {
 	__u32 now = policy_now(), opener, gates, ask;
 	struct iface *pod;

@@ -281,6 +281,30 @@ static __always_inline void set_key(struct packet *p)
 	set_rest(k, low, high, t->protocol, asker);
 }
 
+/* Sets tuple and key of a TCP or UDP packet between v4 addresses: as set_key would, by
+ * half as many steps. */
+static __always_inline void set_plain(struct packet *p, __be32 saddr, __be32 daddr, __u64 sport, __u64 dport,
+				      __u64 protocol)
+{
+	word *tuple = (void *)&p->tuple, *key = (void *)&p->key;
+	__u64 src = mapped_v4(saddr), dst = mapped_v4(daddr);
+	bool end = src != dst ? src > dst : sport > dport;
+
+	_Static_assert(offsetof(struct tuple, sport) == 32 && offsetof(struct tuple, protocol) == 36 &&
+		       sizeof(p->tuple) == 40, "little-endian words");
+	tuple[0] = 0;
+	tuple[1] = src;
+	tuple[2] = 0;
+	tuple[3] = dst;
+	tuple[4] = sport | dport << 16 | protocol << 32;
+	p->end = end;
+	key[0] = 0;
+	key[1] = end ? dst : src;
+	key[2] = 0;
+	key[3] = end ? src : dst;
+	key[4] = (end ? dport | sport << 16 : sport | dport << 16) | protocol << 32;
+}
+
 /* Turns the tuple into that of the flow which an ICMP error at offset is about,
  * if it is to be known. */
 static __noinline int read_error(struct __sk_buff *skb, __u32 offset, struct packet *p)
@@ -319,7 +343,6 @@ static __always_inline bool read_plain(struct __sk_buff *skb, struct packet *p)
 {
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
 	struct iphdr *ip = data + ETH_HLEN;
-	struct tuple *t = &p->tuple;
 	__u32 header, segments, have;
 	__u8 *l4 = (void *)(ip + 1);
 
@@ -343,14 +366,8 @@ static __always_inline bool read_plain(struct __sk_buff *skb, struct packet *p)
 	} else {
 		return false;
 	}
-	map_v4(&t->src, ip->saddr);
-	map_v4(&t->dst, ip->daddr);
-	t->sport = bpf_ntohs(*(__be16 *)(void *)l4);
-	t->dport = bpf_ntohs(*(__be16 *)(void *)(l4 + 2));
-	t->protocol = ip->protocol;
-	t->icmp_type = 0;
-	t->icmp_code = 0;
-	t->query = QUERY_NONE;
+	set_plain(p, ip->saddr, ip->daddr, bpf_ntohs(*(__be16 *)(void *)l4), bpf_ntohs(*(__be16 *)(void *)(l4 + 2)),
+		  ip->protocol);
 	set_now(p);
 	p->id = 0;
 	p->ttl = ip->ttl;
@@ -366,7 +383,6 @@ static __always_inline bool read_plain(struct __sk_buff *skb, struct packet *p)
 	} else if (bpf_ntohs(ip->tot_len) > have) {
 		p->flags |= PACKET_SHORT;
 	}
-	set_key(p);
 	return true;
 }
 
@@ -375,7 +391,7 @@ static __always_inline bool read_plain(struct __sk_buff *skb, struct packet *p)
  * IPv4, or IPv6 if v6. It returns 0, or the reason to drop it. With errors, the
  * tuple of an ICMP error becomes that of the flow.
  */
-__noinline int read_other(struct __sk_buff *skb, struct packet *p, int v6, int errors)
+__noinline __cold int read_other(struct __sk_buff *skb, struct packet *p, int v6, int errors)
 {
 	struct network n ADDR_ALIGNED = {};
 	__u32 header, segments, have;
@@ -496,7 +512,10 @@ __noinline int read_other(struct __sk_buff *skb, struct packet *p, int v6, int e
 	return 0;
 }
 
-static __always_inline int read_packet(struct __sk_buff *skb, struct packet *p, int v6)
+/* Both, not in line. */
+__noinline int read_packet(struct __sk_buff *skb, struct packet *p, int v6)
 {
+	if (!p)
+		return DROP_MALFORMED;
 	return !v6 && read_plain(skb, p) ? 0 : read_other(skb, p, v6, 1);
 }

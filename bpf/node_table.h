@@ -151,7 +151,7 @@ static __always_inline struct conn_way *way_of(const struct conn_key *k, const s
 }
 
 /* conn_find, wherever the flow is, and not in line. */
-static __noinline struct conn *conn_among(const struct conn_key *k)
+static __noinline __cold struct conn *conn_among(const struct conn_key *k)
 {
 	struct place at;
 	struct conn_way *w;
@@ -165,12 +165,13 @@ static __noinline struct conn *conn_among(const struct conn_key *k)
 	return at.set->spilled ? bpf_map_lookup_elem(&conns, k) : 0;
 }
 
-/* Finds a flow. In line is what most look-ups come to: the first way with the key's
- * tag is the flow's. */
-static __always_inline struct conn *conn_find(const struct conn_key *k)
+/* Finds a flow, and reads its gates. In line is what most look-ups come to: the first
+ * way with the key's tag is the flow's. */
+static __always_inline struct conn *conn_find(const struct conn_key *k, __u64 *g)
 {
 	struct place at;
 	struct conn_way *w;
+	struct conn *c;
 	__u64 ways;
 
 	if (!place_of(k, &at))
@@ -178,11 +179,14 @@ static __always_inline struct conn *conn_find(const struct conn_key *k)
 	ways = tagged_ways(&at);
 	if (ways) {
 		w = way_at(at.number, first_way(ways));
-		if (w && same_key(&w->conn.key, k))
+		if (w && gates_of(&w->conn, k, g))
 			return &w->conn;
 		ways &= ways - 1;
 	}
-	return ways || at.set->spilled ? conn_among(k) : 0;
+	if (!ways && !at.set->spilled)
+		return 0;
+	c = conn_among(k);
+	return c && gates_of(c, k, g) ? c : 0;
 }
 
 /* Takes a way to write it; *next is what `written` will be. */
@@ -323,7 +327,7 @@ static __always_inline bool conn_unspill(const struct conn_key *k)
 
 /* A connection is closed: its way is another's who wants it, and it is in no share any
  * more. One in `conns` goes at once, or stays for the sweep if the ring of ends is full. */
-static __noinline int conn_left(const struct conn_key *k, struct conn *c)
+static __noinline __cold int conn_left(const struct conn_key *k, struct conn *c)
 {
 	struct place at;
 	__u64 tags, bit;

@@ -33,6 +33,10 @@ enum gate {
  * a program's stack must be aligned for it. */
 #define ADDR_ALIGNED __attribute__((aligned(8)))
 
+/* A function that few packets come to: the code that calls it is moved out of the way of
+ * the others, which then meet fewer cache lines. In .text, where the loader looks for it. */
+#define __cold __attribute__((cold, section(".text")))
+
 /* Words that hold what has another type, too. */
 typedef __u64 __attribute__((may_alias)) word;
 typedef __u32 __attribute__((may_alias)) half_word;
@@ -47,13 +51,19 @@ static __always_inline void copy_addr(struct addr *to, const struct addr *from)
 	x[1] = y[1];
 }
 
+/* The second word of a v4-mapped address; the first is 0: 10 bytes 0, 2 bytes 0xff, and
+ * the address. */
+static __always_inline __u64 mapped_v4(__be32 from)
+{
+	return bpf_htonl(0xffff) | (__u64)from << 32;
+}
+
 static __always_inline void map_v4(struct addr *to, __be32 from)
 {
 	word *x = (void *)to;
 
-	/* 10 bytes 0, 2 bytes 0xff, and the address. */
 	x[0] = 0;
-	x[1] = bpf_htonl(0xffff) | (__u64)from << 32;
+	x[1] = mapped_v4(from);
 }
 
 static __always_inline bool same_addr(const struct addr *a, const struct addr *b)
