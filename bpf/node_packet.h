@@ -302,6 +302,7 @@ static __always_inline void set_plain(struct packet *p, __be32 saddr, __be32 dad
 	key[1] = end ? dst : src;
 	key[2] = 0;
 	key[3] = end ? src : dst;
+	/* set_rest, with one choice and not two. */
 	key[4] = (end ? dport | sport << 16 : sport | dport << 16) | protocol << 32;
 }
 
@@ -512,7 +513,8 @@ __noinline __cold int read_other(struct __sk_buff *skb, struct packet *p, int v6
 	return 0;
 }
 
-/* Both, not in line. */
+/* Reads a packet by whichever of the two can: not in line, for programs with little
+ * stack to spare. */
 __noinline int read_packet(struct __sk_buff *skb, struct packet *p, int v6)
 {
 	if (!p)
