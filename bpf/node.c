@@ -96,7 +96,7 @@ __noinline __cold int drop_packet(struct __sk_buff *skb, __u32 ifindex, __u32 re
 		stats->last_drop_proto = bpf_ntohs(skb->protocol);
 	}
 	if (event_listeners && p) {
-		struct conn *c = conn_among(&p->key);
+		struct conn *c = conn_find(&p->key);
 		__u32 egress;
 
 		if (c) {
@@ -283,8 +283,8 @@ __noinline __cold int begin_from_pod(struct __sk_buff *skb, struct packet *p, co
 	return put(p, n, old);
 }
 
-SEC("tc")
-int from_pod(struct __sk_buff *skb)
+/* from_pod for what the short way does not take. */
+static __noinline __cold int long_from_pod(struct __sk_buff *skb)
 {
 	const __u32 need = sizeof(struct ethhdr) + sizeof(struct iphdr);
 	__u32 ifindex = skb->ifindex, reason, peer;
@@ -302,12 +302,14 @@ int from_pod(struct __sk_buff *skb)
 
 	if (!p)
 		return drop(skb, ifindex, DROP_UNKNOWN_INTERFACE);
-	/* Most packets are of a flow that is there: its entry tells whose they are. */
+	/* Of a flow that is there its entry tells whose the packet is. */
 	if (skb->protocol == bpf_htons(ETH_P_IP) && read_plain(skb, p)) {
 		plain = true;
-		c = conn_find(&p->key, &g);
-		if (c)
+		c = conn_find(&p->key);
+		if (c && gates_of(c, &p->key, &g))
 			ep = pod_at(c, p->end, ifindex);
+		else
+			c = 0;
 	}
 	if (!c)
 		ep = bpf_map_lookup_elem(&ifaces, &ifindex);
@@ -370,7 +372,7 @@ int from_pod(struct __sk_buff *skb)
 	}
 	if (!c || stale(c, g, p, p->end, ifindex)) {
 		reason = begin_from_pod(skb, p, ep, c);
-		c = conn_among(&p->key);
+		c = conn_find(&p->key);
 		made = conn_made();
 		if (reason || !c || !made)
 			return drop_packet(skb, ifindex, reason ? reason : DROP_CONNTRACK_FULL, p);
@@ -382,7 +384,8 @@ int from_pod(struct __sk_buff *skb)
 		c->ifindex[p->end & 1] = ifindex;
 	if (!(c->seen & (CONN_SENDER << (p->end & 1))))
 		c->seen |= CONN_SENDER << (p->end & 1);
-	conn_see(c, p, true);
+	if (conn_see(c, p, true))
+		conn_left(&p->key, c);
 	if (c->generation && c->generation != policy_now())
 		renew(c, p, &g);
 	if (GATES_FLAGS(g) & CONN_DENIED)
@@ -531,8 +534,8 @@ __noinline __cold int begin_from_eni(struct __sk_buff *skb, struct packet *p, st
 	return put(p, n, old);
 }
 
-SEC("tc")
-int from_eni(struct __sk_buff *skb)
+/* from_eni for what the short way does not take. */
+static __noinline __cold int long_from_eni(struct __sk_buff *skb)
 {
 	__u32 to, me;
 	struct packet *p = packet_new();
@@ -548,7 +551,9 @@ int from_eni(struct __sk_buff *skb)
 	/* What cannot be read, the stack drops, or to_pod. */
 	if (!read_plain(skb, p) && read_other(skb, p, 0, 1))
 		return TC_ACT_UNSPEC;
-	c = conn_find(&p->key, &g);
+	c = conn_find(&p->key);
+	if (c && !gates_of(c, &p->key, &g))
+		c = 0;
 	me = 1 - (p->end & 1);
 	if (!c || stale(c, g, p, 0, 0)) {
 		if (p->flags & PACKET_ERROR)
@@ -556,7 +561,7 @@ int from_eni(struct __sk_buff *skb)
 		reason = begin_from_eni(skb, p, c);
 		if (reason < 0)
 			return TC_ACT_UNSPEC;
-		c = conn_among(&p->key);
+		c = conn_find(&p->key);
 		made = conn_made();
 		if (reason || !c || !made)
 			return drop_packet(skb, local_pod(&p->tuple.dst), reason ? reason : DROP_CONNTRACK_FULL, p);
@@ -564,7 +569,8 @@ int from_eni(struct __sk_buff *skb)
 		tell_allowed(skb, p, made, POLICY_INGRESS);
 	}
 	if (GATES_PROVENANCE(g) != PROVENANCE_DIRECT || !direct_enabled || (GATES_FLAGS(g) & CONN_LOCAL)) {
-		conn_see(c, p, false);
+		if (conn_see(c, p, false))
+			conn_left(&p->key, c);
 		return TC_ACT_UNSPEC;
 	}
 	to = c->ifindex[me & 1];
@@ -576,7 +582,8 @@ int from_eni(struct __sk_buff *skb)
 		count(PATH_EXCEPTION);
 		return TC_ACT_UNSPEC;
 	}
-	conn_see(c, p, !(c->seen & (CONN_SENDER << (p->end & 1))));
+	if (conn_see(c, p, !(c->seen & (CONN_SENDER << (p->end & 1)))))
+		conn_left(&p->key, c);
 	if (c->generation && c->generation != policy_now())
 		renew(c, p, &g);
 	if (GATES_FLAGS(g) & CONN_DENIED)
@@ -585,6 +592,24 @@ int from_eni(struct __sk_buff *skb)
 		return TC_ACT_UNSPEC;
 	count(PATH_DIRECT);
 	return enter_pod(skb, p, to, pod);
+}
+
+#include "node_short.h"
+
+SEC("tc")
+int from_pod(struct __sk_buff *skb)
+{
+	int done = short_from_pod(skb);
+
+	return done == LONG_WAY ? long_from_pod(skb) : done;
+}
+
+SEC("tc")
+int from_eni(struct __sk_buff *skb)
+{
+	int done = short_from_eni(skb);
+
+	return done == LONG_WAY ? long_from_eni(skb) : done;
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

@@ -140,7 +140,8 @@ static __always_inline void count(__u32 what)
 
 static __always_inline bool same_key(const struct conn_key *a, const struct conn_key *b)
 {
-	const volatile __u64 *x = (const void *)a, *y = (const void *)b;
+	const volatile __u64 *x = (const void *)a;
+	const word *y = (const void *)b;
 
 	return !((x[0] ^ y[0]) | (x[1] ^ y[1]) | (x[2] ^ y[2]) | (x[3] ^ y[3]) | (x[4] ^ y[4]));
 }
@@ -261,23 +262,48 @@ __noinline __cold __u32 idle_timeout(struct conn *c, __u32 protocol)
 	return set ? set : usual;
 }
 
-/* The router of an ENI, as the kernel's neighbours had it when this CPU last asked. */
+/* How packets leave by an ENI, as the kernel said when this CPU last asked. */
 struct router {
 	__u64 asked_ns;
 	__u32 ifindex;		/* of the ENI */
-	__u8 mac[6];
+	__u32 mtu;		/* of the ENI; 0: the kernel did not say */
+	__u8 mac[6];		/* the router's */
 	__u8 own[6];		/* the ENI's */
-	__u8 known;		/* 0: the kernel did not say */
+	__u8 known;		/* 0: the kernel did not say, or the ENI is not for direct packets */
+	__u8 pad[3];
 };
 
+/* What a CPU remembers. An array begins 8 bytes before a cache line (struct bpf_array),
+ * so one line is the clock, the count, and the router of the first ENI. */
+struct cpu {
+	__u64 before[7];
+	__u64 tick;		/* of the kernel, at which its clock was read */
+	__u64 clock;
+	__u64 direct;		/* packets that took the short way: of PATH_DIRECT */
+	__u64 reserved;
+	struct router routers[MAX_ENIS]; /* by index of the ENI, less one */
+	__u64 after[5];
+};
+
+_Static_assert(offsetof(struct cpu, tick) == 56 && sizeof(struct cpu) % 64 == 0 && sizeof(struct router) == 32,
+	       "whole cache lines");
+
+/* By CPU. Not a map of values per CPU: the pointers to them are in one more line, which is
+ * seldom in the cache. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);	/* as many as there may be CPUs */
+	__type(key, __u32);
+	__type(value, struct cpu);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} cpus SEC(".maps");
+
 /* Where a packet is read, and an entry prepared: not on the stack, which is short.
- * Programs do not interrupt each other on a CPU. And what a CPU remembers: one map for
- * all, since each that a packet's way meets is two more cache lines. */
+ * Programs do not interrupt each other on a CPU. */
 struct scratch {
 	struct packet packet;
 	struct conn conn;
 	struct tuple asked;
-	struct router routers[MAX_ENIS]; /* by index of the ENI */
 };
 
 struct {
@@ -287,20 +313,43 @@ struct {
 	__type(value, struct scratch);
 } scratch SEC(".maps");
 
+static __always_inline struct cpu *this_cpu(void)
+{
+	__u32 number = bpf_get_smp_processor_id();
+
+	return bpf_map_lookup_elem(&cpus, &number);
+}
+
+/* The time. The kernel's coarse clock moves with its ticks: while there was none since
+ * this CPU's last packet, that one's time is good still. */
+static __always_inline __u64 time_of(struct cpu *cpu)
+{
+	__u64 tick = bpf_jiffies64();
+
+	if (cpu->tick != tick) {
+		cpu->tick = tick;
+		cpu->clock = bpf_ktime_get_coarse_ns();
+	}
+	return cpu->clock + clock_offset;
+}
+
+/* Room to read a packet, which comes now. */
 static __always_inline struct packet *packet_new(void)
 {
 	__u32 zero = 0;
 	struct scratch *s = bpf_map_lookup_elem(&scratch, &zero);
+	struct cpu *cpu = this_cpu();
 
-	return s ? &s->packet : 0;
+	if (!s || !cpu)
+		return 0;
+	s->packet.now = time_of(cpu);
+	return &s->packet;
 }
 
-static __always_inline struct router *router_of(__u32 eni)
+/* A CPU's router of an ENI. The last is nobody's: ENIs have the indexes 1 to 31. */
+static __always_inline struct router *router_of(struct cpu *cpu, __u32 eni)
 {
-	__u32 zero = 0;
-	struct scratch *s = bpf_map_lookup_elem(&scratch, &zero);
-
-	return s && eni < MAX_ENIS ? &s->routers[eni] : 0;
+	return &cpu->routers[(eni - 1) & (MAX_ENIS - 1)];
 }
 
 /* A packet's tuple, to be changed and asked about. */

@@ -52,10 +52,6 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } nets SEC(".maps");
 
-/* Whether flows may begin that bypass the stack; those that do go on doing so
- * only while this is set. */
-const volatile __u32 direct_enabled = 0;
-
 /* Of a packet that our programs send out by an ENI, for to_eni: it was looked at
  * already. A packet without it is looked up, and finds the same. */
 #define TC_DIRECT	0x756c
@@ -171,36 +167,42 @@ __noinline int plain_opening(struct __sk_buff *skb, const struct packet *p)
 	return known == CT_UNKNOWN;
 }
 
-/* Whether a packet of a direct flow must go to the stack all the same, which
- * answers it or cuts it up. */
-static __always_inline bool must_take_stack(struct __sk_buff *skb, const struct packet *p, __u32 ifindex)
+/* Whether a packet is longer than a device takes. */
+static __always_inline bool too_long(struct __sk_buff *skb, __u32 ifindex)
 {
 	__u32 mtu = 0;
 
-	if (p->ttl <= 1 || (p->flags & (PACKET_OPTIONS | PACKET_SHORT)) || skb->pkt_type != PACKET_HOST)
-		return true;
 	/* No MTU is below 68 (RFC 791), and hardly one below 576. */
 	if (skb->len <= 576 + ETH_HLEN && !skb->gso_size)
 		return false;
 	return bpf_check_mtu(skb, ifindex, &mtu, 0, skb->gso_size ? BPF_MTU_CHK_SEGS : 0) != 0;
 }
 
-/* Lowers the TTL, as the stack does. */
-static __always_inline bool lower_ttl(struct __sk_buff *skb)
+/* Whether a packet of a direct flow must go to the stack all the same, which
+ * answers it or cuts it up. */
+static __always_inline bool must_take_stack(struct __sk_buff *skb, const struct packet *p, __u32 ifindex)
 {
-	const __u32 need = sizeof(struct ethhdr) + sizeof(struct iphdr);
-	struct iphdr *ip;
+	return p->ttl <= 1 || (p->flags & (PACKET_OPTIONS | PACKET_SHORT)) || skb->pkt_type != PACKET_HOST ||
+	       too_long(skb, ifindex);
+}
+
+/* Lowers the TTL, as the stack does, of a packet whose header lies where programs write. */
+static __always_inline bool lower_ttl_here(struct __sk_buff *skb)
+{
+	struct iphdr *ip = (void *)(long)skb->data + sizeof(struct ethhdr);
 	__u32 sum;
 
-	if (!readable(skb, need))
-		return false;
-	ip = (void *)(long)skb->data + sizeof(struct ethhdr);
 	if ((void *)(ip + 1) > (void *)(long)skb->data_end)
 		return false;
 	sum = (__u32)ip->check + bpf_htons(0x0100); /* RFC 1141 */
 	ip->check = sum + (sum >= 0xffff);
 	ip->ttl--;
 	return true;
+}
+
+static __always_inline bool lower_ttl(struct __sk_buff *skb)
+{
+	return readable(skb, sizeof(struct ethhdr) + sizeof(struct iphdr)) && lower_ttl_here(skb);
 }
 
 /* How long an answer is good. */
@@ -211,14 +213,30 @@ __noinline __cold int ask_router(struct __sk_buff *skb, const struct tuple *t, _
 			  struct router *r)
 {
 	struct bpf_fib_lookup fib;
+	__u32 mtu = 0;
 
 	if (!t || !eni || !r)
 		return 0;
 	r->ifindex = eni->ifindex;
-	r->known = !lookup_fib(skb, &fib, t, mark, 0) && fib.ifindex == eni->ifindex && fib.ipv4_dst == eni->gateway;
+	r->mtu = bpf_check_mtu(skb, eni->ifindex, &mtu, 0, 0) < 0 ? 0 : mtu;
+	r->known = !lookup_fib(skb, &fib, t, mark, 0) && fib.ifindex == eni->ifindex &&
+		   fib.ipv4_dst == eni->gateway && (eni->flags & ENI_DIRECT);
 	copy_mac(r->mac, fib.dmac);
 	copy_mac(r->own, fib.smac);
 	return 0;
+}
+
+/* Sends a packet to a router that is known. */
+static __always_inline int leave_by_router(struct __sk_buff *skb, const struct router *r)
+{
+	struct ethhdr *eth = (void *)(long)skb->data;
+
+	if ((void *)(eth + 1) > (void *)(long)skb->data_end)
+		return TC_ACT_SHOT;
+	copy_mac(eth->h_dest, r->mac);
+	copy_mac(eth->h_source, r->own);
+	skb->tc_index = TC_DIRECT;
+	return bpf_redirect(r->ifindex, 0);
 }
 
 /*
@@ -230,21 +248,19 @@ static __always_inline int leave_by_eni(struct __sk_buff *skb, const struct pack
 					const struct eni *eni)
 {
 	struct bpf_redir_neigh to = { .nh_family = 2 /* AF_INET */, .ipv4_nh = eni->gateway };
-	struct ethhdr *eth = (void *)(long)skb->data;
-	__u32 index = pod->eni;
-	struct router *r = router_of(index);
+	struct cpu *cpu = this_cpu();
+	struct router *r;
 
-	skb->tc_index = TC_DIRECT;
-	if (!r || (void *)(eth + 1) > (void *)(long)skb->data_end)
+	if (!cpu)
 		return TC_ACT_SHOT;
+	r = router_of(cpu, pod->eni);
 	if (r->ifindex != eni->ifindex || p->now - r->asked_ns >= ROUTER_NS) {
 		r->asked_ns = p->now;
 		ask_router(skb, &p->tuple, pod->mark, eni, r);
 	} else if (r->known) {
-		copy_mac(eth->h_dest, r->mac);
-		copy_mac(eth->h_source, r->own);
-		return bpf_redirect(eni->ifindex, 0);
+		return leave_by_router(skb, r);
 	}
+	skb->tc_index = TC_DIRECT;
 	return bpf_redirect_neigh(eni->ifindex, &to, sizeof(to), 0);
 }
 

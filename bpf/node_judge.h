@@ -31,11 +31,11 @@ static __always_inline void keep_opener(struct conn *n, const struct conn *old)
  * packet of its own. */
 static __always_inline struct conn *find(struct __sk_buff *skb, struct packet *p, int v6)
 {
-	struct conn *c = conn_among(&p->key);
+	struct conn *c = conn_find(&p->key);
 
 	if (!c && (p->flags & PACKET_ERROR)) {
 		read_other(skb, p, v6, 0);
-		c = conn_among(&p->key);
+		c = conn_find(&p->key);
 	}
 	return c;
 }

@@ -49,8 +49,6 @@ struct {
 
 /* Linux' own (net.ipv4.ipfrag_time). */
 const volatile __u32 fragment_timeout = 30;
-/* Tests move the clock on by this, in ns. */
-const volatile __u64 clock_offset = 0;
 
 #define TCP_FIN	0x01
 #define TCP_SYN	0x02
@@ -75,30 +73,16 @@ enum packet_flag {
 struct packet {
 	struct tuple tuple;
 	struct conn_key key;
-	__u64 now;
-	__u64 tick;		/* of the kernel, at which its clock was read */
-	__u64 clock;
+	__u64 now;		/* CLOCK_MONOTONIC, precise to a tick; not read from the packet */
 	__u32 packets;		/* as on the wire */
 	__u32 bytes;
+	__u32 longest;		/* of those packets, its IP length; of plain ones alone (read_plain) */
 	__u32 id;		/* of the datagram that a fragment is of */
 	__u8 end;		/* that sent it: index into the key */
 	__u8 flags;		/* enum packet_flag */
 	__u8 tcp_flags;
 	__u8 ttl;
 };
-
-/* Sets the packet's time. The kernel's coarse clock moves with its ticks: while
- * there was none since this CPU's last packet, that one's time is good still. */
-static __always_inline void set_now(struct packet *p)
-{
-	__u64 tick = bpf_jiffies64();
-
-	if (p->tick != tick) {
-		p->tick = tick;
-		p->clock = bpf_ktime_get_coarse_ns();
-	}
-	p->now = p->clock + clock_offset;
-}
 
 /* Reads an ICMP or ICMPv6 header that asks or answers. */
 static __always_inline void set_query(struct tuple *t, const __u8 *icmp)
@@ -369,13 +353,14 @@ static __always_inline bool read_plain(struct __sk_buff *skb, struct packet *p)
 	}
 	set_plain(p, ip->saddr, ip->daddr, bpf_ntohs(*(__be16 *)(void *)l4), bpf_ntohs(*(__be16 *)(void *)(l4 + 2)),
 		  ip->protocol);
-	set_now(p);
 	p->id = 0;
 	p->ttl = ip->ttl;
 	p->packets = 1;
 	have = skb->len - ETH_HLEN;
 	p->bytes = have;
+	p->longest = have;
 	if (skb->gso_size) {
+		p->longest = sizeof(*ip) + header + skb->gso_size;
 		segments = skb->gso_segs;
 		if (segments > 1) {
 			p->packets = segments;
@@ -385,6 +370,50 @@ static __always_inline bool read_plain(struct __sk_buff *skb, struct packet *p)
 		p->flags |= PACKET_SHORT;
 	}
 	return true;
+}
+
+static __always_inline struct fragment_key fragment_of(struct __sk_buff *skb, const struct network *n)
+{
+	return (struct fragment_key){
+		.src = n->src, .dst = n->dst, .id = n->id, .ifindex = skb->ifindex, .protocol = n->protocol,
+	};
+}
+
+/* Reads what the first fragment of the packet's datagram told; 0, or the reason to drop it. */
+static __noinline int read_later(struct __sk_buff *skb, struct packet *p, const struct network *n)
+{
+	struct fragment_key fk ADDR_ALIGNED = fragment_of(skb, n);
+	struct fragment *first = bpf_map_lookup_elem(&fragments, &fk);
+	struct tuple *t = &p->tuple;
+
+	p->flags |= PACKET_FRAGMENT;
+	if (!first || first->expires_ns <= p->now)
+		return DROP_FRAGMENT;
+	t->sport = first->sport;
+	t->dport = first->dport;
+	t->icmp_type = first->icmp_type;
+	t->icmp_code = first->icmp_code;
+	t->query = first->query;
+	if (first->opens)
+		p->flags |= PACKET_OPENS;
+	return 0;
+}
+
+/* Keeps what a datagram's first fragment tells of it, for those that come later. */
+static __noinline int keep_first(struct __sk_buff *skb, struct packet *p, const struct network *n)
+{
+	const struct tuple *t = &p->tuple;
+	struct fragment_key fk ADDR_ALIGNED = fragment_of(skb, n);
+	struct fragment first = {
+		.expires_ns = p->now + fragment_timeout * NSEC_PER_SEC,
+		.sport = t->sport, .dport = t->dport,
+		.icmp_type = t->icmp_type, .icmp_code = t->icmp_code, .query = t->query,
+		.opens = !!(p->flags & PACKET_OPENS),
+	};
+
+	p->flags |= PACKET_FRAGMENT;
+	bpf_map_update_elem(&fragments, &fk, &first, BPF_ANY);
+	return 0;
 }
 
 /*
@@ -414,7 +443,6 @@ __noinline __cold int read_other(struct __sk_buff *skb, struct packet *p, int v6
 	t->icmp_type = 0;
 	t->icmp_code = 0;
 	t->query = QUERY_NONE;
-	set_now(p);
 	p->id = n.id;
 	p->ttl = n.ttl;
 	p->tcp_flags = 0;
@@ -426,24 +454,10 @@ __noinline __cold int read_other(struct __sk_buff *skb, struct packet *p, int v6
 		p->flags |= PACKET_SHORT;
 
 	if (n.fragment == 2) {
-		struct fragment_key fk = {
-			.src = n.src, .dst = n.dst, .id = n.id,
-			.ifindex = skb->ifindex, .protocol = n.protocol,
-		};
-		struct fragment *first = bpf_map_lookup_elem(&fragments, &fk);
-
-		p->flags |= PACKET_FRAGMENT;
-		if (!first || first->expires_ns <= p->now)
-			return DROP_FRAGMENT;
-		t->sport = first->sport;
-		t->dport = first->dport;
-		t->icmp_type = first->icmp_type;
-		t->icmp_code = first->icmp_code;
-		t->query = first->query;
-		if (first->opens)
-			p->flags |= PACKET_OPENS;
-		set_key(p);
-		return 0;
+		bad = read_later(skb, p, &n);
+		if (!bad)
+			set_key(p);
+		return bad;
 	}
 
 	header = 0;
@@ -494,21 +508,8 @@ __noinline __cold int read_other(struct __sk_buff *skb, struct packet *p, int v6
 		p->packets = segments;
 		p->bytes += (segments - 1) * (n.header + header);
 	}
-	if (n.fragment == 1) {
-		struct fragment_key fk = {
-			.src = n.src, .dst = n.dst, .id = n.id,
-			.ifindex = skb->ifindex, .protocol = n.protocol,
-		};
-		struct fragment first = {
-			.expires_ns = p->now + fragment_timeout * NSEC_PER_SEC,
-			.sport = t->sport, .dport = t->dport,
-			.icmp_type = t->icmp_type, .icmp_code = t->icmp_code, .query = t->query,
-			.opens = !!(p->flags & PACKET_OPENS),
-		};
-
-		p->flags |= PACKET_FRAGMENT;
-		bpf_map_update_elem(&fragments, &fk, &first, BPF_ANY);
-	}
+	if (n.fragment == 1)
+		keep_first(skb, p, &n);
 	set_key(p);
 	return 0;
 }

@@ -151,7 +151,7 @@ __noinline int out_of_stack(struct __sk_buff *skb, struct packet *p, __u32 from,
 		return DROP_MALFORMED;
 	end = p->end & 1;
 	me = 1 - end;
-	c = conn_among(&p->key);
+	c = conn_find(&p->key);
 	if (c && !gates_of(c, &p->key, &g))
 		c = 0;
 	old = c;
@@ -201,10 +201,11 @@ __noinline int out_of_stack(struct __sk_buff *skb, struct packet *p, __u32 from,
 	}
 	if (n) {
 		reason = put(p, n, old);
-		c = conn_among(&p->key);
+		c = conn_find(&p->key);
 		if (reason || !c)
 			return reason ? reason : DROP_CONNTRACK_FULL;
 	}
-	conn_see(c, p, to && !(c->seen & (CONN_SENDER << end)));
+	if (conn_see(c, p, to && !(c->seen & (CONN_SENDER << end))))
+		conn_left(&p->key, c);
 	return GATES_FLAGS(g) & CONN_DENIED ? refused_by(g) : 0;
 }

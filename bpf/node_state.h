@@ -129,7 +129,26 @@ struct layout_meta {
 
 #define NSEC_PER_SEC 1000000000ULL
 
-/* Configuration, set before the program is loaded. */
+#define MAX_SETS	16384
+
+/* Odd numbers by chance, so that nobody can choose flows of one set (node_table.h). */
+struct conn_seed {
+	__u64 by[5];
+};
+
+/* Configuration, set before the program is loaded. What each packet's way reads of it is
+ * in one cache line. */
+const volatile struct conn_seed seed __attribute__((aligned(64))) = { { 1, 3, 5, 7, 9 } };
+/* Tests move the clock on by this, in ns. */
+const volatile __u64 clock_offset = 0;
+/* How many sets there are, a power of two, less one: by the node's memory. */
+const volatile __u32 set_mask = MAX_SETS - 1;
+/* Whether flows may begin that bypass the stack; those that do go on doing so
+ * only while this is set. */
+const volatile __u32 direct_enabled = 0;
+/* Whether packets may take the short way (node_short.h): tests hold it against the other. */
+const volatile __u32 short_way = 1;
+
 const volatile __u32 imds_allowed = 0;
 /* No pod has an IPv6 address yet: tests alone set this, to run the parsers. */
 const volatile __u32 ipv6_allowed = 0;

@@ -16,7 +16,6 @@
  */
 
 #define SET_WAYS	8
-#define MAX_SETS	16384
 #define WAY_TAGS	0x7f7f7f7f7f7f7f7fULL
 #define WAYS_LEFT	0x8080808080808080ULL	/* closed: the way is another's who wants it */
 #define EACH_WAY	0x0101010101010101ULL
@@ -53,11 +52,7 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } conn_sets SEC(".maps");
 
-/* Odd numbers by chance, so that nobody can choose flows of one set. */
-struct conn_seed {
-	__u64 by[5];
-};
-
+/* What the next agent's programs hash by: seed. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
@@ -65,9 +60,6 @@ struct {
 	__type(value, struct conn_seed);
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } conn_seeds SEC(".maps");
-
-/* How many sets there are, a power of two, less one: by the node's memory. */
-const volatile __u32 set_mask = MAX_SETS - 1;
 
 /* Where a key is looked for. */
 struct place {
@@ -79,13 +71,8 @@ struct place {
 static __always_inline bool place_of(const struct conn_key *k, struct place *at)
 {
 	const word *w = (const void *)k;
-	__u32 zero = 0;
-	struct conn_seed *s = bpf_map_lookup_elem(&conn_seeds, &zero);
-	__u64 h;
+	__u64 h = w[0] * seed.by[0] + w[1] * seed.by[1] + w[2] * seed.by[2] + w[3] * seed.by[3] + w[4] * seed.by[4];
 
-	if (!s)
-		return false;
-	h = w[0] * s->by[0] + w[1] * s->by[1] + w[2] * s->by[2] + w[3] * s->by[3] + w[4] * s->by[4];
 	h = (h ^ h >> 32) * 0x9e3779b97f4a7c15ULL;
 	at->number = h >> 40 & set_mask;
 	at->tag = h >> 33 & 0x7f;
@@ -150,8 +137,25 @@ static __always_inline struct conn_way *way_of(const struct conn_key *k, const s
 	return 0;
 }
 
-/* conn_find, wherever the flow is, and not in line. */
-static __noinline __cold struct conn *conn_among(const struct conn_key *k)
+/* The flow in the first way with the key's tag, and its gates; 0 if it is not there: most
+ * that are in a set are. */
+static __always_inline struct conn *conn_first(const struct conn_key *k, __u64 *g)
+{
+	struct place at;
+	struct conn_way *w;
+	__u64 ways;
+
+	if (!place_of(k, &at))
+		return 0;
+	ways = tagged_ways(&at);
+	if (!ways)
+		return 0;
+	w = way_at(at.number, first_way(ways));
+	return w && gates_of(&w->conn, k, g) ? &w->conn : 0;
+}
+
+/* Finds a flow, wherever it is. */
+static __noinline __cold struct conn *conn_find(const struct conn_key *k)
 {
 	struct place at;
 	struct conn_way *w;
@@ -163,30 +167,6 @@ static __noinline __cold struct conn *conn_among(const struct conn_key *k)
 	if (w)
 		return &w->conn;
 	return at.set->spilled ? bpf_map_lookup_elem(&conns, k) : 0;
-}
-
-/* Finds a flow, and reads its gates. In line is what most look-ups come to: the first
- * way with the key's tag is the flow's. */
-static __always_inline struct conn *conn_find(const struct conn_key *k, __u64 *g)
-{
-	struct place at;
-	struct conn_way *w;
-	struct conn *c;
-	__u64 ways;
-
-	if (!place_of(k, &at))
-		return 0;
-	ways = tagged_ways(&at);
-	if (ways) {
-		w = way_at(at.number, first_way(ways));
-		if (w && gates_of(&w->conn, k, g))
-			return &w->conn;
-		ways &= ways - 1;
-	}
-	if (!ways && !at.set->spilled)
-		return 0;
-	c = conn_among(k);
-	return c && gates_of(c, k, g) ? c : 0;
 }
 
 /* Takes a way to write it; *next is what `written` will be. */
@@ -355,8 +335,9 @@ static __always_inline bool conn_leaves(const struct conn *c, const struct packe
 	return c->state == CONN_CLOSED && p->tcp_flags == TCP_ACK && (c->tcp_flags[0] & c->tcp_flags[1] & TCP_FIN);
 }
 
-/* Follows the flow's state with a packet, and counts it if counts. */
-static __always_inline void conn_see(struct conn *c, const struct packet *p, bool counts)
+/* Follows the flow's state with a packet, and counts it if counts. True: the flow has had
+ * its last packet, and the caller calls conn_left. */
+static __always_inline bool conn_see(struct conn *c, const struct packet *p, bool counts)
 {
 	__u32 end = p->end & 1;
 	__u8 flags;
@@ -367,7 +348,7 @@ static __always_inline void conn_see(struct conn *c, const struct packet *p, boo
 	}
 	/* What is said about a flow does not keep it alive. */
 	if (p->flags & PACKET_ERROR)
-		return;
+		return false;
 	if ((__s64)(p->now - c->last_ns) > 0)
 		c->last_ns = p->now;
 	if (!(c->seen & (CONN_SEEN << end)))
@@ -375,17 +356,14 @@ static __always_inline void conn_see(struct conn *c, const struct packet *p, boo
 
 	if (p->tuple.protocol == IPPROTO_TCP) {
 		if (!(p->tcp_flags & ~c->tcp_flags[end]) && c->state != CONN_OPENING) {
-			if (conn_leaves(c, p))
-				conn_left(&p->key, c);
-			return;
+			return conn_leaves(c, p);
 		}
 		flags = c->tcp_flags[end] | p->tcp_flags;
 		c->tcp_flags[end] = flags;
 		if ((flags & TCP_RST) || (c->tcp_flags[0] & c->tcp_flags[1] & TCP_FIN)) {
 			c->state = CONN_CLOSED;
 			c->timeout_s = tcp_closed_timeout;
-			if (flags & TCP_RST)
-				conn_left(&p->key, c);
+			return flags & TCP_RST;
 		} else if (c->state == CONN_OPENING && end == c->gates.opener && (flags & TCP_ACK) &&
 			   c->tcp_flags[1 - end]) {
 			/* Answered, and the answer acknowledged. */
@@ -396,7 +374,7 @@ static __always_inline void conn_see(struct conn *c, const struct packet *p, boo
 			c->state = CONN_ESTABLISHED;
 			c->timeout_s = idle_timeout(c, IPPROTO_TCP);
 		}
-		return;
+		return false;
 	}
 	if (p->tuple.protocol == IPPROTO_UDP && c->state == CONN_OPENING && c->packets[0] > 1 &&
 	    c->packets[1] > 1) {
@@ -404,6 +382,7 @@ static __always_inline void conn_see(struct conn *c, const struct packet *p, boo
 		c->state = CONN_ESTABLISHED;
 		c->timeout_s = idle_timeout(c, IPPROTO_UDP);
 	}
+	return false;
 }
 
 /* What the agent asks of a sweep, and gets. */

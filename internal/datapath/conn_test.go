@@ -54,9 +54,6 @@ func track(t *testing.T, own netip.Addr, max uint32, fn func(*tracker)) {
 		tr.d.mono = newMono()
 		defer tr.close()
 		tr.load(0)
-		if err := tr.d.seedConns(); err != nil {
-			return err
-		}
 		index, slot := uint32(trackerIndex), uint32(1)
 		iface := bpfgen.NodeIface{Addr: addrKey(own), PodMac: trackerMAC, Mark: Mark(2), Flags: uint32(bpfgen.NodeIfaceFlagsIFACE_READY), Eni: 2, Slot: slot}
 		cpus := make([]bpfgen.NodeIfaceCounters, ebpf.MustPossibleCPU())
@@ -87,6 +84,9 @@ func (tr *tracker) load(later time.Duration) *bpfgen.NodePrograms {
 		if err := resizeConns(spec, tr.max); err != nil {
 			tr.t.Fatal(err)
 		}
+	}
+	if err := sizeCPUs(spec); err != nil {
+		tr.t.Fatal(err)
 	}
 	for name, value := range map[string]any{bpfgen.NodeVarIpv6Allowed: uint32(1), bpfgen.NodeVarClockOffset: uint64(later)} {
 		if err := spec.Variables[name].Set(value); err != nil {

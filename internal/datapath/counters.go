@@ -5,6 +5,8 @@ import (
 	"net/netip"
 	"time"
 
+	"github.com/cilium/ebpf"
+
 	"github.com/underlay-cni/underlay/internal/datapath/bpfgen"
 )
 
@@ -139,6 +141,16 @@ type Paths struct {
 	NoRoom                  uint64 // found no room in the table, or in their pod's share: the packet was dropped
 }
 
+// sizeCPUs has the programs' memory of each CPU be there for as many as there may be.
+func sizeCPUs(spec *ebpf.CollectionSpec) error {
+	n, err := ebpf.PossibleCPU()
+	if err != nil {
+		return fmt.Errorf("ask how many CPUs there may be: %w", err)
+	}
+	spec.Maps[bpfgen.NodeMapCpus].MaxEntries = uint32(n)
+	return nil
+}
+
 // Paths returns the counts of ways.
 func (d *Datapath) Paths() (Paths, error) {
 	var p Paths
@@ -154,6 +166,13 @@ func (d *Datapath) Paths() (Paths, error) {
 		for _, n := range perCPU {
 			*to += n
 		}
+	}
+	for cpu := range d.objs.Cpus.MaxEntries() {
+		var had bpfgen.NodeCpu
+		if err := d.objs.Cpus.Lookup(cpu, &had); err != nil {
+			return Paths{}, fmt.Errorf("read what CPU %d counts: %w", cpu, err)
+		}
+		p.Direct += had.Direct
 	}
 	return p, nil
 }

@@ -248,11 +248,11 @@ func (d *Datapath) setPodRule() error {
 // in runs fn on a thread in the node's network namespace.
 func (d *Datapath) in(fn func() error) error { return nl.Do(nl.FilePath(d.netns), fn) }
 
-// load makes or adopts the maps and loads the programs.
-func (d *Datapath) load() error {
+// spec returns the BPF object as the options and the maps that are there have it.
+func (d *Datapath) spec() (*ebpf.CollectionSpec, error) {
 	spec, err := bpfgen.LoadNode()
 	if err != nil {
-		return fmt.Errorf("read the embedded BPF object: %w", err)
+		return nil, fmt.Errorf("read the embedded BPF object: %w", err)
 	}
 	constants := d.opts.Timeouts.constants()
 	if d.opts.AllowIMDS {
@@ -269,7 +269,7 @@ func (d *Datapath) load() error {
 	}
 	for name, value := range constants {
 		if err := spec.Variables[name].Set(value); err != nil {
-			return fmt.Errorf("set %s in the BPF object: %w", name, err)
+			return nil, fmt.Errorf("set %s in the BPF object: %w", name, err)
 		}
 	}
 	if d.opts.maxConns != 0 {
@@ -278,7 +278,19 @@ func (d *Datapath) load() error {
 		err = sizeSets(spec, mapDir(d.opts.BPFFS))
 	}
 	if err != nil {
-		return fmt.Errorf("set the size of the table of connections: %w", err)
+		return nil, fmt.Errorf("set the size of the table of connections: %w", err)
+	}
+	if err := sizeCPUs(spec); err != nil {
+		return nil, err
+	}
+	return spec, d.setSeed(spec)
+}
+
+// load makes or adopts the maps and loads the programs.
+func (d *Datapath) load() error {
+	spec, err := d.spec()
+	if err != nil {
+		return err
 	}
 	if err := prepareLayout(d.opts.BPFFS, spec, migrations); err != nil {
 		return err
@@ -297,7 +309,7 @@ func (d *Datapath) load() error {
 	case err != nil:
 		return fmt.Errorf("load the BPF programs and maps: %w", err)
 	}
-	return d.seedConns()
+	return d.keepSeed(spec)
 }
 
 // Close gives the directory and all file descriptors back, once what was deleted

@@ -26,7 +26,7 @@ func TestSharedStructs(t *testing.T) {
 		"addr": bpfgen.NodeAddr{}, "iface": bpfgen.NodeIface{}, "iface_counters": bpfgen.NodeIfaceCounters{},
 		"endpoint": bpfgen.NodeEndpoint{}, "layout_meta": bpfgen.NodeLayoutMeta{},
 		"tuple": bpfgen.NodeTuple{}, "conn_key": bpfgen.NodeConnKey{}, "conn": bpfgen.NodeConn{}, "fragment_key": bpfgen.NodeFragmentKey{}, "fragment": bpfgen.NodeFragment{},
-		"eni": bpfgen.NodeEni{}, "net_key": bpfgen.NodeNetKey{}, "event": bpfgen.NodeEvent{}, "conn_way": bpfgen.NodeConnWay{}, "conn_set": bpfgen.NodeConnSet{}, "conn_seed": bpfgen.NodeConnSeed{}, "sweep": bpfgen.NodeSweep{}, "stayed": bpfgen.NodeStayed{},
+		"eni": bpfgen.NodeEni{}, "net_key": bpfgen.NodeNetKey{}, "event": bpfgen.NodeEvent{}, "conn_way": bpfgen.NodeConnWay{}, "conn_set": bpfgen.NodeConnSet{}, "conn_seed": bpfgen.NodeConnSeed{}, "cpu": bpfgen.NodeCpu{}, "router": bpfgen.NodeRouter{}, "sweep": bpfgen.NodeSweep{}, "stayed": bpfgen.NodeStayed{},
 	} {
 		var c *btf.Struct
 		if err := spec.Types.TypeByName(name, &c); err != nil {

@@ -15,7 +15,7 @@ import (
 
 // What is pinned below Options.BPFFS:
 //
-//	maps/{meta,endpoints,ifaces,iface_stats,slots,traffic,drops,paths,conns,conn_sets,conn_ways,conn_seeds,ends,fragments,enis,eni_idle,nets,policy_tables,policy_endpoints,policy_generation}
+//	maps/{meta,endpoints,ifaces,iface_stats,slots,traffic,drops,paths,conns,conn_sets,conn_ways,conn_seeds,cpus,ends,fragments,enis,eni_idle,nets,policy_tables,policy_endpoints,policy_generation}
 //	links/<host interface>_{from_pod,to_pod}, links/<ENI's device>_{from_eni,to_eni}
 func mapDir(bpffs string) string  { return filepath.Join(bpffs, "maps") }
 func linkDir(bpffs string) string { return filepath.Join(bpffs, "links") }

@@ -142,15 +142,28 @@ func TestNobodySpeaksForAnother(t *testing.T) {
 	}
 	const times = 3
 	want := counters(t, d)
-	for _, tt := range tests {
-		for range times {
-			sendRaw(t, send, tt.frame)
+	refused := func(when string, before func()) {
+		t.Helper()
+		for _, tt := range tests {
+			before()
+			for range times {
+				sendRaw(t, send, tt.frame)
+			}
+			want[tt.reason] += times
+			eventually(t, tt.name+when+" is counted as "+tt.reason, func() bool { return counters(t, d)[tt.reason] >= want[tt.reason] })
+			if diff := cmp.Diff(want, counters(t, d)); diff != "" {
+				t.Errorf("%s%s: counters (-want +got):\n%s", tt.name, when, diff)
+			}
 		}
-		want[tt.reason] += times
-		eventually(t, tt.name+" is counted as "+tt.reason, func() bool { return counters(t, d)[tt.reason] >= want[tt.reason] })
-		if diff := cmp.Diff(want, counters(t, d)); diff != "" {
-			t.Errorf("%s: counters (-want +got):\n%s", tt.name, diff)
+	}
+	refused("", func() {})
+	refused(", in a flow that is there,", func() {
+		for _, to := range []netip.Addr{farIP, b.Addr} {
+			sendRaw(t, send, udpFrame(a.MAC, hostMAC, a.Addr, to, "x"))
 		}
+	})
+	if got := paths(t, d); got.Direct == 0 || got.Stack != 0 {
+		t.Errorf("paths: %+v", got)
 	}
 
 	// What the endpoint may send goes the same ways after all that.
@@ -178,8 +191,8 @@ func TestNobodySpeaksForAnother(t *testing.T) {
 	for _, n := range traffic[a.Addr].Drops {
 		total += n
 	}
-	if total != uint64(times*len(tests)) || len(traffic[b.Addr].Drops) != 0 {
-		t.Errorf("drops of the sender %v (want %d in all), of its neighbour %v", traffic[a.Addr].Drops, times*len(tests), traffic[b.Addr].Drops)
+	if total != uint64(2*times*len(tests)) || len(traffic[b.Addr].Drops) != 0 {
+		t.Errorf("drops of the sender %v (want %d in all), of its neighbour %v", traffic[a.Addr].Drops, 2*times*len(tests), traffic[b.Addr].Drops)
 	}
 	if last := traffic[a.Addr].LastDrop; last.Reason != "imds" || last.EtherType != unix.ETH_P_IP || time.Since(last.At) > time.Minute {
 		t.Errorf("last drop: %+v", last)

@@ -68,8 +68,38 @@ func resizeConns(spec *ebpf.CollectionSpec, entries uint32) error {
 	return setSets(spec, 1)
 }
 
-// seedConns makes the numbers by which the programs hash, once for a table.
-func (d *Datapath) seedConns() error {
+// setSeed gives the programs the numbers by which they hash: those of the table that is
+// there, or new ones.
+func (d *Datapath) setSeed(spec *ebpf.CollectionSpec) error {
+	var seed bpfgen.NodeConnSeed
+	old, err := ebpf.LoadPinnedMap(filepath.Join(mapDir(d.opts.BPFFS), bpfgen.NodeMapConnSeeds), nil)
+	switch {
+	case err == nil:
+		defer old.Close()
+		if err := old.Lookup(uint32(0), &seed); err != nil {
+			return fmt.Errorf("read the seed of the table of connections: %w", err)
+		}
+	case !errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("open map %s: %w", bpfgen.NodeMapConnSeeds, err)
+	}
+	if seed.By[0] == 0 {
+		if d.opts.loader != nil {
+			return nil // what tests have loaded already has the object's own
+		}
+		var b [8]byte
+		for i := range seed.By {
+			_, _ = rand.Read(b[:]) // never fails
+			seed.By[i] = binary.NativeEndian.Uint64(b[:]) | 1
+		}
+	}
+	if err := spec.Variables[bpfgen.NodeVarSeed].Set(seed); err != nil {
+		return fmt.Errorf("set the seed in the BPF object: %w", err)
+	}
+	return nil
+}
+
+// keepSeed has the programs of the next agent hash as these do.
+func (d *Datapath) keepSeed(spec *ebpf.CollectionSpec) error {
 	var zero uint32
 	var seed bpfgen.NodeConnSeed
 	if err := d.objs.ConnSeeds.Lookup(&zero, &seed); err != nil {
@@ -77,6 +107,9 @@ func (d *Datapath) seedConns() error {
 	}
 	if seed.By[0] != 0 {
 		return nil
+	}
+	if err := spec.Variables[bpfgen.NodeVarSeed].Get(&seed); err != nil {
+		return fmt.Errorf("read the seed of the BPF object: %w", err)
 	}
 	// What was there before layout 4 is in the hash table, and in nobody's count.
 	var a bpfgen.NodeAddr
@@ -89,11 +122,6 @@ func (d *Datapath) seedConns() error {
 		}
 	case !errors.Is(err, ebpf.ErrKeyNotExist):
 		return fmt.Errorf("read the map of endpoints: %w", err)
-	}
-	var b [8]byte
-	for i := range seed.By {
-		_, _ = rand.Read(b[:]) // never fails
-		seed.By[i] = binary.NativeEndian.Uint64(b[:]) | 1
 	}
 	if err := d.objs.ConnSeeds.Update(&zero, &seed, ebpf.UpdateAny); err != nil {
 		return fmt.Errorf("write the seed of the table of connections: %w", err)

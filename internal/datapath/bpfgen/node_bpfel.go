@@ -96,6 +96,17 @@ type NodeConnWay struct {
 	WrittenEnd uint64
 }
 
+type NodeCpu struct {
+	_        structs.HostLayout
+	Before   [7]uint64
+	Tick     uint64
+	Clock    uint64
+	Direct   uint64
+	Reserved uint64
+	Routers  [32]NodeRouter
+	After    [5]uint64
+}
+
 type NodeDropReason uint32
 
 const (
@@ -309,6 +320,17 @@ const (
 	NodeProvenancePROVENANCE_DIRECT NodeProvenance = 2
 )
 
+type NodeRouter struct {
+	_       structs.HostLayout
+	AskedNs uint64
+	Ifindex uint32
+	Mtu     uint32
+	Mac     [6]uint8
+	Own     [6]uint8
+	Known   uint8
+	Pad     [3]uint8
+}
+
 type NodeScratch struct {
 	_      structs.HostLayout
 	Packet struct {
@@ -316,27 +338,18 @@ type NodeScratch struct {
 		Tuple    NodeTuple
 		Key      NodeConnKey
 		Now      uint64
-		Tick     uint64
-		Clock    uint64
 		Packets  uint32
 		Bytes    uint32
+		Longest  uint32
 		Id       uint32
 		End      uint8
 		Flags    uint8
 		TcpFlags uint8
 		Ttl      uint8
+		_        [4]byte
 	}
-	Conn    NodeConn
-	Asked   NodeTuple
-	Routers [32]struct {
-		_       structs.HostLayout
-		AskedNs uint64
-		Ifindex uint32
-		Mac     [6]uint8
-		Own     [6]uint8
-		Known   uint8
-		_       [7]byte
-	}
+	Conn  NodeConn
+	Asked NodeTuple
 }
 
 type NodeShare struct {
@@ -398,6 +411,7 @@ const (
 	NodeMapConnSets              = "conn_sets"
 	NodeMapConnWays              = "conn_ways"
 	NodeMapConns                 = "conns"
+	NodeMapCpus                  = "cpus"
 	NodeMapDrops                 = "drops"
 	NodeMapEndpoints             = "endpoints"
 	NodeMapEnds                  = "ends"
@@ -439,8 +453,10 @@ const (
 	NodeVarIpv6Allowed           = "ipv6_allowed"
 	NodeVarOtherTimeout          = "other_timeout"
 	NodeVarRoomMadeNs            = "room_made_ns"
+	NodeVarSeed                  = "seed"
 	NodeVarSetMask               = "set_mask"
 	NodeVarShareOf               = "share_of"
+	NodeVarShortWay              = "short_way"
 	NodeVarTcpClosedTimeout      = "tcp_closed_timeout"
 	NodeVarTcpEstablishedTimeout = "tcp_established_timeout"
 	NodeVarTcpOpeningTimeout     = "tcp_opening_timeout"
@@ -506,6 +522,7 @@ type NodeMapSpecs struct {
 	ConnSets         *ebpf.MapSpec `ebpf:"conn_sets"`
 	ConnWays         *ebpf.MapSpec `ebpf:"conn_ways"`
 	Conns            *ebpf.MapSpec `ebpf:"conns"`
+	Cpus             *ebpf.MapSpec `ebpf:"cpus"`
 	Drops            *ebpf.MapSpec `ebpf:"drops"`
 	Endpoints        *ebpf.MapSpec `ebpf:"endpoints"`
 	Ends             *ebpf.MapSpec `ebpf:"ends"`
@@ -547,8 +564,10 @@ type NodeVariableSpecs struct {
 	Ipv6Allowed           *ebpf.VariableSpec `ebpf:"ipv6_allowed"`
 	OtherTimeout          *ebpf.VariableSpec `ebpf:"other_timeout"`
 	RoomMadeNs            *ebpf.VariableSpec `ebpf:"room_made_ns"`
+	Seed                  *ebpf.VariableSpec `ebpf:"seed"`
 	SetMask               *ebpf.VariableSpec `ebpf:"set_mask"`
 	ShareOf               *ebpf.VariableSpec `ebpf:"share_of"`
+	ShortWay              *ebpf.VariableSpec `ebpf:"short_way"`
 	TcpClosedTimeout      *ebpf.VariableSpec `ebpf:"tcp_closed_timeout"`
 	TcpEstablishedTimeout *ebpf.VariableSpec `ebpf:"tcp_established_timeout"`
 	TcpOpeningTimeout     *ebpf.VariableSpec `ebpf:"tcp_opening_timeout"`
@@ -580,6 +599,7 @@ type NodeMaps struct {
 	ConnSets         *ebpf.Map `ebpf:"conn_sets"`
 	ConnWays         *ebpf.Map `ebpf:"conn_ways"`
 	Conns            *ebpf.Map `ebpf:"conns"`
+	Cpus             *ebpf.Map `ebpf:"cpus"`
 	Drops            *ebpf.Map `ebpf:"drops"`
 	Endpoints        *ebpf.Map `ebpf:"endpoints"`
 	Ends             *ebpf.Map `ebpf:"ends"`
@@ -610,6 +630,7 @@ func (m *NodeMaps) Close() error {
 		m.ConnSets,
 		m.ConnWays,
 		m.Conns,
+		m.Cpus,
 		m.Drops,
 		m.Endpoints,
 		m.Ends,
@@ -652,8 +673,10 @@ type NodeVariables struct {
 	Ipv6Allowed           *ebpf.Variable `ebpf:"ipv6_allowed"`
 	OtherTimeout          *ebpf.Variable `ebpf:"other_timeout"`
 	RoomMadeNs            *ebpf.Variable `ebpf:"room_made_ns"`
+	Seed                  *ebpf.Variable `ebpf:"seed"`
 	SetMask               *ebpf.Variable `ebpf:"set_mask"`
 	ShareOf               *ebpf.Variable `ebpf:"share_of"`
+	ShortWay              *ebpf.Variable `ebpf:"short_way"`
 	TcpClosedTimeout      *ebpf.Variable `ebpf:"tcp_closed_timeout"`
 	TcpEstablishedTimeout *ebpf.Variable `ebpf:"tcp_established_timeout"`
 	TcpOpeningTimeout     *ebpf.Variable `ebpf:"tcp_opening_timeout"`
