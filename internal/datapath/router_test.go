@@ -32,14 +32,15 @@ func TestRouterOfAnENI(t *testing.T) {
 	w.ip(w.node, "neigh replace "+router+" lladdr 02:00:00:00:01:02 nud reachable dev eth1")
 	asking("packets go to the router's new MAC", "REACHABLE")
 
-	time.Sleep(150 * time.Millisecond) // now no CPU goes by what it knew before
+	<-time.After(150 * time.Millisecond) // now no CPU goes by what it knew before
 	w.ip(w.node, "neigh del "+router+" dev eth1")
 	const burst = 30
+	every := time.Tick(10 * time.Millisecond)
 	for range burst {
 		if _, err := c.Write([]byte("hello")); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(10 * time.Millisecond)
+		<-every
 	}
 	for n := range burst {
 		_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))

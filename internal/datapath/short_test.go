@@ -322,7 +322,7 @@ func (r *shooting) shoot(progs *bpfgen.NodePrograms, f *twin, s shot) outcome {
 		}
 		got.IP = ip
 	}
-	if dst.Addr() != farIP && !(prog == progs.FromPod && src.Addr().As4()[2] != dst.Addr().As4()[2]) {
+	if dst.Addr() != farIP && (prog != progs.FromPod || src.Addr().As4()[2] == dst.Addr().As4()[2]) {
 		got.Ethernet = fmt.Sprintf("%x", opts.DataOut[:14])
 	}
 	got.Paths, got.Traffic, got.Drops = r.counts()
