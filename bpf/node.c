@@ -305,11 +305,9 @@ static __noinline __cold int long_from_pod(struct __sk_buff *skb)
 	/* Of a flow that is there its entry tells whose the packet is. */
 	if (skb->protocol == bpf_htons(ETH_P_IP) && read_plain(skb, p)) {
 		plain = true;
-		c = conn_find(&p->key);
-		if (c && gates_of(c, &p->key, &g))
+		c = conn_find_gates(&p->key, &g);
+		if (c)
 			ep = pod_at(c, p->end, ifindex);
-		else
-			c = 0;
 	}
 	if (!c)
 		ep = bpf_map_lookup_elem(&ifaces, &ifindex);
@@ -384,8 +382,7 @@ static __noinline __cold int long_from_pod(struct __sk_buff *skb)
 		c->ifindex[p->end & 1] = ifindex;
 	if (!(c->seen & (CONN_SENDER << (p->end & 1))))
 		c->seen |= CONN_SENDER << (p->end & 1);
-	if (conn_see(c, p, true))
-		conn_left(&p->key, c);
+	conn_see(c, p, true);
 	if (c->generation && c->generation != policy_now())
 		renew(c, p, &g);
 	if (GATES_FLAGS(g) & CONN_DENIED)
@@ -551,9 +548,7 @@ static __noinline __cold int long_from_eni(struct __sk_buff *skb)
 	/* What cannot be read, the stack drops, or to_pod. */
 	if (!read_plain(skb, p) && read_other(skb, p, 0, 1))
 		return TC_ACT_UNSPEC;
-	c = conn_find(&p->key);
-	if (c && !gates_of(c, &p->key, &g))
-		c = 0;
+	c = conn_find_gates(&p->key, &g);
 	me = 1 - (p->end & 1);
 	if (!c || stale(c, g, p, 0, 0)) {
 		if (p->flags & PACKET_ERROR)
@@ -569,8 +564,7 @@ static __noinline __cold int long_from_eni(struct __sk_buff *skb)
 		tell_allowed(skb, p, made, POLICY_INGRESS);
 	}
 	if (GATES_PROVENANCE(g) != PROVENANCE_DIRECT || !direct_enabled || (GATES_FLAGS(g) & CONN_LOCAL)) {
-		if (conn_see(c, p, false))
-			conn_left(&p->key, c);
+		conn_see(c, p, false);
 		return TC_ACT_UNSPEC;
 	}
 	to = c->ifindex[me & 1];
@@ -582,8 +576,7 @@ static __noinline __cold int long_from_eni(struct __sk_buff *skb)
 		count(PATH_EXCEPTION);
 		return TC_ACT_UNSPEC;
 	}
-	if (conn_see(c, p, !(c->seen & (CONN_SENDER << (p->end & 1)))))
-		conn_left(&p->key, c);
+	conn_see(c, p, !(c->seen & (CONN_SENDER << (p->end & 1))));
 	if (c->generation && c->generation != policy_now())
 		renew(c, p, &g);
 	if (GATES_FLAGS(g) & CONN_DENIED)

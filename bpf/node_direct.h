@@ -178,12 +178,17 @@ static __always_inline bool too_long(struct __sk_buff *skb, __u32 ifindex)
 	return bpf_check_mtu(skb, ifindex, &mtu, 0, skb->gso_size ? BPF_MTU_CHK_SEGS : 0) != 0;
 }
 
+/* Whether a packet is one that the stack must answer or drop. */
+static __always_inline bool for_stack(struct __sk_buff *skb, const struct packet *p)
+{
+	return p->ttl <= 1 || (p->flags & (PACKET_OPTIONS | PACKET_SHORT)) || skb->pkt_type != PACKET_HOST;
+}
+
 /* Whether a packet of a direct flow must go to the stack all the same, which
  * answers it or cuts it up. */
 static __always_inline bool must_take_stack(struct __sk_buff *skb, const struct packet *p, __u32 ifindex)
 {
-	return p->ttl <= 1 || (p->flags & (PACKET_OPTIONS | PACKET_SHORT)) || skb->pkt_type != PACKET_HOST ||
-	       too_long(skb, ifindex);
+	return for_stack(skb, p) || too_long(skb, ifindex);
 }
 
 /* Lowers the TTL, as the stack does, of a packet whose header lies where programs write. */

@@ -26,8 +26,8 @@ static __always_inline struct conn *short_flow(struct __sk_buff *skb, struct pac
 {
 	struct conn *c;
 
-	if (!short_way || !direct_enabled || !cpu || skb->vlan_present || skb->pkt_type != PACKET_HOST ||
-	    !read_plain(skb, p) || p->ttl <= 1 || (p->flags & PACKET_SHORT))
+	if (!short_way || !direct_enabled || !cpu || skb->vlan_present || !read_plain(skb, p) ||
+	    for_stack(skb, p))
 		return 0;
 	/* It may begin the flow anew. */
 	if (p->tuple.protocol == IPPROTO_TCP && (p->flags & PACKET_OPENS))
@@ -57,7 +57,7 @@ static __always_inline void short_see(struct conn *c, const struct packet *p, bo
 {
 	struct conn_key k;
 
-	if (conn_see(c, p, counts)) {
+	if (conn_step(c, p, counts)) {
 		k = p->key;
 		conn_left(&k, c);
 	}

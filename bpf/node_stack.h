@@ -151,9 +151,7 @@ __noinline int out_of_stack(struct __sk_buff *skb, struct packet *p, __u32 from,
 		return DROP_MALFORMED;
 	end = p->end & 1;
 	me = 1 - end;
-	c = conn_find(&p->key);
-	if (c && !gates_of(c, &p->key, &g))
-		c = 0;
+	c = conn_find_gates(&p->key, &g);
 	old = c;
 	if (c && stale(c, g, p, to ? me : end, to ? to : from))
 		c = 0;
@@ -205,7 +203,6 @@ __noinline int out_of_stack(struct __sk_buff *skb, struct packet *p, __u32 from,
 		if (reason || !c)
 			return reason ? reason : DROP_CONNTRACK_FULL;
 	}
-	if (conn_see(c, p, to && !(c->seen & (CONN_SENDER << end))))
-		conn_left(&p->key, c);
+	conn_see(c, p, to && !(c->seen & (CONN_SENDER << end)));
 	return GATES_FLAGS(g) & CONN_DENIED ? refused_by(g) : 0;
 }

@@ -169,6 +169,14 @@ static __noinline __cold struct conn *conn_find(const struct conn_key *k)
 	return at.set->spilled ? bpf_map_lookup_elem(&conns, k) : 0;
 }
 
+/* The same, and reads its gates. */
+static __always_inline struct conn *conn_find_gates(const struct conn_key *k, __u64 *g)
+{
+	struct conn *c = conn_find(k);
+
+	return c && gates_of(c, k, g) ? c : 0;
+}
+
 /* Takes a way to write it; *next is what `written` will be. */
 static __always_inline bool way_lock(struct conn_way *w, __u64 *next)
 {
@@ -335,9 +343,9 @@ static __always_inline bool conn_leaves(const struct conn *c, const struct packe
 	return c->state == CONN_CLOSED && p->tcp_flags == TCP_ACK && (c->tcp_flags[0] & c->tcp_flags[1] & TCP_FIN);
 }
 
-/* Follows the flow's state with a packet, and counts it if counts. True: the flow has had
- * its last packet, and the caller calls conn_left. */
-static __always_inline bool conn_see(struct conn *c, const struct packet *p, bool counts)
+/* conn_see, but for a connection that has had its last packet: then it is true, and the
+ * caller calls conn_left. */
+static __always_inline bool conn_step(struct conn *c, const struct packet *p, bool counts)
 {
 	__u32 end = p->end & 1;
 	__u8 flags;
@@ -355,9 +363,8 @@ static __always_inline bool conn_see(struct conn *c, const struct packet *p, boo
 		c->seen |= CONN_SEEN << end;
 
 	if (p->tuple.protocol == IPPROTO_TCP) {
-		if (!(p->tcp_flags & ~c->tcp_flags[end]) && c->state != CONN_OPENING) {
+		if (!(p->tcp_flags & ~c->tcp_flags[end]) && c->state != CONN_OPENING)
 			return conn_leaves(c, p);
-		}
 		flags = c->tcp_flags[end] | p->tcp_flags;
 		c->tcp_flags[end] = flags;
 		if ((flags & TCP_RST) || (c->tcp_flags[0] & c->tcp_flags[1] & TCP_FIN)) {
@@ -383,6 +390,13 @@ static __always_inline bool conn_see(struct conn *c, const struct packet *p, boo
 		c->timeout_s = idle_timeout(c, IPPROTO_UDP);
 	}
 	return false;
+}
+
+/* Follows the flow's state with a packet, and counts it if counts. */
+static __always_inline void conn_see(struct conn *c, const struct packet *p, bool counts)
+{
+	if (conn_step(c, p, counts))
+		conn_left(&p->key, c);
 }
 
 /* What the agent asks of a sweep, and gets. */

@@ -88,11 +88,7 @@ func (tr *tracker) load(later time.Duration) *bpfgen.NodePrograms {
 	if err := sizeCPUs(spec); err != nil {
 		tr.t.Fatal(err)
 	}
-	for name, value := range map[string]any{bpfgen.NodeVarIpv6Allowed: uint32(1), bpfgen.NodeVarClockOffset: uint64(later)} {
-		if err := spec.Variables[name].Set(value); err != nil {
-			tr.t.Fatal(err)
-		}
-	}
+	setConstants(tr.t, spec, map[string]any{bpfgen.NodeVarIpv6Allowed: uint32(1), bpfgen.NodeVarClockOffset: uint64(later)})
 	loader := (*ebpf.CollectionSpec).LoadAndAssign
 	if programs != nil {
 		loader = programs.Load

@@ -392,14 +392,10 @@ func TestMarkBits(t *testing.T) {
 	w.stackOnly = true
 	d := w.open(Options{})
 	a := w.addPod(d, 1)
-	type skb struct { // struct __sk_buff of linux/bpf.h up to ifindex
-		Len, PktType, Mark, QueueMapping, Protocol, VlanPresent, VlanTci, VlanProto, Priority, IngressIfindex, Ifindex uint32
-		Rest                                                                                                           [37]uint32
-	}
 	run := func(prog *ebpf.Program, mark uint32) (uint32, uint32) {
 		t.Helper()
-		in := skb{Mark: mark, Ifindex: uint32(a.HostIfIndex)}
-		var out skb
+		in := skBuff{Mark: mark, Ifindex: uint32(a.HostIfIndex)}
+		var out skBuff
 		var verdict uint32
 		err := d.in(func() (err error) {
 			verdict, err = prog.Run(&ebpf.RunOptions{Data: udpFrame(a.MAC, hostMAC, a.Addr, farIP, "x"), Context: in, ContextOut: &out})

@@ -75,7 +75,7 @@ func TestShortWay(t *testing.T) {
 	}
 	policies := policiesOf(t, pods)
 	r.counts()
-	before, direct := d.shortPackets(t), uint64(0)
+	direct, before := uint64(0), r.short()
 	for n := range packets {
 		switch n % 400 {
 		case 0:
@@ -106,7 +106,7 @@ func TestShortWay(t *testing.T) {
 			}
 		}
 	}
-	if short := d.shortPackets(t) - before; short < direct/4 || short < packets/10 {
+	if short := r.short() - before; short < direct/4 || short < packets/10 {
 		t.Errorf("%d of %d direct packets took the short way", short, direct)
 	}
 }
@@ -137,30 +137,13 @@ func (d *Datapath) loadAs(t *testing.T, constants map[string]any) *bpfgen.NodePr
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, v := range constants {
-		if err := spec.Variables[name].Set(v); err != nil {
-			t.Fatal(err)
-		}
-	}
+	setConstants(t, spec, constants)
 	var p bpfgen.NodePrograms
 	if err := spec.LoadAndAssign(&p, &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: mapDir(d.opts.BPFFS)}}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = p.Close() })
 	return &p
-}
-
-// shortPackets is how many packets took the short way.
-func (d *Datapath) shortPackets(t *testing.T) (n uint64) {
-	t.Helper()
-	for cpu := range d.objs.Cpus.MaxEntries() {
-		var c bpfgen.NodeCpu
-		if err := d.objs.Cpus.Lookup(cpu, &c); err != nil {
-			t.Fatal(err)
-		}
-		n += c.Direct
-	}
-	return n
 }
 
 // twin is one of two flows that are alike but for the client's port.
@@ -356,6 +339,16 @@ func frameOf(f *twin, s shot, src, dst netip.AddrPort) []byte {
 	return append(make([]byte, 14), p...)[:14+len(p)-s.Cut]
 }
 
+// short is how many packets took the short way.
+func (r *shooting) short() uint64 {
+	r.t.Helper()
+	n, err := r.d.shortPackets()
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return n
+}
+
 // counts returns what the programs have counted since it was called before.
 func (r *shooting) counts() (p Paths, more [3]Traffic, drops map[string]uint64) {
 	r.t.Helper()
@@ -416,16 +409,11 @@ func (r *shooting) flows(twins []*twin) map[string]bpfgen.NodeConn {
 func (r *shooting) setGates(open ...bool) {
 	r.t.Helper()
 	for i, open := range open {
-		index := uint32(r.pods[i].HostIfIndex)
-		var v bpfgen.NodeIface
-		if err := r.d.objs.Ifaces.Lookup(index, &v); err != nil {
-			r.t.Fatal(err)
-		}
-		v.Flags &^= uint32(bpfgen.NodeIfaceFlagsIFACE_READY)
+		var flags uint32
 		if open {
-			v.Flags |= uint32(bpfgen.NodeIfaceFlagsIFACE_READY)
+			flags = uint32(bpfgen.NodeIfaceFlagsIFACE_READY)
 		}
-		if err := errors.Join(r.d.objs.Ifaces.Put(index, &v), r.d.fillSlot(index, &v)); err != nil {
+		if err := r.d.putIface(&r.pods[i].Endpoint, flags); err != nil {
 			r.t.Fatal(err)
 		}
 	}
@@ -434,9 +422,9 @@ func (r *shooting) setGates(open ...bool) {
 // replace puts another pod in the place of one, with its address and its slot.
 func (r *shooting) replace(w *world, i int) {
 	r.t.Helper()
-	var had, has bpfgen.NodeIface
 	p := r.pods[i]
-	if err := r.d.objs.Ifaces.Lookup(uint32(p.HostIfIndex), &had); err != nil {
+	slot, _, err := r.d.slotOf(p.HostIfIndex)
+	if err != nil {
 		r.t.Fatal(err)
 	}
 	if _, err := r.d.Delete(ctx, p.ContainerID, p.IfName); err != nil {
@@ -445,13 +433,13 @@ func (r *shooting) replace(w *world, i int) {
 	if err := r.d.Forget(p.Addr); err != nil {
 		r.t.Fatal(err)
 	}
+	eventually(r.t, "the pod before has left its slot", func() bool {
+		r.d.mu.Lock()
+		defer r.d.mu.Unlock()
+		_, has := r.d.slots[p.HostIfIndex]
+		return !has
+	})
 	r.pods[i] = w.addPod(r.d, 1+i)
-	index := uint32(r.pods[i].HostIfIndex)
-	if err := r.d.objs.Ifaces.Lookup(index, &has); err != nil {
-		r.t.Fatal(err)
-	}
-	has.Slot = had.Slot
-	if err := errors.Join(r.d.objs.Ifaces.Put(index, &has), r.d.fillSlot(index, &has)); err != nil {
-		r.t.Fatal(err)
-	}
+	r.d.keepSlot(r.pods[i].HostIfIndex, slot)
+	r.setGates(true, true)
 }

@@ -16,7 +16,7 @@ import (
 func TestVerifierTakesEveryVariant(t *testing.T) {
 	testenv.Require(t, "root", "bpf")
 	for v := range 8 {
-		constants := map[string]uint32{
+		constants := map[string]any{
 			bpfgen.NodeVarImdsAllowed: uint32(v & 1), bpfgen.NodeVarDirectEnabled: uint32(v >> 1 & 1), bpfgen.NodeVarIpv6Allowed: uint32(v >> 2),
 		}
 		t.Run(fmt.Sprint(constants), func(t *testing.T) {
@@ -24,11 +24,7 @@ func TestVerifierTakesEveryVariant(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			for name, value := range constants {
-				if err := spec.Variables[name].Set(value); err != nil {
-					t.Fatal(err)
-				}
-			}
+			setConstants(t, spec, constants)
 			for _, m := range spec.Maps {
 				m.Pinning = ebpf.PinNone
 			}

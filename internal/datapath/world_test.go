@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"github.com/underlay-cni/underlay/internal/nl"
@@ -453,4 +454,14 @@ func paths(t testing.TB, d *Datapath) Paths {
 		t.Fatal(err)
 	}
 	return p
+}
+
+// setConstants gives programs that are not loaded yet other constants.
+func setConstants(t testing.TB, spec *ebpf.CollectionSpec, constants map[string]any) {
+	t.Helper()
+	for name, v := range constants {
+		if err := spec.Variables[name].Set(v); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
